@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MPL-2.0
+# `make` alone prints the targets. None of them is needed to run the programs.
+
+PYTHON = python3
+PROGRAMS = cmon_agent.py cmon_proxy.py cmon.py
+
+# $(call if_found,TOOL,COMMAND): what is not installed is said, not failed
+if_found = @if command -v $(1) >/dev/null 2>&1; then echo '$(2)'; $(2); \
+	else echo 'SKIPPED: $(2): $(1) is not installed'; fi
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+test:		## all tests, as a fresh machine and CI run them (installs what they need when root)
+	sh tests/run.sh
+
+check:		## compile, ruff, mypy, manifests, metric rules
+	$(PYTHON) -m py_compile $(PROGRAMS)
+	$(call if_found,ruff,ruff check $(PROGRAMS) tests)
+	$(call if_found,mypy,mypy --strict $(PROGRAMS))
+	$(call if_found,xmllint,xmllint --noout --nonet --dtdvalid tests/smf.dtd smf/cmon-agent.xml smf/cmon-proxy.xml)
+	sh -n smf/cmon-agent-setup
+
+golden:		## rewrite tests/golden from the captures; then read the diff
+	$(PYTHON) -m pytest tests/test_golden.py --rewrite
+
+bench:		## print the measurements (minutes; best on an idle machine)
+	for bench in bench/[a-z]*.py; do $(PYTHON) $$bench || exit 1; done
+
+docs:		## rewrite docs/ and the tables of the README from the code
+	$(PYTHON) tests/make_docs.py
+
+demo:		## a compute node, a proxy and a tenant on this machine, until Ctrl-C
+	$(PYTHON) cmon.py demo
+
+.PHONY: help test check golden bench docs demo
