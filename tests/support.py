@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What the tests share: programs as processes, plain HTTP, a kernel to order (tests/libkstat)."""
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import (
+    Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar,
+    Union,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+NODE = EXAMPLES / "node.json"
+PATIENCE = 30.0         # seconds that a test waits for what must come; it is mostly there at once
+T = TypeVar("T")
+Address = Tuple[str, int]
+
+
+# --- waiting and ports ------------------------------------------------------------------------------
+
+def wait_until(predicate: Callable[[], T], what: str = "", timeout: float = PATIENCE) -> T:
+    """The first true value of `predicate`; fails with its last value when it stays false."""
+    end = time.monotonic() + timeout
+    pause = 0.002
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"{what or predicate} did not come in {timeout} s, last: {value!r}")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on just now; for programs that cannot be given port 0."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# --- programs as processes --------------------------------------------------------------------------
+
+class Program:
+    """One of our programs, or any other, as a process that a test starts and ends.
+
+    Used as a context manager it is stopped with SIGTERM at the end and must exit with 0 then.
+    Subprocess coverage comes by COVERAGE_PROCESS_START in the environment (tests/run.sh).
+    """
+
+    def __init__(self, *command: Union[str, Path], env: Optional[Mapping[str, str]] = None,
+                 cwd: Union[str, Path, None] = None, pass_fds: Sequence[int] = ()) -> None:
+        self.command = [str(word) for word in command]
+        self._lines: List[str] = []
+        self._more = threading.Condition()
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=cwd, pass_fds=pass_fds, start_new_session=True,
+            env=None if env is None else {**os.environ, **env})
+        self._stdout = b""
+        self._readers = [threading.Thread(target=self._read_stderr, daemon=True),
+                         threading.Thread(target=self._read_stdout, daemon=True)]
+        for reader in self._readers:
+            reader.start()
+
+    @classmethod
+    def agent(cls, *arguments: Union[str, Path], listen: str = "127.0.0.1:0",
+              **more: Any) -> "Program":
+        """The agent, isolated (`-I`) as in production, at a free port."""
+        return cls(sys.executable, "-I", ROOT / "cmon_agent.py", "--log-format", "text",
+                   "--listen", listen, *arguments, **more)
+
+    @classmethod
+    def proxy(cls, config: Union[str, Path], *arguments: Union[str, Path],
+              **more: Any) -> "Program":
+        """The proxy with its configuration file."""
+        return cls(sys.executable, "-sE", ROOT / "cmon_proxy.py", "--log-format", "text",
+                   "--config", config, *arguments, **more)
+
+    @classmethod
+    def cmon(cls, *arguments: Union[str, Path], **more: Any) -> "Program":
+        """The users' command."""
+        return cls(sys.executable, ROOT / "cmon.py", *arguments, **more)
+
+    def _read_stderr(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._more:
+                self._lines.append(line.decode("utf-8", "replace").rstrip("\n"))
+                self._more.notify_all()
+
+    def _read_stdout(self) -> None:
+        assert self.process.stdout is not None
+        for piece in iter(lambda: self.process.stdout.read1(65536), b""):  # type: ignore
+            with self._more:
+                self._stdout += piece
+                self._more.notify_all()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr so far."""
+        with self._more:
+            return "\n".join(self._lines)
+
+    @property
+    def output(self) -> str:
+        """What it wrote to stdout so far."""
+        with self._more:
+            return self._stdout.decode("utf-8", "replace")
+
+    def wait_for_log(self, pattern: str, times: int = 1,
+                     timeout: float = PATIENCE) -> List["re.Match[str]"]:
+        """Waits until `pattern` has matched so many lines of stderr; gives the matches."""
+        def found() -> Optional[List["re.Match[str]"]]:
+            with self._more:
+                hits = [hit for hit in map(re.compile(pattern).search, self._lines) if hit]
+            if len(hits) < times and self.process.poll() is not None:
+                self._join()
+                with self._more:
+                    hits = [hit for hit in map(re.compile(pattern).search, self._lines) if hit]
+                if len(hits) < times:
+                    raise AssertionError(f"{self.command} ended with {self.process.returncode}, no "
+                                         f"{pattern!r} in its log:\n{self.log}\n{self.output}")
+            return hits if len(hits) >= times else None
+        try:
+            return wait_until(found, f"{pattern!r} in the log", timeout) or []
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n--- log of {self.command}:\n{self.log}") from None
+
+    def addresses(self, listeners: int = 1) -> List[Address]:
+        """Where it listens, in the order of its log lines."""
+        hits = self.wait_for_log(r"listening on \[?([^\s\]\"]+?)\]?:(\d+)", listeners)
+        return [(hit.group(1), int(hit.group(2))) for hit in hits]
+
+    @property
+    def address(self) -> Address:
+        """Where its first listener listens."""
+        return self.addresses()[0]
+
+    def _join(self) -> None:
+        for reader in self._readers:
+            reader.join(PATIENCE)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Its exit status, once it has ended by itself."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.command} did not end:\n{self.log}") from None
+        self._join()
+        return self.process.returncode
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def stop(self, timeout: float = PATIENCE) -> int:
+        """SIGTERM, as SMF does, and its exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.wait(timeout)
+
+    def kill(self) -> None:
+        """End it and what it started, whatever it thinks."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(PATIENCE)
+        self._join()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None:
+            self.kill()
+            print(f"--- log of {' '.join(self.command)}\n{self.log[-20000:]}")
+            return
+        status = self.stop()
+        self.kill()
+        assert status == 0, f"{self.command} ended with {status}:\n{self.log}"
+
+
+# --- HTTP by hand -----------------------------------------------------------------------------------
+
+class Answer(NamedTuple):
+    """One HTTP answer as it came."""
+    status: int
+    headers: Dict[str, str]         # names in lower case
+    body: bytes                     # after gzip
+
+    @property
+    def text(self) -> str:
+        """The body as text."""
+        return self.body.decode()
+
+
+def read_answer(reader: Any, head: bool = False) -> Answer:
+    """One answer from a file object made from a socket; ConnectionError when there is none."""
+    line = reader.readline(65537)
+    if not line:
+        raise ConnectionError("closed without an answer")
+    status = int(line.split(None, 2)[1])
+    headers: Dict[str, str] = {}
+    while True:
+        line = reader.readline(65537)
+        if line in (b"\r\n", b"\n", b""):
+            break
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name.strip().lower()] = value.strip()
+    body = b""
+    if not head and status not in (204, 304):
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            while True:
+                size = int(reader.readline().split(b";")[0], 16)
+                body += reader.read(size)
+                reader.readline()
+                if size == 0:
+                    break
+        elif "content-length" in headers:
+            body = reader.read(int(headers["content-length"]))
+            if len(body) != int(headers["content-length"]):
+                raise ConnectionError("cut off in the body")
+        else:
+            body = reader.read()
+    if headers.get("content-encoding") == "gzip":
+        body = gzip.decompress(body)
+    return Answer(status, headers, body)
+
+
+class Connection:
+    """A kept connection, plain or TLS, on which requests are written as the test says."""
+
+    def __init__(self, address: Address, tls: Any = None, server_name: Optional[str] = None,
+                 timeout: float = PATIENCE) -> None:
+        raw = socket.create_connection(address, timeout)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = tls.wrap_socket(raw, server_hostname=server_name) if tls else raw
+        self.address = address
+        self._reader = self.socket.makefile("rb")
+
+    def send(self, raw: bytes) -> None:
+        """Bytes as they are."""
+        self.socket.sendall(raw)
+
+    def answer(self, head: bool = False) -> Answer:
+        """The next answer."""
+        return read_answer(self._reader, head)
+
+    def request(self, path: str, headers: Optional[Mapping[str, str]] = None, method: str = "GET",
+                body: bytes = b"") -> Answer:
+        """A request and its answer."""
+        lines = {"Host": f"{self.address[0]}:{self.address[1]}", **(headers or {})}
+        if body:
+            lines["Content-Length"] = str(len(body))
+        head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
+        self.send(head.encode("latin-1") + b"\r\n" + body)
+        return self.answer(method == "HEAD")
+
+    def close(self) -> None:
+        """Close it."""
+        self._reader.close()
+        self.socket.close()
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def http_get(address: Address, path: str, headers: Optional[Mapping[str, str]] = None,
+             method: str = "GET", tls: Any = None, server_name: Optional[str] = None,
+             timeout: float = PATIENCE) -> Answer:
+    """One request on a connection of its own."""
+    with Connection(address, tls, server_name, timeout) as connection:
+        return connection.request(path, {"Connection": "close", **(headers or {})}, method)
+
+
+def samples(page: str) -> Dict[str, float]:
+    """A page as `name{labels}` (as written) and value. Only for pages that are known to be good."""
+    found: Dict[str, float] = {}
+    for line in page.splitlines():
+        if line and not line.startswith("#"):
+            series, _, value = line.rpartition(" ")
+            found[series] = float(value)
+    return found
+
+
+# --- a kernel to order ------------------------------------------------------------------------------
+
+COUNTERS = ("generation", "opens", "closes", "reads", "updates", "rebuilds", "lookups", "overlaps",
+            "stale", "blocked", "failed", "bytes", "peak_bytes", "headers", "chain_id", "processes")
+
+# How wide the kernel's members are, by module or class; what is not named is 64 bits wide.
+_U32 = {
+    "zone_misc": {"avenrun_1min", "avenrun_5min", "avenrun_15min", "forkfail_cap", "forkfail_noproc",
+                  "forkfail_nomem", "forkfail_misc", "mapfail_seglim", "nested_interp", "init_pid"},
+    "net": {"rbytes", "obytes", "ipackets", "opackets", "ierrors", "oerrors", "norcvbuf",
+            "noxmtbuf", "collisions", "multircv", "multixmt", "brdcstrcv", "brdcstxmt", "unknowns",
+            "link_state", "link_duplex"},
+}
+_I32 = {"rtoAlgorithm", "rtoMin", "rtoMax", "maxConn", "connTableSize", "connTableSize6"}
+_WIDE_MIB2 = {"inSegs", "outSegs", "inDatagrams", "outDatagrams"}
+_CHARS = {"state", "cpu_type", "fpu_type"}
+NAMED, RAW, IO = 1, 0, 3
+
+
+def member_type(kstat: Mapping[str, Any], member: str, value: Any) -> str:
+    """The type that the kernel gives a member, as the kstats file of tests/libkstat names it."""
+    kind = kstat["class"]
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "char" if kstat["module"] == "cpu_info" and member in _CHARS else "str"
+    if isinstance(value, float):
+        return "d"
+    if member in _I32:
+        return "i32"
+    if member in _U32.get(kind, ()) or (kstat["name"] == "system_misc"):
+        return "u32"
+    if kind == "mib2" and member not in _WIDE_MIB2:
+        return "u32"
+    return "u64" if value >= 0 else "i64"
+
+
+def kstats_file(kstats: Iterable[Mapping[str, Any]]) -> str:
+    """The kstats of a capture's frame in the form that tests/libkstat reads."""
+    lines: List[str] = []
+    for kstat in kstats:
+        head = ("K", kstat["module"], kstat["instance"], kstat["name"], kstat["class"],
+                kstat.get("type", NAMED), ns(kstat.get("crtime", 0)), ns(kstat.get("snaptime", 0)))
+        lines.append("\t".join(map(str, head)))
+        members = kstat["data"]
+        if kstat.get("type", NAMED) == RAW:
+            raw = struct.pack(f"={len(members)}Q", *members.values())
+            lines.append(f"R\t{len(raw)}\t{raw.hex()}")
+            continue
+        lines += [f"M\t{member_type(kstat, member, value)}\t{member}\t{'' if value is None else value}"
+                  for member, value in members.items()]
+    return "\n".join(lines) + "\n"
+
+
+def ns(value: Union[int, float]) -> int:
+    """A time of a kstat in nanoseconds: captures may have seconds as a float."""
+    return value if isinstance(value, int) else int(math.floor(value * 1e9))
+
+
+class Kernel:
+    """A folder with the stand-in library, the kstats that it serves, its faults and counters."""
+
+    def __init__(self, library: Path, folder: Path,
+                 kstats: Union[str, Iterable[Mapping[str, Any]]] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.library = folder / "libkstat.so.1"
+        shutil.copy(str(library), str(self.library))
+        self._stats = open(folder / "stats", "w+b")
+        self._stats.truncate(4096)
+        self._map = mmap.mmap(self._stats.fileno(), 4096)
+        self._bump = 0
+        self._rules: List[str] = []
+        if kstats:
+            self.write(kstats)
+
+    def _replace(self, name: str, content: str) -> None:
+        with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, self.folder / name)
+        struct.pack_into("=Q", self._map, 0, self["generation"] + 1)
+
+    def write(self, kstats: Union[str, Iterable[Mapping[str, Any]]], name: str = "kstats") -> None:
+        """What the kernel has from now on (or, by another name, after a `switch`)."""
+        self._replace(name, kstats if isinstance(kstats, str) else kstats_file(kstats))
+
+    def synthesise(self, zones: int, kstats: int) -> None:
+        """Made-up zones, and as many kstats in all; see `synth` in the library."""
+        self.write(f"synth zones={zones} kstats={kstats}\n")
+
+    def faults(self, *rules: Sequence[Union[str, int]]) -> None:
+        """The faults from now on, instead of those before: ("block", "tcp:7:tcp"), ….  None: none."""
+        self._rules = ["\t".join(map(str, rule)) for rule in rules]
+        self._replace("control", "\n".join(self._rules) + "\n")
+
+    def bump(self) -> None:
+        """The chain id changes, and one kstat with it (only for synthesised ones)."""
+        self._bump += 1
+        self._replace("control", "\n".join([*self._rules, f"bump\t{self._bump}"]) + "\n")
+
+    def __getitem__(self, counter: str) -> int:
+        value: int = struct.unpack_from("=Q", self._map, 8 * COUNTERS.index(counter))[0]
+        return value
+
+    def counters(self) -> Dict[str, int]:
+        """All counters."""
+        return {name: self[name] for name in COUNTERS}
+
+    def log_reads(self) -> None:
+        """From now on (before the program starts!) note each kstat_read."""
+        (self.folder / "reads").write_text("")
+
+    def reads(self, clear: bool = True) -> List[str]:
+        """module:instance:name of each kstat_read since the last time."""
+        path = self.folder / "reads"
+        lines = path.read_text().splitlines()
+        if clear:
+            os.truncate(path, 0)
+        return lines
+
+    def close(self) -> None:
+        """Close the counters."""
+        self._map.close()
+        self._stats.close()
+
+
+def build_libkstat(folder: Path) -> Path:
+    """Compile the stand-in; FileNotFoundError without a C compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (cc)")
+    library = folder / "libkstat-built.so"
+    subprocess.run([compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared",
+                    "-o", str(library), str(ROOT / "tests" / "libkstat" / "libkstat.c"), "-lpthread",
+                    "-ldl"], check=True)
+    return library
+
+
+def node(path: Path = NODE) -> Dict[str, Any]:
+    """The recorded compute node."""
+    loaded: Dict[str, Any] = json.loads(path.read_text())
+    return loaded
