@@ -1,0 +1,756 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MPL-2.0
+"""The command of Container Monitor's users and operators.
+
+    cmon.py discover [--groups A,B] [--json]      the containers of an account, as the proxy lists them
+    cmon.py monitor NAME|UUID                     the page of metrics of one of them
+    cmon.py demo [--once]                         a compute node, a proxy and a tenant on this machine
+
+Where the proxy is and who asks: --url, --cert, --key or CMON_URL, CMON_CERT, CMON_KEY.
+Exit status: 0; 1 when something failed, in one line on stderr; 2 for a wrong command line.
+
+Map (`grep '^# ---'`):
+
+    client
+    display
+    discover and monitor
+    demo
+    commands
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import difflib
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+from pathlib import Path
+from typing import Any, Callable, Mapping, NamedTuple, NoReturn, Sequence
+
+if sys.version_info < (3, 9):       # a traceback is no answer to that
+    sys.exit(f"cmon: needs Python 3.9 or later, this is {sys.version.split()[0]}")
+
+try:
+    # The agent is the one file that must run alone, so it carries the kit that we share.
+    from cmon_agent import (
+        CMON_PURPOSE, CertificateError, Client, ClientError, ClientResponse, ExpositionError, Sample,
+        __version__, make_certificate, make_key, parse, public_key, ssh_public_key,
+    )
+except ImportError as import_error:
+    sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
+
+
+# --- client ----------------------------------------------------------------------------------------
+
+PROXY_PORT = 9163
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+class Failure(Exception):
+    """What a command cannot do: one line for the user, exit status 1."""
+
+
+class Usage(Failure):
+    """What is wrong with the command line: exit status 2."""
+
+
+class Container(NamedTuple):
+    """One container, as discovery shows it."""
+    alias: str
+    uuid: str
+    brand: str
+    state: str
+    node: str
+
+
+class Proxy:
+    """The proxy, as one account sees it. Every failure becomes a `Failure` in one line."""
+
+    def __init__(self, url: str, tls: ssl.SSLContext, timeout: float,
+                 connect: tuple[str, int] | None = None) -> None:
+        self.url, self.timeout = url.rstrip("/"), timeout
+        host = urllib.parse.urlsplit(url).hostname or ""
+        self._client = Client(tls, resolve={host: connect} if connect else None)
+
+    def get(self, path: str) -> ClientResponse:
+        """The proxy's answer, whatever its status."""
+        headers = {"X-Prometheus-Scrape-Timeout-Seconds": f"{self.timeout:g}"}
+        try:
+            return self._client.request("GET", self.url + path, headers, timeout=self.timeout)
+        except ClientError as error:
+            raise Failure(str(error) + self._hint(str(error))) from None
+
+    def page(self, path: str) -> bytes:
+        """The body of a 200; any other answer is a failure, in the proxy's own words."""
+        answer = self.get(path)
+        if answer.status != 200:
+            words = printable(answer.body[:2000].decode("utf-8", "replace")).strip() or "no reason given"
+            raise Failure(f"{urllib.parse.urlsplit(self.url).netloc} says {answer.status}: {words}")
+        return answer.body
+
+    def containers(self, groups: str = "") -> tuple[Any, list[Container]]:
+        """Discovery: the JSON as it came, and the containers in it by alias."""
+        query = "?" + urllib.parse.urlencode({"groups": groups}) if groups else ""
+        try:
+            found = json.loads(self.page("/v1/discover" + query))
+            return found, sorted(
+                Container(*(printable(str(item.get(key) or "-")) for key in (
+                    "vm_alias", "vm_uuid", "vm_brand", "vm_state", "server_uuid")))
+                for item in found["containers"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise Failure(f"{self.url}/v1/discover answers, but not as a proxy: is the URL right?"
+                          ) from None
+
+    def close(self) -> None:
+        """End the connections."""
+        self._client.close()
+
+    def _hint(self, message: str) -> str:
+        parts = urllib.parse.urlsplit(self.url)
+        if "certificate is not trusted" in message:
+            return "; a proxy with a certificate of its own CA needs --ca FILE"
+        if parts.port is None and message.startswith("cannot reach"):
+            return f"; the proxy's usual port is {PROXY_PORT}: --url https://{parts.hostname}:{PROXY_PORT}"
+        return ""
+
+
+def proxy_url(text: str) -> str:
+    """The proxy's URL, or Usage in words."""
+    if not text:
+        raise Usage("where is the proxy? set CMON_URL or give --url, "
+                    f"for example https://cmon.dc.example:{PROXY_PORT}")
+    try:
+        parts = urllib.parse.urlsplit(text)
+        good = parts.scheme == "https" and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
+        raise Usage(f"{text!r} is not the URL of a proxy: https://HOST:PORT and nothing behind it")
+    return text
+
+
+def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
+    """TLS with the user's certificate; Failure says which file is wrong, and how."""
+    for what, path in (("certificate", cert), ("key", key), ("CA", ca)):
+        if path:
+            try:
+                Path(path).read_bytes()
+            except OSError as error:
+                raise Failure(f"cannot read the {what} {path}: {words_of(error)}") from None
+    try:
+        context = ssl.create_default_context(cafile=ca or None)
+    except ssl.SSLError:
+        raise Failure(f"{ca} holds no CA certificate in PEM") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not ca and not context.cert_store_stats()["x509_ca"] and not ssl.get_default_verify_paths().capath:
+        raise Failure("this Python finds no CA certificates: give --ca FILE")
+    asked = []
+
+    def no_passphrase() -> str:
+        asked.append(True)
+        return ""
+    try:
+        context.load_cert_chain(cert, key, password=no_passphrase)
+    except (OSError, ValueError) as error:      # SSLError is an OSError
+        if asked:
+            raise Failure(f"the key {key} has a passphrase, and cmon cannot ask for it: use a key "
+                          "without one, readable by you alone") from None
+        if "KEY_VALUES_MISMATCH" in str(error):
+            raise Failure(f"the key {key} does not belong to the certificate {cert}") from None
+        raise Failure(f"{cert} and {key} are not a certificate and its key in PEM") from None
+    return context
+
+
+def words_of(error: OSError) -> str:
+    """`no such file or directory`."""
+    return (error.strerror or str(error)).lower()
+
+
+# --- display ---------------------------------------------------------------------------------------
+
+def printable(text: str) -> str:
+    """The text on one line, with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+
+
+def emphasis(text: str) -> str:
+    """Bold, where a person looks on and does not mind."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        return f"\x1b[1m{text}\x1b[0m"
+    return text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns; the header first."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+             for row in (header, *rows)]
+    return [emphasis(lines[0]), *lines[1:]]
+
+
+def container_table(containers: Sequence[Container], width: int) -> list[str]:
+    """Containers as a table; where it would be too wide, nodes and then aliases are cut."""
+    rows: list[Sequence[str]] = [*containers]
+    header = ("ALIAS", "UUID", "BRAND", "STATE", "NODE")
+    if containers and max(map(len, table(header, rows))) > width:
+        rows = [(*row[:4], row[4][:8]) for row in rows]
+        excess = max(map(len, table(header, rows))) - width
+        if excess > 0:
+            longest = max(max(len(row[0]) for row in rows) - excess, 8)
+            rows = [(row[0] if len(row[0]) <= longest else row[0][:longest - 1] + "…", *row[1:])
+                    for row in rows]
+    return table(header, rows)
+
+
+def screen_width() -> int:
+    """Columns of the terminal; a pipe or a file has room for everything."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+
+
+# --- discover and monitor --------------------------------------------------------------------------
+
+def discover(arguments: argparse.Namespace) -> int:
+    """`cmon.py discover`"""
+    proxy = proxy_of(arguments)
+    found, containers = proxy.containers(arguments.groups)
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    elif not containers:
+        print("cmon: no containers" + (f" in {arguments.groups}" if arguments.groups else
+                                       ": this account has none that run"), file=sys.stderr)
+    else:
+        print("\n".join(container_table(containers, screen_width())))
+    return 0
+
+
+def monitor(arguments: argparse.Namespace) -> int:
+    """`cmon.py monitor`"""
+    proxy = proxy_of(arguments)
+    name = arguments.container
+    uuid = name.lower()
+    if not UUID.fullmatch(uuid):            # a whole UUID needs no look-up
+        uuid = choose(name, proxy.containers()[1]).uuid
+    page = proxy.page(f"/v1/{uuid}/metrics").decode("utf-8", "replace")
+    if sys.stdout.isatty():                 # what a zone wrote must not drive the terminal
+        page = "\n".join("".join(char if char.isprintable() else "?" for char in line)
+                         for line in page.splitlines()) + "\n"
+    sys.stdout.write(page)
+    return 0
+
+
+def choose(name: str, containers: Sequence[Container]) -> Container:
+    """The container that is meant: by alias, else by the beginning of its UUID."""
+    found = [container for container in containers if container.alias == name]
+    if not found and len(name) >= 2:
+        found = [container for container in containers if container.uuid.startswith(name.lower())]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Failure(f"{name!r} may be " + " or ".join(map(describe, found[:8]))
+                      + (f" or {len(found) - 8} more" if len(found) > 8 else "") + ": give the UUID")
+    aliases = sorted({container.alias for container in containers})
+    near = [alias for alias in aliases if name.lower() in alias.lower()][:5]
+    near = near or difflib.get_close_matches(name, aliases, 5, 0.5)
+    if not containers:
+        raise Failure(f"no container {name!r}: this account has none that run")
+    raise Failure(f"no container {name!r}; " + ("did you mean " + " or ".join(near) + "?" if near
+                                                else "`cmon.py discover` lists them"))
+
+
+def describe(container: Container) -> str:
+    """A container in a message."""
+    return f"{container.uuid} ({container.alias}, {container.state})"
+
+
+def proxy_of(arguments: argparse.Namespace) -> Proxy:
+    """The proxy that flags and environment name."""
+    url = proxy_url(arguments.url)
+    for flag, variable, value in (("--cert", "CMON_CERT", arguments.cert),
+                                  ("--key", "CMON_KEY", arguments.key)):
+        if not value:
+            raise Usage(f"who asks? set {variable} or give {flag} FILE (PEM)")
+    return Proxy(url, client_context(arguments.cert, arguments.key, arguments.ca), arguments.timeout)
+
+
+# --- demo ------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+LOOPBACK = "127.0.0.1"
+SUFFIX = "demo.localhost"       # OpenSSL takes no wildcard right below a top-level name
+START_SECONDS = 30.0            # for a child to listen: a small machine may compile for ten
+STOP_SECONDS = 5.0
+
+
+class Program:
+    """One of our servers as a process, with its log in a file."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+        self.name, self.log = name, log
+        with log.open("wb") as sink:
+            # in a session of its own, so that Ctrl-C reaches us alone and we stop it in order
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink,
+                                             stderr=sink, start_new_session=True)
+
+    def port(self) -> int:
+        """The port it listens on, as it says itself."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            heard = re.search(rb"listening on 127\.0\.0\.1:([0-9]+)", self.log.read_bytes())
+            if heard:
+                return int(heard.group(1))
+            self.check()
+            time.sleep(0.02)
+        raise Failure(f"the {self.name} does not listen after {START_SECONDS:g} s; {self.last_words()}")
+
+    def check(self) -> None:
+        """Failure with its last words if it has ended."""
+        status = self._process.poll()
+        if status is not None:
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise Failure(f"the {self.name} {how}; {self.last_words()}")
+
+    def last_words(self) -> str:
+        """The end of its log, on one line."""
+        lines = self.log.read_text("utf-8", "replace").strip().splitlines()
+        return f"its last words: {printable(lines[-1])}" if lines else "it left no word"
+
+    def stop(self) -> None:
+        """End it, by force when it does not."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+class Demo:
+    """A recorded compute node with agent, a proxy, and accounts with certificates, in one folder."""
+
+    def __init__(self, folder: Path, agent_port: int, proxy_port: int) -> None:
+        self.folder = folder
+        self._programs: list[Program] = []
+        self._wanted = {"agent": agent_port, "proxy": proxy_port}
+        self.agent_port = self.proxy_port = 0
+        self.inventory: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """Make the certificates, start the agent and then the proxy."""
+        recording, inventory = example("node.json"), example("inventory.json")
+        for program, port in self._wanted.items():
+            require_free(program, port)
+        self.inventory = json.loads(inventory.read_text("utf-8"))
+        try:
+            self._certificates()
+        except (OSError, CertificateError) as error:
+            raise Failure(f"the demo makes its certificates with OpenSSL, and cannot: {error}") from None
+        self.agent_port = self._run("agent", ["-I"], "--replay", str(recording))
+        for server in self.inventory["servers"]:        # one agent plays all the nodes
+            server["admin_ip"] = f"{LOOPBACK}:{self.agent_port}"
+        self._write("inventory.json", json.dumps(self.inventory, indent=2).encode())
+        self._write("proxy.json", json.dumps({
+            "tls": {"certificate": "server-cert.pem", "key": "server-key.pem"},
+            "admin_listen": f"{LOOPBACK}:0",
+            "host_prefix": "localhost",     # the service's own name, which needs no DNS
+            "inventory": {"file": "inventory.json"},
+            "agent": {"port": self.agent_port},
+        }, indent=2).encode())
+        self.proxy_port = self._run("proxy", ["-sE"], "--config", str(self.folder / "proxy.json"))
+
+    def stop(self) -> None:
+        """End both programs."""
+        for program in reversed(self._programs):
+            program.stop()
+
+    def check(self) -> None:
+        """Failure if one of the programs has ended."""
+        for program in self._programs:
+            program.check()
+
+    def proxy(self, login: str) -> Proxy:
+        """The proxy, seen by this account."""
+        tls = client_context(str(self.folder / f"{login}-cert.pem"),
+                             str(self.folder / f"{login}-key.pem"), str(self.folder / "ca.pem"))
+        return Proxy(f"https://localhost:{self.proxy_port}", tls, 10.0, (LOOPBACK, self.proxy_port))
+
+    def credentials(self, login: str, flags: Sequence[str]) -> str:
+        """Flags of a command that is to act as this account."""
+        files = ("ca.pem", f"{login}-cert.pem", f"{login}-key.pem")
+        return " ".join(f"{flag} {shlex.quote(str(self.folder / file))}"
+                        for flag, file in zip(flags, files))
+
+    def curl(self, login: str, url: str) -> str:
+        """A command that asks the proxy as this account, from any shell on this machine."""
+        flags = self.credentials(login, ("--cacert", "--cert", "--key"))
+        return f"curl {flags} --connect-to ::{LOOPBACK}: {url}"
+
+    def prometheus_yml(self, login: str) -> str:
+        """A configuration for Prometheus on this machine, with no name to resolve but localhost."""
+        def path(file: str) -> str:
+            return json.dumps(str(self.folder / file), ensure_ascii=False)     # JSON is YAML
+        tls = [f"ca_file: {path('ca.pem')}", f"cert_file: {path(f'{login}-cert.pem')}",
+               f"key_file: {path(f'{login}-key.pem')}"]
+        lines = PROMETHEUS_YML.replace("PORT", str(self.proxy_port)).replace("LOGIN", login)
+        return re.sub(r"(?m)^( +)TLS$", lambda match: "\n".join(match.group(1) + line for line in tls),
+                      lines)
+
+    def _run(self, name: str, python: Sequence[str], *arguments: str) -> int:
+        command = [sys.executable, *python, str(HERE / f"cmon_{name}.py"), *arguments,
+                   "--listen", f"{LOOPBACK}:{self._wanted[name]}", "--log-format", "text"]
+        self._programs.append(Program(name, command, self.folder / f"{name}.log"))
+        return self._programs[-1].port()
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.folder / name
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content)
+
+    def _certificates(self) -> None:
+        """A CA with the proxy's certificate; and for each account a key and, signed by it, the
+        certificate that `triton profile cmon-certgen` would make."""
+        ca_key, server_key = make_key(), make_key()
+        ca = make_certificate(ca_key, "Container Monitor demo CA", days=30, is_ca=True)
+        names = ("localhost", SUFFIX, f"*.{SUFFIX}", LOOPBACK)
+        self._write("ca.pem", ca)
+        self._write("server-key.pem", server_key)
+        self._write("server-cert.pem", make_certificate(
+            server_key, "localhost", issuer=ca, signing_key=ca_key, names=names, days=30,
+            purposes=["serverAuth"]))
+        for account in self.inventory["accounts"]:
+            login = account["login"]
+            account_key, key = make_key(), make_key()
+            line = ssh_public_key(account_key)
+            account["keys"] = [line]
+            digest = bytes.fromhex(public_key(line).md5.replace(":", ""))
+            issuer = "MD5:" + base64.b64encode(digest).decode().rstrip("=")
+            self._write(f"{login}-key.pem", key)
+            self._write(f"{login}-cert.pem", make_certificate(
+                key, login, issuer=issuer, signing_key=account_key, days=30,
+                purposes=["clientAuth", CMON_PURPOSE]))
+
+
+PROMETHEUS_YML = """\
+# Prometheus for the demo: discovers and scrapes the containers of LOGIN through the proxy.
+global:
+  scrape_interval: 10s
+
+scrape_configs:
+  - job_name: containers
+    scheme: https
+    tls_config:
+      TLS
+    triton_sd_configs:
+      - account: LOGIN
+        dns_suffix: demo.localhost
+        endpoint: localhost
+        port: PORT
+        refresh_interval: 10s
+        version: 1
+        tls_config:
+          TLS
+    relabel_configs:
+      # by path on the proxy's own name, so no name for each container is needed
+      - source_labels: [__meta_triton_machine_id]
+        target_label: __metrics_path__
+        replacement: /v1/$1/metrics
+      - target_label: __address__
+        replacement: localhost:PORT
+      - source_labels: [__meta_triton_machine_id]
+        target_label: instance
+      - source_labels: [__meta_triton_machine_alias]
+        target_label: alias
+"""
+
+
+def example(name: str) -> Path:
+    """A file of examples/, from a checkout or from an installed package."""
+    for folder in (HERE / "examples", Path(sys.prefix) / "share" / "cmon" / "examples"):
+        if (folder / name).is_file():
+            return folder / name
+    raise Failure(f"the demo needs {HERE / 'examples' / name}: run it in a copy of the whole project")
+
+
+def require_free(program: str, port: int) -> None:
+    """Failure if another program listens on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had: {words_of(error)}"
+            raise Failure(f"port {port} for the {program} {why}; another: --{program}-port PORT, "
+                          "and without the flag a free one is found") from None
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """`cmon.py demo`"""
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, interrupt)
+    folder = Path(tempfile.mkdtemp(prefix="cmon-demo-"))
+    running = Demo(folder, arguments.agent_port, arguments.proxy_port)
+    try:
+        running.start()
+        show(running)
+        if arguments.once:
+            return 0
+        print("Everything runs until Ctrl-C.", flush=True)
+        while True:
+            time.sleep(0.5)
+            running.check()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)       # nothing may cut the cleaning short
+        running.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def show(running: Demo) -> None:
+    """Do as a tenant what a tenant's Prometheus does; print each step as a command. Failure if the
+    product does not do what it promises."""
+    vms = running.inventory["vms"]
+    login, mine, foreign = cast(running.inventory)
+    proxy = running.proxy(login)
+    base = proxy.url
+    steps: list[tuple[str, str, list[str]]] = []
+
+    def step(title: str, command: str, result: list[str]) -> None:
+        steps.append((title, command, result))
+        print(f"{emphasis(f'{len(steps)}. {title}')}\n\n{wrapped(command)}\n")
+        for line in result:
+            print(f"    {line}")
+        print(flush=True)
+
+    print(f"""
+Container Monitor on one machine: a recorded compute node with {len(vms)} zones of
+{len(running.inventory["accounts"])} accounts, its agent, and the proxy in front of it. \
+Each step below was done just
+now, and its command repeats it from any shell.
+""")
+    _, containers = proxy.containers()
+    if mine["uuid"] not in [container.uuid for container in containers]:
+        raise Failure(f"discovery as {login} does not show {mine['alias']}")
+    step(f"{login} asks the proxy for her containers, as Prometheus does",
+         running.curl(login, f"{base}/v1/discover"), container_table(containers, 76))
+    page = proxy.page(f"/v1/{mine['uuid']}/metrics")
+    step(f"{login} scrapes {mine['alias']}, from outside the zone",
+         running.curl(login, f"{base}/v1/{mine['uuid']}/metrics"), summary(page))
+    named = f"https://{mine['uuid']}.{SUFFIX}:{running.proxy_port}/metrics"
+    step("the same page by host name: one node exporter for each container",
+         running.curl(login, named), [f"{samples(by_name(running, login, named))} samples"])
+    refused = proxy.get(f"/v1/{foreign['uuid']}/metrics")
+    if refused.status != 404:
+        raise Failure(f"a foreign container is answered with {refused.status} instead of 404")
+    step(f"another account's container, {foreign['alias']}, is not there for {login}",
+         running.curl(login, f"{base}/v1/{foreign['uuid']}/metrics"),
+         [f"{refused.status}: {printable(refused.body.decode())}"])
+    direct = f"http://{LOOPBACK}:{running.agent_port}"
+    step("the operator asks the agent itself, on the admin network", f"curl {direct}/v1/gz/metrics",
+         summary(fetch(f"{direct}/v1/gz/metrics")))
+    config = running.folder / "prometheus.yml"
+    config.write_text(running.prometheus_yml(login), "utf-8")
+    python = shlex.quote(sys.executable)
+    flags = running.credentials(login, ("--ca", "--cert", "--key"))
+    step("the same with our own command",
+         f"{python} {shlex.quote(str(HERE / 'cmon.py'))} monitor {shlex.quote(mine['alias'])} "
+         f"--url {base} {flags}", [])
+    step("and a Prometheus, where there is one (then look at http://127.0.0.1:9090/targets)",
+         f"prometheus --config.file={shlex.quote(str(config))} "
+         f"--storage.tsdb.path={shlex.quote(str(running.folder / 'prometheus'))} "
+         "--web.listen-address=127.0.0.1:9090", [])
+    proxy.close()
+
+
+def cast(inventory: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Who plays: the first ordinary account that has a running zone, the zone, and a foreign one."""
+    for account in inventory["accounts"]:
+        running = [vm for vm in inventory["vms"] if vm["state"] == "running"]
+        mine = [vm for vm in running if vm["owner_uuid"] == account["uuid"]]
+        foreign = [vm for vm in running if vm["owner_uuid"] != account["uuid"]]
+        if mine and foreign and not account.get("operator"):
+            return account["login"], mine[0], foreign[0]
+    raise Failure("examples/inventory.json needs two accounts with running zones")
+
+
+def fetch(url: str, tls: ssl.SSLContext | None = None,
+          resolve: Mapping[str, tuple[str, int]] | None = None) -> bytes:
+    """The body of a 200; Failure otherwise."""
+    client = Client(tls, resolve=resolve)
+    try:
+        answer = client.request("GET", url)
+    except ClientError as error:
+        raise Failure(str(error)) from None
+    finally:
+        client.close()
+    if answer.status != 200:
+        raise Failure(f"{url} answers {answer.status}: {printable(answer.body[:500].decode())}")
+    return answer.body
+
+
+def by_name(running: Demo, login: str, url: str) -> bytes:
+    """The page of a container's own name, without DNS."""
+    tls = client_context(*(str(running.folder / name) for name in (
+        f"{login}-cert.pem", f"{login}-key.pem", "ca.pem")))
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return fetch(url, tls, {host: (LOOPBACK, running.proxy_port)})
+
+
+def samples(page: bytes) -> int:
+    """How many samples a page has; Failure if it is none."""
+    try:
+        return sum(len(family.samples) for family in parse(page.decode()))
+    except (ExpositionError, UnicodeDecodeError) as error:
+        raise Failure(f"a page that Prometheus would refuse: {error}") from None
+
+
+SHOWN = ("cpucap_cur_usage_percentage", "mem_agg_usage", "mem_limit", "net_agg_bytes_in",
+         "load_average", "zfs_used", "cpu_idle_seconds_total", "arcstats_size_bytes")
+
+
+def summary(page: bytes) -> list[str]:
+    """The size of a page, and a few samples that everybody understands."""
+    count = samples(page)
+    found = {family.name: family.samples for family in parse(page.decode())}
+    lines = [f"{name}{short_labels(found[name][0])} {found[name][0].value}"
+             for name in SHOWN if found.get(name)]
+    return [*lines[:5], f"… {count} samples, {len(page)} bytes"]
+
+
+def short_labels(sample: Sample) -> str:
+    """`{interface="vnic0"}`, cut to what a line has room for."""
+    inner = ",".join(f'{name}="{value}"' for name, value in sample.labels)
+    return "{" + (inner if len(inner) <= 36 else inner[:35] + "…") + "}" if inner else ""
+
+
+def wrapped(command: str) -> str:
+    """A command over several lines, which a shell takes as they are."""
+    words = re.split(r" (?=--|https?:)", command)
+    return "    " + " \\\n        ".join(words)
+
+
+# --- commands --------------------------------------------------------------------------------------
+
+class Command(NamedTuple):
+    """One row of the table of commands."""
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def seconds(text: str) -> float:
+    """A flag's value: a time that is positive and ends."""
+    value = float(text)
+    if not 0 < value <= 3600:
+        raise ValueError
+    return value
+
+
+def port_number(text: str) -> int:
+    """A flag's value: a port."""
+    value = int(text)
+    if not 0 < value < 65536:
+        raise ValueError
+    return value
+
+
+def connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the proxy is and who asks; flags win over the environment."""
+    add = parser.add_argument
+    environment = os.environ.get
+    add("--url", metavar="URL", default=environment("CMON_URL", ""),
+        help=f"the proxy, as https://HOST:{PROXY_PORT} (CMON_URL)")
+    add("--cert", metavar="FILE", default=environment("CMON_CERT", ""),
+        help="your certificate, PEM (CMON_CERT)")
+    add("--key", metavar="FILE", default=environment("CMON_KEY", ""),
+        help="its key, PEM (CMON_KEY)")
+    add("--ca", metavar="FILE", default="", help="the CA of the proxy's certificate, PEM, where it is "
+        "not one that this system trusts")
+    add("--timeout", metavar="SECONDS", type=seconds, default=10.0, help="for one answer (10)")
+
+
+def discover_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `discover`."""
+    parser.add_argument("--groups", metavar="A,B", default="",
+                        help="only containers in one of these groups (tag triton.cmon.groups)")
+    parser.add_argument("--json", action="store_true", help="the proxy's answer as JSON")
+    connection_arguments(parser)
+
+
+def monitor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `monitor`."""
+    parser.add_argument("container", metavar="NAME|UUID",
+                        help="an alias, a UUID, or the beginning of a UUID that only one has")
+    connection_arguments(parser)
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `demo`."""
+    parser.add_argument("--once", action="store_true", help="end after the check instead of at Ctrl-C")
+    for program in ("agent", "proxy"):
+        parser.add_argument(f"--{program}-port", metavar="PORT", type=port_number, default=0,
+                            help=f"the {program}'s port on {LOOPBACK} (a free one)")
+
+
+COMMANDS = (
+    Command("discover", "list the containers of your account", discover, discover_arguments),
+    Command("monitor", "print the metrics of one container", monitor, monitor_arguments),
+    Command("demo", "see all of it work on this machine, with nothing installed", demo, demo_arguments),
+)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="cmon.py", description="Container Monitor: metrics of zones, for their owners.",
+        allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"cmon {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        inner = commands.add_parser(command.name, help=command.help, allow_abbrev=False,
+                                    description=command.help[0].upper() + command.help[1:] + ".")
+        command.arguments(inner)
+        inner.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; what goes wrong is one line on stderr."""
+    arguments = command_line().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except Failure as failure:
+        print(f"cmon: {failure}", file=sys.stderr)
+        return 2 if isinstance(failure, Usage) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:             # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:            # a full disk below stdout or the temporary folder
+        print(f"cmon: {words_of(error)}" + (f": {error.filename}" if error.filename else ""),
+              file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
