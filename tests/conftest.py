@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Union
+from typing import Any, Callable, Union
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from support import Kernel, Program, build_libkstat, node  # noqa: E402  (after the path)
+from support import Kernel, Program, build_libkstat, node  # noqa: E402  (it needs the path)
 
 # Where this is set, all that tests need has been installed: a skip is then a hole in the net.
 NO_SKIPS = os.environ.get("CI", "").lower() in ("1", "true", "yes")
@@ -42,7 +43,7 @@ Kstats = Union[str, Iterable[Mapping[str, Any]]]
 @pytest.fixture()
 def kernel(libkstat: Path, tmp_path: Path) -> Iterator[Callable[..., Kernel]]:
     """Makes kernels: `kernel(kstats)`, in a folder of their own."""
-    made: List[Kernel] = []
+    made: list[Kernel] = []
 
     def make(kstats: Kstats = ()) -> Kernel:
         made.append(Kernel(libkstat, tmp_path / f"kernel{len(made)}", kstats))
@@ -55,7 +56,7 @@ def kernel(libkstat: Path, tmp_path: Path) -> Iterator[Callable[..., Kernel]]:
 @pytest.fixture()
 def start() -> Iterator[Callable[[Program], Program]]:
     """Takes a started program and ends it after the test: `agent = start(Program.agent(…))`."""
-    started: List[Program] = []
+    started: list[Program] = []
 
     def keep(program: Program) -> Program:
         started.append(program)
@@ -66,6 +67,6 @@ def start() -> Iterator[Callable[[Program], Program]]:
 
 
 @pytest.fixture(scope="session")
-def recorded_node() -> Dict[str, Any]:
+def recorded_node() -> dict[str, Any]:
     """examples/node.json."""
     return node()

@@ -17,21 +17,22 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar,
-    Union,
-)
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 NODE = EXAMPLES / "node.json"
 PATIENCE = 30.0         # seconds that a test waits for what must come; it is mostly there at once
 T = TypeVar("T")
-Address = Tuple[str, int]
+Address = tuple[str, int]
 
 
-# --- waiting and ports ------------------------------------------------------------------------------
+# --- waiting and ports ----------------------------------------------------------------------------
 
 def wait_until(predicate: Callable[[], T], what: str = "", timeout: float = PATIENCE) -> T:
     """The first true value of `predicate`; fails with its last value when it stays false."""
@@ -42,7 +43,7 @@ def wait_until(predicate: Callable[[], T], what: str = "", timeout: float = PATI
         if value:
             return value
         if time.monotonic() > end:
-            raise AssertionError(f"{what or predicate} did not come in {timeout} s, last: {value!r}")
+            raise AssertionError(f"{what or predicate}: not within {timeout} s, last: {value!r}")
         time.sleep(pause)
         pause = min(pause * 1.5, 0.1)
 
@@ -55,7 +56,7 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
-# --- programs as processes --------------------------------------------------------------------------
+# --- programs as processes ------------------------------------------------------------------------
 
 class Program:
     """One of our programs, or any other, as a process that a test starts and ends.
@@ -64,10 +65,10 @@ class Program:
     Subprocess coverage comes by COVERAGE_PROCESS_START in the environment (tests/run.sh).
     """
 
-    def __init__(self, *command: Union[str, Path], env: Optional[Mapping[str, str]] = None,
-                 cwd: Union[str, Path, None] = None, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(self, *command: str | Path, env: Mapping[str, str] | None = None,
+                 cwd: str | Path | None = None, pass_fds: Sequence[int] = ()) -> None:
         self.command = [str(word) for word in command]
-        self._lines: List[str] = []
+        self._lines: list[str] = []
         self._more = threading.Condition()
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -80,21 +81,21 @@ class Program:
             reader.start()
 
     @classmethod
-    def agent(cls, *arguments: Union[str, Path], listen: str = "127.0.0.1:0",
-              **more: Any) -> "Program":
+    def agent(cls, *arguments: str | Path, listen: str = "127.0.0.1:0",
+              **more: Any) -> Program:
         """The agent, isolated (`-I`) as in production, at a free port."""
         return cls(sys.executable, "-I", ROOT / "cmon_agent.py", "--log-format", "text",
                    "--listen", listen, *arguments, **more)
 
     @classmethod
-    def proxy(cls, config: Union[str, Path], *arguments: Union[str, Path],
-              **more: Any) -> "Program":
+    def proxy(cls, config: str | Path, *arguments: str | Path,
+              **more: Any) -> Program:
         """The proxy with its configuration file."""
         return cls(sys.executable, "-sE", ROOT / "cmon_proxy.py", "--log-format", "text",
                    "--config", config, *arguments, **more)
 
     @classmethod
-    def cmon(cls, *arguments: Union[str, Path], **more: Any) -> "Program":
+    def cmon(cls, *arguments: str | Path, **more: Any) -> Program:
         """The users' command."""
         return cls(sys.executable, ROOT / "cmon.py", *arguments, **more)
 
@@ -130,9 +131,9 @@ class Program:
             return self._stdout.decode("utf-8", "replace")
 
     def wait_for_log(self, pattern: str, times: int = 1,
-                     timeout: float = PATIENCE) -> List["re.Match[str]"]:
+                     timeout: float = PATIENCE) -> list[re.Match[str]]:
         """Waits until `pattern` has matched so many lines of stderr; gives the matches."""
-        def found() -> Optional[List["re.Match[str]"]]:
+        def found() -> list[re.Match[str]] | None:
             with self._more:
                 hits = [hit for hit in map(re.compile(pattern).search, self._lines) if hit]
             if len(hits) < times and self.process.poll() is not None:
@@ -148,7 +149,7 @@ class Program:
         except AssertionError as error:
             raise AssertionError(f"{error}\n--- log of {self.command}:\n{self.log}") from None
 
-    def addresses(self, listeners: int = 1) -> List[Address]:
+    def addresses(self, listeners: int = 1) -> list[Address]:
         """Where it listens, in the order of its log lines."""
         hits = self.wait_for_log(r"listening on \[?([^\s\]\"]+?)\]?:(\d+)", listeners)
         return [(hit.group(1), int(hit.group(2))) for hit in hits]
@@ -191,7 +192,7 @@ class Program:
         self.process.wait(PATIENCE)
         self._join()
 
-    def __enter__(self) -> "Program":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -204,12 +205,12 @@ class Program:
         assert status == 0, f"{self.command} ended with {status}:\n{self.log}"
 
 
-# --- HTTP by hand -----------------------------------------------------------------------------------
+# --- HTTP by hand ---------------------------------------------------------------------------------
 
 class Answer(NamedTuple):
     """One HTTP answer as it came."""
     status: int
-    headers: Dict[str, str]         # names in lower case
+    headers: dict[str, str]         # names in lower case
     body: bytes                     # after gzip
 
     @property
@@ -224,7 +225,7 @@ def read_answer(reader: Any, head: bool = False) -> Answer:
     if not line:
         raise ConnectionError("closed without an answer")
     status = int(line.split(None, 2)[1])
-    headers: Dict[str, str] = {}
+    headers: dict[str, str] = {}
     while True:
         line = reader.readline(65537)
         if line in (b"\r\n", b"\n", b""):
@@ -254,7 +255,7 @@ def read_answer(reader: Any, head: bool = False) -> Answer:
 class Connection:
     """A kept connection, plain or TLS, on which requests are written as the test says."""
 
-    def __init__(self, address: Address, tls: Any = None, server_name: Optional[str] = None,
+    def __init__(self, address: Address, tls: Any = None, server_name: str | None = None,
                  timeout: float = PATIENCE) -> None:
         raw = socket.create_connection(address, timeout)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -270,7 +271,7 @@ class Connection:
         """The next answer."""
         return read_answer(self._reader, head)
 
-    def request(self, path: str, headers: Optional[Mapping[str, str]] = None, method: str = "GET",
+    def request(self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET",
                 body: bytes = b"") -> Answer:
         """A request and its answer."""
         lines = {"Host": f"{self.address[0]}:{self.address[1]}", **(headers or {})}
@@ -285,24 +286,24 @@ class Connection:
         self._reader.close()
         self.socket.close()
 
-    def __enter__(self) -> "Connection":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def http_get(address: Address, path: str, headers: Optional[Mapping[str, str]] = None,
-             method: str = "GET", tls: Any = None, server_name: Optional[str] = None,
+def http_get(address: Address, path: str, headers: Mapping[str, str] | None = None,
+             method: str = "GET", tls: Any = None, server_name: str | None = None,
              timeout: float = PATIENCE) -> Answer:
     """One request on a connection of its own."""
     with Connection(address, tls, server_name, timeout) as connection:
         return connection.request(path, {"Connection": "close", **(headers or {})}, method)
 
 
-def samples(page: str) -> Dict[str, float]:
+def samples(page: str) -> dict[str, float]:
     """A page as `name{labels}` (as written) and value. Only for pages that are known to be good."""
-    found: Dict[str, float] = {}
+    found: dict[str, float] = {}
     for line in page.splitlines():
         if line and not line.startswith("#"):
             series, _, value = line.rpartition(" ")
@@ -310,15 +311,15 @@ def samples(page: str) -> Dict[str, float]:
     return found
 
 
-# --- a kernel to order ------------------------------------------------------------------------------
+# --- a kernel to order ----------------------------------------------------------------------------
 
 COUNTERS = ("generation", "opens", "closes", "reads", "updates", "rebuilds", "lookups", "overlaps",
             "stale", "blocked", "failed", "bytes", "peak_bytes", "headers", "chain_id", "processes")
 
 # How wide the kernel's members are, by module or class; what is not named is 64 bits wide.
 _U32 = {
-    "zone_misc": {"avenrun_1min", "avenrun_5min", "avenrun_15min", "forkfail_cap", "forkfail_noproc",
-                  "forkfail_nomem", "forkfail_misc", "mapfail_seglim", "nested_interp", "init_pid"},
+    "zone_misc": {"avenrun_1min", "avenrun_5min", "avenrun_15min", "forkfail_cap",
+                  "forkfail_noproc", "forkfail_nomem", "forkfail_misc", "mapfail_seglim", "nested_interp", "init_pid"},
     "net": {"rbytes", "obytes", "ipackets", "opackets", "ierrors", "oerrors", "norcvbuf",
             "noxmtbuf", "collisions", "multircv", "multixmt", "brdcstrcv", "brdcstxmt", "unknowns",
             "link_state", "link_duplex"},
@@ -349,7 +350,7 @@ def member_type(kstat: Mapping[str, Any], member: str, value: Any) -> str:
 
 def kstats_file(kstats: Iterable[Mapping[str, Any]]) -> str:
     """The kstats of a capture's frame in the form that tests/libkstat reads."""
-    lines: List[str] = []
+    lines: list[str] = []
     for kstat in kstats:
         head = ("K", kstat["module"], kstat["instance"], kstat["name"], kstat["class"],
                 kstat.get("type", NAMED), ns(kstat.get("crtime", 0)), ns(kstat.get("snaptime", 0)))
@@ -359,21 +360,22 @@ def kstats_file(kstats: Iterable[Mapping[str, Any]]) -> str:
             raw = struct.pack(f"={len(members)}Q", *members.values())
             lines.append(f"R\t{len(raw)}\t{raw.hex()}")
             continue
-        lines += [f"M\t{member_type(kstat, member, value)}\t{member}\t{'' if value is None else value}"
-                  for member, value in members.items()]
+        for member, value in members.items():
+            kind = member_type(kstat, member, value)
+            lines.append(f"M\t{kind}\t{member}\t{'' if value is None else value}")
     return "\n".join(lines) + "\n"
 
 
-def ns(value: Union[int, float]) -> int:
+def ns(value: float) -> int:
     """A time of a kstat in nanoseconds: captures may have seconds as a float."""
-    return value if isinstance(value, int) else int(math.floor(value * 1e9))
+    return value if isinstance(value, int) else math.floor(value * 1e9)
 
 
 class Kernel:
     """A folder with the stand-in library, the kstats that it serves, its faults and counters."""
 
     def __init__(self, library: Path, folder: Path,
-                 kstats: Union[str, Iterable[Mapping[str, Any]]] = ()) -> None:
+                 kstats: str | Iterable[Mapping[str, Any]] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.library = folder / "libkstat.so.1"
@@ -382,7 +384,7 @@ class Kernel:
         self._stats.truncate(4096)
         self._map = mmap.mmap(self._stats.fileno(), 4096)
         self._bump = 0
-        self._rules: List[str] = []
+        self._rules: list[str] = []
         if kstats:
             self.write(kstats)
 
@@ -392,7 +394,7 @@ class Kernel:
         os.replace(file.name, self.folder / name)
         struct.pack_into("=Q", self._map, 0, self["generation"] + 1)
 
-    def write(self, kstats: Union[str, Iterable[Mapping[str, Any]]], name: str = "kstats") -> None:
+    def write(self, kstats: str | Iterable[Mapping[str, Any]], name: str = "kstats") -> None:
         """What the kernel has from now on (or, by another name, after a `switch`)."""
         self._replace(name, kstats if isinstance(kstats, str) else kstats_file(kstats))
 
@@ -400,8 +402,8 @@ class Kernel:
         """Made-up zones, and as many kstats in all; see `synth` in the library."""
         self.write(f"synth zones={zones} kstats={kstats}\n")
 
-    def faults(self, *rules: Sequence[Union[str, int]]) -> None:
-        """The faults from now on, instead of those before: ("block", "tcp:7:tcp"), ….  None: none."""
+    def faults(self, *rules: Sequence[str | int]) -> None:
+        """The faults from now on, instead of those before: ("block", "tcp:7:tcp"), …"""
         self._rules = ["\t".join(map(str, rule)) for rule in rules]
         self._replace("control", "\n".join(self._rules) + "\n")
 
@@ -414,7 +416,7 @@ class Kernel:
         value: int = struct.unpack_from("=Q", self._map, 8 * COUNTERS.index(counter))[0]
         return value
 
-    def counters(self) -> Dict[str, int]:
+    def counters(self) -> dict[str, int]:
         """All counters."""
         return {name: self[name] for name in COUNTERS}
 
@@ -422,7 +424,7 @@ class Kernel:
         """From now on (before the program starts!) note each kstat_read."""
         (self.folder / "reads").write_text("")
 
-    def reads(self, clear: bool = True) -> List[str]:
+    def reads(self, clear: bool = True) -> list[str]:
         """module:instance:name of each kstat_read since the last time."""
         path = self.folder / "reads"
         lines = path.read_text().splitlines()
@@ -442,13 +444,13 @@ def build_libkstat(folder: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc)")
     library = folder / "libkstat-built.so"
-    subprocess.run([compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared",
-                    "-o", str(library), str(ROOT / "tests" / "libkstat" / "libkstat.c"), "-lpthread",
-                    "-ldl"], check=True)
+    source = ROOT / "tests" / "libkstat" / "libkstat.c"
+    subprocess.run([compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC",
+                    "-shared", "-o", library, source, "-lpthread", "-ldl"], check=True)
     return library
 
 
-def node(path: Path = NODE) -> Dict[str, Any]:
+def node(path: Path = NODE) -> dict[str, Any]:
     """The recorded compute node."""
-    loaded: Dict[str, Any] = json.loads(path.read_text())
+    loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded

@@ -7,10 +7,9 @@ import errno
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable
 
 import pytest
-
 from support import Kernel, wait_until
 
 
@@ -45,7 +44,7 @@ class Handle:
         self.library.kstat_lookup.restype = ctypes.POINTER(Kstat)
         self.control = self.library.kstat_open()
 
-    def chain(self) -> List[Any]:
+    def chain(self) -> list[Any]:
         """All headers."""
         found, at = [], self.control.contents.chain
         while at:       # a pointer field is a view of its structure: take the address out of it
@@ -53,7 +52,7 @@ class Handle:
             at = at.contents.next
         return found
 
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         """module:instance:name of all headers."""
         return [f"{k.contents.module.decode()}:{k.contents.instance}:{k.contents.name.decode()}"
                 for k in self.chain()]
@@ -67,15 +66,15 @@ class Handle:
         result: int = self.library.kstat_chain_update(self.control)
         return result
 
-    def read(self, kstat: Any) -> Optional[int]:
+    def read(self, kstat: Any) -> int | None:
         """None, or the errno of a failed kstat_read."""
         ctypes.set_errno(0)
         failed = self.library.kstat_read(self.control, kstat, None) == -1
         return ctypes.get_errno() if failed else None
 
-    def members(self, kstat: Any) -> Dict[str, Any]:
+    def members(self, kstat: Any) -> dict[str, Any]:
         """The decoded members of a NAMED kstat that was read."""
-        found: Dict[str, Any] = {}
+        found: dict[str, Any] = {}
         header = kstat.contents
         block = ctypes.string_at(header.data, header.data_size)
         for index in range(header.ndata):
@@ -95,7 +94,7 @@ class Handle:
         return found
 
 
-def kstat(module: str, instance: int, name: str, **members: Any) -> Dict[str, Any]:
+def kstat(module: str, instance: int, name: str, **members: Any) -> dict[str, Any]:
     """One kstat as a capture has it."""
     return {"module": module, "instance": instance, "name": name, "class": "misc", "type": 1,
             "crtime": 5, "snaptime": 0, "data": members}
@@ -115,7 +114,8 @@ def test_sizes_and_offsets_are_those_of_the_real_header() -> None:
 
 
 def test_members_of_every_type_arrive(kernel: Make) -> None:
-    members = {"zonename": "z" * 36, "big": 2 ** 64 - 1, "negative": -5, "none": None, "full": "x" * 16}
+    members = {"zonename": "z" * 36, "big": 2 ** 64 - 1, "negative": -5, "none": None,
+               "full": "x" * 16}
     handle = Handle(kernel([kstat("m", 7, "n" * 40, **members)]))
     [header] = handle.chain()
     assert header.contents.name == b"n" * 30, "names are cut to 30 characters"
@@ -237,7 +237,7 @@ def test_duplicates_of_a_triple_and_the_reads_are_logged(kernel: Make) -> None:
     assert values == [(None, 1), (None, 9)] and kern.reads() == ["a:1:a", "a:1:a"]
 
 
-def test_recorded_node_survives_the_round_trip(kernel: Make, recorded_node: Dict[str, Any]) -> None:
+def test_recorded_node_survives_the_round_trip(kernel: Make, recorded_node: dict[str, Any]) -> None:
     kstats = recorded_node["frames"][0]["kstats"]
     handle = Handle(kernel(kstats))
     headers = handle.chain()
