@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: MPL-2.0
 """The command of Container Monitor's users and operators.
 
-    cmon.py discover [--groups A,B] [--json]      the containers of an account, as the proxy lists them
-    cmon.py monitor NAME|UUID                     the page of metrics of one of them
-    cmon.py demo [--once]                         a compute node, a proxy and a tenant on this machine
+    cmon.py discover [--groups A,B] [--json]    containers of an account, as the proxy lists them
+    cmon.py monitor NAME|UUID                   the page of metrics of one of them
+    cmon.py demo [--once]                       a compute node, a proxy and a tenant on this machine
 
 Where the proxy is and who asks: --url, --cert, --key or CMON_URL, CMON_CERT, CMON_KEY.
 Exit status: 0; 1 when something failed, in one line on stderr; 2 for a wrong command line.
@@ -45,14 +45,14 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
-        CMON_PURPOSE, CertificateError, Client, ClientError, ClientResponse, ExpositionError, Sample,
-        __version__, make_certificate, make_key, parse, public_key, ssh_public_key,
+        CMON_PURPOSE, CertificateError, Client, ClientError, ClientResponse, ExpositionError,
+        Sample, __version__, make_certificate, make_key, parse, public_key, ssh_public_key,
     )
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
 
 
-# --- client ----------------------------------------------------------------------------------------
+# --- client ---------------------------------------------------------------------------------------
 
 PROXY_PORT = 9163
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -96,7 +96,7 @@ class Proxy:
         """The body of a 200; any other answer is a failure, in the proxy's own words."""
         answer = self.get(path)
         if answer.status != 200:
-            words = printable(answer.body[:2000].decode("utf-8", "replace")).strip() or "no reason given"
+            words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
             raise Failure(f"{urllib.parse.urlsplit(self.url).netloc} says {answer.status}: {words}")
         return answer.body
 
@@ -154,8 +154,6 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     except ssl.SSLError:
         raise Failure(f"{ca} holds no CA certificate in PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if not ca and not context.cert_store_stats()["x509_ca"] and not ssl.get_default_verify_paths().capath:
-        raise Failure("this Python finds no CA certificates: give --ca FILE")
     asked = []
 
     def no_passphrase() -> str:
@@ -178,7 +176,7 @@ def words_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-# --- display ---------------------------------------------------------------------------------------
+# --- display --------------------------------------------------------------------------------------
 
 def printable(text: str) -> str:
     """The text on one line, with nothing in it that a terminal would obey."""
@@ -219,7 +217,7 @@ def screen_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
-# --- discover and monitor --------------------------------------------------------------------------
+# --- discover and monitor -------------------------------------------------------------------------
 
 def discover(arguments: argparse.Namespace) -> int:
     """`cmon.py discover`"""
@@ -258,8 +256,9 @@ def choose(name: str, containers: Sequence[Container]) -> Container:
     if len(found) == 1:
         return found[0]
     if found:
-        raise Failure(f"{name!r} may be " + " or ".join(map(describe, found[:8]))
-                      + (f" or {len(found) - 8} more" if len(found) > 8 else "") + ": give the UUID")
+        more = f" or {len(found) - 8} more" if len(found) > 8 else ""
+        raise Failure(f"{name!r} may be " + " or ".join(map(describe, found[:8])) + more
+                      + ": give the UUID")
     aliases = sorted({container.alias for container in containers})
     near = [alias for alias in aliases if name.lower() in alias.lower()][:5]
     near = near or difflib.get_close_matches(name, aliases, 5, 0.5)
@@ -281,10 +280,11 @@ def proxy_of(arguments: argparse.Namespace) -> Proxy:
                                   ("--key", "CMON_KEY", arguments.key)):
         if not value:
             raise Usage(f"who asks? set {variable} or give {flag} FILE (PEM)")
-    return Proxy(url, client_context(arguments.cert, arguments.key, arguments.ca), arguments.timeout)
+    tls = client_context(arguments.cert, arguments.key, arguments.ca)
+    return Proxy(url, tls, arguments.timeout)
 
 
-# --- demo ------------------------------------------------------------------------------------------
+# --- demo -----------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
 LOOPBACK = "127.0.0.1"
@@ -312,7 +312,8 @@ class Program:
                 return int(heard.group(1))
             self.check()
             time.sleep(0.02)
-        raise Failure(f"the {self.name} does not listen after {START_SECONDS:g} s; {self.last_words()}")
+        raise Failure(f"the {self.name} does not listen after {START_SECONDS:g} s; "
+                      + self.last_words())
 
     def check(self) -> None:
         """Failure with its last words if it has ended."""
@@ -338,7 +339,7 @@ class Program:
 
 
 class Demo:
-    """A recorded compute node with agent, a proxy, and accounts with certificates, in one folder."""
+    """A recorded compute node with its agent, a proxy and accounts' certificates, in one folder."""
 
     def __init__(self, folder: Path, agent_port: int, proxy_port: int) -> None:
         self.folder = folder
@@ -356,7 +357,8 @@ class Demo:
         try:
             self._certificates()
         except (OSError, CertificateError) as error:
-            raise Failure(f"the demo makes its certificates with OpenSSL, and cannot: {error}") from None
+            raise Failure("the demo makes certificates with the OpenSSL of this Python, and "
+                          f"cannot: {error}") from None
         self.agent_port = self._run("agent", ["-I"], "--replay", str(recording))
         for server in self.inventory["servers"]:        # one agent plays all the nodes
             server["admin_ip"] = f"{LOOPBACK}:{self.agent_port}"
@@ -404,8 +406,8 @@ class Demo:
         tls = [f"ca_file: {path('ca.pem')}", f"cert_file: {path(f'{login}-cert.pem')}",
                f"key_file: {path(f'{login}-key.pem')}"]
         lines = PROMETHEUS_YML.replace("PORT", str(self.proxy_port)).replace("LOGIN", login)
-        return re.sub(r"(?m)^( +)TLS$", lambda match: "\n".join(match.group(1) + line for line in tls),
-                      lines)
+        return re.sub(r"(?m)^( +)TLS$",
+                      lambda match: "\n".join(match.group(1) + line for line in tls), lines)
 
     def _run(self, name: str, python: Sequence[str], *arguments: str) -> int:
         command = [sys.executable, *python, str(HERE / f"cmon_{name}.py"), *arguments,
@@ -480,7 +482,8 @@ def example(name: str) -> Path:
     for folder in (HERE / "examples", Path(sys.prefix) / "share" / "cmon" / "examples"):
         if (folder / name).is_file():
             return folder / name
-    raise Failure(f"the demo needs {HERE / 'examples' / name}: run it in a copy of the whole project")
+    raise Failure(f"the demo needs {HERE / 'examples' / name}: "
+                  "run it in a copy of the whole project")
 
 
 def require_free(program: str, port: int) -> None:
@@ -490,7 +493,8 @@ def require_free(program: str, port: int) -> None:
         try:
             probe.bind((LOOPBACK, port))
         except OSError as error:
-            why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had: {words_of(error)}"
+            why = ("is taken" if error.errno == errno.EADDRINUSE
+                   else f"cannot be had: {words_of(error)}")
             raise Failure(f"port {port} for the {program} {why}; another: --{program}-port PORT, "
                           "and without the flag a free one is found") from None
 
@@ -578,7 +582,7 @@ now, and its command repeats it from any shell.
 
 
 def cast(inventory: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Who plays: the first ordinary account that has a running zone, the zone, and a foreign one."""
+    """Who plays: the first ordinary account with a running zone, that zone, and a foreign one."""
     for account in inventory["accounts"]:
         running = [vm for vm in inventory["vms"] if vm["state"] == "running"]
         mine = [vm for vm in running if vm["owner_uuid"] == account["uuid"]]
@@ -644,7 +648,7 @@ def wrapped(command: str) -> str:
     return "    " + " \\\n        ".join(words)
 
 
-# --- commands --------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 class Command(NamedTuple):
     """One row of the table of commands."""
@@ -680,8 +684,8 @@ def connection_arguments(parser: argparse.ArgumentParser) -> None:
         help="your certificate, PEM (CMON_CERT)")
     add("--key", metavar="FILE", default=environment("CMON_KEY", ""),
         help="its key, PEM (CMON_KEY)")
-    add("--ca", metavar="FILE", default="", help="the CA of the proxy's certificate, PEM, where it is "
-        "not one that this system trusts")
+    add("--ca", metavar="FILE", default="", help="the CA of the proxy's certificate, PEM, where it "
+        "is not one that this system trusts")
     add("--timeout", metavar="SECONDS", type=seconds, default=10.0, help="for one answer (10)")
 
 
@@ -702,7 +706,8 @@ def monitor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `demo`."""
-    parser.add_argument("--once", action="store_true", help="end after the check instead of at Ctrl-C")
+    parser.add_argument("--once", action="store_true",
+                        help="end after the check instead of at Ctrl-C")
     for program in ("agent", "proxy"):
         parser.add_argument(f"--{program}-port", metavar="PORT", type=port_number, default=0,
                             help=f"the {program}'s port on {LOOPBACK} (a free one)")
@@ -711,7 +716,8 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 COMMANDS = (
     Command("discover", "list the containers of your account", discover, discover_arguments),
     Command("monitor", "print the metrics of one container", monitor, monitor_arguments),
-    Command("demo", "see all of it work on this machine, with nothing installed", demo, demo_arguments),
+    Command("demo", "see all of it work on this machine, with nothing installed", demo,
+            demo_arguments),
 )
 
 

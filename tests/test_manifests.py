@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The SMF manifests against the grammar, against the programs and the README; the set-up script."""
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+from support import ROOT
+
+MANIFESTS = sorted(path.name for path in (ROOT / "smf").glob("*.xml"))
+SERVICES = {"site/cmon-agent-setup": "cmon-agent.xml", "site/cmon-agent": "cmon-agent.xml",
+            "site/cmon-proxy": "cmon-proxy.xml"}
+BASIC = {"file_link_any", "proc_info", "proc_session", "proc_fork", "proc_exec", "file_read",
+         "file_write", "net_access"}
+
+
+def service(name: str) -> ET.Element:
+    root = ET.parse(ROOT / "smf" / SERVICES[name]).getroot()
+    return next(element for element in root if element.get("name") == name)
+
+
+def method(name: str, which: str) -> ET.Element:
+    return next(element for element in service(name).iter("exec_method")
+                if element.get("name") == which)
+
+
+def startd(name: str) -> Dict[str, str]:
+    return {str(value.get("name")): str(value.get("value"))
+            for group in service(name).iter("property_group") if group.get("name") == "startd"
+            for value in group.iter("propval")}
+
+
+def xmllint(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    tool = shutil.which("xmllint")
+    if tool is None:
+        pytest.skip("xmllint is not installed (libxml2-utils): the grammar was not checked")
+    return subprocess.run([tool, "--noout", "--nonet", *arguments], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True)
+
+
+# --- grammar ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifest_follows_the_grammar(name: str) -> None:
+    checked = xmllint("--dtdvalid", str(ROOT / "tests" / "smf.dtd"), str(ROOT / "smf" / name))
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("before, after", [
+    ('timeout_seconds="30"', ""),
+    ('restart_on="none"', 'restart_on="never"'),
+    ('name="refresh"', 'name="restart"'),
+    (' working_directory="/"', ""),
+    ('<propval name="duration" type="astring"', '<propval name="duration"'),
+    ("<single_instance/>", "<stability value='Stable'/>"),
+], ids=["method without a timeout", "unknown restart_on", "method that startd does not know",
+        "no working directory", "property without a type", "wrong order"])
+def test_the_grammar_refuses(before: str, after: str, tmp_path: Path) -> None:
+    text = (ROOT / "smf" / "cmon-agent.xml").read_text()
+    assert before in text
+    broken = tmp_path / "broken.xml"
+    broken.write_text(text.replace(before, after))
+    assert xmllint("--dtdvalid", str(ROOT / "tests" / "smf.dtd"), str(broken)).returncode != 0
+
+
+def test_all_services_are_known() -> None:
+    found = {str(element.get("name")): name for name in MANIFESTS
+             for element in ET.parse(ROOT / "smf" / name).getroot()}
+    assert found == SERVICES
+
+
+# --- least privilege --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, user", [("site/cmon-agent", "noaccess"),
+                                        ("site/cmon-proxy", "cmon")])
+def test_daemon_has_no_more_than_the_basic_privileges(name: str, user: str) -> None:
+    credential = next(service(name).iter("method_credential"))
+    assert (credential.get("user"), credential.get("group")) == (user, user)
+    for which in ("privileges", "limit_privileges"):
+        words = str(credential.get(which)).split(",")
+        assert words[0] == "basic"
+        assert all(word.startswith("!") and word[1:] in BASIC for word in words[1:])
+        assert "!proc_fork" not in words and "!proc_exec" not in words     # startd needs a shell
+
+
+def test_only_the_setup_is_root_and_it_ends() -> None:
+    root = [name for name in SERVICES for credential in service(name).iter("method_credential")
+            if credential.get("user") == "root"]
+    assert root == ["site/cmon-agent-setup"]
+    assert startd("site/cmon-agent-setup") == {"duration": "transient"}
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_working_directory_is_set(name: str) -> None:
+    """A context with a user in it would otherwise start in that user's home."""
+    assert [context.get("working_directory") for context in service(name).iter("method_context")] == [
+        "/"]
+
+
+# --- life -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["site/cmon-agent", "site/cmon-proxy"])
+def test_refresh_is_a_hangup_and_stop_a_term(name: str) -> None:
+    assert method(name, "refresh").get("exec") == ":kill -HUP"
+    assert method(name, "stop").get("exec") == ":kill"
+
+
+@pytest.mark.parametrize("name, program, python, isolation", [
+    ("site/cmon-agent", "cmon_agent.py", "/opt/tools/bin/python3.11", "-I"),
+    ("site/cmon-proxy", "cmon_proxy.py", "/opt/local/bin/python3.11", "-sE"),
+])
+def test_start_tells_readiness(name: str, program: str, python: str, isolation: str) -> None:
+    """As the README installs it; --smf is what makes "online" mean "listening"."""
+    words = shlex.split(str(method(name, "start").get("exec")))
+    assert words[:4] == [python, isolation, "-X", "utf8"]
+    assert words[4] == f"/opt/custom/cmon/{program}"
+    assert words[5:7] == ["--smf", "--config"]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert words[7] in readme and python in readme
+
+
+def test_agent_waits_for_the_setup() -> None:
+    setup = next(dependency for dependency in service("site/cmon-agent").iter("dependency")
+                 if dependency.get("name") == "setup")
+    assert [fmri.get("value") for fmri in setup] == ["svc:/site/cmon-agent-setup:default"]
+    assert (setup.get("grouping"), setup.get("restart_on")) == ("require_all", "restart")
+
+
+def test_core_of_a_plugin_does_not_restart_the_agent() -> None:
+    assert startd("site/cmon-agent") == {"duration": "contract", "ignore_error": "core"}
+
+
+# --- the set-up script ------------------------------------------------------------------------------
+
+SETUP = ROOT / "smf" / "cmon-agent-setup"
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(0o755)
+
+
+def run_setup(tmp_path: Path, sysinfo: str, logadm: str = "echo \"$*\" >> \"$0.log\"\n",
+              ) -> "subprocess.CompletedProcess[str]":
+    tools = tmp_path / "bin"
+    tools.mkdir(exist_ok=True)
+    stand_in(tools, "sysinfo", sysinfo)
+    stand_in(tools, "logadm", logadm)
+    stand_in(tools, "chown", "echo \"$*\" >> \"$0.log\"\n")
+    return subprocess.run(
+        ["/bin/sh", str(SETUP), str(tmp_path / "run"), "noaccess", "/var/svc/log/x.log"],
+        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, universal_newlines=True)
+
+
+def test_setup_leaves_sysinfo_for_the_agent_alone(tmp_path: Path) -> None:
+    done = run_setup(tmp_path, "echo '{\"Admin IP\": \"10.0.0.5\"}'\n")
+    assert (done.returncode, done.stdout) == (0, "")
+    left = tmp_path / "run" / "sysinfo.json"
+    assert left.read_text() == '{"Admin IP": "10.0.0.5"}\n'
+    assert stat.S_IMODE(left.stat().st_mode) == 0o400
+    assert [path.name for path in left.parent.iterdir()] == ["sysinfo.json"]
+    assert (tmp_path / "bin" / "chown.log").read_text() == f"noaccess {left}.new\n"
+
+
+def test_setup_bounds_the_log(tmp_path: Path) -> None:
+    run_setup(tmp_path, "echo '{}'\n")
+    assert (tmp_path / "bin" / "logadm.log").read_text() == (
+        "-w cmon-agent -C 10 -s 5m -c /var/svc/log/x.log\n")
+    log = shlex.split(str(method("site/cmon-agent-setup", "start").get("exec")))[-1]
+    assert log == "/var/svc/log/site-cmon-agent:default.log"
+
+
+def test_setup_goes_on_without_logadm(tmp_path: Path) -> None:
+    done = run_setup(tmp_path, "echo '{}'\n", "exit 1\n")
+    assert done.returncode == 0
+    assert "logadm failed" in done.stdout
+
+
+@pytest.mark.parametrize("sysinfo", ["exit 1\n", "echo partial; exit 1\n", ":\n"],
+                         ids=["fails", "fails halfway", "prints nothing"])
+def test_setup_keeps_the_old_file_when_sysinfo(sysinfo: str, tmp_path: Path) -> None:
+    run_setup(tmp_path, "echo '{\"old\": 1}'\n")
+    done = run_setup(tmp_path, sysinfo)
+    assert done.returncode == 1
+    assert re.search("cmon-agent-setup: sysinfo failed", done.stdout)
+    left: List[Path] = list((tmp_path / "run").iterdir())
+    assert [(path.name, path.read_text()) for path in left] == [("sysinfo.json", '{"old": 1}\n')]
