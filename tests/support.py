@@ -319,7 +319,8 @@ COUNTERS = ("generation", "opens", "closes", "reads", "updates", "rebuilds", "lo
 # How wide the kernel's members are, by module or class; what is not named is 64 bits wide.
 _U32 = {
     "zone_misc": {"avenrun_1min", "avenrun_5min", "avenrun_15min", "forkfail_cap",
-                  "forkfail_noproc", "forkfail_nomem", "forkfail_misc", "mapfail_seglim", "nested_interp", "init_pid"},
+                  "forkfail_noproc", "forkfail_nomem", "forkfail_misc", "mapfail_seglim",
+                  "nested_interp", "init_pid"},
     "net": {"rbytes", "obytes", "ipackets", "opackets", "ierrors", "oerrors", "norcvbuf",
             "noxmtbuf", "collisions", "multircv", "multixmt", "brdcstrcv", "brdcstxmt", "unknowns",
             "link_state", "link_duplex"},
