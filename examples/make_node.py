@@ -164,7 +164,8 @@ class Node:
         load = self.level("load", 5.2 * 256, frame)
         add("unix", 0, "system_misc", "misc", {
             "ncpus": CPUS, "lbolt": up * 100 % 2 ** 32, "deficit": 0,
-            "clk_intr": up * 100 % 2 ** 32, "vac": 0, "nproc": self.level("nproc", 612, frame, 0.02), "avenrun_1min": load,
+            "clk_intr": up * 100 % 2 ** 32, "vac": 0,
+            "nproc": self.level("nproc", 612, frame, 0.02), "avenrun_1min": load,
             "avenrun_5min": int(load * 0.9), "avenrun_15min": int(load * 0.8),
             "boot_time": START - UPTIME, "nsec_per_tick": 10_000_000})
         total = 64 * GIB // PAGE
