@@ -1,0 +1,565 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The server: routing without sockets, then raw connections, honest, slow and hostile."""
+from __future__ import annotations
+
+import gzip
+import http.server
+import socket
+import socketserver
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import pytest
+from support import Connection, http_get, samples, wait_until
+
+from cmon_agent import (
+    PAGE, Answer, Later, Limits, Peer, Refused, Registry, Request, Response, Route, Server,
+    check_any_certificate, ask_for_any_certificate, make_certificate, make_key, parse_head, prepare,
+    render, respond, scrape_deadline, server_context, text, wire)
+
+BIG = b"# a comment that repeats itself\n" * 400
+
+
+def request(method: str = "GET", path: str = "/", **headers: str) -> Request:
+    return Request(method, path, path, {}, {name.replace("_", "-"): value
+                                            for name, value in headers.items()},
+                   b"", "", False, True, Peer("192.0.2.1", "main"))
+
+
+# --- without sockets ---
+
+def refuse(_request: Request) -> Answer:
+    raise Refused(429, "too often; try again in 3 s", ("Retry-After", "3"), code="quota")
+
+
+def fail(_request: Request) -> Answer:
+    raise ValueError("not for the client")
+
+
+PLAIN = (
+    Route("GET", "/", lambda request: text(200, "root")),
+    Route("GET", "/v1/{zone}/metrics", lambda request, zone: text(200, zone)),
+    Route("POST", "/v1/refresh", lambda request: Response(200, b"")),
+    Route("GET", "/refused", refuse),
+    Route("GET", "/fault", fail),
+)
+ROUTED = [
+    ("the root", "GET", "/", 200, b"root\n"),
+    ("HEAD is GET to a handler", "HEAD", "/", 200, b"root\n"),
+    ("a segment is captured", "GET", "/v1/a.b/metrics", 200, b"a.b\n"),
+    ("a segment is never two", "GET", "/v1/a/b/metrics", 404, b"no such path"),
+    ("a segment is never empty", "GET", "/v1//metrics", 404, b"no such path"),
+    ("a pattern is the whole path", "GET", "/v1/a/metrics/", 404, b"no such path"),
+    ("a pattern's other letters are letters", "GET", "/v1x", 404, b"no such path"),
+    ("another method", "PUT", "/v1/refresh", 405, b"PUT is not for this path; it takes POST\n"),
+    ("OPTIONS", "OPTIONS", "/", 405, b"OPTIONS is not for this path; it takes GET, HEAD\n"),
+    ("a refusal says what the handler says", "GET", "/refused", 429, b"too often; try again"),
+    ("a fault tells the client nothing", "GET", "/fault", 500, b"internal error; see the log\n"),
+]
+
+
+@pytest.mark.parametrize("method, path, status, body", [row[1:] for row in ROUTED],
+                         ids=[row[0] for row in ROUTED])
+def test_a_request_is_routed(method: str, path: str, status: int, body: bytes) -> None:
+    answer = respond(PLAIN, request(method, path))
+    assert isinstance(answer, Response)
+    assert answer.status == status and answer.body.startswith(body)
+    assert dict(answer.headers).get("Allow") == {
+        "/v1/refresh": "POST", "/": "GET, HEAD"}.get(path if status == 405 else "")
+    assert dict(answer.headers).get("Retry-After") == ("3" if status == 429 else None)
+
+
+DEADLINES = [
+    ("without the header", {}, 9.0),
+    ("a tenth less", {"x_prometheus_scrape_timeout_seconds": "1"}, 0.9),
+    ("half a second less at the most", {"x_prometheus_scrape_timeout_seconds": "10"}, 9.5),
+    ("the proxy has taken the margin", {"x_prometheus_scrape_timeout_seconds": "10",
+                                        "x_joyent_cmon_opts": "e30="}, 10.0),
+    ("an hour at the most", {"x_prometheus_scrape_timeout_seconds": "1e9"}, 3599.5),
+]
+
+
+@pytest.mark.parametrize("headers, seconds", [row[1:] for row in DEADLINES],
+                         ids=[row[0] for row in DEADLINES])
+def test_a_scrape_has_a_deadline(headers: dict[str, str], seconds: float) -> None:
+    assert scrape_deadline(request(**headers), 100.0) == pytest.approx(100.0 + seconds)
+
+
+@pytest.mark.parametrize("word", ["", "0", "-1", "nan", "inf", "soon", "1,5", "9" * 100])
+def test_a_deadline_that_is_no_number_is_refused(word: str) -> None:
+    with pytest.raises(Refused, match="X-Prometheus-Scrape-Timeout-Seconds") as refusal:
+        scrape_deadline(request(x_prometheus_scrape_timeout_seconds=word), 0.0)
+    assert refusal.value.status == 400
+
+
+def test_gzip_is_taken_when_it_is_meant() -> None:
+    def packed(value: str) -> bool:
+        head = f"GET / HTTP/1.1\r\nHost: a\r\nAccept-Encoding: {value}\r\n\r\n".encode()
+        return bool(parse_head(head, Limits())[7])
+    for value in ("gzip", "br, gzip;q=0.5", "x-gzip", "deflate,GZIP", "gzip;q=0.001"):
+        assert packed(value), value
+    for value in ("identity", "gzip;q=0", "gzip; q=0.0", "gzipped", ""):
+        assert not packed(value), value
+
+
+def test_a_prepared_answer_is_what_would_be_sent_anyway() -> None:
+    response = Response(200, BIG, PAGE, (("X-Test", "1"),))
+    prepared = prepare(response)
+    for packed in (False, True):
+        assert wire(prepared, packed) == wire(response, packed)
+        assert wire(prepared, packed, head_only=True).endswith(b"\r\n\r\n")
+        assert b"Connection: close\r\n" in wire(prepared, packed, close=True)
+    head, _, body = prepared.packed.partition(b"\r\n\r\n")
+    assert gzip.decompress(body) == BIG and b"Content-Encoding: gzip" in head
+    assert b"Vary: Accept-Encoding" in head and len(body) < len(BIG) / 5
+    already = Response(200, gzip.compress(BIG), PAGE, (("Content-Encoding", "gzip"),))
+    assert gzip.decompress(prepare(already).packed.partition(b"\r\n\r\n")[2]) == BIG
+
+
+# --- with sockets ---
+
+LIMITS = Limits(connections=40, head_bytes=2000, header_count=20, body_bytes=100, workers=2,
+                head_seconds=0.3, idle_seconds=30.0, write_seconds=0.5, handshake_seconds=0.3,
+                grace_seconds=5.0)
+
+
+class Served:
+    """A server in a thread, with what its handlers wait for."""
+
+    def __init__(self, tls: Optional[ssl.SSLContext] = None, limits: Limits = LIMITS) -> None:
+        self.go = threading.Event()
+        self.cancelled = threading.Event()
+        self.inside = threading.Semaphore(0)
+        self.laters: list[Later] = []
+        self.registry = Registry()
+        self.server = Server("agent", self.registry, limits)
+        page = prepare(Response(200, BIG, PAGE))
+        routes = (*PLAIN,
+                  Route("GET", "/page", lambda request: page),
+                  Route("GET", "/large", lambda request: Response(200, b"x" * 30_000_000)),
+                  Route("GET", "/block", self.block, blocking=True),
+                  Route("GET", "/later", self.later),
+                  Route("GET", "/blocklater", self.later, blocking=True),
+                  Route("POST", "/echo", lambda request: Response(200, request.body)),
+                  Route("GET", "/host", lambda request: text(200, request.host)),
+                  Route("GET", "/query", lambda request: text(200, repr(dict(request.query)))),
+                  Route("GET", "/who", lambda request: text(200, repr(request.peer.certificate))),
+                  Route("GET", "/own", lambda request: Response(
+                      200, render(self.registry.families()).encode(), PAGE)))
+        self.listener = self.server.listen(("127.0.0.1", 0), routes, tls)
+        self.address = self.listener.address
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def block(self, _request: Request) -> Answer:
+        self.inside.release()
+        assert self.go.wait(20)
+        return text(200, "done")
+
+    def later(self, request: Request) -> Later:
+        later = Later(scrape_deadline(request, time.monotonic()), lambda: text(503, "too late"))
+        later.on_cancel = self.cancelled.set
+        self.laters.append(later)
+        self.inside.release()
+        return later
+
+    def own(self) -> dict[str, float]:
+        return samples(http_get(self.address, "/own").text)
+
+
+@pytest.fixture()
+def served() -> Iterator[Served]:
+    made = Served()
+    yield made
+    made.go.set()
+    made.server.shutdown()
+    made.thread.join(10)
+    assert not made.thread.is_alive()
+
+
+def test_the_base_classes_are_those_of_the_standard_library() -> None:
+    assert issubclass(Server, socketserver.ThreadingMixIn)
+    assert issubclass(Server, http.server.HTTPServer)
+
+
+RAW = [
+    ("a good request", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", 200, b"root"),
+    ("HTTP/1.0 needs no Host", b"GET / HTTP/1.0\r\n\r\n", 200, b"root"),
+    ("an absolute target", b"GET http://b:9/host HTTP/1.1\r\nHost: a\r\n\r\n", 200, b"b\n"),
+    ("a host without its port, in lower case", b"GET /host HTTP/1.1\r\nHost: A.b:99\r\n\r\n", 200,
+     b"a.b\n"),
+    ("an IPv6 host", b"GET /host HTTP/1.1\r\nHost: [::1]:9\r\n\r\n", 200, b"[::1]\n"),
+    ("escapes in the path", b"GET /%71uery HTTP/1.1\r\nHost: a\r\n\r\n", 200, b"{}"),
+    ("a query", b"GET /query?a=1%2C2&b= HTTP/1.1\r\nHost: a\r\n\r\n", 200,
+     b"{'a': '1,2', 'b': ''}"),
+    ("a body", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc", 200, b"abc"),
+    ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400, b"bad request: no Host header"),
+    ("Host twice", b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400, b"host stands twice"),
+    ("Host with blanks", b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400, b"Host header is not"),
+    ("a folded header", b"GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\n 2\r\n\r\n", 400, b"not a header"),
+    ("a blank before the colon", b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400, b"not a header"),
+    ("a NUL in a value", b"GET / HTTP/1.1\r\nHost: a\r\nX: \x00\r\n\r\n", 400, b"not a header"),
+    ("a bare CR in a value", b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n", 400, b"not a head"),
+    ("bare LF", b"GET / HTTP/1.1\nHost: a\n\n", 400, b"lines must end in CR LF"),
+    ("two blanks", b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"first line"),
+    ("no version", b"GET /\r\n\r\n", 400, b"first line"),
+    ("a blank in the target", b"GET /a b HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"first line"),
+    ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\n", 505, b"only HTTP/1.1"),
+    ("a small method", b"get / HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"first line"),
+    ("no path", b"GET x HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"target must be a path"),
+    ("broken UTF-8", b"GET /%ff HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"not UTF-8"),
+    ("a parameter twice", b"GET /query?a=1&a=2 HTTP/1.1\r\nHost: a\r\n\r\n", 400, b"stands twice"),
+    ("too many headers", b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: 1\r\n" * 21 + b"\r\n", 431,
+     b"too many"),
+    ("too large a head", b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 2000 + b"\r\n\r\n", 431,
+     b"larger than 2000"),
+    ("too large a head without end", b"GET /" + b"x" * 2100, 431, b"larger than 2000"),
+    ("too large a body", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\n\r\n", 413,
+     b"larger than 100"),
+    ("a body's length that is none", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: +3\r\n"
+     b"\r\nabc", 400, b"not a number"),
+    ("two lengths", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 3\r\n"
+     b"\r\nabc", 400, b"content-length stands twice"),
+    ("length and chunks", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n"
+     b"Transfer-Encoding: chunked\r\n\r\nabc", 400, b"together"),
+    ("chunks", b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 411,
+     b"needs a Content-Length"),
+    ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00", 400, b"this port speaks HTTP, not TLS"),
+]
+
+
+@pytest.mark.parametrize("raw, status, body", [row[1:] for row in RAW], ids=[row[0] for row in RAW])
+def test_raw_requests(served: Served, raw: bytes, status: int, body: bytes) -> None:
+    with Connection(served.address) as connection:
+        connection.send(raw)
+        answer = connection.answer()
+        assert answer.status == status and body in answer.body
+        assert "x-powered-by" not in answer.headers and answer.headers["date"].endswith("GMT")
+        if status >= 400:                   # nothing behind a broken request can be trusted
+            assert answer.headers["connection"] == "close"
+            assert connection.socket.recv(1) == b""
+    with Connection(served.address) as connection:      # the same in single bytes
+        for index in range(len(raw)):
+            try:
+                connection.send(raw[index:index + 1])
+            except OSError:
+                break
+        try:
+            assert connection.answer().status == status
+        except ConnectionError:             # it answered and closed while we still sent
+            assert status >= 400
+
+
+def test_a_connection_is_kept_and_repeats_are_equal(served: Served) -> None:
+    with Connection(served.address) as connection:
+        first = connection.request("/page")
+        for _ in range(3):
+            again = connection.request("/page")
+            assert (again.status, again.body) == (200, BIG) == (first.status, first.body)
+        assert connection.request("/nowhere").status == 404
+        assert connection.request("/page", method="HEAD").headers["content-length"] == str(len(BIG))
+        assert connection.request("/page", {"Accept-Encoding": "gzip"}).body == BIG
+        assert connection.request("/page", {"Connection": "close"}).headers["connection"] == "close"
+        assert connection.socket.recv(1) == b""
+
+
+def test_http_1_0_is_closed_after_its_answer(served: Served) -> None:
+    with Connection(served.address) as connection:
+        connection.send(b"GET /page HTTP/1.0\r\n\r\n")
+        assert connection.answer().body == BIG and connection.socket.recv(1) == b""
+
+
+def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
+    with Connection(served.address) as connection:
+        lines = [b"GET /v1/%d/metrics HTTP/1.1\r\nHost: a\r\n\r\n" % n for n in range(200)]
+        connection.send(b"".join(lines))
+        assert [connection.answer().text for _ in lines] == [f"{n}\n" for n in range(200)]
+
+
+def test_a_request_behind_a_parked_one_waits_its_turn(served: Served) -> None:
+    with Connection(served.address) as connection:
+        connection.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert served.inside.acquire(timeout=10)
+        served.laters[0].finish(text(200, "first"))
+        served.laters[0].finish(text(200, "never"))
+        assert [connection.answer().text for _ in range(2)] == ["first\n", "root\n"]
+
+
+def test_a_client_may_close_its_side_and_wait(served: Served) -> None:
+    with Connection(served.address) as connection:
+        connection.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert served.inside.acquire(timeout=10)
+        connection.socket.shutdown(socket.SHUT_WR)
+        served.laters[0].finish(text(200, "still here"))
+        assert connection.answer().text == "still here\n" and connection.socket.recv(1) == b""
+
+
+def test_parked_answers_hold_no_thread_and_expire_at_their_deadline(served: Served) -> None:
+    before = threading.active_count()
+    connections = [Connection(served.address) for _ in range(30)]
+    for connection in connections:
+        connection.send(b"GET /later HTTP/1.1\r\nHost: a\r\n"
+                        b"X-Prometheus-Scrape-Timeout-Seconds: 0.5\r\n\r\n")
+    for _ in connections:
+        assert served.inside.acquire(timeout=10)
+    assert threading.active_count() <= before
+    for connection in connections:
+        answer = connection.answer()
+        assert (answer.status, answer.text) == (503, "too late\n")
+        connection.close()
+
+
+def test_a_client_that_goes_away_cancels_what_it_waited_for(served: Served) -> None:
+    connection = Connection(served.address)
+    connection.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert served.inside.acquire(timeout=10)
+    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()                      # a reset
+    assert served.cancelled.wait(10)
+    served.laters[0].finish(text(200, "nobody hears"))
+    assert http_get(served.address, "/").status == 200
+
+
+def test_blocking_handlers_do_not_hold_up_the_rest_and_are_bounded(served: Served) -> None:
+    connections = [Connection(served.address) for _ in range(4)]
+    for connection in connections:
+        connection.send(b"GET /block HTTP/1.1\r\nHost: a\r\n\r\n")
+    for _ in range(LIMITS.workers):
+        assert served.inside.acquire(timeout=10)
+    assert http_get(served.address, "/page").body == BIG        # while all workers are taken
+    served.go.set()
+    for connection in connections:
+        assert connection.answer().text == "done\n"
+        connection.close()
+
+
+def test_a_worker_may_also_answer_later(served: Served) -> None:
+    with Connection(served.address) as connection:
+        connection.send(b"GET /blocklater HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert served.inside.acquire(timeout=10)
+        served.laters[0].finish(text(200, "at last"))
+        assert connection.answer().text == "at last\n"
+
+
+def test_a_large_answer_waits_for_a_slow_reader_without_holding_up_others(served: Served) -> None:
+    with Connection(served.address) as connection:
+        connection.send(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert http_get(served.address, "/page").body == BIG
+        assert len(connection.answer().body) == 30_000_000
+        assert connection.request("/").status == 200
+
+
+LIMITED = [
+    ("a head that does not end", b"GET / HT", "head_seconds", 408),
+    ("an answer that nobody reads", b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n", "write_seconds", 0),
+]
+
+
+@pytest.mark.parametrize("raw, limit, status", [row[1:] for row in LIMITED],
+                         ids=[row[0] for row in LIMITED])
+def test_a_slow_client_is_ended_and_counted(served: Served, raw: bytes, limit: str, status: int
+                                            ) -> None:
+    with Connection(served.address) as connection:
+        connection.send(raw)
+        name = f'cmon_agent_http_limit_refusals_total{{limit="{limit}"}}'
+        wait_until(lambda: served.own().get(name) == 1.0)
+        if status:
+            assert connection.answer().status == status
+
+
+def test_idle_connections_hold_no_thread_and_the_oldest_makes_room(served: Served) -> None:
+    before = threading.active_count()
+    connections = [Connection(served.address) for _ in range(LIMITS.connections)]
+    for connection in connections:
+        assert connection.request("/").status == 200
+    assert threading.active_count() == before
+    assert http_get(served.address, "/").status == 200          # the 41st
+    assert connections[0].socket.recv(1) == b""                 # closed for it
+    assert connections[-1].request("/").status == 200
+    for connection in connections:
+        connection.close()
+
+
+def test_100_continue(served: Served) -> None:
+    with Connection(served.address) as connection:
+        connection.send(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n"
+                        b"Expect: 100-continue\r\n\r\n")
+        assert connection.answer(head=True).status == 100
+        connection.send(b"abc")
+        assert connection.answer().body == b"abc"
+
+
+def test_requests_are_counted_by_route_and_timed(served: Served) -> None:
+    for path in ("/page", "/page", "/v1/a/metrics", "/nowhere", "/refused"):
+        http_get(served.address, path)
+    own = served.own()
+    prefix = "cmon_agent_http_request"
+    assert own[f'{prefix}s_total{{route="/page",code="200"}}'] == 2
+    assert own[f'{prefix}s_total{{route="/v1/{{zone}}/metrics",code="200"}}'] == 1
+    assert own[f'{prefix}s_total{{route="none",code="404"}}'] == 1
+    assert own[f'{prefix}s_total{{route="/refused",code="429"}}'] == 1
+    assert own[f'{prefix}_duration_seconds_count{{route="/page"}}'] == 2
+    assert own[f'{prefix}_duration_seconds_bucket{{route="/page",le="+Inf"}}'] == 2
+
+
+def test_stopping_finishes_what_is_under_way(served: Served) -> None:
+    idle, busy = Connection(served.address), Connection(served.address)
+    assert idle.request("/").status == 200
+    busy.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert served.inside.acquire(timeout=10)
+    served.server.stop()
+    assert idle.socket.recv(1) == b""
+    with pytest.raises(OSError):
+        wait_until(lambda: Connection(served.address).close())
+    served.laters[0].finish(text(200, "in time"))
+    answer = busy.answer()
+    assert answer.text == "in time\n" and answer.headers["connection"] == "close"
+    served.thread.join(10)
+    assert not served.thread.is_alive()
+
+
+def test_an_address_in_use_is_told_in_words(served: Served) -> None:
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{served.address[1]}: address"):
+        Server("agent", Registry()).listen(served.address, PLAIN)
+
+
+def test_timers_and_calls_run_in_the_servers_thread(served: Served) -> None:
+    seen: list[Any] = []
+    served.server.call_soon(lambda: seen.append(threading.get_ident()))
+    served.server.call_soon(served.server.call_later, 0.0, lambda: seen.append("timer"))
+    served.server.call_soon(served.server.every, 0.01, lambda: seen.append("tick"))
+    served.server.call_soon(lambda: 1 // 0)                 # logged, and nothing else happens
+    wait_until(lambda: seen.count("tick") >= 2)
+    assert served.thread.ident in seen and "timer" in seen
+
+
+def test_an_applications_socket_is_watched(served: Served) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    seen: list[bytes] = []
+    served.server.call_soon(served.server.watch, ours, 1, lambda mask: seen.append(ours.recv(9)))
+    theirs.send(b"hello")
+    wait_until(lambda: seen == [b"hello"])
+    served.server.call_soon(served.server.unwatch, ours)
+    served.server.call_soon(served.server.unwatch, ours)        # a second time does nothing
+    done = threading.Event()
+    served.server.call_soon(done.set)
+    assert done.wait(10)
+    ours.close()
+    theirs.close()
+
+
+# --- TLS ---
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("localhost", "alice"):
+        key = make_key()
+        (folder / f"{name}.key").write_bytes(key)
+        (folder / f"{name}.pem").write_bytes(make_certificate(key, name, names=(name,), days=1))
+    return folder
+
+
+@pytest.fixture()
+def secure(pems: Path) -> Iterator[Served]:
+    context = server_context(str(pems / "localhost.pem"), str(pems / "localhost.key"))
+    ask_for_any_certificate(context)
+    check_any_certificate(context, str(pems / "localhost.pem"), str(pems / "localhost.key"))
+    made = Served(context)
+    yield made
+    made.server.shutdown()
+
+
+def client(pems: Path, name: str = "") -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(pems / "localhost.pem"))
+    if name:
+        context.load_cert_chain(str(pems / f"{name}.pem"), str(pems / f"{name}.key"))
+    return context
+
+
+def test_tls_with_and_without_a_client_certificate(secure: Served, pems: Path) -> None:
+    with Connection(secure.address, client(pems, "alice"), "localhost") as connection:
+        for _ in range(3):
+            shown = connection.request("/who").text
+            assert b"alice" in eval(shown)          # the DER holds the name as it is
+        assert connection.request("/page").body == BIG
+        assert len(connection.request("/large").body) == 30_000_000
+    with Connection(secure.address, client(pems), "localhost") as connection:
+        assert connection.request("/who").text == "None\n"
+
+
+def test_silent_clients_do_not_hold_up_handshakes_and_are_ended(secure: Served, pems: Path) -> None:
+    silent = [Connection(secure.address) for _ in range(16)]
+    assert http_get(secure.address, "/page", tls=client(pems), server_name="localhost").body == BIG
+    for connection in silent:
+        assert connection.socket.recv(1) == b""     # handshake_seconds later
+        connection.close()
+
+
+def test_plain_http_to_a_tls_port_is_told(secure: Served) -> None:
+    with Connection(secure.address) as connection:
+        connection.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = connection.answer()
+        assert answer.status == 400 and b"this port speaks TLS" in answer.body
+
+
+def test_garbage_ends_a_handshake_and_is_counted(secure: Served, pems: Path) -> None:
+    with Connection(secure.address) as connection:
+        connection.send(b"\x16\x03\x01\x00\x05hello")
+        while connection.socket.recv(100):
+            pass
+    own = samples(http_get(secure.address, "/own", tls=client(pems), server_name="localhost").text)
+    assert own['cmon_agent_http_tls_handshakes_total{result="failed"}'] == 1
+    assert own['cmon_agent_http_tls_handshakes_total{result="done"}'] == 1
+
+
+def test_many_handshakes_at_once_keep_their_certificates_apart(secure: Served, pems: Path) -> None:
+    contexts = [client(pems, "alice"), client(pems, "localhost"), client(pems)]
+    names = [b"alice", b"localhost", b"None"]
+    failures: list[str] = []
+
+    def one(index: int) -> None:
+        shown = http_get(secure.address, "/who", tls=contexts[index % 3], server_name="localhost")
+        if names[index % 3] not in shown.body:
+            failures.append(shown.text)
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(36)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not failures
+
+
+def test_a_new_certificate_serves_new_connections(secure: Served, pems: Path) -> None:
+    fresh = server_context(str(pems / "alice.pem"), str(pems / "alice.key"))
+    secure.listener.set_tls(fresh)
+    trusting = ssl.create_default_context(cafile=str(pems / "alice.pem"))
+    assert http_get(secure.address, "/page", tls=trusting, server_name="alice").body == BIG
+
+
+def test_out_of_descriptors_the_queue_waits(served: Served) -> None:
+    calls: list[int] = []
+    accept: Callable[[], Any] = served.listener.socket.accept
+
+    class Full:
+        """A listening socket whose first accept finds no descriptor left."""
+
+        def accept(self) -> Any:
+            calls.append(1)
+            if len(calls) == 1:
+                raise OSError(24, "Too many open files")
+            return accept()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+    real = served.listener.socket
+    served.listener.socket = Full()  # type: ignore[assignment]
+    assert http_get(served.address, "/").status == 200
+    assert len(calls) > 1
+    served.listener.socket = real
+    assert served.own()['cmon_agent_http_limit_refusals_total{limit="descriptors"}'] == 1
