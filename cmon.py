@@ -109,7 +109,7 @@ class Proxy:
                 Container(*(printable(str(item.get(key) or "-")) for key in (
                     "vm_alias", "vm_uuid", "vm_brand", "vm_state", "server_uuid")))
                 for item in found["containers"])
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failure(f"{self.url}/v1/discover answers, but not as a proxy: is the URL right?"
                           ) from None
 
@@ -261,7 +261,7 @@ def choose(name: str, containers: Sequence[Container]) -> Container:
                       + ": give the UUID")
     aliases = sorted({container.alias for container in containers})
     near = [alias for alias in aliases if name.lower() in alias.lower()][:5]
-    near = near or difflib.get_close_matches(name, aliases, 5, 0.5)
+    near = near or sorted(difflib.get_close_matches(name, aliases, 5, 0.6))
     if not containers:
         raise Failure(f"no container {name!r}: this account has none that run")
     raise Failure(f"no container {name!r}; " + ("did you mean " + " or ".join(near) + "?" if near
