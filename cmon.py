@@ -550,7 +550,7 @@ now, and its command repeats it from any shell.
     _, containers = proxy.containers()
     if mine["uuid"] not in [container.uuid for container in containers]:
         raise Failure(f"discovery as {login} does not show {mine['alias']}")
-    step(f"{login} asks the proxy for her containers, as Prometheus does",
+    step(f"{login} asks the proxy for the account's containers, as Prometheus does",
          running.curl(login, f"{base}/v1/discover"), container_table(containers, 76))
     page = proxy.page(f"/v1/{mine['uuid']}/metrics")
     step(f"{login} scrapes {mine['alias']}, from outside the zone",
@@ -583,12 +583,14 @@ now, and its command repeats it from any shell.
 
 def cast(inventory: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Who plays: the first ordinary account with a running zone, that zone, and a foreign one."""
-    for account in inventory["accounts"]:
-        running = [vm for vm in inventory["vms"] if vm["state"] == "running"]
-        mine = [vm for vm in running if vm["owner_uuid"] == account["uuid"]]
-        foreign = [vm for vm in running if vm["owner_uuid"] != account["uuid"]]
-        if mine and foreign and not account.get("operator"):
-            return account["login"], mine[0], foreign[0]
+    ordinary = {account["uuid"]: account["login"] for account in inventory["accounts"]
+                if not account.get("operator")}
+    running = [vm for vm in inventory["vms"] if vm["state"] == "running"]
+    for uuid, login in ordinary.items():
+        mine = [vm for vm in running if vm["owner_uuid"] == uuid]
+        foreign = [vm for vm in running if vm["owner_uuid"] in ordinary.keys() - {uuid}]
+        if mine and foreign:
+            return login, mine[0], foreign[0]
     raise Failure("examples/inventory.json needs two accounts with running zones")
 
 
