@@ -1719,11 +1719,12 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 pass                # full: it will wake; closed: there is nothing left to wake
 
     def _drain(self, _mask: int) -> None:
-        self._woken = False         # before the read: a later wake writes again
         try:
             self._wake_read.recv(4096)
         except _AGAIN:
             pass                    # the other call of two had it
+        self._woken = False         # after the read, which might take a later wake's byte; what
+        # was queued until here without a byte is run by this turn of the loop
 
     # sockets
 

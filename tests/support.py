@@ -2,6 +2,7 @@
 """What the tests share: programs as processes, plain HTTP, a kernel to order (tests/libkstat)."""
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
@@ -133,21 +134,24 @@ class Program:
     def wait_for_log(self, pattern: str, times: int = 1,
                      timeout: float = PATIENCE) -> list[re.Match[str]]:
         """Waits until `pattern` has matched so many lines of stderr; gives the matches."""
-        def found() -> list[re.Match[str]] | None:
+        expression = re.compile(pattern)
+
+        def found() -> list[re.Match[str]]:
             with self._more:
-                hits = [hit for hit in map(re.compile(pattern).search, self._lines) if hit]
-            if len(hits) < times and self.process.poll() is not None:
+                return [hit for hit in map(expression.search, self._lines) if hit]
+
+        def enough() -> bool:
+            ended = self.process.poll() is not None
+            if ended:
                 self._join()
-                with self._more:
-                    hits = [hit for hit in map(re.compile(pattern).search, self._lines) if hit]
-                if len(hits) < times:
-                    raise AssertionError(f"{self.command} ended with {self.process.returncode}, no "
-                                         f"{pattern!r} in its log:\n{self.log}\n{self.output}")
-            return hits if len(hits) >= times else None
-        try:
-            return wait_until(found, f"{pattern!r} in the log", timeout) or []
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n--- log of {self.command}:\n{self.log}") from None
+            return ended or len(found()) >= times
+        with contextlib.suppress(AssertionError):
+            wait_until(enough, timeout=timeout)
+        hits = found()
+        if len(hits) < times:
+            raise AssertionError(f"no {pattern!r} in the log of {' '.join(self.command)[:300]} "
+                                 f"(status {self.process.poll()}):\n{self.log}\n{self.output}")
+        return hits
 
     def addresses(self, listeners: int = 1) -> list[Address]:
         """Where it listens, in the order of its log lines."""

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What the measurements share: the load, references, processes on one core each, tables."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support import Program, free_port, wait_until  # noqa: E402  (it needs the path)
+
+Address = tuple[str, int]
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
+SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))   # of each measurement
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+class Load(NamedTuple):
+    """What one run of the load came to; latencies in milliseconds."""
+    requests: int
+    seconds: float
+    rate: float
+    errors: int
+    refused: int
+    bytes: int
+    p50: float
+    p99: float
+    max: float
+    cpu: float
+    open: int
+
+
+class Bench:
+    """A folder, the built load, and what runs on the server's core."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._load = folder / "load"
+        library = [f"-l:lib{name}.so.3" for name in ("ssl", "crypto")]
+        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", self._load,
+                        ROOT / "bench" / "load.c", *library], check=True)
+
+    def requests(self, *requests: str) -> Path:
+        """A file of requests; lines end in LF here and in CR LF there."""
+        path = self.folder / f"requests{len(list(self.folder.glob('requests*')))}"
+        path.write_bytes(b"\0".join(request.replace("\n", "\r\n").encode() for request in requests))
+        return path
+
+    def get(self, path: str, host: str = "bench", gzip: bool = False) -> str:
+        """A scrape as Prometheus sends it."""
+        return (f"GET {path} HTTP/1.1\nHost: {host}\nUser-Agent: Prometheus/2.42.0\n"
+                "Accept: application/openmetrics-text;version=1.0.0,*/*;q=0.1\n"
+                + ("Accept-Encoding: gzip\n" if gzip else "")
+                + "X-Prometheus-Scrape-Timeout-Seconds: 10\n\n")
+
+    def command(self, address: Address, connections: int, requests: Path, *more: str,
+                seconds: float = SECONDS) -> list[str]:
+        """The load's argv."""
+        return [str(self._load), address[0], str(address[1]), str(connections), str(seconds),
+                str(requests), *map(str, more)]
+
+    def load(self, address: Address, connections: int, requests: Path, *more: str,
+             seconds: float = SECONDS) -> Load:
+        """Run it on the other core."""
+        done = subprocess.run(self.command(address, connections, requests, *more, seconds=seconds),
+                              check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                              preexec_fn=on_core(LOAD_CORE))
+        return Load(**json.loads(done.stdout))
+
+    @contextlib.contextmanager
+    def idle(self, address: Address, connections: int, requests: Path,
+             *more: str) -> Iterator[Load]:
+        """So many connections that have had one answer and stay open."""
+        with subprocess.Popen(
+                self.command(address, connections, requests, "idle", *more, seconds=120),
+                stdout=subprocess.PIPE, stdin=subprocess.PIPE,
+                preexec_fn=on_core(LOAD_CORE)) as process:
+            assert process.stdout is not None
+            yield Load(**json.loads(process.stdout.readline()))
+            process.communicate()
+
+    @contextlib.contextmanager
+    def server(self, program: Program) -> Iterator[Program]:
+        """A program on the server's core; the children that it starts as well."""
+        pin(program.pid, SERVER_CORE)
+        try:
+            yield program
+        finally:
+            program.kill()
+
+    @contextlib.contextmanager
+    def nginx(self, http: str, port: int) -> Iterator[int]:
+        """nginx with one worker on the server's core; gives the worker's pid."""
+        nginx = shutil.which("nginx") or "/usr/sbin/nginx"
+        if not os.path.exists(nginx):
+            raise SystemExit("nginx, the reference, is not installed (apt install nginx-light)")
+        folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="nginx"))
+        os.chmod(folder, 0o755)
+        (folder / "nginx.conf").write_text(f"""
+user root;
+worker_processes 1;
+worker_rlimit_nofile {resource.getrlimit(resource.RLIMIT_NOFILE)[1]};
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ worker_connections 19000; multi_accept on; }}
+http {{
+    access_log off;
+    default_type text/plain;
+    sendfile on; tcp_nopush on; tcp_nodelay on;
+    open_file_cache max=100; open_file_cache_valid 60s;
+    keepalive_requests 1000000000; keepalive_timeout 600s;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    {http}
+}}
+""")
+        process = subprocess.Popen([nginx, "-c", folder / "nginx.conf", "-g", "daemon off;"],
+                                   preexec_fn=on_core(SERVER_CORE))
+        try:
+            wait_until(lambda: can_connect(("127.0.0.1", port)), "nginx")
+            yield wait_until(lambda: children(process.pid), "nginx's worker")[0]
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def can_connect(address: Address) -> bool:
+    """Whether someone listens there."""
+    import socket
+    try:
+        socket.create_connection(address, 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def on_core(core: int) -> Any:
+    """For `preexec_fn`."""
+    return lambda: os.sched_setaffinity(0, {core})
+
+
+def pin(pid: int, core: int) -> None:
+    """All threads of a process."""
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task), {core})
+
+
+def children(pid: int) -> list[int]:
+    """The pids of its children."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def threads(pid: int) -> int:
+    """How many threads it has."""
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def resident(pid: int) -> int:
+    """Its resident memory in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_SIZE
+
+
+def settled(pid: int, seconds: float = 1.0) -> int:
+    """Resident memory once nothing moves."""
+    time.sleep(seconds)
+    return resident(pid)
+
+
+def python(code: str, *arguments: str) -> Program:
+    """A Python program of a few lines as a server."""
+    return Program(sys.executable, "-c", code, *arguments)
+
+
+@contextlib.contextmanager
+def bench() -> Iterator[Bench]:
+    """The folder, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="cmon-bench") as folder:
+        os.chmod(folder, 0o755)
+        yield Bench(Path(folder))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table as Markdown, so that it can be pasted into README.md."""
+    print(f"\n### {title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(f"{cell:,.0f}" if isinstance(cell, float) and cell >= 1000 else
+                                f"{cell:.3g}" if isinstance(cell, float) else
+                                f"{cell:,}" if isinstance(cell, int) else str(cell)
+                                for cell in row) + " |", flush=True)
+
+
+__all__ = ["Address", "Bench", "Load", "Program", "ROOT", "SECONDS", "bench", "children",
+           "cpu_seconds", "free_port", "pin", "python", "resident", "settled", "table", "threads",
+           "wait_until"]

@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MPL-2.0
+"""The kit's HTTP server beside plain ThreadingHTTPServer and nginx, in one run, a core each.
+
+A page of 7 kB, ready made. `python3 bench/server.py`; BENCH_SECONDS sets the length of each run.
+"""
+from __future__ import annotations
+
+import sys
+import threading
+
+from harness import (
+    ROOT,
+    Bench,
+    Load,
+    bench,
+    cpu_seconds,
+    free_port,
+    python,
+    settled,
+    table,
+    threads,
+)
+
+PAGE = "".join(f'# TYPE metric_{n} counter\nmetric_{n}{{zone="web{n % 7}"}} {n * 7919}\n'
+               for n in range(110))
+IDLE = 10_000
+
+KIT = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from cmon_agent import Limits, PAGE, Registry, Response, Route, Server, prepare
+page = open(sys.argv[1], "rb").read()
+ready = prepare(Response(200, page, PAGE))
+server = Server("bench", Registry(), Limits())
+listener = server.listen(("127.0.0.1", 0), [
+    Route("GET", "/page", lambda request: ready),
+    Route("GET", "/made", lambda request: Response(200, page, PAGE)),
+    Route("GET", "/worker", lambda request: Response(200, page, PAGE), blocking=True)])
+import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2)
+print("listening on %s:%s" % listener.address, file=sys.stderr, flush=True)
+server.serve_forever()
+"""
+
+PLAIN = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+page = open(sys.argv[1], "rb").read()
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+    def log_message(self, *arguments):
+        pass
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print("listening on %s:%s" % server.server_address, file=sys.stderr, flush=True)
+server.serve_forever()
+"""
+
+
+def row(name: str, load: Load, pid: int, before: float, reference: float) -> list[object]:
+    """One line of a table."""
+    cpu = cpu_seconds(pid) - before
+    return [name, load.rate, load.rate / reference if reference else "", load.p50, load.p99,
+            cpu / max(load.requests, 1) * 1e6, load.errors + load.refused]
+
+
+COLUMNS = ("server", "requests/s", "of nginx", "p50 ms", "p99 ms", "CPU µs each", "failed")
+
+
+def compare(at: Bench, page: str, title: str, connections: int, *more: str,
+            plain: bool = True) -> None:
+    """One table: nginx, the kit in three ways, ThreadingHTTPServer."""
+    rows = []
+    port = free_port()
+    site = f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}"
+    with at.nginx(site, port) as pid:
+        before = cpu_seconds(pid)
+        load = at.load(("127.0.0.1", port), connections, at.requests(at.get("/page")), *more)
+        reference = load.rate
+        rows.append(row("nginx, the page as a file", load, pid, before, reference))
+    with at.server(python(KIT, page)) as kit:
+        for path, name in (("/page", "kit, the answer prepared"),
+                           ("/made", "kit, the answer made each time"),
+                           ("/worker", "kit, made by a worker")):
+            before = cpu_seconds(kit.pid)
+            load = at.load(kit.address, connections, at.requests(at.get(path)), *more)
+            rows.append(row(name, load, kit.pid, before, reference))
+    if plain:
+        with at.server(python(PLAIN, page)) as server:
+            before = cpu_seconds(server.pid)
+            load = at.load(server.address, connections, at.requests(at.get("/page")), *more)
+            rows.append(row("ThreadingHTTPServer as it comes", load, server.pid, before, reference))
+    table(title, COLUMNS, rows)
+
+
+def idle(at: Bench, page: str) -> None:
+    """Memory and threads of connections that wait."""
+    rows = []
+    port = free_port()
+
+    def measure(name: str, address: tuple[str, int], pid: int) -> None:
+        request = at.requests(at.get("/page"))
+        at.load(address, 16, request, seconds=1)
+        before = settled(pid)
+        with at.idle(address, IDLE, request) as load:
+            rows.append([name, load.open, (settled(pid) - before) / load.open / 1000, threads(pid)])
+
+    with at.nginx(f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}", port) as pid:
+        measure("nginx", ("127.0.0.1", port), pid)
+    with at.server(python(KIT, page)) as kit:
+        measure("kit", kit.address, kit.pid)
+    table("Idle connections, each after one answer", ("server", "connections", "kB resident each",
+                                                      "threads"), rows)
+
+
+def main() -> int:
+    """All tables."""
+    with bench() as at:
+        page = at.folder / "page"
+        page.write_text(PAGE)
+        page.chmod(0o644)
+        compare(at, str(page), "16 kept connections", 16)
+        compare(at, str(page), "64 kept connections", 64)
+        compare(at, str(page), "A connection for each request, 16 at once", 16, "close")
+        idle(at, str(page))
+    assert threading.active_count() < 10
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
