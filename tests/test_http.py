@@ -353,7 +353,7 @@ def test_no_answer_of_a_worker_waits_for_the_next_event(served: Served) -> None:
     for thread in threads:
         thread.join(30)
     # A wake-up that gets lost costs what is left of the sweep's 0.25 s, again and again.
-    assert sorted(slowest)[len(slowest) * 9 // 10] < 0.1
+    assert sum(seconds > 0.1 for seconds in slowest) < 5, sorted(slowest)[-9:]
 
 
 def test_a_worker_may_also_answer_later(served: Served) -> None:
