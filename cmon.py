@@ -406,6 +406,7 @@ class Demo:
         tls = [f"ca_file: {path('ca.pem')}", f"cert_file: {path(f'{login}-cert.pem')}",
                f"key_file: {path(f'{login}-key.pem')}"]
         lines = PROMETHEUS_YML.replace("PORT", str(self.proxy_port)).replace("LOGIN", login)
+        lines = lines.replace("RULES", json.dumps(str(example("rules.yml")), ensure_ascii=False))
         return re.sub(r"(?m)^( +)TLS$",
                       lambda match: "\n".join(match.group(1) + line for line in tls), lines)
 
@@ -448,6 +449,8 @@ PROMETHEUS_YML = """\
 # Prometheus for the demo: discovers and scrapes the containers of LOGIN through the proxy.
 global:
   scrape_interval: 10s
+
+rule_files: [RULES]
 
 scrape_configs:
   - job_name: containers
