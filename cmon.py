@@ -366,7 +366,6 @@ class Demo:
         self._write("proxy.json", json.dumps({
             "tls": {"certificate": "server-cert.pem", "key": "server-key.pem"},
             "admin_listen": f"{LOOPBACK}:0",
-            "host_prefix": "localhost",     # the service's own name, which needs no DNS
             "inventory": {"file": "inventory.json"},
             "agent": {"port": self.agent_port},
         }, indent=2).encode())
