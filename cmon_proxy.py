@@ -1,0 +1,2293 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MPL-2.0
+"""The Container Monitor proxy: the one door by which tenants reach their zones' metrics.
+
+Takes a tenant's request over mutual TLS, finds out by the certificate whose it is, and relays it to
+the agent on the compute node where the zone lives. Discovery, quotas and a page for people besides.
+
+    cmon_proxy.py --config FILE [--listen HOST:PORT] [--check-config] [--smf] …
+
+All of a process happens in one thread, the server's loop: requests, relays, the inventory and the
+quotas need no locks. What may block (Triton's services, large answers) is done by other threads
+that hand in finished values. Map (`grep '^# ---'`):
+
+    settings
+    refusals
+    identity
+    inventory
+    quotas
+    forwarding
+    routes
+    main
+"""
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import random
+import re
+import selectors
+import socket
+import ssl
+import sys
+import time
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import (
+    Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Sequence, Set, Tuple, Union)
+
+# The agent is the one file that must run alone, so it carries the kit that we share.
+from cmon_agent import (
+    CMON_PURPOSE, COUNTER, GAUGE, JSON, PAGE, Answer, AnswerReader, Breaker, Certificate,
+    CertificateError, ClientError, ConfigError, Family, Later, Listener, Prepared, PublicKey,
+    Refused, Registry, Request, Response, Route, Sample, Server, ask_for_any_certificate, at_least,
+    certificate, check_any_certificate, command_line, gunzip, is_address,
+    load_settings, log, one_of, parse_address, prepare, public_key, read_json,
+    register_process_metrics, render, run_daemon, scrape_deadline, server_context, setting,
+    signed_by, text)
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TlsSettings:
+    """The server's certificate, and what is asked of clients."""
+    certificate: Path = setting(dataclasses.MISSING, "PEM file: the server's certificate and chain")
+    key: Path = setting(dataclasses.MISSING, "PEM file: its private key")
+    client_auth: str = setting(
+        "account-keys", "account-keys: a key of the account vouches for a client; ca: a CA does",
+        one_of("account-keys", "ca"))
+    client_ca: Optional[Path] = setting(None, "PEM file: the CA of client certificates, with ca")
+    allow_sha1: bool = setting(False, "take client certificates that are signed with SHA-1")
+
+
+@dataclass(frozen=True)
+class InventorySettings:
+    """Where accounts, compute nodes and containers are known from: a file, or Triton."""
+    file: Optional[Path] = setting(None, "JSON file, looked at every second")
+    vmapi: Optional[str] = setting(None, "URL of Triton's VMAPI, with its changefeed")
+    cnapi: Optional[str] = setting(None, "URL of Triton's CNAPI")
+    mahi: Optional[str] = setting(None, "URL of Triton's mahi")
+    snapshot: Optional[Path] = setting(None, "file for the last inventory, read at a restart")
+    max_age: float = setting(
+        3600.0, "seconds after which unconfirmed ownership is no longer believed", at_least(1))
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """How agents are spoken to."""
+    port: int = setting(9163, "port of agents", at_least(1))
+    connect_timeout: float = setting(0.5, "seconds to connect to a node", at_least(0.01))
+    timeout: float = setting(10.0, "seconds for a page at the most", at_least(0.1))
+    max_in_flight: int = setting(8, "requests to one node at once; more wait", at_least(1))
+
+
+@dataclass(frozen=True)
+class AccountQuota:
+    """What is different for one account; what is not given is as for all."""
+    per_minute: Optional[float] = setting(None, "as above", at_least(0))
+    burst: Optional[float] = setting(None, "as above", at_least(1))
+    over_quota: Optional[str] = setting(None, "as above", one_of("stale", "refuse", "allow"))
+    hard_per_minute: Optional[float] = setting(None, "as above", at_least(0))
+    exempt: bool = setting(False, "no quota at all")
+
+
+@dataclass(frozen=True)
+class QuotaSettings:
+    """How much an account may ask."""
+    per_minute: float = setting(1000.0, "requests a minute of one account", at_least(0))
+    burst: float = setting(1000.0, "requests at once", at_least(1))
+    over_quota: str = setting(
+        "stale", "above that: stale (the last copy of the page), refuse (429) or allow",
+        one_of("stale", "refuse", "allow"))
+    replicas: int = setting(1, "proxies behind one name; each admits its share", at_least(1))
+    hard_per_minute: float = setting(10000.0, "above that everything is refused", at_least(0))
+    exempt_operators: bool = setting(False, "no quota for operators")
+    accounts: Dict[str, AccountQuota] = setting({}, "what is different, by login")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of the proxy."""
+    tls: TlsSettings = setting(dataclasses.MISSING, "certificates")
+    inventory: InventorySettings = setting(dataclasses.MISSING, "accounts, nodes and containers")
+    listen: str = setting("0.0.0.0:9163", "address for tenants", is_address)
+    admin_listen: Optional[str] = setting(
+        "127.0.0.1:8881", "address for own metrics, plain HTTP; null: none")
+    host_prefix: str = setting(
+        "cmon", "first label of the service's own name; empty: any name will do")
+    agent: AgentSettings = setting(AgentSettings, "the agents on compute nodes")
+    quota: QuotaSettings = setting(QuotaSettings, "how much an account may ask")
+    discover_include_stopped: bool = setting(False, "list stopped containers, too")
+    require_approved: bool = setting(
+        False, "refuse accounts that are not approved for provisioning")
+    workers: int = setting(1, "processes that share the listening socket", at_least(1))
+    log_level: str = setting("info", "least level that is logged",
+                             one_of("debug", "info", "warning", "error"))
+    log_format: str = setting("", "text or bunyan; empty: text on a terminal",
+                              one_of("", "text", "bunyan"))
+
+
+def problems_of(settings: Settings) -> List[str]:
+    """What is wrong with settings that are right one by one; also reads the files they name."""
+    problems: List[str] = []
+    tls, inventory = settings.tls, settings.inventory
+    services = {"vmapi": inventory.vmapi, "cnapi": inventory.cnapi, "mahi": inventory.mahi}
+    missing = [name for name, url in services.items() if url is None]
+    if inventory.file is not None and len(missing) < 3:
+        problems.append("inventory: either file, or vmapi, cnapi and mahi")
+    if inventory.file is None and missing:
+        problems.append("inventory: needs file, or vmapi, cnapi and mahi; missing: "
+                        + ", ".join(["file", *missing] if len(missing) == 3 else missing))
+    for name, url in services.items():
+        if url is not None and not re.fullmatch(r"https?://[^/?#\s]+/?", url):
+            problems.append(f"inventory.{name}: {url!r} is not a URL like http://host:port")
+    for name, address in (("listen", settings.listen), ("admin_listen", settings.admin_listen)):
+        try:
+            if address is not None:
+                parse_address(address)
+        except ConfigError as error:
+            problems.append(f"{name}: {error}")
+    if (tls.client_auth == "ca") != (tls.client_ca is not None):
+        problems.append("tls.client_ca: goes with client_auth \"ca\", and only with it")
+    try:
+        make_tls(settings)
+    except ConfigError as error:
+        problems += error.problems
+    return problems
+
+
+def make_tls(settings: Settings) -> ssl.SSLContext:
+    """The TLS side of the main listener, proved to work; raises ConfigError in words."""
+    tls = settings.tls
+    for name, path in (("certificate", tls.certificate), ("key", tls.key),
+                       ("client_ca", tls.client_ca)):
+        try:
+            if path is not None:
+                path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"tls.{name}: cannot read {path}: {(error.strerror or '').lower()}"
+                              ) from None
+    try:
+        ca = str(tls.client_ca) if tls.client_auth == "ca" else None
+        context = server_context(str(tls.certificate), str(tls.key), ca)
+        if ca is None:
+            ask_for_any_certificate(context)
+            check_any_certificate(context, str(tls.certificate), str(tls.key))
+    except (OSError, ValueError) as error:      # ssl.SSLError is an OSError
+        raise ConfigError(f"tls: {tls.certificate} with {tls.key}: {error}") from None
+    return context
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+# Every refusal that a client can meet: code, status, and what, why and what next in one line.
+# A container of somebody else has the same line as one that does not exist.
+REFUSALS: Dict[str, Tuple[int, str]] = {
+    "no_certificate": (401, "no client certificate: show the one that `cmon.py certgen` or `triton "
+                       "profile cmon-certgen` made (curl: --cert and --key)"),
+    "bad_certificate": (401, "the client certificate cannot be used: {why}; make a new one with "
+                        "`cmon.py certgen`"),
+    "weak_signature": (401, "the client certificate is signed with {digest}, which is too weak: "
+                       "make a new one with `cmon.py certgen`"),
+    "expired": (401, "the client certificate ended on {date}: make a new one with `cmon.py "
+                "certgen`"),
+    "not_yet_valid": (401, "the client certificate begins on {date}: check the clock of the "
+                      "machine that made it, or wait"),
+    "unknown_key": (401, "no key of account {login} vouches for this client certificate (wanted: "
+                    "{key}): add the key to the account, or make a certificate with one that it "
+                    "has"),
+    "unknown_account": (401, "no account {login}, or it may not come in: the certificate's common "
+                        "name must be the account's login"),
+    "not_approved": (403, "account {login} is not approved: ask the operator"),
+    "not_operator": (403, "only operators may see compute nodes: /v1/discover lists your "
+                     "containers"),
+    "no_such_target": (404, "no such container or compute node for this account: /v1/discover "
+                       "lists those there are"),
+    "no_page": (404, "container {uuid} is {state}: it has a page while it runs"),
+    "unknown_host": (404, "the name {host} is none of this service: use {prefix}.SUFFIX, or "
+                     "UUID.SUFFIX for /metrics"),
+    "no_own_page": (404, "the service's own name has no /metrics: use /v1/UUID/metrics, or "
+                    "UUID.SUFFIX as the host"),
+    "bad_shard": (400, "shard must be k/n with k from 1 to n and n at most {most}"),
+    "bad_parameter": (400, "unknown parameter {name}: there are groups and shard"),
+    "quota": (429, "more than {limit:g} requests a minute: ask less often, or ask the operator for "
+              "more"),
+    "inventory_not_ready": (503, "the inventory is not complete yet: try again in a few seconds"),
+    "inventory_too_old": (503, "who owns what has not been confirmed since {since}: try again when "
+                          "the data center's services are back"),
+    "accounts_unreachable": (503, "accounts cannot be looked up now: try again in a few seconds"),
+    "node_silent": (503, "the compute node {node} is not answering since {since} ({why}): other "
+                    "nodes are not affected; try again in a minute"),
+    "node_unknown": (503, "the address of compute node {node} is not known yet: try again in a "
+                     "minute"),
+    "node_busy": (503, "the compute node {node} has too many requests waiting: try again in a few "
+                  "seconds"),
+    "node_error": (503, "the agent on compute node {node} failed: {why}; try again in a minute"),
+    "deadline": (504, "the compute node {node} did not answer in time: raise scrape_timeout if it "
+                 "happens often"),
+    "too_busy": (503, "too busy: try again in a second"),
+}
+_RETRY = {"inventory_not_ready": "5", "inventory_too_old": "60", "accounts_unreachable": "5",
+          "node_silent": "30", "node_unknown": "30", "node_busy": "5", "node_error": "30",
+          "too_busy": "1"}
+
+
+def refused(code: str, *headers: Tuple[str, str], **fields: Any) -> Refused:
+    """A refusal of the table; what a client sent stands in it with its odd characters escaped."""
+    status, message = REFUSALS[code]
+    if code in _RETRY:
+        headers += (("Retry-After", _RETRY[code]),)
+    shown = {name: value if isinstance(value, (int, float)) else
+             str(value).encode("unicode_escape").decode()[:200] for name, value in fields.items()}
+    return Refused(status, message.format(**shown), *headers, code=code)
+
+
+def answer_to(refusal: Refused) -> Response:
+    """A refusal as the answer that it becomes."""
+    return text(refusal.status, str(refusal), *refusal.headers)
+
+
+def utc(seconds: float) -> str:
+    """A time for people."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "a date beyond all calendars"
+
+
+# --- identity -------------------------------------------------------------------------------------
+
+CLOCK_SKEW_SECONDS = 300.0      # certgen does not date back, and clocks differ
+STRONG_DIGESTS = frozenset(("sha224", "sha256", "sha384", "sha512", "sha3-256", "sha3-384",
+                            "sha3-512"))
+EXPIRES_SOON_SECONDS = 30 * 86400
+_MD5_BASE64 = re.compile(r"MD5:([A-Za-z0-9+/]{22})(?:==)?")
+_MD5_HEX = re.compile(r"(?:MD5:)?([0-9A-Fa-f]{2}(?::?[0-9A-Fa-f]{2}){15})")
+
+
+def key_id_of(name: str) -> Optional[str]:
+    """An issuer's name as the MD5 fingerprint that it spells, in colons; None for other names."""
+    match = _MD5_BASE64.fullmatch(name)
+    if match is not None:
+        digest = base64.b64decode(match.group(1) + "==").hex()
+    else:
+        match = _MD5_HEX.fullmatch(name)
+        if match is None:
+            return None
+        digest = match.group(1).replace(":", "").lower()
+    return ":".join(digest[at:at + 2] for at in range(0, 32, 2))
+
+
+class Holder(NamedTuple):
+    """A key that may speak for an account, and for how much of it."""
+    key: PublicKey
+    name: str = ""                              # of the administrator or user; "": the account
+    groups: Optional[FrozenSet[str]] = None     # only containers with one of these; None: all
+
+
+class Account(NamedTuple):
+    """Somebody who may own containers."""
+    uuid: str
+    login: str
+    keys: Mapping[str, Holder]                  # by MD5 fingerprint
+    operator: bool = False
+    approved: bool = True
+
+
+class Grant(NamedTuple):
+    """What a request may do: as whom, and within which groups."""
+    account: Account
+    groups: Optional[FrozenSet[str]]
+    identity: Identity
+
+
+class Identity:
+    """What a connection's certificate says, worked out once; lives with the connection.
+
+    The account, its key and the dates are looked at again on every request: see `grant`.
+    """
+    __slots__ = ("login", "key_id", "cert", "dated", "strong", "refusal", "header", "granted",
+                 "_signed")
+
+    def __init__(self, der: Optional[bytes]) -> None:
+        self.login = self.key_id = ""
+        self.cert: Optional[Certificate] = None
+        self.dated = False                      # its dates are enforced
+        self.strong = True
+        self.refusal: Optional[Refused] = None
+        self.header = b""                       # F18: told in every answer
+        self.granted: Optional[Grant] = None    # the last one; good while its account is the same
+        self._signed: Dict[PublicKey, bool] = {}
+        if der is None:
+            self.refusal = refused("no_certificate")
+            return
+        try:
+            self.cert = cert = certificate(der)
+        except CertificateError as error:
+            self.refusal = refused("bad_certificate", why=error)
+            return
+        self.login = cert.subject
+        self.strong = cert.digest in STRONG_DIGESTS or cert.signature.upper() == "ED25519"
+        self.dated = CMON_PURPOSE in cert.purposes
+        self.header = (f"X-Cmon-Certificate-Expires: {utc(cert.not_after)}\r\n").encode()
+        if self.dated and not cert.self_issued:
+            # new style: the issuer's name is the fingerprint of the key that has signed
+            key_id = key_id_of(cert.issuer)
+            if key_id is None:
+                self.refusal = refused("bad_certificate", why="its issuer is not the MD5 "
+                                       "fingerprint of an SSH key")
+                return
+            self.key_id = key_id
+        else:                                   # old style: its own key
+            self.key_id = cert.key.md5
+        if not self.login:
+            self.refusal = refused("bad_certificate", why="its subject has no common name")
+
+    def vouched(self, key: PublicKey) -> bool:
+        """Whether the certificate is signed by this key; worked out once for each key."""
+        known = self._signed.get(key)
+        if known is None and self.cert is not None:
+            if len(self._signed) >= 8:          # MD5 can be made to collide: keep no more of them
+                self._signed.clear()
+            known = self._signed[key] = signed_by(self.cert, key)
+        return bool(known)
+
+
+def check_dates(cert: Certificate, now: float) -> None:
+    """Raises Refused outside the certificate's dates."""
+    if now > cert.not_after:
+        raise refused("expired", date=utc(cert.not_after))
+    if now < cert.not_before - CLOCK_SKEW_SECONDS:
+        raise refused("not_yet_valid", date=utc(cert.not_before))
+
+
+class Policy(NamedTuple):
+    """How identities are judged; from the settings."""
+    by_ca: bool = False
+    allow_sha1: bool = False
+    require_approved: bool = False
+
+
+def grant(identity: Identity, account: Optional[Account], policy: Policy, now: float) -> Grant:
+    """What this certificate may do as this account, now; raises Refused.
+
+    Runs on every request. As long as the account is the very object that it was, only the dates
+    are looked at: accounts are immutable and replaced when anything in them changes.
+    """
+    cert = identity.cert
+    if cert is None or identity.refusal is not None:
+        raise identity.refusal or refused("no_certificate")
+    if identity.dated or policy.by_ca:
+        check_dates(cert, now)
+    granted = identity.granted
+    if granted is not None and granted.account is account:
+        return granted
+    identity.granted = None
+    if not identity.strong and not policy.allow_sha1:
+        raise refused("weak_signature", digest=(cert.digest or cert.signature).upper())
+    holder: Optional[Holder] = None
+    if policy.by_ca:
+        if account is None:
+            raise refused("unknown_account", login=identity.login)
+    else:
+        # an unknown account and one without the key read the same: logins are not to be guessed
+        holder = account.keys.get(identity.key_id) if account is not None else None
+        if account is None or holder is None or not identity.vouched(holder.key):
+            raise refused("unknown_key", login=identity.login, key="MD5:" + identity.key_id)
+    if policy.require_approved and not account.approved:
+        raise refused("not_approved", login=identity.login)
+    granted = identity.granted = Grant(account, holder.groups if holder else None, identity)
+    return granted
+
+
+# --- inventory ------------------------------------------------------------------------------------
+
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+class State(NamedTuple):
+    """What a VM's state means for those who ask."""
+    listed: bool        # in discovery
+    listed_stopped: bool    # in discovery with discover_include_stopped
+    page: bool          # its page is asked for at the node
+    known: bool         # on the fleet page; otherwise it is as if it did not exist
+
+
+# A state that VMAPI invents later is taken for `unknown`: its page is tried, since a node tells the
+# truth at once, and its target does not vanish.
+STATES: Dict[str, State] = {
+    "running": State(True, True, True, True),
+    "stopped": State(False, True, False, True),
+    "stopping": State(True, True, True, True),      # its kstats are there until it is down
+    "shutting_down": State(True, True, True, True),
+    "down": State(False, True, False, True),
+    "halting": State(True, True, True, True),
+    "ready": State(False, True, False, True),
+    "installed": State(False, True, False, True),
+    "configured": State(False, True, False, True),
+    "provisioning": State(False, False, False, True),
+    "receiving": State(False, False, False, True),  # a migration that is under way
+    "sending": State(True, True, True, True),
+    "incomplete": State(False, False, False, False),
+    "failed": State(False, False, False, True),
+    "destroyed": State(False, False, False, False),
+    "deleted": State(False, False, False, False),
+    "unknown": State(True, True, True, True),       # VMAPI's word when the node does not report
+}
+SHOWN_STATES = ("running", "stopped", "provisioning", "failed", "unknown")
+
+
+def state_of(name: str) -> State:
+    """The row of a state, whatever it is called."""
+    return STATES.get(name) or STATES["unknown"]
+
+
+class Vm(NamedTuple):
+    """A zone as the inventory knows it; replaced, never changed."""
+    uuid: str
+    alias: str
+    owner: str
+    server: str                     # "" while it has none
+    image: str
+    brand: str
+    state: str
+    groups: Tuple[str, ...] = ()
+    role: str = ""                  # manta_role: one more group, for the owner of manta
+    core: bool = False              # has a smartdc_role or manta_role tag
+    hidden: bool = False            # NAT zones: not to be seen by anybody
+    since: str = ""                 # when we learned this, ISO 8601
+    source: str = ""
+
+
+class Node(NamedTuple):
+    """A compute node."""
+    uuid: str
+    hostname: str
+    address: Optional[Tuple[str, int]]      # of its agent; None: not known yet
+
+
+def _word(value: Any) -> str:
+    """A text member, with null and odd types as nothing."""
+    return sys.intern(value) if isinstance(value, str) else ""
+
+
+def vm_of(record: Any, source: str, since: str) -> Optional[Vm]:
+    """A VM from VMAPI's or the file's members; None when it has no usable uuid or owner.
+
+    Total: any member may be null or missing, other types count as missing.
+    """
+    if not isinstance(record, dict):
+        return None
+    uuid, owner = _word(record.get("uuid")).lower(), _word(record.get("owner_uuid")).lower()
+    if not UUID.fullmatch(uuid) or not UUID.fullmatch(owner):
+        return None
+    tags = record.get("tags")
+    if not isinstance(tags, dict):
+        tags = {}
+    groups = tags.get("triton.cmon.groups")
+    words = groups.split(",") if isinstance(groups, str) else []
+    server = _word(record.get("server_uuid")).lower()
+    return Vm(
+        uuid=uuid, alias=_word(record.get("alias")), owner=sys.intern(owner),
+        server=sys.intern(server) if UUID.fullmatch(server) else "",
+        image=_word(record.get("image_uuid")), brand=_word(record.get("brand")),
+        state=_word(record.get("state")) or "unknown",
+        groups=tuple(dict.fromkeys(word.strip() for word in words if word.strip())),
+        role=_word(tags.get("manta_role")),
+        core=bool(tags.get("smartdc_role") or tags.get("manta_role")),
+        hidden=tags.get("smartdc_role") == "nat", since=since, source=source)
+
+
+class Inventory:
+    """VMs and compute nodes. Belongs to the loop; `generation` says when caches are out of date."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self.ready = False                      # a whole one has been in
+        self.vms: Dict[str, Vm] = {}
+        self.nodes: Dict[str, Node] = {}
+        self.owned: Dict[str, Dict[str, Vm]] = {}
+        self.generations: Dict[str, int] = {}   # by owner; missing: 0
+        self.epoch = 0                          # all owners' at once
+        self.node_generation = 0
+        self.confirmed = now()                  # when the source last stood by it
+        self.confirmed_at = time.time()
+        self.changed: List[Callable[[Optional[Vm], Optional[Vm]], None]] = []
+
+    def generation(self, owner: str) -> Tuple[int, int]:
+        """Changes whenever a VM of this owner does."""
+        return self.epoch, self.generations.get(owner, 0)
+
+    def put(self, vm: Vm) -> bool:
+        """A VM is new or different; False when it is neither."""
+        before = self.vms.get(vm.uuid)
+        if not state_of(vm.state).known:
+            return self.drop(vm.uuid)
+        if before is not None and before._replace(since="", source="") == vm._replace(
+                since="", source=""):
+            return False
+        self.vms[vm.uuid] = vm
+        if before is not None and before.owner != vm.owner:
+            self._disown(before)
+        self.owned.setdefault(vm.owner, {})[vm.uuid] = vm
+        self._bump(vm.owner)
+        for told in self.changed:
+            told(before, vm)
+        return True
+
+    def drop(self, uuid: str) -> bool:
+        """A VM is gone; False when it was not there."""
+        before = self.vms.pop(uuid, None)
+        if before is None:
+            return False
+        self._disown(before)
+        for told in self.changed:
+            told(before, None)
+        return True
+
+    def _disown(self, vm: Vm) -> None:
+        owned = self.owned.get(vm.owner)
+        if owned is not None:
+            owned.pop(vm.uuid, None)
+            if not owned:
+                del self.owned[vm.owner]
+        self._bump(vm.owner)
+
+    def _bump(self, owner: str) -> None:
+        self.generations[owner] = self.generations.get(owner, 0) + 1
+        if len(self.generations) > 10_000:      # owners come and go
+            self.generations.clear()
+            self.epoch += 1
+
+    def replace(self, vms: Dict[str, Vm], owned: Dict[str, Dict[str, Vm]]) -> None:
+        """All VMs at once, prepared by another thread: what is not among them is gone."""
+        self.vms, self.owned = vms, owned
+        self.generations.clear()
+        self.epoch += 1
+
+    def replace_nodes(self, nodes: Dict[str, Node]) -> None:
+        """All compute nodes at once."""
+        if nodes != self.nodes:
+            self.nodes = nodes
+            self.node_generation += 1
+
+    def confirm(self) -> None:
+        """The source has just stood by what is here."""
+        self.confirmed, self.confirmed_at = self._now(), time.time()
+
+
+def by_owner(vms: Iterable[Vm]) -> Tuple[Dict[str, Vm], Dict[str, Dict[str, Vm]]]:
+    """The two indexes of an inventory; VMs that count as gone are left out."""
+    known = {vm.uuid: vm for vm in vms if state_of(vm.state).known}
+    owned: Dict[str, Dict[str, Vm]] = {}
+    for vm in known.values():
+        owned.setdefault(vm.owner, {})[vm.uuid] = vm
+    return known, owned
+
+
+def groups_of(vm: Vm, manta_owner: str) -> Tuple[str, ...]:
+    """A VM's groups; the role of manta's own zones is one."""
+    if vm.role and vm.owner == manta_owner and vm.role not in vm.groups:
+        return vm.groups + (vm.role,)
+    return vm.groups
+
+
+def may_see(granted: Grant, target: Union[Vm, Node, None], manta_owner: str = "") -> bool:
+    """The one rule of who may see what: owners their containers, operators the compute nodes.
+
+    A user who is limited to groups sees the containers of these groups and no node.
+    """
+    if isinstance(target, Vm):
+        return (target.owner == granted.account.uuid and not target.hidden and (
+            granted.groups is None
+            or not granted.groups.isdisjoint(groups_of(target, manta_owner))))
+    return target is not None and granted.account.operator and granted.groups is None
+
+
+class Directory:
+    """Accounts by login, all at hand."""
+
+    def __init__(self) -> None:
+        self.accounts: Dict[str, Account] = {}
+
+    def find(self, login: str) -> Optional[Account]:
+        """The account, or None when there is none of this login."""
+        return self.accounts.get(login)
+
+    def replace(self, accounts: Dict[str, Account]) -> None:
+        """All at once; an account that has not changed stays the same object."""
+        self.accounts = {login: kept if (kept := self.accounts.get(login)) == account else account
+                         for login, account in accounts.items()}
+
+
+class Whole(NamedTuple):
+    """What an inventory file says."""
+    accounts: Dict[str, Account]
+    vms: Dict[str, Vm]
+    owned: Dict[str, Dict[str, Vm]]
+    nodes: Dict[str, Node]
+
+
+class _FileReader:
+    """Turns an inventory file into indexes, and collects all that is wrong with it."""
+
+    def __init__(self, path: Path, agent_port: int) -> None:
+        self.path, self.port = path, agent_port
+        self.problems: List[str] = []
+
+    def wrong(self, where: str, what: str) -> None:
+        if len(self.problems) < 20:
+            self.problems.append(f"{self.path}: {where}: {what}")
+
+    def read(self) -> Whole:
+        content = read_json(self.path)
+        if not isinstance(content, dict):
+            raise ConfigError(f"{self.path}: must be an object with accounts, servers and vms")
+        accounts: Dict[str, Account] = {}
+        for where, record in self._records(content, "accounts"):
+            account = self._account(record, where)
+            if account is not None and account.login in accounts:
+                self.wrong(where, f"login {account.login!r} stands twice")
+            elif account is not None:
+                accounts[account.login] = account
+        nodes: Dict[str, Node] = {}
+        for where, record in self._records(content, "servers"):
+            node = self._node(record, where)
+            if node is not None and node.uuid in nodes:
+                self.wrong(where, f"uuid {node.uuid} stands twice")
+            elif node is not None:
+                nodes[node.uuid] = node
+        vms: Dict[str, Vm] = {}
+        since = iso(time.time())
+        for where, record in self._records(content, "vms"):
+            vm = vm_of(record, "file", since)
+            if vm is None:
+                self.wrong(where, "needs uuid and owner_uuid")
+            elif vm.uuid in vms:
+                self.wrong(where, f"uuid {vm.uuid} stands twice")
+            else:
+                vms[vm.uuid] = vm
+        if self.problems:
+            raise ConfigError(*self.problems)
+        return Whole(accounts, *by_owner(vms.values()), nodes)
+
+    def _records(self, content: Dict[str, Any], name: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
+        records = content.get(name)
+        if not isinstance(records, list):
+            self.wrong(name, "must be a list")
+            return
+        for index, record in enumerate(records):
+            if isinstance(record, dict):
+                yield f"{name}[{index}]", record
+            else:
+                self.wrong(f"{name}[{index}]", "must be an object")
+
+    def _uuid(self, record: Dict[str, Any], where: str) -> str:
+        value = _word(record.get("uuid")).lower()
+        if not UUID.fullmatch(value):
+            self.wrong(where, "needs a uuid")
+        return sys.intern(value)
+
+    def _account(self, record: Dict[str, Any], where: str) -> Optional[Account]:
+        uuid, login = self._uuid(record, where), record.get("login")
+        if not isinstance(login, str) or not login:
+            self.wrong(where, "needs a login")
+            return None
+        keys: Dict[str, Holder] = {}
+        for kind in ("administrators", "users"):
+            for index, member in enumerate(record.get(kind) or []):
+                at = f"{where}.{kind}[{index}]"
+                if not isinstance(member, dict):
+                    self.wrong(at, "must be an object")
+                    continue
+                # only users can be limited: an administrator stands for the account itself
+                groups = member.get("groups") if kind == "users" else None
+                limited = None if kind != "users" else frozenset(
+                    group for group in groups if isinstance(group, str)) \
+                    if isinstance(groups, list) else frozenset()
+                self._keys(member, at, str(member.get("login", "")), limited, keys)
+        self._keys(record, where, "", None, keys)      # last: the account's own key wins
+        for member in ("operator", "approved_for_provisioning"):
+            if not isinstance(record.get(member, False), bool):
+                self.wrong(f"{where}.{member}", "must be true or false")
+        return Account(uuid, login, keys, record.get("operator") is True,
+                       record.get("approved_for_provisioning", True) is True)
+
+    def _keys(self, record: Dict[str, Any], where: str, name: str,
+              groups: Optional[FrozenSet[str]], into: Dict[str, Holder]) -> None:
+        texts = record.get("keys", [])
+        for index, key_text in enumerate(texts if isinstance(texts, list) else [None]):
+            try:
+                key = public_key(key_text if isinstance(key_text, str) else "")
+                into[key.md5] = Holder(key, name, groups)
+            except CertificateError as error:
+                self.wrong(f"{where}.keys[{index}]", str(error))
+
+    def _node(self, record: Dict[str, Any], where: str) -> Optional[Node]:
+        uuid, shown = self._uuid(record, where), record.get("admin_ip")
+        address: Optional[Tuple[str, int]] = None
+        try:
+            if shown is not None:
+                address = parse_address(shown if isinstance(shown, str) else "", self.port)
+                socket.inet_pton(socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
+                                 address[0])
+        except (ConfigError, OSError):
+            self.wrong(where, f"admin_ip must be an IP address, with or without a port, not "
+                       f"{shown!r}")
+        return Node(uuid, _word(record.get("hostname")), address)
+
+
+def read_inventory(path: Path, agent_port: int) -> Whole:
+    """An inventory file; raises ConfigError with all that is wrong."""
+    return _FileReader(path, agent_port).read()
+
+
+def iso(seconds: float) -> str:
+    """A time for programs."""
+    second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{second}.{int(seconds * 1000) % 1000:03d}Z"
+
+
+class FileSource:
+    """Keeps directory and inventory as a file says; a bad file is refused whole and told once."""
+
+    def __init__(self, path: Path, agent_port: int, inventory: Inventory, directory: Directory,
+                 server: Server) -> None:
+        self._path, self._port = path, agent_port
+        self._inventory, self._directory, self._server = inventory, directory, server
+        self._mark: object = None               # of the file that was read last
+        self._reading = False
+        self.problems: List[str] = []
+        self.manta_owner = ""
+
+    def start(self) -> None:
+        """Read it once, then look at it every second."""
+        self._read(self._look())
+        self._server.every(1.0, self._tick)
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+    def _look(self) -> object:
+        try:
+            stat = self._path.stat()
+            return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        except OSError as error:
+            return str(error.strerror)
+
+    def _tick(self) -> None:
+        mark = self._look()
+        if mark != self._mark and not self._reading:
+            self._reading = self._server.spawn(self._read, mark)
+        elif not self.problems:
+            self._inventory.confirm()
+
+    def _read(self, mark: object) -> None:
+        """In a worker: reading 10,000 VMs takes a tenth of a second."""
+        found: Optional[Whole] = None
+        problems: List[str] = []
+        try:
+            found = read_inventory(self._path, self._port)
+        except ConfigError as error:
+            problems = error.problems
+        self._server.soon(self._apply, mark, found, problems)
+
+    def _apply(self, mark: object, found: Optional[Whole], problems: List[str]) -> None:
+        self._reading = False
+        self._mark = mark
+        if found is None:
+            if problems != self.problems:
+                for problem in problems:
+                    log.error("the inventory stays as it was: %s", problem)
+            self.problems = problems
+            return
+        self.problems = []
+        manta = found.accounts.get("poseidon")
+        self.manta_owner = manta.uuid if manta is not None else ""
+        self._directory.replace(found.accounts)
+        self._inventory.replace(found.vms, found.owned)
+        self._inventory.replace_nodes(found.nodes)
+        self._inventory.confirm()
+        if not self._inventory.ready:
+            self._inventory.ready = True
+        log.info("inventory: %s accounts, %s compute nodes, %s containers from %s",
+                 len(found.accounts), len(found.nodes), len(found.vms), self._path)
+
+
+# --- quotas ---------------------------------------------------------------------------------------
+
+ADMITTED, OVER, REFUSED = 0, 1, 2       # below the limit, above it, above the hard one
+KEPT_ALLOWANCES = 20_000                # beyond, full ones are forgotten and their counts summed up
+
+
+class Terms(NamedTuple):
+    """What one account may ask of this process."""
+    per_minute: float           # of all replicas together, as people know it
+    rate: float                 # a second
+    burst: float
+    hard_rate: float
+    hard_burst: float
+    over: str                   # stale, refuse or allow
+    exempt: bool
+
+
+def terms_of(settings: QuotaSettings, login: str, operator: bool) -> Terms:
+    """An account's terms; each of N replicas admits an N-th, so all together never more."""
+    own = settings.accounts.get(login) or AccountQuota()
+
+    def pick(mine: Optional[float], general: float) -> float:
+        return general if mine is None else mine
+
+    per_minute = pick(own.per_minute, settings.per_minute)
+    burst = pick(own.burst, settings.burst)
+    hard = max(pick(own.hard_per_minute, settings.hard_per_minute), per_minute)
+    # the hard burst is larger in the same proportion: else it would be used up with the soft one
+    hard_burst = burst * (hard / per_minute if per_minute > 0 else 1.0)
+    share = settings.replicas
+    return Terms(per_minute, per_minute / 60 / share, max(burst / share, 1.0), hard / 60 / share,
+                 max(hard_burst / share, 1.0), own.over_quota or settings.over_quota,
+                 own.exempt or (operator and settings.exempt_operators))
+
+
+class Allowance:
+    """What one account has left and what it has used: for itself, for billing, for operators."""
+    __slots__ = ("login", "operator", "terms", "soft", "hard", "at", "requests", "over", "refused",
+                 "stale", "relays", "bytes", "cpu", "spent", "weighed")
+
+    def __init__(self, login: str, operator: bool, terms: Terms, now: float) -> None:
+        self.login, self.operator, self.terms, self.at = login, operator, terms, now
+        self.soft, self.hard = terms.burst, terms.hard_burst
+        self.requests = self.over = self.refused = self.stale = self.relays = self.bytes = 0
+        self.cpu = 0.0
+        self.spent = 0              # since other workers were told
+        self.weighed = 0.0          # work that has been booked as CPU time
+
+    def take(self, now: float) -> int:
+        """Count one request: ADMITTED, OVER or REFUSED."""
+        terms = self.terms
+        elapsed = now - self.at
+        self.requests += 1
+        if terms.exempt:
+            return ADMITTED
+        if elapsed > 0:
+            self.at = now
+            self.soft = min(terms.burst, self.soft + elapsed * terms.rate)
+            self.hard = min(terms.hard_burst, self.hard + elapsed * terms.hard_rate)
+        if self.hard < 1:
+            self.refused += 1
+            return REFUSED
+        self.hard -= 1
+        self.spent += 1
+        if self.soft >= 1:
+            self.soft -= 1
+            return ADMITTED
+        self.over += 1
+        return OVER
+
+    def debit(self, requests: int) -> None:
+        """Other workers have admitted this many; the debt is bounded by one burst."""
+        self.soft = max(self.soft - requests, -self.terms.burst)
+        self.hard = max(self.hard - requests, -self.terms.hard_burst)
+
+    @property
+    def limited(self) -> bool:
+        """Whether the next request would be over the limit."""
+        return not self.terms.exempt and self.soft < 1
+
+    def wait(self, hard: bool) -> int:
+        """Whole seconds until one more is admitted; a day where none ever will be."""
+        missing, rate = (1 - self.hard, self.terms.hard_rate) if hard else (
+            1 - self.soft, self.terms.rate)
+        return max(1, min(int(missing / rate) + 1, 86400)) if rate > 0 else 86400
+
+    def header(self) -> bytes:
+        """What is left, as header lines."""
+        terms = self.terms
+        if terms.exempt:
+            return b""
+        left = self.soft if self.soft > 0 else 0
+        return b"RateLimit-Limit: %d\r\nRateLimit-Remaining: %d\r\nRateLimit-Reset: %d\r\n" % (
+            terms.burst, left, (terms.burst - left) / terms.rate if terms.rate > 0 else 86400)
+
+    def weight(self) -> float:
+        """Its work so far in the unit of a small relay; bytes cost about a millionth each."""
+        return self.requests + self.relays + self.bytes / 50_000
+
+
+class Quotas:
+    """All accounts' allowances."""
+
+    def __init__(self, settings: QuotaSettings, now: Callable[[], float]) -> None:
+        self._settings, self._now = settings, now
+        self._allowances: Dict[str, Allowance] = {}
+        self._forgotten = Allowance("", False, terms_of(settings, "", False), now())
+        self._cpu = time.process_time()
+
+    def of(self, account: Account) -> Allowance:
+        """The account's allowance, new and full if it has none."""
+        found = self._allowances.get(account.uuid)
+        if found is None:
+            if len(self._allowances) >= KEPT_ALLOWANCES:
+                self._forget()
+            found = self._allowances[account.uuid] = Allowance(
+                account.login, account.operator,
+                terms_of(self._settings, account.login, account.operator), self._now())
+        return found
+
+    def reload(self, settings: QuotaSettings) -> None:
+        """New terms; what was used stays used."""
+        self._settings = settings
+        for allowance in self._allowances.values():
+            operator = settings.exempt_operators and allowance.operator
+            terms = allowance.terms = terms_of(settings, allowance.login, operator)
+            allowance.soft = min(allowance.soft, terms.burst)
+            allowance.hard = min(allowance.hard, terms.hard_burst)
+
+    def _forget(self) -> None:
+        total = self._forgotten
+        for uuid, one in list(self._allowances.items()):
+            if self._now() - one.at > 600:
+                del self._allowances[uuid]
+                for name in ("requests", "over", "refused", "stale", "relays", "bytes", "cpu"):
+                    setattr(total, name, getattr(total, name) + getattr(one, name))
+        if len(self._allowances) >= KEPT_ALLOWANCES:    # all in use: start anew rather than grow
+            self._allowances.clear()
+
+    def book(self) -> None:
+        """Divide the CPU time since the last call among accounts by the work that they caused."""
+        now = time.process_time()
+        elapsed, self._cpu = now - self._cpu, now
+        shares = [(one, one.weight() - one.weighed) for one in self._allowances.values()]
+        total = sum(share for _, share in shares)
+        if total <= 0:
+            self._forgotten.cpu += elapsed      # nobody's: the loop itself
+            return
+        for one, share in shares:
+            if share:
+                one.weighed += share
+                one.cpu += elapsed * share / total
+
+    def spent(self) -> Dict[str, int]:
+        """What was admitted since the last call, by account: for the other workers."""
+        found = {uuid: one.spent for uuid, one in self._allowances.items() if one.spent}
+        for uuid in found:
+            self._allowances[uuid].spent = 0
+        return found
+
+    def debit(self, spent: Mapping[str, int]) -> None:
+        """What other workers have admitted; accounts not seen here are not of interest yet."""
+        for uuid, requests in spent.items():
+            one = self._allowances.get(uuid)
+            if one is not None:
+                one.debit(requests)
+
+    def families(self, most: int = 500) -> List[Family]:
+        """For the admin side: who causes what; the largest by name, the rest as one."""
+        ranked = sorted(self._allowances.values(), key=Allowance.weight, reverse=True)
+        named = [(one.login, one) for one in ranked[:most]]
+        rest = [self._forgotten, *ranked[most:]]
+
+        def family(name: str, help_text: str, members: Sequence[Tuple[str, str]]) -> Family:
+            samples: List[Sample] = []
+            for login, one in named:
+                for member, result in members:
+                    labels = (("account", login),) + ((("result", result),) if result else ())
+                    samples.append(Sample(labels, getattr(one, member)))
+            for member, result in members:
+                total = sum(getattr(one, member) for one in rest)
+                if total:
+                    labels = (("account", ""),) + ((("result", result),) if result else ())
+                    samples.append(Sample(labels, total))
+            return Family(name, COUNTER, help_text, samples)
+        return [
+            family("cmon_proxy_account_requests_total", "Requests of an account by what became of "
+                   "them; the empty account is the rest.",
+                   (("requests", "asked"), ("relays", "relayed"), ("stale", "stale"),
+                    ("over", "over_quota"), ("refused", "refused"))),
+            family("cmon_proxy_account_response_bytes_total", "Bytes of pages sent to an account.",
+                   (("bytes", ""),)),
+            family("cmon_proxy_account_cpu_seconds_total", "CPU time of the proxy by the account "
+                   "that caused it.", (("cpu", ""),)),
+        ]
+
+
+# --- forwarding -----------------------------------------------------------------------------------
+
+READ_BYTES = 65536              # most pages come in one read
+MAX_PAGE = 16 << 20             # bytes of a page, as it comes
+WAITING_PER_NODE = 256          # requests that wait for one of max_in_flight; more are refused
+IDLE_LINK_SECONDS = 120.0       # shorter than the 360 s of agents
+SWEEP_SECONDS = 0.05
+SUSPECT_SECONDS = 2.0           # without a byte of an answer: ask the agent whether it is well
+PROBE_SECONDS = 2.0
+KEPT_COPIES_BYTES = 64 << 20    # last pages, for accounts that are over their quota
+# Header lines that go from an agent to the tenant as they are; another one takes the slow path,
+# where what is hop by hop is dropped.
+PASSED = frozenset((b"content-type", b"content-encoding", b"vary", b"content-length",
+                    b"x-cmon-partial"))
+PASSED_SLOWLY = ("content-type", "content-encoding", "vary", "x-cmon-partial", "date")
+_PLAIN_START = b"HTTP/1.1 200 OK\r\nDate: "
+_PLAIN_REST = 54                # where the line behind the Date begins: RFC 9110 fixes its length
+
+
+class Reply(NamedTuple):
+    """An agent's answer, to be passed on: `head` ends in a line's end and lacks the empty line."""
+    status: int
+    head: bytes
+    body: bytes
+
+
+def plain_length(lines: bytes) -> int:
+    """The body's length when these header lines can be passed on as they are; else -1. Pure."""
+    length = -1
+    for line in lines.split(b"\r\n"):
+        if not line:
+            continue
+        name, colon, value = line.partition(b":")
+        lowered = name.lower()
+        if not colon or lowered not in PASSED:
+            return -1
+        if lowered == b"content-length":
+            word = value.strip()
+            if length != -1 or not word.isdigit() or len(word) > 9:
+                return -1
+            length = int(word)
+    return length if length <= MAX_PAGE else -1
+
+
+class Job:
+    """One request to an agent; `done` is called once, in the loop."""
+    __slots__ = ("wire", "deadline", "done", "retried", "given_up", "slow")
+
+    def __init__(self, wire: bytes, deadline: float,
+                 done: Callable[[Optional[Reply], Optional[Refused]], None]) -> None:
+        self.wire, self.deadline, self.done = wire, deadline, done
+        self.retried = False
+        self.given_up = False           # nobody waits for it any more
+        self.slow = False               # its node was asked whether it is well
+
+
+class Link:
+    """One connection to an agent, in the server's selector."""
+    __slots__ = ("port", "socket", "job", "since", "connecting", "used", "_pieces", "_missing",
+                 "_end", "_reader")
+
+    def __init__(self, port: Port, job: Job, now: float) -> None:
+        self.port, self.since = port, now
+        self.job: Optional[Job] = job
+        self.used = False               # an answer has come by it
+        self._pieces: List[bytes] = []
+        self._missing = 0
+        self._end = 0
+        self._reader: Optional[AnswerReader] = None
+        family = socket.AF_INET6 if ":" in port.address[0] else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connecting = True
+        self.socket.connect_ex(port.address)    # what is wrong shows when it becomes writable
+        port.forwarder.server.watch(self.socket, selectors.EVENT_WRITE, self.ready)
+
+    def ready(self, _mask: int) -> None:
+        """The selector's call."""
+        if self.connecting:
+            self._connected()
+            return
+        try:
+            data = self.socket.recv(READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.port.lost(self, error.strerror or str(error))
+            return
+        if self.job is None:            # idle: closed by the agent, or it says what nobody asked
+            self.port.lost(self, "")
+        elif self._missing:
+            self._more(data)
+        elif self._reader is not None:
+            self._read(data)
+        elif not data:
+            self.port.lost(self, "it closed the connection without an answer")
+        else:
+            self._first(data)
+
+    def _connected(self) -> None:
+        error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self.port.unreachable(self, os.strerror(error).lower())
+            return
+        self.connecting = False
+        self.port.forwarder.server.watch(self.socket, selectors.EVENT_READ, self.ready)
+        if self.job is not None:
+            self.send(self.job)
+        else:
+            self.port.free(self)
+
+    def send(self, job: Job) -> None:
+        """Send a request; it is shorter than any socket's buffer."""
+        self.job = job
+        self.since = self.port.forwarder.now()
+        try:
+            sent = self.socket.send(job.wire)
+        except OSError as error:
+            self.port.lost(self, error.strerror or str(error))
+            return
+        if sent != len(job.wire):
+            self.port.lost(self, "it does not read")
+
+    def _first(self, data: bytes) -> None:
+        """The first bytes of an answer; mostly they are all of it, in the form of our agents."""
+        if data.startswith(_PLAIN_START):
+            end = data.find(b"\r\n\r\n") + 4
+            if end > _PLAIN_REST:
+                lengths = self.port.forwarder.lengths
+                lines = data[_PLAIN_REST:end]
+                length = lengths.get(lines)
+                if length is None:
+                    length = plain_length(lines)
+                    if len(lengths) >= 8192:
+                        lengths.clear()
+                    lengths[lines] = length
+                missing = length - (len(data) - end)
+                if length >= 0 and missing == 0:
+                    self.port.answered(self, Reply(200, data[:end - 2], data[end:]))
+                    return
+                if length >= 0 and missing > 0:
+                    self._pieces, self._missing, self._end = [data], missing, end
+                    return
+        self._reader = AnswerReader(max_body=MAX_PAGE)
+        self._read(data)
+
+    def _more(self, data: bytes) -> None:
+        self._missing -= len(data)
+        if not data or self._missing < 0:
+            self.port.lost(self, "it closed the connection in the middle of the answer")
+            return
+        self._pieces.append(data)
+        if not self._missing:
+            whole, end = b"".join(self._pieces), self._end
+            self._pieces = []
+            self.port.answered(self, Reply(200, whole[:end - 2], whole[end:]))
+
+    def _read(self, data: bytes) -> None:
+        """Any other HTTP/1.1: chunks, other header lines, refusals."""
+        reader = self._reader
+        assert reader is not None
+        try:
+            if data:
+                done = reader.feed(data)
+            else:
+                reader.end()
+                done = True
+        except ClientError as error:
+            self.port.lost(self, str(error))
+            return
+        if not done:
+            return
+        self._reader = None
+        lines = "".join([f"{name.title()}: {reader.headers[name]}\r\n" for name in PASSED_SLOWLY
+                         if name in reader.headers])
+        # what http.client and ours both refuse to send cannot be in there: the reader is strict
+        head = f"HTTP/1.1 {reader.status} OK\r\n{lines}Content-Length: {len(reader.body)}\r\n"
+        reply = Reply(reader.status, head.encode("latin-1"), reader.body)
+        self.port.answered(self, reply, reader.keep_alive)
+
+    def close(self) -> None:
+        """End it."""
+        self.port.forwarder.server.unwatch(self.socket)
+        self.socket.close()
+
+
+class Port:
+    """The way to one node's agent: its connections, who waits, and whether it answers at all."""
+
+    def __init__(self, forwarder: Forwarder, uuid: str, address: Tuple[str, int]) -> None:
+        self.forwarder, self.uuid, self.address = forwarder, uuid, address
+        self.host = f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%d" % address
+        self.idle: List[Link] = []              # the last used at the end: it is used next
+        self.busy = 0
+        self.waiting: List[Job] = []
+        self.breaker = Breaker(forwarder.now, forwarder.random, 3, first=5.0, longest=60.0)
+        self.suspect = False                    # something has failed since the last answer
+        self.failed_at = 0.0                    # wall clock, for people
+        self.probing: Optional[Link] = None
+        self.probe_after = 0.0
+
+    def ask(self, job: Job) -> None:
+        """Send it now, or when one that is under way has ended; raises Refused at once when the
+        node is known to be silent or too much waits."""
+        if self.breaker.open:
+            raise self.silent()
+        if self.busy >= self.forwarder.settings.max_in_flight:
+            if len(self.waiting) >= WAITING_PER_NODE:
+                raise refused("node_busy", node=self.uuid)
+            self.waiting.append(job)
+            self.forwarder.troubled.add(self)
+            return
+        self._start(job)
+
+    def _start(self, job: Job) -> None:
+        self.busy += 1
+        if self.idle:
+            link = self.idle.pop()
+            self.forwarder.links.add(link)
+            link.send(job)
+        else:
+            self._connect(job)
+
+    def _connect(self, job: Job) -> None:
+        try:
+            self.forwarder.links.add(Link(self, job, self.forwarder.now()))
+        except OSError as error:                # out of descriptors: not the node's fault
+            self.busy -= 1
+            log.warning("cannot open a connection to %s: %s", self.host, error)
+            job.done(None, refused("too_busy"))
+
+    def silent(self) -> Refused:
+        """The refusal for a node that does not answer."""
+        return refused("node_silent", node=self.uuid, since=utc(self.failed_at),
+                       why=self.breaker.reason)
+
+    # what links report
+
+    def answered(self, link: Link, reply: Reply, keep: bool = True) -> None:
+        """A whole answer has come."""
+        job = link.job
+        link.job = None
+        link.used = True
+        self.forwarder.links.discard(link)
+        if link is self.probing:
+            self._probed(link, None)
+            return
+        if self.suspect:
+            self._well()
+        if keep:
+            self.free(link)
+        else:
+            self.busy -= 1
+            link.close()
+            self._next()
+        if job is not None:
+            job.done(reply, None)
+
+    def free(self, link: Link) -> None:
+        """Its connection can take the next request."""
+        self.busy -= 1
+        link.since = self.forwarder.now()
+        self.idle.append(link)
+        if self.waiting:
+            self._next()
+
+    def _next(self) -> None:
+        while self.waiting and self.busy < self.forwarder.settings.max_in_flight:
+            job = self.waiting.pop(0)
+            if not job.given_up:
+                self._start(job)
+
+    def lost(self, link: Link, why: str) -> None:
+        """A connection has ended; a request that an idle one took with it is sent once more."""
+        job, link.job = link.job, None
+        link.close()
+        if link is self.probing:
+            self._probed(link, why)
+            return
+        if job is None:
+            if link in self.idle:
+                self.idle.remove(link)
+            return
+        self.forwarder.links.discard(link)
+        if link.used and not job.retried and not job.given_up:
+            job.retried = True
+            self._connect(job)
+            return
+        self.busy -= 1
+        self._ill(f"{why}")
+        job.done(None, self.silent() if self.breaker.open else
+                 refused("node_error", node=self.uuid, why=why))
+        self._next()
+
+    def unreachable(self, link: Link, why: str) -> None:
+        """A connection could not be made."""
+        job, link.job = link.job, None
+        link.close()
+        self.forwarder.links.discard(link)
+        if link is self.probing:
+            self._probed(link, why)
+            return
+        self.busy -= 1
+        self._ill(why)
+        if job is not None:
+            job.done(None, self.silent())
+        self._next()
+
+    def late(self, link: Link) -> None:
+        """The answer has not come in time: those who waited have been told already."""
+        job, link.job = link.job, None
+        link.close()
+        self.forwarder.links.discard(link)
+        self.busy -= 1
+        if job is not None:
+            job.done(None, refused("deadline", node=self.uuid))
+        self.probe()
+        self._next()
+
+    # whether the node is well
+
+    def _well(self) -> None:
+        if self.breaker.open:
+            log.info("node %s (%s) answers again", self.uuid, self.host)
+        self.suspect = False
+        self.breaker.succeeded()
+
+    def _ill(self, why: str) -> None:
+        if not self.suspect:
+            self.failed_at = time.time()
+        self.suspect = True
+        was_open = self.breaker.open
+        self.breaker.failed(why)
+        if self.breaker.open and not was_open:
+            log.warning("node %s (%s) does not answer: %s", self.uuid, self.host, why)
+            waiting, self.waiting = self.waiting, []
+            for job in waiting:
+                job.done(None, self.silent())
+            for link in self.idle:
+                link.close()
+            self.idle = []
+        self.forwarder.troubled.add(self)
+
+    def probe(self) -> None:
+        """Ask the agent whether it is well, on a connection of its own, off the tenants' path."""
+        if self.probing is not None:
+            return
+        now = self.forwarder.now()
+        head = f"GET /-/healthy HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n"
+        job = Job(head.encode(), now + PROBE_SECONDS, lambda reply, refusal: None)
+        try:
+            self.probing = Link(self, job, now)
+        except OSError as error:
+            log.warning("cannot probe %s: %s", self.host, error)
+            return
+        self.forwarder.links.add(self.probing)
+        self.forwarder.troubled.add(self)
+
+    def _probed(self, link: Link, why: Optional[str]) -> None:
+        """The end of a probe: any answer at all is a good one."""
+        self.probing = None
+        self.probe_after = self.forwarder.now() + PROBE_SECONDS / 2
+        self.forwarder.links.discard(link)
+        link.job = None
+        link.close()
+        if why is None:
+            self._well()
+        else:
+            self._ill(why)
+
+    def sweep(self, now: float) -> bool:
+        """What is due; False when there is nothing to look after."""
+        if self.waiting:
+            kept: List[Job] = []
+            for job in self.waiting:
+                if job.given_up or now > job.deadline:
+                    job.done(None, refused("deadline", node=self.uuid))
+                else:
+                    kept.append(job)
+            self.waiting = kept
+        if self.probing is None and self.suspect:
+            if self.breaker.open:
+                if self.breaker.allows():
+                    self.probe()
+            elif now >= self.probe_after:
+                self.probe()            # until it is well, or the breaker opens
+        return bool(self.waiting or self.suspect or self.probing is not None)
+
+    def close(self) -> None:
+        """The node is gone, or has another address; what is under way may end."""
+        for link in self.idle:
+            link.close()
+        self.idle = []
+
+
+class Forwarder:
+    """All ports, and the one sweep that keeps their deadlines."""
+
+    def __init__(self, server: Server, settings: AgentSettings,
+                 random: Callable[[], float]) -> None:
+        self.server, self.settings, self.random = server, settings, random
+        self.now = server.now
+        self.ports: Dict[str, Port] = {}
+        self.links: Set[Link] = set()           # those with a request under way
+        self.troubled: Set[Port] = set()        # those the sweep must look at
+        self.lengths: Dict[bytes, int] = {}     # of header lines that were seen
+        server.every(SWEEP_SECONDS, self._sweep)
+        server.every(5.0, self._sweep_idle)
+
+    def port(self, node: Node) -> Port:
+        """The way to a node; raises Refused while its address is not known."""
+        port = self.ports.get(node.uuid)
+        if port is None or port.address != node.address:
+            if node.address is None:
+                raise refused("node_unknown", node=node.uuid)
+            if port is not None:
+                port.close()
+            port = self.ports[node.uuid] = Port(self, node.uuid, node.address)
+        return port
+
+    def retain(self, nodes: Mapping[str, Node]) -> None:
+        """Forget nodes that are gone."""
+        for uuid in [uuid for uuid in self.ports if uuid not in nodes]:
+            self.ports.pop(uuid).close()
+
+    def _sweep(self) -> None:
+        now = self.now()
+        connect_before = now - self.settings.connect_timeout
+        for link in list(self.links):
+            job = link.job
+            if job is None:
+                continue
+            if link.connecting and link.since < connect_before:
+                link.port.unreachable(link, "connection timed out")
+            elif now > job.deadline:
+                if link is link.port.probing:
+                    link.port.lost(link, "no answer")
+                else:
+                    link.port.late(link)
+            elif not job.slow and now - link.since > SUSPECT_SECONDS:
+                job.slow = True
+                link.port.probe()
+        for port in list(self.troubled):
+            if not port.sweep(now):
+                self.troubled.discard(port)
+
+    def _sweep_idle(self) -> None:
+        before = self.now() - IDLE_LINK_SECONDS
+        for port in self.ports.values():
+            if port.idle and port.idle[0].since < before:
+                for link in port.idle:
+                    if link.since < before:
+                        link.close()
+                port.idle = [link for link in port.idle if link.since >= before]
+
+    def families(self) -> List[Family]:
+        """For the admin side."""
+        ports = sorted(self.ports.values(), key=lambda port: port.uuid)
+
+        def family(name: str, help_text: str, value: Callable[[Port], float]) -> Family:
+            return Family(name, GAUGE, help_text, [
+                Sample((("server", port.uuid),), value(port)) for port in ports])
+        return [
+            family("cmon_proxy_node_up", "Whether the node's agent answers (1) or the breaker is "
+                   "open (0).", lambda port: int(not port.breaker.open)),
+            family("cmon_proxy_node_in_flight", "Requests under way to the node.",
+                   lambda port: port.busy),
+            family("cmon_proxy_node_waiting", "Requests that wait for one under way to end.",
+                   lambda port: len(port.waiting)),
+            family("cmon_proxy_node_idle_connections", "Kept connections to the node.",
+                   lambda port: len(port.idle)),
+        ]
+
+
+class Copy:
+    """The last page of a container, for an account that is over its quota."""
+    __slots__ = ("owner", "reply", "at", "_shown", "_shown_age")
+
+    def __init__(self, owner: str, reply: Reply, at: float) -> None:
+        self.owner, self.reply, self.at = owner, reply, at
+        self._shown: Optional[Prepared] = None
+        self._shown_age = -1
+
+    def answer(self, now: float) -> Prepared:
+        """The page with its age, made at most once a second."""
+        age = int(now - self.at)
+        if self._shown is None or self._shown_age != age:
+            body = self.reply.body
+            if b"content-encoding: gzip" in self.reply.head.lower():
+                body = gunzip(body, MAX_PAGE)
+            more = render([
+                Family("cmon_quota_limited", GAUGE, "Whether this page is an old copy because the "
+                       "account is over its quota.", [Sample((), 1)]),
+                Family("cmon_page_age_seconds", GAUGE, "Age of this copy in the proxy; the sample "
+                       "ages in it are those of its time.", [Sample((), age)])])
+            self._shown = prepare(Response(200, body + more.encode(), PAGE, (("Age", str(age)),)))
+            self._shown_age = age
+        return self._shown
+
+
+class Copies:
+    """Last pages, the oldest dropped when they are too many bytes."""
+
+    def __init__(self, limit: int = KEPT_COPIES_BYTES) -> None:
+        self._limit = limit
+        self._copies: Dict[Tuple[str, bool], Copy] = {}     # the oldest first
+        self._bytes = 0
+
+    def keep(self, key: Tuple[str, bool], copy: Copy) -> None:
+        """A newer page."""
+        self.drop(key)
+        self._copies[key] = copy
+        self._bytes += len(copy.reply.body)
+        while self._bytes > self._limit:
+            self.drop(next(iter(self._copies)))
+
+    def drop(self, key: Tuple[str, bool]) -> None:
+        """Forget one."""
+        old = self._copies.pop(key, None)
+        if old is not None:
+            self._bytes -= len(old.reply.body)
+
+    def get(self, uuid: str, core: bool, owner: str) -> Optional[Copy]:
+        """The page, if it was fetched for this owner: a new one does not see the old one's."""
+        copy = self._copies.get((uuid, core))
+        return copy if copy is not None and copy.owner == owner else None
+
+
+# --- routes ---------------------------------------------------------------------------------------
+
+MOST_SHARDS = 1024
+INLINE_ROWS = 200               # larger answers are made by a worker, so that the loop goes on
+KEPT_ANSWERS = 2048             # discovery answers, by account and parameters
+RELAY_HEADS = 65_536            # prepared request heads
+OWN_NAMES = frozenset(("localhost", ""))
+RESULTS = ("ok", "partial", "timeout", "unreachable", "quota", "refused")
+
+
+def shard_of(uuid: str, count: int) -> int:
+    """The shard of a target, from 0; rendezvous hashing: one shard more moves one in count + 1."""
+    return max(range(count), key=lambda shard: blake2b(
+        f"{uuid}/{shard}".encode(), digest_size=8).digest())
+
+
+class Selection(NamedTuple):
+    """What a discovery is asked for."""
+    groups: FrozenSet[str] = frozenset()
+    shard: int = 0              # from 0
+    shards: int = 1
+
+    @classmethod
+    def of(cls, query: Mapping[str, str]) -> Selection:
+        """From the parameters; raises Refused."""
+        for name in query:
+            if name not in ("groups", "shard"):
+                raise refused("bad_parameter", name=name)
+        groups = frozenset(word for word in query.get("groups", "").split(",") if word)
+        if "shard" not in query:
+            return cls(groups)
+        match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", query["shard"])
+        shard, count = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+        if not 1 <= shard <= count <= MOST_SHARDS:
+            raise refused("bad_shard", most=MOST_SHARDS)
+        return cls(groups, shard - 1, count)
+
+    def takes(self, uuid: str) -> bool:
+        """Whether the target is in the shard."""
+        return self.shards == 1 or shard_of(uuid, self.shards) == self.shard
+
+
+def container_row(vm: Vm, groups: Sequence[str]) -> Dict[str, Any]:
+    """A container as the original's discovery shows it, member for member."""
+    return {"server_uuid": vm.server, "source": vm.source, "vm_alias": vm.alias,
+            "vm_brand": vm.brand, "vm_image_uuid": vm.image, "vm_owner_uuid": vm.owner,
+            "vm_uuid": vm.uuid, "vm_state": vm.state, "groups": list(groups),
+            "has_core_tag": vm.core, "manta_group": vm.role, "cached_date": vm.since}
+
+
+def container_labels(vm: Vm, groups: Sequence[str]) -> Dict[str, str]:
+    """What Prometheus' triton_sd says of a container, and how to reach it by the one name."""
+    labels = {"__meta_triton_machine_id": vm.uuid, "__meta_triton_machine_alias": vm.alias,
+              "__meta_triton_machine_brand": vm.brand, "__meta_triton_machine_image": vm.image,
+              "__meta_triton_server_id": vm.server}
+    if groups:
+        labels["__meta_triton_groups"] = "," + ",".join(groups) + ","
+    return {**labels, "instance": vm.uuid, "__scheme__": "https",
+            "__metrics_path__": f"/v1/{vm.uuid}/metrics"}
+
+
+def node_labels(node: Node) -> Dict[str, str]:
+    """The same for a compute node."""
+    return {"__meta_triton_machine_id": node.uuid, "__meta_triton_machine_alias": node.hostname,
+            "instance": node.uuid, "__scheme__": "https",
+            "__metrics_path__": f"/v1/{node.uuid}/metrics"}
+
+
+def with_headers(prepared: Prepared, extra: bytes) -> Prepared:
+    """A prepared answer with more header lines, which are the asker's own."""
+    if not extra:
+        return prepared
+
+    def put(whole: bytes) -> bytes:
+        at = whole.index(b"\r\n") + 2
+        return whole[:at] + extra + whole[at:]
+    return Prepared(prepared.status, put(prepared.plain), put(prepared.packed))
+
+
+class LastScrape(NamedTuple):
+    """What became of the last request for a page."""
+    at: float                   # wall clock
+    result: str                 # one of RESULTS
+
+
+class FleetRow(NamedTuple):
+    """What the fleet page says of one container."""
+    vm: Vm
+    groups: Tuple[str, ...]
+    reachable: bool
+    last: Optional[LastScrape]
+
+
+def fleet_families(rows: Sequence[FleetRow], granted: Grant, allowance: Allowance) -> List[Family]:
+    """F2: why each container is silent, or not; from what is known, no node is asked."""
+    info: List[Sample] = []
+    state: List[Sample] = []
+    reachable: List[Sample] = []
+    scraped: List[Sample] = []
+    results: List[Sample] = []
+    for vm, _, up, last in rows:
+        one = (("instance", vm.uuid),)
+        info.append(Sample(one + (("alias", vm.alias), ("brand", vm.brand), ("image", vm.image),
+                                  ("server", vm.server)), 1))
+        shown = vm.state if vm.state in SHOWN_STATES else (
+            "running" if state_of(vm.state).page else "stopped")
+        state += [Sample(one + (("state", name),), int(name == shown)) for name in SHOWN_STATES]
+        reachable.append(Sample(one, int(up)))
+        if last is not None:
+            scraped.append(Sample(one, round(last.at, 3)))
+            results += [Sample(one + (("result", name),), int(name == last.result))
+                        for name in RESULTS]
+    cert = granted.identity.cert
+    terms = allowance.terms
+    return [
+        Family("cmon_instance_info", GAUGE, "What is known of a container; join by instance.",
+               info),
+        Family("cmon_instance_state", GAUGE, "1 for the state that the container is in.", state),
+        Family("cmon_instance_node_reachable", GAUGE, "Whether the agent of its compute node "
+               "answers, as far as this proxy knows.", reachable),
+        Family("cmon_instance_last_scrape_timestamp_seconds", GAUGE, "When its page was last asked "
+               "for by way of this proxy.", scraped),
+        Family("cmon_instance_last_scrape_result", GAUGE, "1 for what became of that.", results),
+        Family("cmon_client_certificate_expiry_timestamp_seconds", GAUGE, "End of the client "
+               "certificate that asked for this page.",
+               [] if cert is None else [Sample((("subject", cert.subject),), cert.not_after)]),
+        Family("cmon_quota_limit", GAUGE, "Requests a minute that the account may make; no sample: "
+               "no limit.", [] if terms.exempt else [Sample((), terms.per_minute)]),
+        Family("cmon_quota_used", GAUGE, "Part of the burst that is used up, from 0 to 1.",
+               [] if terms.exempt else
+               [Sample((), round(1 - max(allowance.soft, 0) / terms.burst, 6))]),
+        Family("cmon_quota_limited", GAUGE, "Whether the account is over its quota now.",
+               [Sample((), int(allowance.limited))]),
+    ]
+
+
+class Asker:
+    """One client that waits for a page."""
+    __slots__ = ("later", "relay", "granted", "allowance")
+
+    def __init__(self, relay: Relay, granted: Grant, allowance: Allowance, deadline: float) -> None:
+        self.relay, self.granted, self.allowance = relay, granted, allowance
+        self.later = Later(deadline, self.expired)
+        self.later.on_cancel = self.cancelled
+
+    def expired(self) -> Answer:
+        """The server's call at the deadline."""
+        self.cancelled()
+        self.relay.proxy.scraped(self.relay.uuid, "timeout")
+        return answer_to(refused("deadline", node=self.relay.node.uuid))
+
+    def cancelled(self) -> None:
+        """Waits no more."""
+        relay = self.relay
+        if self in relay.askers:
+            relay.askers.remove(self)
+        relay.job.given_up = not relay.askers
+
+
+class Relay:
+    """One page under way from an agent, and all who wait for it."""
+    __slots__ = ("proxy", "key", "uuid", "target", "node", "core", "askers", "job")
+
+    def __init__(self, proxy: Proxy, key: Tuple[object, ...], uuid: str, target: Union[Vm, Node],
+                 node: Node, core: bool, wire: bytes, deadline: float) -> None:
+        self.proxy, self.key, self.uuid, self.target = proxy, key, uuid, target
+        self.node, self.core = node, core
+        self.askers: List[Asker] = []
+        self.job = Job(wire, deadline, self.done)
+
+    def done(self, reply: Optional[Reply], refusal: Optional[Refused]) -> None:
+        """The port's call: an answer has come, or will not."""
+        self.proxy.relayed(self, reply, refusal)
+
+
+Action = Callable[..., Union[Answer, Later]]
+
+
+class Proxy:
+    """All that the routes need. Belongs to the loop."""
+
+    def __init__(self, settings: Settings, server: Server, registry: Registry,
+                 random: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
+        self.settings, self.server, self.clock = settings, server, clock
+        self.inventory = Inventory(server.now)
+        self.directory: Any = Directory()
+        self.source: Any = None
+        self.quotas = Quotas(settings.quota, server.now)
+        self.forwarder = Forwarder(server, settings.agent, random)
+        self.policy = Policy()
+        self.relays: Dict[Tuple[object, ...], Relay] = {}
+        self.copies = Copies()
+        self.last: Dict[str, LastScrape] = {}
+        self.results: Dict[str, int] = dict.fromkeys(RESULTS, 0)
+        self.shared = 0
+        self._heads: Dict[Tuple[object, ...], bytes] = {}
+        self._answers: Dict[Tuple[object, ...], Tuple[object, Prepared]] = {}
+        self._building: Dict[Tuple[object, ...], List[Later]] = {}
+        self.listener: Optional[Listener] = None
+        self.use(settings)
+        registry.collect(self.families)
+        server.every(1.0, self._each_second)
+
+    def use(self, settings: Settings) -> None:
+        """Take settings, at the start and after a SIGHUP."""
+        self.settings = settings
+        tls = settings.tls
+        self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, settings.require_approved)
+        self.quotas.reload(settings.quota)
+        self.forwarder.settings = settings.agent
+        self._answers.clear()
+
+    @property
+    def manta_owner(self) -> str:
+        """The account whose zones' manta roles are groups."""
+        return str(self.source.manta_owner) if self.source is not None else ""
+
+    def routes(self) -> Tuple[Route, ...]:
+        """What tenants may ask for."""
+        return (
+            Route("GET", "/_ping", self.ping), Route("GET", "/v1/_ping", self.ping),
+            Route("GET", "/-/healthy", self.ping), Route("GET", "/-/ready", self.is_ready),
+            Route("GET", "/v1/discover", self._entered(self.discover)),
+            Route("GET", "/v1/gz/discover", self._entered(self.discover_nodes)),
+            Route("GET", "/v1/sd", self._entered(self.targets)),
+            Route("GET", "/v1/gz/sd", self._entered(self.node_targets)),
+            Route("GET", "/v1/fleet/metrics", self._entered(self.fleet)),
+            Route("GET", "/v1/{uuid}/metrics", self._entered(self.page)),
+        )
+
+    def by_host(self, request: Request) -> Optional[Tuple[Route, Tuple[str, ...]]]:
+        """Routes that depend on the name by which the service was asked. Pure."""
+        if request.path in ("/_ping", "/v1/_ping", "/-/healthy", "/-/ready"):
+            return None
+        label = request.host.partition(".")[0]
+        if UUID.fullmatch(label):
+            return (self._host_route, (label,)) if request.path == "/metrics" and \
+                request.method in ("GET", "HEAD") else None
+        prefix = self.settings.host_prefix
+        if prefix and label != prefix and not _is_own_name(request.host):
+            return self._stranger_route, ()
+        if request.path == "/metrics":
+            return self._no_page_route, ()
+        return None
+
+    @property
+    def _host_route(self) -> Route:
+        return Route("GET", "/metrics", self._entered(self.page))
+
+    @property
+    def _stranger_route(self) -> Route:
+        def refuse(request: Request) -> Answer:
+            raise refused("unknown_host", host=request.host, prefix=self.settings.host_prefix)
+        return Route("GET", "none", refuse)
+
+    @property
+    def _no_page_route(self) -> Route:
+        def refuse(_request: Request) -> Answer:
+            raise refused("no_own_page")
+        return Route("GET", "none", refuse)
+
+    # coming in
+
+    def _entered(self, action: Action) -> Action:
+        """A handler for those who may come in."""
+        def handler(request: Request, *args: str) -> Union[Answer, Later]:
+            return self.enter(action, request, args)
+        return handler
+
+    def enter(self, action: Action, request: Request, args: Sequence[str]) -> Union[Answer, Later]:
+        """Find out who asks and whether they may ask now; runs on every request. Raises Refused."""
+        peer = request.peer
+        identity = peer.identity
+        if identity is None:
+            identity = peer.identity = Identity(peer.certificate)
+        if identity.refusal is not None:
+            raise identity.refusal
+        account = self.directory.find(identity.login)
+        if isinstance(account, Later):          # is being looked up; comes back here
+            return self._after(account, action, request, args)
+        granted = identity.granted
+        if granted is None or granted.account is not account or identity.dated or self.policy.by_ca:
+            granted = grant(identity, account, self.policy, self.clock())
+        allowance = self.quotas.of(granted.account)
+        standing = allowance.take(self.server.now())
+        if standing == REFUSED:
+            raise self._over(allowance, True)
+        if not self.inventory.ready:
+            raise refused("inventory_not_ready")
+        return action(request, granted, allowance, standing, *args)
+
+    def _after(self, found: Later, action: Action, request: Request, args: Sequence[str]) -> Later:
+        """Go on when an account has been looked up."""
+        outer = Later(found.deadline, lambda: answer_to(refused("accounts_unreachable")))
+
+        def go_on(answer: Answer) -> None:
+            if outer.answer is not None:
+                return
+            try:
+                if answer.status != 200:
+                    outer.finish(answer)
+                    return
+                result = self.enter(action, request, args)
+                if isinstance(result, Later):
+                    outer.deadline, outer.expired = result.deadline, result.expired
+                    outer.on_cancel = result.on_cancel
+                    result.attach(outer.finish)
+                else:
+                    outer.finish(result)
+            except Refused as refusal:
+                outer.finish(answer_to(refusal))
+            except Exception:
+                log.exception("%s %r failed", request.method, request.target[:200])
+                outer.finish(text(500, "internal error; see the log"))
+        found.attach(go_on)
+        return outer
+
+    @staticmethod
+    def _over(allowance: Allowance, hard: bool) -> Refused:
+        terms = allowance.terms
+        limit = (terms.hard_rate if hard else terms.rate) * 60
+        return refused("quota", ("Retry-After", str(allowance.wait(hard))), limit=round(limit, 3))
+
+    def ping(self, _request: Request) -> Answer:
+        """The process lives."""
+        return text(200, "OK")
+
+    def is_ready(self, _request: Request) -> Answer:
+        """The inventory is there."""
+        if not self.inventory.ready:
+            raise refused("inventory_not_ready")
+        return text(200, "OK")
+
+    # pages
+
+    def page(self, request: Request, granted: Grant, allowance: Allowance, standing: int,
+             uuid: str) -> Union[Answer, Later]:
+        """A container's or a compute node's page, relayed."""
+        uuid = uuid.lower()
+        inventory = self.inventory
+        vm = inventory.vms.get(uuid)
+        target: Union[Vm, Node, None] = vm if vm is not None else inventory.nodes.get(uuid)
+        if target is None or not may_see(granted, target, self.manta_owner):
+            raise refused("no_such_target")
+        now = self.server.now()
+        if now - inventory.confirmed > self.settings.inventory.max_age:
+            raise refused("inventory_too_old", since=utc(inventory.confirmed_at))
+        core = False
+        if isinstance(target, Vm):
+            if not state_of(target.state).page:
+                raise refused("no_page", uuid=uuid, state=target.state)
+            core = target.core and granted.account.operator and granted.groups is None
+            node = inventory.nodes.get(target.server)
+            if node is None:
+                raise refused("node_unknown", node=target.server or "of this container")
+        else:
+            node = target
+        if standing == OVER and allowance.terms.over != "allow":
+            return self._copy(allowance, granted, uuid, core, target, now)
+        return self._relay(request, granted, allowance, uuid, target, node, core, now)
+
+    def _copy(self, allowance: Allowance, granted: Grant, uuid: str, core: bool,
+              target: Union[Vm, Node], now: float) -> Answer:
+        """Over the quota: the last copy, which costs no node anything."""
+        owner = target.owner if isinstance(target, Vm) else ""
+        copy = self.copies.get(uuid, core, owner) if allowance.terms.over == "stale" else None
+        self.scraped(uuid, "quota")
+        if copy is None:
+            raise self._over(allowance, False)
+        allowance.stale += 1
+        answer = copy.answer(now)
+        allowance.bytes += len(answer.packed)
+        return with_headers(answer, granted.identity.header + allowance.header())
+
+    def _relay(self, request: Request, granted: Grant, allowance: Allowance, uuid: str,
+               target: Union[Vm, Node], node: Node, core: bool, now: float) -> Later:
+        """Ask the node, or wait with those who have asked the same already."""
+        timeout = self.settings.agent.timeout
+        deadline = min(scrape_deadline(request, now, timeout - min(0.1 * timeout, 0.5)),
+                       now + timeout)
+        given = round(deadline - now, 3)
+        # the margin is for the way back: half of it for the agent's answer to reach us
+        deadline += min(given / 9, 0.5) / 2
+        key = (uuid, core, request.gzip, given)
+        relay = self.relays.get(key)
+        if relay is not None and relay.target is target:
+            self.shared += 1
+            relay.job.deadline = max(relay.job.deadline, deadline)
+            relay.job.given_up = False
+        else:
+            port = self.forwarder.port(node)
+            relay = Relay(self, key, uuid, target, node, core,
+                          self._head(key, port, isinstance(target, Node)), deadline)
+            self.relays[key] = relay
+            try:
+                asker = Asker(relay, granted, allowance, deadline)
+                relay.askers.append(asker)
+                port.ask(relay.job)
+            except Refused:
+                self.relays.pop(key, None)
+                self.scraped(uuid, "unreachable")
+                raise
+            return asker.later
+        asker = Asker(relay, granted, allowance, deadline)
+        relay.askers.append(asker)
+        return asker.later
+
+    def _head(self, key: Tuple[Any, ...], port: Port, is_node: bool) -> bytes:
+        """The request to the agent: the same bytes for the same page, made once."""
+        memo = (key, port.host)
+        head = self._heads.get(memo)
+        if head is None:
+            uuid, core, gzip, given = key
+            path = "gz" if is_node else uuid
+            # the original agent wants a real boolean, always; base64 of {"isCoreZone": …}
+            options = "eyJpc0NvcmVab25lIjogdHJ1ZX0=" if core else "eyJpc0NvcmVab25lIjogZmFsc2V9"
+            head = (f"GET /v1/{path}/metrics HTTP/1.1\r\nHost: {port.host}\r\n"
+                    f"x-joyent-cmon-opts: {options}\r\n"
+                    f"X-Prometheus-Scrape-Timeout-Seconds: {max(given, 0.001):g}\r\n"
+                    + ("Accept-Encoding: gzip\r\n" if gzip else "") + "\r\n").encode()
+            if len(self._heads) >= RELAY_HEADS:
+                self._heads.clear()
+            self._heads[memo] = head
+        return head
+
+    def relayed(self, relay: Relay, reply: Optional[Reply], refusal: Optional[Refused]) -> None:
+        """Hand an answer to all who wait for it, and may have it still."""
+        if self.relays.get(relay.key) is relay:
+            del self.relays[relay.key]
+        uuid, target = relay.uuid, relay.target
+        vm = isinstance(target, Vm)
+        current: Union[Vm, Node, None] = (
+            self.inventory.vms.get(uuid) if vm else self.inventory.nodes.get(uuid))
+        if reply is not None and reply.status != 200:
+            refusal = self._agent_refusal(relay, reply)
+        if reply is None or refusal is not None:
+            assert refusal is not None
+            code = dict(refusal.headers).get("X-Cmon-Error", "")
+            self.scraped(uuid, "timeout" if code == "deadline" else
+                         "refused" if code == "no_page" else "unreachable")
+            answer: Answer = answer_to(refusal)
+            for asker in relay.askers:
+                asker.later.finish(answer)
+            return
+        owner = target.owner if isinstance(target, Vm) else ""
+        self.copies.keep((uuid, relay.core), Copy(owner, reply, self.server.now()))
+        self.scraped(uuid, "partial" if b"x-cmon-partial:" in reply.head.lower() else "ok")
+        head, body = reply.head, reply.body
+        for asker in relay.askers:
+            if current is not target and not (
+                    may_see(asker.granted, current, self.manta_owner)
+                    and may_see(asker.granted, target, self.manta_owner)):
+                asker.later.finish(answer_to(refused("no_such_target")))
+                continue
+            allowance = asker.allowance
+            allowance.relays += 1
+            allowance.bytes += len(body)
+            whole = b"".join((head, asker.granted.identity.header, allowance.header(), b"\r\n",
+                              body))
+            asker.later.finish(Prepared(200, whole, whole))
+
+    def _agent_refusal(self, relay: Relay, reply: Reply) -> Refused:
+        """What an agent's answer other than 200 means for those who asked."""
+        words = reply.body
+        if b"content-encoding: gzip" in reply.head.lower():
+            words = b"in gzip"
+        why = words.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
+        if reply.status == 404 and isinstance(relay.target, Vm):
+            return refused("no_page", uuid=relay.uuid, state="not running on its node just now")
+        return refused("node_error", node=relay.node.uuid, why=f"{reply.status} {why}")
+
+    def scraped(self, uuid: str, result: str) -> None:
+        """Remember what became of a request for a page."""
+        self.last[uuid] = LastScrape(self.clock(), result)
+        self.results[result] += 1
+
+    # discovery
+
+    def _visible(self, granted: Grant) -> List[Tuple[Vm, Tuple[str, ...]]]:
+        """What an account may see, with its groups."""
+        manta = self.manta_owner
+        return [(vm, groups_of(vm, manta))
+                for vm in list(self.inventory.owned.get(granted.account.uuid, {}).values())
+                if may_see(granted, vm, manta)]
+
+    def _listed(self, granted: Grant, selection: Selection
+                ) -> Tuple[int, Callable[[], List[Tuple[Vm, Tuple[str, ...]]]]]:
+        """How many to look at, and a function (for any thread) that picks those to list."""
+        stopped = self.settings.discover_include_stopped
+        visible = self._visible(granted)
+
+        def pick() -> List[Tuple[Vm, Tuple[str, ...]]]:
+            picked: List[Tuple[Vm, Tuple[str, ...]]] = []
+            for vm, groups in visible:
+                state = state_of(vm.state)
+                if not (state.listed_stopped if stopped else state.listed):
+                    continue
+                if selection.groups and selection.groups.isdisjoint(groups):
+                    continue
+                if selection.takes(vm.uuid):
+                    picked.append((vm, groups))
+            return sorted(picked)
+        return len(visible), pick
+
+    def discover(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
+                 ) -> Union[Answer, Later]:
+        """The original's list of containers."""
+        selection = Selection.of(request.query)
+        count, pick = self._listed(granted, selection)
+
+        def build() -> bytes:
+            return json.dumps({"containers": [container_row(*row) for row in pick()]},
+                              separators=(",", ":"), ensure_ascii=False).encode()
+        return self._built(("discover", granted.account.uuid, granted.groups, selection),
+                           self.inventory.generation(granted.account.uuid), count, build, JSON,
+                           granted, allowance)
+
+    def targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
+                ) -> Union[Answer, Later]:
+        """The same for Prometheus' HTTP service discovery: everything by the one name."""
+        selection = Selection.of(request.query)
+        count, pick = self._listed(granted, selection)
+        address = request.headers.get("host", "")
+
+        def build() -> bytes:
+            return json.dumps([{"targets": [address], "labels": container_labels(*row)}
+                               for row in pick()],
+                              separators=(",", ":"), ensure_ascii=False).encode()
+        return self._built(("sd", granted.account.uuid, granted.groups, selection, address),
+                           self.inventory.generation(granted.account.uuid), count, build, JSON,
+                           granted, allowance)
+
+    def _nodes(self, granted: Grant, query: Mapping[str, str]
+               ) -> Tuple[Selection, int, Callable[[], List[Node]]]:
+        selection = Selection.of(query)         # groups mean nothing here, as in the original
+        nodes = list(self.inventory.nodes.values())
+        if not (granted.account.operator and granted.groups is None):
+            raise refused("not_operator")
+
+        def pick() -> List[Node]:
+            return sorted(node for node in nodes
+                          if may_see(granted, node) and selection.takes(node.uuid))
+        return selection._replace(groups=frozenset()), len(nodes), pick
+
+    def discover_nodes(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
+                       ) -> Union[Answer, Later]:
+        """The original's list of compute nodes."""
+        selection, count, pick = self._nodes(granted, request.query)
+
+        def build() -> bytes:
+            return json.dumps({"cns": [
+                {"server_uuid": node.uuid, "server_hostname": node.hostname} for node in pick()]},
+                separators=(",", ":"), ensure_ascii=False).encode()
+        return self._built(("gz", selection), self.inventory.node_generation, count, build, JSON,
+                           granted, allowance)
+
+    def node_targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
+                     ) -> Union[Answer, Later]:
+        """The same for HTTP service discovery."""
+        selection, count, pick = self._nodes(granted, request.query)
+        address = request.headers.get("host", "")
+
+        def build() -> bytes:
+            return json.dumps([{"targets": [address], "labels": node_labels(node)}
+                               for node in pick()],
+                              separators=(",", ":"), ensure_ascii=False).encode()
+        return self._built(("gz/sd", selection, address), self.inventory.node_generation, count,
+                           build, JSON, granted, allowance)
+
+    def _built(self, key: Tuple[object, ...], generation: object, rows: int,
+               build: Callable[[], bytes], content_type: str, granted: Grant,
+               allowance: Allowance) -> Union[Answer, Later]:
+        """An answer that is kept until the inventory changes; large ones are made by a worker."""
+        extra = granted.identity.header + allowance.header()
+        kept = self._answers.get(key)
+        if kept is not None and kept[0] == generation:
+            return with_headers(kept[1], extra)
+        if rows <= INLINE_ROWS:
+            made = prepare(Response(200, build(), content_type))
+            self._keep(key, generation, made)
+            return with_headers(made, extra)
+        later = Later(self.server.now() + 9.0, lambda: answer_to(refused("too_busy")))
+        finish = later.finish
+
+        def work() -> None:
+            try:
+                made = prepare(Response(200, build(), content_type))
+                self.server.call_soon(self._keep, key, generation, made)
+                finish(with_headers(made, extra))
+            except Exception:
+                log.exception("making %s failed", key[0])
+                finish(text(500, "internal error; see the log", ("X-Cmon-Error", "internal")))
+        if not self.server.spawn(work):
+            raise refused("too_busy")
+        return later
+
+    def _keep(self, key: Tuple[object, ...], generation: object, made: Prepared) -> None:
+        if len(self._answers) >= KEPT_ANSWERS:
+            self._answers.clear()
+        self._answers[key] = (generation, made)
+
+    def fleet(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
+              ) -> Union[Answer, Later]:
+        """Why each container is silent or not."""
+        rows = self.fleet_rows(granted, Selection.of(request.query))
+        extra = granted.identity.header + allowance.header()
+
+        def build() -> Prepared:
+            page = render(fleet_families(rows, granted, allowance)).encode()
+            return with_headers(prepare(Response(200, page, PAGE)), extra)
+        if len(rows) <= INLINE_ROWS // 4:
+            return build()
+        later = Later(self.server.now() + 9.0, lambda: answer_to(refused("too_busy")))
+
+        def work() -> None:
+            try:
+                later.finish(build())
+            except Exception:
+                log.exception("making the fleet page failed")
+                later.finish(text(500, "internal error; see the log", ("X-Cmon-Error", "internal")))
+        if not self.server.spawn(work):
+            raise refused("too_busy")
+        return later
+
+    def fleet_rows(self, granted: Grant, selection: Selection) -> List[FleetRow]:
+        """The containers of an account with all that is known of them."""
+        down = {uuid for uuid, port in self.forwarder.ports.items() if port.suspect}
+        return [FleetRow(vm, groups, vm.server not in down, self.last.get(vm.uuid))
+                for vm, groups in sorted(self._visible(granted))
+                if (not selection.groups or not selection.groups.isdisjoint(groups))
+                and selection.takes(vm.uuid)]
+
+    # housekeeping
+
+    def _each_second(self) -> None:
+        self.quotas.book()
+        if len(self.last) > 2 * len(self.inventory.vms) + 1000:
+            known = self.inventory.vms, self.inventory.nodes
+            self.last = {uuid: last for uuid, last in self.last.items()
+                         if uuid in known[0] or uuid in known[1]}
+        if len(self.forwarder.ports) > len(self.inventory.nodes):
+            self.forwarder.retain(self.inventory.nodes)
+
+    def families(self) -> List[Family]:
+        """For the admin side."""
+        age = self.server.now() - self.inventory.confirmed
+        states: Dict[str, int] = {}
+        for vm in self.inventory.vms.values():
+            states[vm.state] = states.get(vm.state, 0) + 1
+        return [
+            Family("cmon_proxy_relays_total", COUNTER, "Requests for pages by what became of them.",
+                   [Sample((("result", name),), count) for name, count in self.results.items()]),
+            Family("cmon_proxy_relays_shared_total", COUNTER, "Requests that waited for the page "
+                   "that another one had asked for.", [Sample((), self.shared)]),
+            Family("cmon_proxy_relays_in_flight", GAUGE, "Pages under way.",
+                   [Sample((), len(self.relays))]),
+            Family("cmon_proxy_inventory_ready", GAUGE, "Whether a whole inventory has been in.",
+                   [Sample((), int(self.inventory.ready))]),
+            Family("cmon_proxy_inventory_age_seconds", GAUGE, "Time since the inventory was last "
+                   "confirmed by its source.", [Sample((), round(age, 3))]),
+            Family("cmon_proxy_inventory_vms", GAUGE, "Containers known, by state.",
+                   [Sample((("state", name),), count) for name, count in sorted(states.items())]),
+            Family("cmon_proxy_inventory_nodes", GAUGE, "Compute nodes known.",
+                   [Sample((), len(self.inventory.nodes))]),
+            *self.forwarder.families(), *self.quotas.families(),
+        ]
+
+
+def _is_own_name(host: str) -> bool:
+    """Addresses and this machine's own name are nobody's container."""
+    if host in OWN_NAMES or host.startswith("["):
+        return True
+    return re.fullmatch(r"[0-9.]+", host) is not None
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def start(settings: Settings) -> Tuple[Server, Proxy]:
+    """Build everything and listen; raises ConfigError and OSError."""
+    context = make_tls(settings)
+    registry = Registry()
+    server = Server("proxy", registry)
+    register_process_metrics(registry, "proxy")
+    proxy = Proxy(settings, server, registry, random.random)
+    if settings.inventory.file is not None:
+        proxy.source = FileSource(settings.inventory.file, settings.agent.port, proxy.inventory,
+                                  proxy.directory, server)
+    proxy.source.start()
+    proxy.listener = server.listen(parse_address(settings.listen), proxy.routes(), context,
+                                   "main", proxy.by_host)
+    if settings.admin_listen is not None:
+        def metrics(_request: Request) -> Answer:
+            return Response(200, render(registry.families()).encode(), PAGE)
+        server.listen(parse_address(settings.admin_listen), (
+            Route("GET", "/metrics", metrics), Route("GET", "/-/healthy", proxy.ping),
+            Route("GET", "/-/ready", proxy.is_ready)), None, "admin")
+    return server, proxy
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command; returns its exit status."""
+    parser = command_line("cmon_proxy.py", "Relays zones' metrics to the tenants who own them.")
+    arguments = parser.parse_args(argv)
+    if arguments.config is None:
+        parser.error("--config FILE is needed: it names the certificate and the inventory")
+    running: List[Proxy] = []
+
+    def load() -> Settings:
+        settings = load_settings(Settings, arguments.config, {
+            "listen": arguments.listen, "log_level": arguments.log_level,
+            "log_format": arguments.log_format})
+        problems = [f"{arguments.config}: {problem}" for problem in problems_of(settings)]
+        if problems:
+            raise ConfigError(*problems)
+        return settings
+
+    def begin(settings: Settings) -> Server:
+        server, proxy = start(settings)
+        running.append(proxy)
+        return server
+
+    def check(settings: Settings) -> List[str]:
+        if settings.inventory.file is None:
+            return []
+        try:
+            read_inventory(settings.inventory.file, settings.agent.port)
+        except ConfigError as error:
+            return error.problems
+        return []
+
+    def reload(settings: Settings) -> None:
+        for proxy in running:
+            old = proxy.settings
+            if (old.listen, old.admin_listen, old.inventory, old.workers) != (
+                    settings.listen, settings.admin_listen, settings.inventory, settings.workers):
+                log.warning("listen, admin_listen, inventory and workers need a restart")
+            context = make_tls(settings)
+            if proxy.listener is not None:
+                proxy.listener.set_tls(context)
+            proxy.use(settings)
+    return run_daemon("proxy", arguments, load, begin, reload, check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
