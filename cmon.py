@@ -393,10 +393,10 @@ class Demo:
         return " ".join(f"{flag} {shlex.quote(str(self.folder / file))}"
                         for flag, file in zip(flags, files))
 
-    def curl(self, login: str, url: str) -> str:
+    def curl(self, login: str, url: str, curl: str = "curl") -> str:
         """A command that asks the proxy as this account, from any shell on this machine."""
         flags = self.credentials(login, ("--cacert", "--cert", "--key"))
-        return f"curl {flags} --connect-to ::{LOOPBACK}: {url}"
+        return f"{curl} {flags} --connect-to ::{LOOPBACK}: {url}"
 
     def prometheus_yml(self, login: str) -> str:
         """A configuration for Prometheus on this machine, with no name to resolve but localhost."""
@@ -513,6 +513,7 @@ def demo(arguments: argparse.Namespace) -> int:
         running.start()
         show(running)
         if arguments.once:
+            print("All of it works. Without --once it stays up, so that you can repeat the steps.")
             return 0
         print("Everything runs until Ctrl-C.", flush=True)
         while True:
@@ -539,9 +540,7 @@ def show(running: Demo) -> None:
     def step(title: str, command: str, result: list[str]) -> None:
         steps.append((title, command, result))
         print(f"{emphasis(f'{len(steps)}. {title}')}\n\n{wrapped(command)}\n")
-        for line in result:
-            print(f"    {line}")
-        print(flush=True)
+        print("".join(f"    {line}\n" for line in result), end="\n" if result else "", flush=True)
 
     print(f"""
 Container Monitor on one machine: a recorded compute node with {len(vms)} zones of
@@ -564,7 +563,7 @@ now, and its command repeats it from any shell.
     if refused.status != 404:
         raise Failure(f"a foreign container is answered with {refused.status} instead of 404")
     step(f"another account's container, {foreign['alias']}, is not there for {login}",
-         running.curl(login, f"{base}/v1/{foreign['uuid']}/metrics"),
+         running.curl(login, f"{base}/v1/{foreign['uuid']}/metrics", "curl -i"),
          [f"{refused.status}: {printable(refused.body.decode())}"])
     direct = f"http://{LOOPBACK}:{running.agent_port}"
     step("the operator asks the agent itself, on the admin network", f"curl {direct}/v1/gz/metrics",
@@ -648,8 +647,13 @@ def short_labels(sample: Sample) -> str:
 
 def wrapped(command: str) -> str:
     """A command over several lines, which a shell takes as they are."""
-    words = re.split(r" (?=--|https?:)", command)
-    return "    " + " \\\n        ".join(words)
+    lines = [""]
+    for unit in re.split(r" (?=--)|(?<!--url) (?=https?:)", command):
+        if not lines[-1] or len(lines[-1]) + len(unit) < 66:
+            lines[-1] = f"{lines[-1]} {unit}".strip()
+        else:
+            lines.append(unit)
+    return "    " + " \\\n        ".join(lines)
 
 
 # --- commands -------------------------------------------------------------------------------------

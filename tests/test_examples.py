@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What we hand to users of Prometheus and Grafana: rules, their tests, a configuration, a dashboard."""
+"""What users of Prometheus and Grafana get: rules with tests, configurations, a dashboard."""
 from __future__ import annotations
 
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any, Iterator, List, Set
 
 import pytest
@@ -44,7 +43,7 @@ def test_every_alert_is_tested() -> None:
 
 
 def names_in(expression: str) -> Set[str]:
-    """The metrics in a PromQL expression, near enough: words that are no labels and no functions."""
+    """The metrics in a PromQL expression, near enough: words that are no label and no function."""
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
     return set(re.findall(r"[a-zA-Z_][\w:]*", bare)) - WORDS
 

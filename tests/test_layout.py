@@ -89,7 +89,7 @@ def exported() -> List[str]:
     raise AssertionError("no __all__")
 
 
-# --- alone ------------------------------------------------------------------------------------------
+# --- alone ----------------------------------------------------------------------------------------
 
 def test_runs_alone(tmp_path: Path) -> None:
     """The agent in an empty folder, isolated and without site-packages, serves a recorded node."""
@@ -117,7 +117,7 @@ assert not logging.getLogger().handlers and not logging.getLogger('cmon').handle
     assert (done.returncode, done.stdout) == (0, b"")
 
 
-# --- imports ----------------------------------------------------------------------------------------
+# --- imports --------------------------------------------------------------------------------------
 
 def imports(name: str) -> Iterator[Tuple[str, List[str]]]:
     """Each module that a file imports, with the names that it takes from it."""
@@ -148,7 +148,7 @@ def test_version_is_written_once() -> None:
         "cmon_agent.py"]
 
 
-# --- order and map ----------------------------------------------------------------------------------
+# --- order and map --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_map_in_the_docstring_is_the_list_of_banners(program: str) -> None:
@@ -176,7 +176,7 @@ def test_files_begin_alike(program: str) -> None:
     assert "from __future__ import annotations" in lines
 
 
-# --- the kit ----------------------------------------------------------------------------------------
+# --- the kit --------------------------------------------------------------------------------------
 
 def test_exports_are_exactly_the_kit() -> None:
     kit, _ = names_by_kit()
@@ -194,7 +194,7 @@ def test_the_kit_uses_nothing_of_the_rest() -> None:
     assert not wrong
 
 
-# --- text -------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in tracked()
                                   if path.suffix == ".py"])
@@ -229,7 +229,7 @@ def test_nothing_speaks_of_where_it_was_written() -> None:
     assert not wrong
 
 
-# --- docs -------------------------------------------------------------------------------------------
+# --- docs -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", sorted(make_docs.GENERATED))
 def test_docs_are_not_stale(path: str) -> None:

@@ -46,7 +46,7 @@ def xmllint(*arguments: str) -> "subprocess.CompletedProcess[str]":
                           stderr=subprocess.STDOUT, universal_newlines=True)
 
 
-# --- grammar ----------------------------------------------------------------------------------------
+# --- grammar --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_manifest_follows_the_grammar(name: str) -> None:
@@ -77,7 +77,7 @@ def test_all_services_are_known() -> None:
     assert found == SERVICES
 
 
-# --- least privilege --------------------------------------------------------------------------------
+# --- least privilege ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, user", [("site/cmon-agent", "noaccess"),
                                         ("site/cmon-proxy", "cmon")])
@@ -101,11 +101,11 @@ def test_only_the_setup_is_root_and_it_ends() -> None:
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_working_directory_is_set(name: str) -> None:
     """A context with a user in it would otherwise start in that user's home."""
-    assert [context.get("working_directory") for context in service(name).iter("method_context")] == [
-        "/"]
+    folders = [context.get("working_directory") for context in service(name).iter("method_context")]
+    assert folders == ["/"]
 
 
-# --- life -------------------------------------------------------------------------------------------
+# --- life -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["site/cmon-agent", "site/cmon-proxy"])
 def test_refresh_is_a_hangup_and_stop_a_term(name: str) -> None:
@@ -138,7 +138,7 @@ def test_core_of_a_plugin_does_not_restart_the_agent() -> None:
     assert startd("site/cmon-agent") == {"duration": "contract", "ignore_error": "core"}
 
 
-# --- the set-up script ------------------------------------------------------------------------------
+# --- the set-up script ----------------------------------------------------------------------------
 
 SETUP = ROOT / "smf" / "cmon-agent-setup"
 
