@@ -34,6 +34,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.parse
 from pathlib import Path
@@ -564,9 +565,9 @@ now, and its command repeats it from any shell.
         raise Failure(f"a foreign container is answered with {refused.status} instead of 404")
     step(f"another account's container, {foreign['alias']}, is not there for {login}",
          running.curl(login, f"{base}/v1/{foreign['uuid']}/metrics", "curl -i"),
-         [f"{refused.status}: {printable(refused.body.decode())}"])
+         textwrap.wrap(f"{refused.status}: {printable(refused.body.decode())}", 74))
     direct = f"http://{LOOPBACK}:{running.agent_port}"
-    step("the operator asks the agent itself, on the admin network", f"curl {direct}/v1/gz/metrics",
+    step(f"the operator asks the agent itself; {direct}/ is for a browser", f"curl {direct}/v1/gz/metrics",
          summary(fetch(f"{direct}/v1/gz/metrics")))
     config = running.folder / "prometheus.yml"
     config.write_text(running.prometheus_yml(login), "utf-8")
@@ -575,7 +576,7 @@ now, and its command repeats it from any shell.
     step("the same with our own command",
          f"{python} {shlex.quote(str(HERE / 'cmon.py'))} monitor {shlex.quote(mine['alias'])} "
          f"--url {base} {flags}", [])
-    step("and a Prometheus, where there is one (then look at http://127.0.0.1:9090/targets)",
+    step("and a Prometheus, if there is one; look at http://127.0.0.1:9090/targets then",
          f"prometheus --config.file={shlex.quote(str(config))} "
          f"--storage.tsdb.path={shlex.quote(str(running.folder / 'prometheus'))} "
          "--web.listen-address=127.0.0.1:9090", [])
@@ -653,7 +654,7 @@ def wrapped(command: str) -> str:
             lines[-1] = f"{lines[-1]} {unit}".strip()
         else:
             lines.append(unit)
-    return "    " + " \\\n        ".join(lines)
+    return "    " + " \\\n      ".join(lines)
 
 
 # --- commands -------------------------------------------------------------------------------------
