@@ -546,8 +546,8 @@ def show(running: Demo) -> None:
     print(f"""
 Container Monitor on one machine: a recorded compute node with {len(vms)} zones of
 {len(running.inventory["accounts"])} accounts, its agent, and the proxy in front of it. \
-Each step below was done just
-now, and its command repeats it from any shell.
+Each step below has just
+been done; its command repeats it from any shell.
 """)
     _, containers = proxy.containers()
     if mine["uuid"] not in [container.uuid for container in containers]:
@@ -567,8 +567,8 @@ now, and its command repeats it from any shell.
          running.curl(login, f"{base}/v1/{foreign['uuid']}/metrics", "curl -i"),
          textwrap.wrap(f"{refused.status}: {printable(refused.body.decode())}", 74))
     direct = f"http://{LOOPBACK}:{running.agent_port}"
-    step(f"the operator asks the agent itself; {direct}/ is for a browser", f"curl {direct}/v1/gz/metrics",
-         summary(fetch(f"{direct}/v1/gz/metrics")))
+    step(f"the operator asks the agent itself; {direct}/ is for a browser",
+         f"curl {direct}/v1/gz/metrics", summary(fetch(f"{direct}/v1/gz/metrics")))
     config = running.folder / "prometheus.yml"
     config.write_text(running.prometheus_yml(login), "utf-8")
     python = shlex.quote(sys.executable)
@@ -576,7 +576,7 @@ now, and its command repeats it from any shell.
     step("the same with our own command",
          f"{python} {shlex.quote(str(HERE / 'cmon.py'))} monitor {shlex.quote(mine['alias'])} "
          f"--url {base} {flags}", [])
-    step("and a Prometheus, if there is one; look at http://127.0.0.1:9090/targets then",
+    step("and a Prometheus, if there is one; see http://127.0.0.1:9090/targets then",
          f"prometheus --config.file={shlex.quote(str(config))} "
          f"--storage.tsdb.path={shlex.quote(str(running.folder / 'prometheus'))} "
          "--web.listen-address=127.0.0.1:9090", [])
