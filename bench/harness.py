@@ -102,8 +102,8 @@ class Bench:
             program.kill()
 
     @contextlib.contextmanager
-    def nginx(self, http: str, port: int) -> Iterator[int]:
-        """nginx with one worker on the server's core; gives the worker's pid."""
+    def nginx(self, http: str, port: int, core: int = SERVER_CORE) -> Iterator[int]:
+        """nginx with one worker on a core of its own; gives the worker's pid."""
         nginx = shutil.which("nginx") or "/usr/sbin/nginx"
         if not os.path.exists(nginx):
             raise SystemExit("nginx, the reference, is not installed (apt install nginx-light)")
@@ -129,7 +129,7 @@ http {{
 }}
 """)
         process = subprocess.Popen([nginx, "-c", folder / "nginx.conf", "-g", "daemon off;"],
-                                   preexec_fn=on_core(SERVER_CORE))
+                                   preexec_fn=on_core(core))
         try:
             wait_until(lambda: can_connect(("127.0.0.1", port)), "nginx")
             yield wait_until(lambda: children(process.pid), "nginx's worker")[0]
@@ -211,6 +211,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
                                 for cell in row) + " |", flush=True)
 
 
-__all__ = ["Address", "Bench", "Load", "Program", "ROOT", "SECONDS", "bench", "children",
-           "cpu_seconds", "free_port", "pin", "python", "resident", "settled", "table", "threads",
+__all__ = ["Address", "Bench", "LOAD_CORE", "Load", "Program", "ROOT", "SECONDS", "bench", "children",
+           "cpu_seconds", "free_port", "on_core", "pin", "python", "resident", "settled", "table", "threads",
            "wait_until"]
