@@ -154,6 +154,7 @@ def problems_of(settings: Settings) -> List[str]:
             problems.append(f"{name}: {error}")
     if (tls.client_auth == "ca") != (tls.client_ca is not None):
         problems.append("tls.client_ca: goes with client_auth \"ca\", and only with it")
+        return problems
     try:
         make_tls(settings)
     except ConfigError as error:
@@ -1741,6 +1742,7 @@ class Proxy:
         self.results: Dict[str, int] = dict.fromkeys(RESULTS, 0)
         self.shared = 0
         self._heads: Dict[Tuple[object, ...], bytes] = {}
+        self._given: Dict[str, float] = {}      # seconds for the agent, by the header's text
         self._answers: Dict[Tuple[object, ...], Tuple[object, Prepared]] = {}
         self._building: Dict[Tuple[object, ...], List[Later]] = {}
         self.listener: Optional[Listener] = None
@@ -1756,6 +1758,7 @@ class Proxy:
         self.quotas.reload(settings.quota)
         self.forwarder.settings = settings.agent
         self._answers.clear()
+        self._given.clear()
 
     @property
     def manta_owner(self) -> str:
@@ -1922,12 +1925,10 @@ class Proxy:
     def _relay(self, request: Request, granted: Grant, allowance: Allowance, uuid: str,
                target: Union[Vm, Node], node: Node, core: bool, now: float) -> Later:
         """Ask the node, or wait with those who have asked the same already."""
-        timeout = self.settings.agent.timeout
-        deadline = min(scrape_deadline(request, now, timeout - min(0.1 * timeout, 0.5)),
-                       now + timeout)
-        given = round(deadline - now, 3)
+        word = request.headers.get("x-prometheus-scrape-timeout-seconds", "")
+        given = self._given.get(word) or self._time_given(word, request)
         # the margin is for the way back: half of it for the agent's answer to reach us
-        deadline += min(given / 9, 0.5) / 2
+        deadline = now + given + min(given / 9, 0.5) / 2
         key = (uuid, core, request.gzip, given)
         relay = self.relays.get(key)
         if relay is not None and relay.target is target:
@@ -1952,6 +1953,16 @@ class Proxy:
         relay.askers.append(asker)
         return asker.later
 
+    def _time_given(self, word: str, request: Request) -> float:
+        """Seconds for the agent, by what the request says; raises Refused."""
+        timeout = self.settings.agent.timeout
+        given = round(min(scrape_deadline(request, 0.0, timeout - min(0.1 * timeout, 0.5)),
+                          timeout), 3)
+        if len(self._given) >= 256:
+            self._given.clear()
+        self._given[word] = given = max(given, 0.001)
+        return given
+
     def _head(self, key: Tuple[Any, ...], port: Port, is_node: bool) -> bytes:
         """The request to the agent: the same bytes for the same page, made once."""
         memo = (key, port.host)
@@ -1963,7 +1974,7 @@ class Proxy:
             options = "eyJpc0NvcmVab25lIjogdHJ1ZX0=" if core else "eyJpc0NvcmVab25lIjogZmFsc2V9"
             head = (f"GET /v1/{path}/metrics HTTP/1.1\r\nHost: {port.host}\r\n"
                     f"x-joyent-cmon-opts: {options}\r\n"
-                    f"X-Prometheus-Scrape-Timeout-Seconds: {max(given, 0.001):g}\r\n"
+                    f"X-Prometheus-Scrape-Timeout-Seconds: {given:g}\r\n"
                     + ("Accept-Encoding: gzip\r\n" if gzip else "") + "\r\n").encode()
             if len(self._heads) >= RELAY_HEADS:
                 self._heads.clear()
