@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -307,6 +308,12 @@ class Grant(NamedTuple):
     identity: Identity
 
 
+# A tenant's scraper shows one certificate on thousands of connections. Both functions are pure, so
+# their results are kept: half of what a new connection costs, and bounded at some 4 kB each.
+_known_certificate = functools.lru_cache(maxsize=1024)(certificate)
+_known_signature = functools.lru_cache(maxsize=1024)(signed_by)
+
+
 class Identity:
     """What a connection's certificate says, worked out once; lives with the connection.
 
@@ -328,7 +335,7 @@ class Identity:
             self.refusal = refused("no_certificate")
             return
         try:
-            self.cert = cert = certificate(der)
+            self.cert = cert = _known_certificate(der)
         except CertificateError as error:
             self.refusal = refused("bad_certificate", why=error)
             return
@@ -355,7 +362,7 @@ class Identity:
         if known is None and self.cert is not None:
             if len(self._signed) >= 8:          # MD5 can be made to collide: keep no more of them
                 self._signed.clear()
-            known = self._signed[key] = signed_by(self.cert, key)
+            known = self._signed[key] = _known_signature(self.cert, key)
         return bool(known)
 
 
