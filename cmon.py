@@ -120,8 +120,10 @@ class Proxy:
 
     def _hint(self, message: str) -> str:
         parts = urllib.parse.urlsplit(self.url)
+        if "mismatch" in message:
+            return " give --url with the name that the certificate is for"
         if "certificate is not trusted" in message:
-            return "; a proxy with a certificate of its own CA needs --ca FILE"
+            return "; --ca FILE names the CA of the proxy's certificate, PEM"
         if parts.port is None and message.startswith("cannot reach"):
             return f"; the proxy's usual port is {PROXY_PORT}: --url https://{parts.hostname}:{PROXY_PORT}"
         return ""
