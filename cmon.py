@@ -23,6 +23,7 @@ import argparse
 import base64
 import difflib
 import errno
+import io
 import json
 import os
 import re
@@ -243,11 +244,12 @@ def monitor(arguments: argparse.Namespace) -> int:
     uuid = name.lower()
     if not UUID.fullmatch(uuid):            # a whole UUID needs no look-up
         uuid = choose(name, proxy.containers()[1]).uuid
-    page = proxy.page(f"/v1/{uuid}/metrics").decode("utf-8", "replace")
+    page = proxy.page(f"/v1/{uuid}/metrics")
     if sys.stdout.isatty():                 # what a zone wrote must not drive the terminal
-        page = "\n".join("".join(char if char.isprintable() else "?" for char in line)
-                         for line in page.splitlines()) + "\n"
-    sys.stdout.write(page)
+        for line in page.decode("utf-8", "replace").splitlines():
+            print("".join(char if char.isprintable() else "?" for char in line))
+    else:
+        sys.stdout.buffer.write(page)       # as it came, whatever the locale
     return 0
 
 
@@ -749,6 +751,11 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; what goes wrong is one line on stderr."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")    # closed by who started us
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")        # a locale without "…" is no reason to end
     arguments = command_line().parse_args(argv)
     try:
         status: int = arguments.run(arguments)

@@ -239,6 +239,22 @@ def test_monitor_prints_the_page(name: str, proxy: StandIn, files: Files) -> Non
     assert (done.returncode, done.stderr, done.stdout) == (0, "", PAGE.decode())
 
 
+def test_monitor_passes_bytes_on_whatever_the_locale(proxy: StandIn, files: Files) -> None:
+    page = 'a{b="é→😀"} 1\n'.encode()
+    proxy.answers[f"/v1/{CONTAINERS[0]['vm_uuid']}/metrics"] = Answer(200, page)
+    command = [sys.executable, str(CMON), "monitor", "web01", *connection(proxy, files)]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.run(command, stdout=subprocess.PIPE, env=env).stdout == page
+
+
+def test_table_in_a_locale_without_the_letters(proxy: StandIn, files: Files) -> None:
+    odd = container("caf\u00e9", CONTAINERS[0]["vm_uuid"])
+    proxy.answers["/v1/discover"] = Answer(200, json.dumps({"containers": [odd]}).encode())
+    done = run("discover", *connection(proxy, files), env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf?" in done.stdout
+
+
 def test_monitor_of_a_uuid_needs_no_discovery(proxy: StandIn, files: Files) -> None:
     run("monitor", CONTAINERS[0]["vm_uuid"], "--timeout", "7.5", *connection(proxy, files))
     (path, headers), = proxy.requests
@@ -413,6 +429,16 @@ def test_full_disk(proxy: StandIn, files: Files) -> None:
     with open("/dev/full", "w") as full:
         done = run("monitor", "web01", *connection(proxy, files), stdout=full)
     assert (done.returncode, done.stderr) == (1, "cmon: no space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_outputs(closed: str, proxy: StandIn, files: Files) -> None:
+    command = " ".join(map(shlex.quote, [sys.executable, str(CMON), "discover",
+                                         *connection(proxy, files)]))
+    done = subprocess.run(["/bin/sh", "-c", f"{command} {closed}"], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=PATIENCE)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stdout
 
 
 def on_terminal(arguments: List[str], columns: int = 80,
