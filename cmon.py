@@ -126,7 +126,8 @@ class Proxy:
         if "certificate is not trusted" in message:
             return "; --ca FILE names the CA of the proxy's certificate, PEM"
         if parts.port is None and message.startswith("cannot reach"):
-            return f"; the proxy's usual port is {PROXY_PORT}: --url https://{parts.hostname}:{PROXY_PORT}"
+            usual = f"https://{parts.hostname}:{PROXY_PORT}"
+            return f"; the proxy's usual port is {PROXY_PORT}: --url {usual}"
         return ""
 
 

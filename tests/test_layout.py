@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+import symtable
 import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
@@ -87,6 +88,18 @@ def exported() -> List[str]:
             names: List[str] = ast.literal_eval(statement.value)
             return names
     raise AssertionError("no __all__")
+
+
+def global_names(text: str) -> Set[str]:
+    """What the functions and classes of a piece of source refer to outside of themselves."""
+    found: Set[str] = set()
+    tables = [symtable.symtable(text, "section", "exec")]
+    while tables:
+        one = tables.pop()
+        tables += one.get_children()
+        found |= {symbol.get_name() for symbol in one.get_symbols()
+                  if symbol.is_referenced() and (symbol.is_global() or one.get_type() == "module")}
+    return found
 
 
 # --- alone ----------------------------------------------------------------------------------------
@@ -187,10 +200,11 @@ def test_exports_are_exactly_the_kit() -> None:
 
 def test_the_kit_uses_nothing_of_the_rest() -> None:
     text = source("cmon_agent.py")
-    _, rest = names_by_kit()
-    wrong = [f"line {node.lineno}: {node.id}" for section in sections(text) if section.kit
-             for statement in statements(text, section) for node in ast.walk(statement)
-             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in rest]
+    kit, rest = names_by_kit()
+    lines = text.splitlines(keepends=True)
+    wrong = [f"{section.name}: {name}" for section in sections(text) if section.kit
+             for name in global_names("".join(lines[section.first - 1:section.last]))
+             if name in rest - kit]
     assert not wrong
 
 
@@ -235,3 +249,36 @@ def test_nothing_speaks_of_where_it_was_written() -> None:
 def test_docs_are_not_stale(path: str) -> None:
     """`make docs` rewrites them."""
     assert source(path) == make_docs.GENERATED[path](), f"{path} is stale: make docs"
+
+
+def readme() -> str:
+    return source("README.md")
+
+
+def test_files_that_the_readme_names_are_there() -> None:
+    named = set(re.findall(r"\b(?:smf|examples|docs|tests|bench)/[\w./-]*[\w/]", readme()))
+    named |= set(re.findall(r"\]\(([\w./-]+)\)", readme()))
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def readme_section(title: str) -> str:
+    return re.split(r"(?m)^## ", readme().partition(f"## {title}\n")[2])[0]
+
+
+@pytest.mark.parametrize("program, title", [("cmon_agent.py", "Endpoints of the agent"),
+                                            ("cmon_proxy.py", "Endpoints of the proxy")])
+def test_the_readme_has_every_endpoint_and_no_other(program: str, title: str) -> None:
+    """A route in the program is one in the README; a route's parts are named alike."""
+    routes = set(re.findall(r'Route\(\s*"(?:GET|POST)",\s*"(/[^"]*)"', source(program)))
+    told = set(re.findall(r"`(/[^`?]*)`", readme_section(title)))
+    assert routes == told
+
+
+def test_messages_that_the_readme_explains_exist() -> None:
+    said = "".join(source(program) for program in PROGRAMS) + source("smf/cmon-agent-setup")
+    said = re.sub(r'"\s*\n\s*f?"', "", said)            # texts that go on in the next line
+    rows = re.findall(r"(?m)^\| `([^`]+)` \| [^|]+\|$", readme_section("Troubleshooting"))
+    assert len(rows) > 5
+    assert [row for row in rows if row not in said and row != "cannot start: address already in use"
+            ] == []
