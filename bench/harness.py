@@ -25,7 +25,6 @@ CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))   # of each measurement
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Load(NamedTuple):
@@ -172,9 +171,12 @@ def threads(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
+    """CPU time of a process's threads so far, to the nanosecond."""
+    total = 0
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            total += int(Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()[0])
+    return total / 1e9
 
 
 def resident(pid: int) -> int:
@@ -211,6 +213,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
                                 for cell in row) + " |", flush=True)
 
 
-__all__ = ["Address", "Bench", "LOAD_CORE", "Load", "Program", "ROOT", "SECONDS", "bench", "children",
-           "cpu_seconds", "free_port", "on_core", "pin", "python", "resident", "settled", "table", "threads",
-           "wait_until"]
+__all__ = ["LOAD_CORE", "ROOT", "SECONDS", "Address", "Bench", "Load", "Program", "bench",
+           "children", "cpu_seconds", "free_port", "on_core", "pin", "python", "resident",
+           "settled", "table", "threads", "wait_until"]

@@ -2,12 +2,12 @@
 /*
  * The load of the measurements: one thread, one epoll, kept connections, plain or TLS.
  *
- *     load HOST PORT CONNECTIONS SECONDS REQUESTS [tls CERT KEY] [close] [idle] [window=N]
+ *     load HOST PORT CONNECTIONS SECONDS REQUESTS [tls CERT KEY] [close] [idle] [window=N] [count=N]
  *
  * REQUESTS is a file of whole requests, separated by NUL bytes; each connection goes round them,
  * each from another one on. With `close` every request has a connection of its own (so, with tls,
  * a full handshake). With `idle` each connection sends one request, then all stay open until stdin
- * ends. Prints one JSON object. Answers need a Content-Length. Written in C so that the one who
+ * ends. With `count=N` it stops after so many answers. Prints one JSON object. Answers need a Content-Length. Written in C so that the one who
  * measures is not slower than what is measured. libssl is declared here, not included: its
  * headers are not on every machine, the library is.
  */
@@ -64,6 +64,7 @@ static uint64_t done, errors, refused, bytes, open_now;
 static float *latencies;
 static size_t latency_count, latency_room;
 static double deadline;
+static uint64_t most = UINT64_MAX;
 
 static double
 now(void)
@@ -170,7 +171,8 @@ finish(connection_t *c)
 		latencies = realloc(latencies, latency_room * sizeof (float));
 	}
 	latencies[latency_count++] = (float)(at - c->began);
-	done++;
+	if (++done >= most)
+		deadline = 0;
 	bytes += c->need;
 	if (c->status != 200)
 		refused++;
@@ -342,6 +344,8 @@ main(int argc, char **argv)
 			idle = 1;
 		} else if (strncmp(argv[i], "window=", 7) == 0) {
 			window = strtoul(argv[i] + 7, NULL, 10);
+		} else if (strncmp(argv[i], "count=", 6) == 0) {
+			most = strtoul(argv[i] + 6, NULL, 10);
 		}
 	}
 	if ((file = fopen(argv[5], "rb")) == NULL) {
@@ -372,7 +376,7 @@ main(int argc, char **argv)
 
 		/* Not all at once: `idle` opens thousands, and what is measured is not the backlog. */
 		while (started < count && started < done + window) {
-			connections[started].next = started * 7 % request_count;
+			connections[started].next = started * request_count / count;
 			begin(&connections[started++]);
 		}
 		if (idle ? open_now + errors >= count : now() >= deadline)

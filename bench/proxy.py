@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import (
+    LOAD_CORE,
     ROOT,
     Address,
     Bench,
@@ -33,7 +34,6 @@ from harness import (
     settled,
     table,
     threads,
-    LOAD_CORE,
 )
 
 TLS = ROOT / "tests" / "tls"
@@ -43,6 +43,7 @@ PAGE = "".join(f'# HELP metric_{n} One of many.\n# TYPE metric_{n} counter\n'
                f'metric_{n}{{zone="web{n % 7}"}} {n * 7919}\n' for n in range(150))
 ACCOUNT = "2f6d1c1a-9d3c-4a55-8f0e-2b8f3f3b7a10"
 IDLE = 5000
+NODES = 20          # compute nodes in the inventory; all have the same address here
 
 
 def number(kind: int, index: int) -> str:
@@ -54,7 +55,8 @@ def inventory(nodes: list[str], vms: int, accounts: int = 1) -> dict[str, Any]:
     """So many containers of alice's (and others') on these nodes."""
     key = (TLS / "rsa.pub").read_text(), (TLS / "ec.pub").read_text()
     return {"accounts": [{"uuid": ACCOUNT, "login": "alice", "keys": list(key)}] + [
-                {"uuid": number(9, n), "login": f"user{n}", "keys": []} for n in range(accounts - 1)],
+                {"uuid": number(9, n), "login": f"user{n}", "keys": []}
+                for n in range(accounts - 1)],
             "servers": [{"uuid": number(1, n), "hostname": f"cn{n}", "admin_ip": at}
                         for n, at in enumerate(nodes)],
             "vms": [{"uuid": number(2, n), "alias": f"vm{n}", "owner_uuid": ACCOUNT
@@ -124,7 +126,7 @@ def relays(at: Bench, upstream: Address) -> None:
             rows.append(["nginx", name, load.rate, 1.0, load.p50, load.p99,
                          (cpu_seconds(pid) - before) / load.requests * 1e6,
                          load.errors + load.refused])
-    with proxy(at, inventory([f"{upstream[0]}:{upstream[1]}"], 100)) as program:
+    with proxy(at, inventory([f"{upstream[0]}:{upstream[1]}"] * NODES, 100)) as program:
         for (name, connections, more), rate in zip(runs, reference):
             before = cpu_seconds(program.pid)
             load = at.load(program.address, connections, requests, *more)
@@ -146,8 +148,9 @@ def idle(at: Bench, upstream: Address) -> None:
         at.load(("127.0.0.1", port), 16, requests, *CLIENT, seconds=1)
         before = settled(pid)
         with at.idle(("127.0.0.1", port), IDLE, requests, *CLIENT, "window=32") as load:
-            rows.append(["nginx", load.open, (settled(pid) - before) / load.open / 1000, threads(pid)])
-    with proxy(at, inventory([f"{upstream[0]}:{upstream[1]}"], 100)) as program:
+            rows.append(["nginx", load.open, (settled(pid) - before) / load.open / 1000,
+                         threads(pid)])
+    with proxy(at, inventory([f"{upstream[0]}:{upstream[1]}"] * NODES, 100)) as program:
         at.load(program.address, 16, requests, *CLIENT, seconds=1)
         before = settled(program.pid)
         with at.idle(program.address, IDLE, requests, *CLIENT, "window=32") as load:

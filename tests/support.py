@@ -443,6 +443,53 @@ class Kernel:
         self._stats.close()
 
 
+class StandIns:
+    """Programs that print what a capture has recorded, by their arguments."""
+
+    def __init__(self, folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.programs: dict[str, str] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for line in commands:
+            self.programs[Path(line.split(" ")[0]).name] = ""
+        for name in self.programs:
+            script = folder / name
+            script.write_text(f"""#!/bin/sh
+# prints what the capture has for these arguments
+answer="{folder}/{name}.$(printf '%s' "$*" | cksum | tr -c '0-9\\n' _)"
+[ -f "$answer.out" ] || {{ echo "{name}: nothing recorded for $*" >&2; exit 2; }}
+cat "$answer.err" >&2; cat "$answer.out"; exit "$(cat "$answer.status")"
+""")
+            script.chmod(0o755)
+            self.programs[name] = str(script)
+        for line, result in commands.items():
+            program, _, arguments = line.partition(" ")
+            self.answer(Path(program).name, arguments, **result)
+
+    def answer(self, name: str, arguments: str, status: int = 0, stdout: str = "",
+               stderr: str = "") -> None:
+        """What it prints from now on for these arguments."""
+        summed = subprocess.run(["cksum"], input=arguments.encode(), check=True,
+                                stdout=subprocess.PIPE).stdout.decode()
+        base = f"{name}.{re.sub('[^0-9]', '_', summed.rstrip())}"
+        (self.folder / f"{base}.out").write_text(stdout)
+        (self.folder / f"{base}.err").write_text(stderr)
+        (self.folder / f"{base}.status").write_text(str(status))
+
+
+def agent_config(folder: Path, kernel: Kernel, commands: Mapping[str, Mapping[str, Any]],
+                 **settings: Any) -> Path:
+    """A configuration of the agent: that kernel, those commands, no vminfod, no CPU budget."""
+    programs = StandIns(folder / "commands", commands)
+    nowhere = str(folder / "nothing-here")
+    path = folder / "agent.json"
+    path.write_text(json.dumps({
+        "libkstat": str(kernel.library), "commands": programs.programs, "cpu_budget": None,
+        "vminfod": f"http://127.0.0.1:{free_port()}", "sysinfo_file": nowhere,
+        "plugin_dirs": {"gz": nowhere, "vm": nowhere}, **settings}))
+    return path
+
+
 def build_libkstat(folder: Path) -> Path:
     """Compile the stand-in; FileNotFoundError without a C compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))

@@ -26,6 +26,7 @@ from support import (
     Connection,
     Kernel,
     Program,
+    agent_config,
     free_port,
     http_get,
     node,
@@ -301,51 +302,12 @@ class Prometheus:
             raise AssertionError(f"{error}\n{shown}\n{self.program.log[-3000:]}") from None
 
 
-class StandIns:
-    """Programs that print what a capture has recorded, by their arguments."""
-
-    def __init__(self, folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> None:
-        self.folder = folder
-        self.programs: dict[str, str] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for line in commands:
-            self.programs[Path(line.split(" ")[0]).name] = ""
-        for name in self.programs:
-            script = folder / name
-            script.write_text(f"""#!/bin/sh
-# prints what the capture has for these arguments
-answer="{folder}/{name}.$(printf '%s' "$*" | cksum | tr -c '0-9\\n' _)"
-[ -f "$answer.out" ] || {{ echo "{name}: nothing recorded for $*" >&2; exit 2; }}
-cat "$answer.err" >&2; cat "$answer.out"; exit "$(cat "$answer.status")"
-""")
-            script.chmod(0o755)
-            self.programs[name] = str(script)
-        for line, result in commands.items():
-            program, _, arguments = line.partition(" ")
-            self.answer(Path(program).name, arguments, **result)
-
-    def answer(self, name: str, arguments: str, status: int = 0, stdout: str = "",
-               stderr: str = "") -> None:
-        """What it prints from now on for these arguments."""
-        summed = subprocess.run(["cksum"], input=arguments.encode(), check=True,
-                                stdout=subprocess.PIPE).stdout.decode()
-        base = f"{name}.{re.sub('[^0-9]', '_', summed.rstrip())}"
-        (self.folder / f"{base}.out").write_text(stdout)
-        (self.folder / f"{base}.err").write_text(stderr)
-        (self.folder / f"{base}.status").write_text(str(status))
-
-
 def live_agent(center: DataCenter, library: Path, frame: Mapping[str, Any],
                **settings: Any) -> tuple[Program, Kernel]:
     """An agent over the stand-in library and programs, as on a compute node, without vminfod."""
-    kernel = Kernel(library, center.folder / f"kernel{len(center.agents)}", frame["kstats"])
-    programs = StandIns(center.folder / f"commands{len(center.agents)}", frame["commands"])
-    config = center.folder / f"agent{len(center.agents)}.json"
-    config.write_text(json.dumps({
-        "libkstat": str(kernel.library), "commands": programs.programs,
-        "vminfod": f"http://127.0.0.1:{free_port()}", "cpu_budget": None,
-        "plugin_dirs": {"gz": str(center.folder / "none"), "vm": str(center.folder / "none")},
-        **settings}))
+    folder = center.folder / f"node{len(center.agents)}"
+    kernel = Kernel(library, folder, frame["kstats"])
+    config = agent_config(folder, kernel, frame["commands"], **settings)
     return center.start_agent("--config", config), kernel
 
 
@@ -370,6 +332,52 @@ def nodes(count: int) -> list[dict[str, Any]]:
     return copy.deepcopy(made)
 
 
-__all__ = ["ALICE", "Credentials", "DataCenter", "Prometheus", "SERVICE", "SUFFIX", "StandIns",
-           "TLS", "live_agent", "need_root", "nodes", "same_page", "self_signed", "sys", "time",
-           "tool"]
+class Browser:
+    """Headless Chromium with a client certificate, as a tenant's browser has it."""
+
+    def __init__(self, center: DataCenter, login: str = "") -> None:
+        self.center = center
+        self.folder = center.folder / f"browser-{login or 'nobody'}"
+        database = self.folder / "home" / ".pki" / "nssdb"
+        database.mkdir(parents=True)
+        managed = self.folder / "chromium" / "policies" / "managed"
+        managed.mkdir(parents=True)
+        (managed / "certificates.json").write_text(json.dumps({
+            "AutoSelectCertificateForUrls": ['{"pattern":"https://*","filter":{}}']}))
+        store = f"sql:{database}"
+        subprocess.run([tool("certutil"), "-N", "-d", store, "--empty-password"], check=True)
+        if login:
+            mine = center.credentials[login]
+            bundle = self.folder / "bundle.p12"
+            subprocess.run([tool("openssl"), "pkcs12", "-export", "-in", mine.certificate, "-inkey",
+                            mine.key, "-out", bundle, "-passout", "pass:", "-name", login],
+                           check=True)
+            subprocess.run([tool("pk12util"), "-i", bundle, "-d", store, "-W", ""], check=True,
+                           stdout=subprocess.DEVNULL)
+
+    def run(self, url: str, *flags: str, seconds: float = 90) -> str:
+        """What Chromium prints. It trusts any server: the test is not about that."""
+        need_root()         # its policies lie in /etc: a mount namespace gives it some of its own
+        command = [tool("chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
+                   "--disable-dev-shm-usage", "--no-first-run", "--ignore-certificate-errors",
+                   "--disable-background-networking", "--disable-component-update",
+                   f"--user-data-dir={self.folder / 'profile'}", "--window-size=1280,900",
+                   f"--host-resolver-rules=MAP *.{SUFFIX} 127.0.0.1", *flags, url]
+        done = subprocess.run(
+            [tool("unshare"), "-m", "sh", "-c",
+             'mount --bind "$1" /etc/chromium && shift && exec "$@"', "sh",
+             self.folder / "chromium", *command], check=False, timeout=seconds,
+            env={**os.environ, "HOME": str(self.folder / "home")},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        return done.stdout.decode()
+
+    def dom(self, url: str, milliseconds: int = 5000, *flags: str) -> str:
+        """The page after its script has run for so long."""
+        return self.run(url, "--dump-dom", f"--virtual-time-budget={milliseconds}", *flags)
+
+    def picture(self, url: str, name: str, milliseconds: int = 5000) -> Path:
+        """A screenshot, to be looked at by a person; CMON_PICTURES says where to leave it."""
+        path = Path(os.environ.get("CMON_PICTURES", str(self.folder))) / f"{name}.png"
+        self.run(url, f"--screenshot={path}", f"--virtual-time-budget={milliseconds}")
+        return path

@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MPL-2.0
+"""The agent over a chain of 50,000 kstats, beside nginx and ThreadingHTTPServer, a core each.
+
+The kstats come from tests/libkstat, which makes them up as they are read; its own memory and time
+are told apart where it matters. `python3 bench/agent.py [cached|uncached|rebuild|memory|idle …]`.
+"""
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import server as references
+from harness import (
+    Bench,
+    Program,
+    bench,
+    cpu_seconds,
+    free_port,
+    python,
+    resident,
+    settled,
+    table,
+    threads,
+)
+
+from support import Kernel, agent_config, build_libkstat, http_get, samples
+
+IDLE = 10_000
+CHAIN = 50_000
+COLUMNS = "name available used logicalused recordsize quota compressratio refcompressratio " \
+    "referenced logicalreferenced usedbydataset usedbysnapshots".split()
+
+
+def zone(number: int) -> str:
+    """The name that the made-up zones have."""
+    return f"{number:08x}-0000-4000-8000-{number:012x}"
+
+
+def zfs_list(zones: int) -> str:
+    """What `zfs list` says of so many zones."""
+    return "".join(f"zones/{zone(n)}\t26417463296\t426524672\t871366144\t131072\t26843545600\t2.11x"
+                   "\t2.02x\t1409286144\t2618294272\t419430400\t7094272\n"
+                   for n in range(1, zones + 1))
+
+
+@contextlib.contextmanager
+def agent(at: Bench, zones: int, chain: int, **settings: Any) -> Iterator[tuple[Program, Kernel]]:
+    """The agent on the server's core, with so many zones."""
+    folder = at.folder / f"agent{len(list(at.folder.glob('agent*')))}"
+    folder.mkdir()
+    kernel = Kernel(build_libkstat(folder), folder)
+    kernel.synthesise(zones, chain)
+    script = folder / "zfs"
+    (folder / "zfs.out").write_text(zfs_list(zones))
+    script.write_text(f"#!/bin/sh\nexec cat {folder}/zfs.out\n")
+    script.chmod(0o755)
+    config = agent_config(folder, kernel, {}, commands={"zfs": str(script)}, **settings)
+    with at.server(Program.agent("--config", config)) as program:
+        _ = program.address
+        yield program, kernel
+    kernel.close()
+
+
+def pages(at: Bench, zones: int, gzip: bool = False) -> Any:
+    """One scrape of each zone."""
+    return at.requests(*[at.get(f"/v1/{zone(n)}/metrics", gzip=gzip) for n in range(1, zones + 1)])
+
+
+def cached(at: Bench) -> None:
+    """A page in the cache over kept connections, beside the same bytes from others."""
+    with agent(at, 500, CHAIN) as (program, _):
+        rows: list[list[Any]] = []
+        one = pages(at, 1)
+        body = http_get(program.address, f"/v1/{zone(1)}/metrics").body
+        (at.folder / "page").write_bytes(body)
+        (at.folder / "page").chmod(0o644)
+        port = free_port()
+        site = f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}"
+        with at.nginx(site, port) as pid:
+            for connections in (16, 64):
+                before = cpu_seconds(pid)
+                load = at.load(("127.0.0.1", port), connections, at.requests(at.get("/page")))
+                rows.append([f"nginx, the same {len(body):,} bytes as a file", connections,
+                             load.rate, 1.0, load.p50, load.p99,
+                             (cpu_seconds(pid) - before) / load.requests * 1e6,
+                             load.errors + load.refused])
+        for name, requests in (("agent, one zone", one), ("agent, one zone, gzip",
+                                                          pages(at, 1, True)),
+                               ("agent, 500 zones in turn", pages(at, 500))):
+            for connections, reference in zip((16, 64), rows[:2]):
+                at.load(program.address, 16, requests, seconds=1)
+                before = cpu_seconds(program.pid)
+                load = at.load(program.address, connections, requests)
+                rows.append([name, connections, load.rate, load.rate / reference[2], load.p50,
+                             load.p99, (cpu_seconds(program.pid) - before) / load.requests * 1e6,
+                             load.errors + load.refused])
+    with at.server(python(references.PLAIN, str(at.folder / "page"))) as plain:
+        load = at.load(plain.address, 16, at.requests(at.get("/page")))
+        rows.append(["ThreadingHTTPServer", 16, load.rate, load.rate / rows[0][2], load.p50,
+                     load.p99, "", load.errors + load.refused])
+    table("Pages from the cache, chain of 50,000 kstats, 500 zones",
+          ("server", "kept", "requests/s", "of nginx", "p50 ms", "p99 ms", "CPU µs each", "failed"),
+          rows)
+
+
+def uncached(at: Bench) -> None:
+    """Every zone once, none of them in the cache."""
+    rows = []
+    for zones, chain in ((1, CHAIN), (500, CHAIN)):
+        with agent(at, zones, chain) as (program, kernel):
+            http_get(program.address, f"/v1/{zone(1)}/metrics")     # the index, the zfs list
+            time.sleep(9)
+            requests = pages(at, zones)
+            for round_ in range(3):
+                reads, before = kernel["reads"], cpu_seconds(program.pid)
+                load = at.load(program.address, min(4, zones), requests, f"count={zones}",
+                               seconds=20)
+                cpu = cpu_seconds(program.pid) - before
+                rows.append([f"{zones} zones, round {round_ + 1}", load.requests,
+                             cpu / load.requests * 1e6, (kernel["reads"] - reads) / load.requests,
+                             load.p50, load.p99, load.errors + load.refused])
+                time.sleep(9)       # longer than a page lives
+            assert kernel["overlaps"] == kernel["stale"] == kernel["lookups"] == 0
+    table("Zone pages that are not in the cache", ("case", "pages", "CPU µs each", "kstat_reads",
+                                                   "p50 ms", "p99 ms", "failed"), rows)
+
+
+def rebuild(at: Bench) -> None:
+    """The chain changes by one kstat; the next scrape has to find out."""
+    with agent(at, 500, CHAIN) as (program, kernel):
+        for n in range(1, 10):
+            http_get(program.address, f"/v1/{zone(n)}/metrics")
+        with_change = []
+        for n in range(10, 20):
+            time.sleep(4)           # the agent does not rebuild all the time
+            kernel.bump()
+            rebuilt = kernel["rebuilds"]
+            before = cpu_seconds(program.pid)
+            http_get(program.address, f"/v1/{zone(n)}/metrics")
+            if kernel["rebuilds"] > rebuilt:
+                with_change.append(cpu_seconds(program.pid) - before)
+        own = samples("\n".join(line for line in http_get(program.address, "/metrics").text
+                                .splitlines() if "NaN" not in line))
+        shown = {name: value for name, value in own.items() if "rebuild" in name}
+    rows: list[list[Any]] = [
+        ["a scrape that finds a new chain, CPU (with the stand-in's merge)",
+         statistics.median(with_change) * 1000, "ms"],
+        ["the worst of them", max(with_change) * 1000, "ms"], ["of how many", len(with_change), ""]]
+    rows += [[name, value, ""] for name, value in shown.items()]
+    table("The index after a change, 50,000 kstats", ("what", "value", "unit"), rows)
+
+
+def memory(at: Bench) -> None:
+    """1,000 zones, all scraped, over 20,000 kstats and over 50,000."""
+    rows = []
+    for zones, chain in ((1, 1_000), (1000, 20_020), (1000, CHAIN)):
+        with agent(at, zones, chain) as (program, kernel):
+            requests = pages(at, zones)
+            for _ in range(3):
+                at.load(program.address, 4, requests, f"count={zones}", seconds=60)
+                time.sleep(8.5)
+            at.load(program.address, 4, requests, f"count={zones}", seconds=60)
+            size, own = settled(program.pid), kernel["bytes"]
+            rows.append([zones, chain, size / 1e6, own / 1e6, (size - own) / 1e6,
+                         threads(program.pid)])
+    table("Resident memory after all zones were scraped, four times",
+          ("zones", "kstats", "MB", "of it the stand-in's", "the agent's", "threads"), rows)
+
+
+def idle(at: Bench) -> None:
+    """10,000 connections that have had a page."""
+    with agent(at, 500, CHAIN) as (program, _):
+        requests = pages(at, 1)
+        at.load(program.address, 16, requests, seconds=1)
+        before = settled(program.pid)
+        with at.idle(program.address, IDLE, requests) as load:
+            rows = [[load.open, (settled(program.pid) - before) / load.open / 1000,
+                     threads(program.pid), resident(program.pid) / 1e6]]
+    table("Idle connections, each after one page", ("connections", "kB resident each", "threads",
+                                                    "MB in all"), rows)
+
+
+def main() -> int:
+    """All tables, or those that are named."""
+    known = {"cached": cached, "uncached": uncached, "rebuild": rebuild, "memory": memory,
+             "idle": idle}
+    with bench() as at:
+        for name in sys.argv[1:] or known:
+            known[name](at)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
