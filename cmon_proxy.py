@@ -46,7 +46,7 @@ from cmon_agent import (
     CMON_PURPOSE, COUNTER, GAUGE, JSON, PAGE, Answer, AnswerReader, Breaker, Certificate,
     CertificateError, ClientError, ConfigError, Family, Later, Listener, Prepared, PublicKey,
     Refused, Registry, Request, Response, Route, Sample, Server, ask_for_any_certificate, at_least,
-    certificate, check_any_certificate, command_line, gunzip, is_address,
+    certificate, check_any_certificate, command_line, first_certificate, gunzip, is_address,
     load_settings, log, one_of, parse_address, prepare, public_key, read_json,
     register_process_metrics, render, run_daemon, scrape_deadline, server_context, setting,
     signed_by, text)
@@ -1032,7 +1032,7 @@ WAITING_PER_NODE = 256          # requests that wait for one of max_in_flight; m
 IDLE_LINK_SECONDS = 120.0       # shorter than the 360 s of agents
 SWEEP_SECONDS = 0.05
 SUSPECT_SECONDS = 2.0           # without a byte of an answer: ask the agent whether it is well
-PROBE_SECONDS = 2.0
+PROBE_SECONDS = 1.0
 KEPT_COPIES_BYTES = 64 << 20    # last pages, for accounts that are over their quota
 # Header lines that go from an agent to the tenant as they are; another one takes the slow path,
 # where what is hop by hop is dropped.
@@ -1386,7 +1386,7 @@ class Port:
     def _probed(self, link: Link, why: Optional[str]) -> None:
         """The end of a probe: any answer at all is a good one."""
         self.probing = None
-        self.probe_after = self.forwarder.now() + PROBE_SECONDS / 2
+        self.probe_after = self.forwarder.now() + PROBE_SECONDS / 4
         self.forwarder.links.discard(link)
         link.job = None
         link.close()
@@ -2241,6 +2241,61 @@ def _is_own_name(host: str) -> bool:
 # --- main -----------------------------------------------------------------------------------------
 
 
+WARN_DAYS = (30.0, 7.0, 1.0)    # before the server's certificate ends
+
+
+class ServerCertificate:
+    """Rereads the server's certificate when its files change, and warns before it ends."""
+
+    def __init__(self, proxy: Proxy, listener: Listener) -> None:
+        self._proxy, self._listener = proxy, listener
+        self._mark = self._look()
+        self._bad: object = None                # the state of the files that was told to be bad
+        self._warned = float("inf")
+        self.not_after = self._end()
+        proxy.server.every(1.0, self.tick)
+
+    def _look(self) -> object:
+        tls = self._proxy.settings.tls
+        try:
+            return [(stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                    for stat in (os.stat(tls.certificate), os.stat(tls.key))]
+        except OSError as error:
+            return str(error)
+
+    def _end(self) -> int:
+        try:
+            path = self._proxy.settings.tls.certificate
+            pem = path.read_text("utf-8", errors="replace")
+            return certificate(first_certificate(pem)).not_after
+        except (OSError, CertificateError):
+            return 0
+
+    def tick(self) -> None:
+        """Once a second: reread what has changed, as a whole or not at all."""
+        mark = self._look()
+        if mark not in (self._mark, self._bad):
+            try:
+                self._listener.set_tls(make_tls(self._proxy.settings))
+                self._mark, self._bad, self._warned = mark, None, float("inf")
+                self.not_after = self._end()
+                log.info("the server certificate was reread")
+            except ConfigError as error:
+                self._bad = mark                # certificate and key may come one after the other
+                log.warning("the old certificate stays: %s", error)
+        left = (self.not_after - self._proxy.clock()) / 86400
+        due = [days for days in WARN_DAYS if left <= days]
+        if due and min(due) < self._warned:
+            self._warned = min(due)
+            log.warning("the server certificate ends on %s: put a new one in its place",
+                        utc(self.not_after))
+
+    def families(self) -> List[Family]:
+        """For the admin side."""
+        return [Family("cmon_proxy_server_certificate_expiry_timestamp_seconds", GAUGE,
+                       "End of the server's certificate.", [Sample((), self.not_after)])]
+
+
 def start(settings: Settings) -> Tuple[Server, Proxy]:
     """Build everything and listen; raises ConfigError and OSError."""
     context = make_tls(settings)
@@ -2254,6 +2309,7 @@ def start(settings: Settings) -> Tuple[Server, Proxy]:
     proxy.source.start()
     proxy.listener = server.listen(parse_address(settings.listen), proxy.routes(), context,
                                    "main", proxy.by_host)
+    registry.collect(ServerCertificate(proxy, proxy.listener).families)
     if settings.admin_listen is not None:
         def metrics(_request: Request) -> Answer:
             return Response(200, render(registry.families()).encode(), PAGE)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Who a certificate is: every kind of certificate against every kind of account."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import cmon_proxy
+from agents import TLS, key
+from cmon_agent import Refused, first_certificate, public_key
+from cmon_proxy import Account, Holder, Identity, Policy, grant, key_id_of
+
+NOW = 1_795_000_000.0           # November 2026
+
+
+def identity(name: str) -> Identity:
+    return Identity(first_certificate((TLS / f"{name}.pem").read_text()) if name else None)
+
+
+def account(*names: str, login: str = "alice", **more: Any) -> Account:
+    keys = [public_key(key(name)) for name in names]
+    return Account("a", login, {one.md5: Holder(one) for one in keys}, **more)
+
+
+def verdict(name: str, who: Any, policy: Policy = Policy(), now: float = NOW) -> str:
+    """"ok", or the code of the refusal."""
+    try:
+        grant(identity(name), who, policy, now)
+        return "ok"
+    except Refused as refusal:
+        assert "\n" not in str(refusal) and str(refusal)[0].islower() and "{" not in str(refusal)
+        return dict(refusal.headers)["X-Cmon-Error"]
+
+
+# certificate, the account's keys, verdict
+ROWS = [
+    ("old_rsa", ("rsa",), "ok"), ("old_ec", ("ec",), "ok"), ("old_ed25519", ("ed25519",), "ok"),
+    ("old_rsa", ("other", "ec", "rsa"), "ok"),
+    ("old_rsa", (), "unknown_key"), ("old_rsa", ("other",), "unknown_key"),
+    ("old_expired", ("rsa",), "ok"),                        # dates are not enforced
+    ("old_sha1", ("rsa",), "weak_signature"),
+    ("old_forged", ("rsa",), "unknown_key"),                # the account's key, signed by another
+    ("old_forged", ("other",), "unknown_key"),              # signed by the account's, another's key
+    ("new_rsa", ("rsa",), "ok"), ("new_ec", ("ec",), "ok"), ("new_ec384", ("ec384",), "ok"),
+    ("new_colons", ("rsa",), "ok"), ("new_md5hex", ("rsa",), "ok"),
+    ("new_rsa", ("ec",), "unknown_key"), ("new_rsa", (), "unknown_key"),
+    ("new_expired", ("rsa",), "expired"), ("new_future", ("rsa",), "not_yet_valid"),
+    ("new_sha1", ("rsa",), "weak_signature"),
+    ("new_wrong_issuer", ("rsa",), "unknown_key"), ("new_wrong_issuer", ("other",), "unknown_key"),
+    ("no_fingerprint", ("rsa",), "bad_certificate"),
+    ("docker", ("rsa",), "unknown_key"),
+    ("ca_client", ("rsa",), "unknown_key"),
+    ("server", ("rsa",), "unknown_key"),
+    ("", ("rsa",), "no_certificate"),
+]
+
+
+@pytest.mark.parametrize("name, keys, expected", ROWS, ids=lambda value: str(value) or "none")
+def test_certificate_against_keys(name: str, keys: Any, expected: str) -> None:
+    assert verdict(name, account(*keys)) == expected
+
+
+@pytest.mark.parametrize("name", ["old_rsa", "new_rsa"])
+def test_unknown_account_reads_like_one_without_the_key(name: str) -> None:
+    def words(who: Any) -> tuple[Any, ...]:
+        with pytest.raises(Refused) as caught:
+            grant(identity(name), who, Policy(), NOW)
+        return caught.value.status, str(caught.value), caught.value.headers
+    assert words(None) == words(account("other"))
+
+
+def test_sha1_is_taken_where_the_settings_say_so() -> None:
+    policy = Policy(allow_sha1=True)
+    assert verdict("old_sha1", account("rsa"), policy) == "ok"
+    assert verdict("new_sha1", account("rsa"), policy) == "ok"
+    assert verdict("new_sha1", account("ec"), policy) == "unknown_key"
+
+
+def test_approval_is_asked_for_where_the_settings_say_so() -> None:
+    waiting = account("rsa", approved=False)
+    assert verdict("old_rsa", waiting) == "ok"
+    assert verdict("old_rsa", waiting, Policy(require_approved=True)) == "not_approved"
+
+
+def test_with_a_ca_the_name_is_enough_and_dates_count() -> None:
+    policy = Policy(by_ca=True)
+    assert verdict("ca_client", account(), policy) == "ok"
+    assert verdict("ca_client", None, policy) == "unknown_account"
+    assert verdict("ca_expired", account(), policy) == "expired"
+    assert verdict("", account(), policy) == "no_certificate"
+
+
+@pytest.mark.parametrize("der, why", [(b"junk", "not an X.509"), (b"", "not an X.509")])
+def test_garbage_is_refused(der: bytes, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        grant(Identity(der), account("rsa"), Policy(), NOW)
+
+
+def test_a_key_removed_or_a_date_passed_counts_on_the_next_request() -> None:
+    who, shown = account("rsa"), identity("new_rsa")
+    first = grant(shown, who, Policy(), NOW)
+    assert grant(shown, who, Policy(), NOW) is first
+    with pytest.raises(Refused):
+        grant(shown, account("ec"), Policy(), NOW)
+    again = grant(shown, who, Policy(), NOW)
+    assert again.account is who
+    with pytest.raises(Refused, match="ended on"):
+        grant(shown, who, Policy(), 5e9)
+    with pytest.raises(Refused):
+        grant(shown, None, Policy(), NOW)
+
+
+def test_the_signature_is_worked_out_once(monkeypatch: Any) -> None:
+    calls: list[int] = []
+    real = cmon_proxy.signed_by
+    monkeypatch.setattr(cmon_proxy, "signed_by", lambda *both: calls.append(1) or real(*both))
+    shown = identity("new_rsa")
+    for _ in range(5):
+        grant(shown, account("rsa"), Policy(), NOW)         # each time a new account object
+    assert len(calls) == 1
+
+
+def test_a_certificate_of_another_is_not_one_of_ours() -> None:
+    # bob's name, signed by alice's key: good for neither
+    assert verdict("new_bob", account("other", login="bob")) == "unknown_key"
+
+
+def test_users_are_limited_to_groups_and_administrators_are_not() -> None:
+    one = public_key(key("rsa"))
+    for groups in (None, frozenset(("web",))):
+        who = Account("a", "alice", {one.md5: Holder(one, "carol", groups)})
+        assert grant(identity("old_rsa"), who, Policy(), NOW).groups == groups
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("MD5:HqIuWPXu6fGqbnkwfUD7Ag", "1e:a2:2e:58:f5:ee:e9:f1:aa:6e:79:30:7d:40:fb:02"),
+    ("MD5:HqIuWPXu6fGqbnkwfUD7Ag==", "1e:a2:2e:58:f5:ee:e9:f1:aa:6e:79:30:7d:40:fb:02"),
+    ("MD5:1ea22e58f5eee9f1aa6e79307d40fb02", "1e:a2:2e:58:f5:ee:e9:f1:aa:6e:79:30:7d:40:fb:02"),
+    ("1E:A2:2E:58:F5:EE:E9:F1:AA:6E:79:30:7D:40:FB:02",
+     "1e:a2:2e:58:f5:ee:e9:f1:aa:6e:79:30:7d:40:fb:02"),
+    ("MD5:1e:a2:2e:58:f5:ee:e9:f1:aa:6e:79:30:7d:40:fb:02",
+     "1e:a2:2e:58:f5:ee:e9:f1:aa:6e:79:30:7d:40:fb:02"),
+    ("", None), ("SHA256:HqIuWPXu6fGqbnkwfUD7Ag", None), ("MD5:short", None), ("Some CA", None),
+    ("MD5:*", None), ("**", None),
+])
+def test_spellings_of_a_fingerprint(name: str, expected: Any) -> None:
+    assert key_id_of(name) == expected
+
+
+def test_the_header_tells_the_end_of_the_certificate() -> None:
+    assert identity("old_expired").header == b"X-Cmon-Certificate-Expires: 2019-01-01 00:00:00Z\r\n"
