@@ -9,8 +9,6 @@ import re
 import shutil
 import ssl
 import subprocess
-import sys
-import time
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
