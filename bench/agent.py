@@ -16,9 +16,12 @@ from typing import Any
 
 import server as references
 from harness import (
+    RESULTS,
     Bench,
+    Contender,
     Program,
     bench,
+    compare,
     cpu_seconds,
     free_port,
     python,
@@ -73,38 +76,26 @@ def pages(at: Bench, zones: int, gzip: bool = False) -> Any:
 
 def cached(at: Bench) -> None:
     """A page in the cache over kept connections, beside the same bytes from others."""
+    port = free_port()
+    site = f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}"
+    rows: list[list[Any]] = []
     with agent(at, 500, CHAIN) as (program, _):
-        rows: list[list[Any]] = []
-        one = pages(at, 1)
         body = http_get(program.address, f"/v1/{zone(1)}/metrics").body
         (at.folder / "page").write_bytes(body)
         (at.folder / "page").chmod(0o644)
-        port = free_port()
-        site = f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}"
-        with at.nginx(site, port) as pid:
+        with at.nginx(site, port) as nginx, \
+                at.server(python(references.PLAIN, str(at.folder / "page"))) as plain:
+            asked = [(f"nginx, the same {len(body):,} bytes as a file", ("127.0.0.1", port), nginx,
+                      at.requests(at.get("/page"))),
+                     ("agent, one zone", program.address, program.pid, pages(at, 1)),
+                     ("agent, one zone, gzip", program.address, program.pid, pages(at, 1, True)),
+                     ("agent, 500 zones in turn", program.address, program.pid, pages(at, 500)),
+                     ("ThreadingHTTPServer", plain.address, plain.pid,
+                      at.requests(at.get("/page")))]
             for connections in (16, 64):
-                before = cpu_seconds(pid)
-                load = at.load(("127.0.0.1", port), connections, at.requests(at.get("/page")))
-                rows.append([f"nginx, the same {len(body):,} bytes as a file", connections,
-                             load.rate, 1.0, load.p50, load.p99,
-                             (cpu_seconds(pid) - before) / load.requests * 1e6,
-                             load.errors + load.refused])
-        for name, requests in (("agent, one zone", one), ("agent, one zone, gzip",
-                                                          pages(at, 1, True)),
-                               ("agent, 500 zones in turn", pages(at, 500))):
-            for connections, reference in zip((16, 64), rows[:2]):
-                at.load(program.address, 16, requests, seconds=1)
-                before = cpu_seconds(program.pid)
-                load = at.load(program.address, connections, requests)
-                rows.append([name, connections, load.rate, load.rate / reference[2], load.p50,
-                             load.p99, (cpu_seconds(program.pid) - before) / load.requests * 1e6,
-                             load.errors + load.refused])
-    with at.server(python(references.PLAIN, str(at.folder / "page"))) as plain:
-        load = at.load(plain.address, 16, at.requests(at.get("/page")))
-        rows.append(["ThreadingHTTPServer", 16, load.rate, load.rate / rows[0][2], load.p50,
-                     load.p99, "", load.errors + load.refused])
-    table("Pages from the cache, chain of 50,000 kstats, 500 zones",
-          ("server", "kept", "requests/s", "of nginx", "p50 ms", "p99 ms", "CPU µs each", "failed"),
+                rows += [[connections, *row] for row in compare(
+                    at, [Contender(*one) for one in asked], connections)]
+    table("Pages from the cache, chain of 50,000 kstats, 500 zones", ("kept", "server", *RESULTS),
           rows)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,9 @@ Address = tuple[str, int]
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
 SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))   # of each measurement
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))       # of each comparison; medians are shown
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Load(NamedTuple):
@@ -171,12 +174,13 @@ def threads(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process's threads so far, to the nanosecond."""
+    """CPU time of a process so far: of its live threads to the nanosecond, of all to a tick."""
     total = 0
     for task in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             total += int(Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()[0])
-    return total / 1e9
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return max(total / 1e9, (int(fields[11]) + int(fields[12])) / TICK - 0.02)
 
 
 def resident(pid: int) -> int:
@@ -188,6 +192,44 @@ def settled(pid: int, seconds: float = 1.0) -> int:
     """Resident memory once nothing moves."""
     time.sleep(seconds)
     return resident(pid)
+
+
+class Contender(NamedTuple):
+    """Who takes part in a comparison, and what is asked of it."""
+    name: str
+    address: Address
+    pid: int
+    requests: Path
+    more: tuple[str, ...] = ()
+
+
+RESULTS = ("requests/s", "of nginx", "p50 ms", "p99 ms", "CPU µs each", "CPU of nginx's", "failed")
+
+
+def compare(at: Bench, contenders: Sequence[Contender], connections: int) -> list[list[Any]]:
+    """Rows of RESULTS after the name; the first contender is the reference.
+
+    All run one after the other, ROUNDS times; shown are medians. Where others use the machine,
+    the ratio of CPU times says more than that of rates.
+    """
+    runs: list[list[Load]] = [[] for _ in contenders]
+    spent = [0.0] * len(contenders)
+    for _ in range(ROUNDS):
+        for index, one in enumerate(contenders):
+            before = cpu_seconds(one.pid)
+            runs[index].append(at.load(one.address, connections, one.requests, *one.more))
+            spent[index] += cpu_seconds(one.pid) - before
+    rows: list[list[Any]] = []
+    costs = [cpu / max(sum(load.requests for load in loads), 1) * 1e6
+             for cpu, loads in zip(spent, runs)]
+    for one, loads, cost in zip(contenders, runs, costs):
+        ratio = statistics.median(load.rate / reference.rate
+                                  for load, reference in zip(loads, runs[0]))
+        rows.append([one.name, statistics.median(load.rate for load in loads), ratio,
+                     statistics.median(load.p50 for load in loads),
+                     statistics.median(load.p99 for load in loads), cost, cost / costs[0],
+                     sum(load.errors + load.refused for load in loads)])
+    return rows
 
 
 def python(code: str, *arguments: str) -> Program:
@@ -213,6 +255,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
                                 for cell in row) + " |", flush=True)
 
 
-__all__ = ["LOAD_CORE", "ROOT", "SECONDS", "Address", "Bench", "Load", "Program", "bench",
-           "children", "cpu_seconds", "free_port", "on_core", "pin", "python", "resident",
-           "settled", "table", "threads", "wait_until"]
+__all__ = ["LOAD_CORE", "RESULTS", "ROOT", "SECONDS", "Address", "Bench", "Contender", "Load",
+           "Program", "bench", "children", "compare", "cpu_seconds", "free_port", "on_core", "pin",
+           "python", "resident", "settled", "table", "threads", "wait_until"]

@@ -22,11 +22,14 @@ from typing import Any
 
 from harness import (
     LOAD_CORE,
+    RESULTS,
     ROOT,
     Address,
     Bench,
+    Contender,
     Program,
     bench,
+    compare,
     cpu_seconds,
     free_port,
     on_core,
@@ -112,30 +115,19 @@ def relays(at: Bench, upstream: Address) -> None:
     """Kept connections and full handshakes."""
     requests = at.requests(*[at.get(f"/v1/{number(2, n)}/metrics", "cmon.bench")
                              for n in range(100)])
-    runs = [(f"{n} kept", n, CLIENT) for n in (1, 16, 64)]
-    runs.append(("handshake each, new style", 16, (*CLIENT, "close")))
-    runs.append(("handshake each, old style ECDSA", 16, (*OLD_CLIENT, "close")))
-    rows: list[list[Any]] = []
-    reference = []
     port = free_port()
-    with at.nginx(reverse(at, port, upstream), port) as pid:
-        for name, connections, more in runs:
-            before = cpu_seconds(pid)
-            load = at.load(("127.0.0.1", port), connections, requests, *more)
-            reference.append(load.rate)
-            rows.append(["nginx", name, load.rate, 1.0, load.p50, load.p99,
-                         (cpu_seconds(pid) - before) / load.requests * 1e6,
-                         load.errors + load.refused])
-    with proxy(at, inventory([f"{upstream[0]}:{upstream[1]}"] * NODES, 100)) as program:
-        for (name, connections, more), rate in zip(runs, reference):
-            before = cpu_seconds(program.pid)
-            load = at.load(program.address, connections, requests, *more)
-            rows.append(["ours", name, load.rate, load.rate / rate, load.p50, load.p99,
-                         (cpu_seconds(program.pid) - before) / load.requests * 1e6,
-                         load.errors + load.refused])
+    content = inventory([f"{upstream[0]}:{upstream[1]}"] * NODES, 100)
+    rows: list[list[Any]] = []
+    with at.nginx(reverse(at, port, upstream), port) as nginx, proxy(at, content) as ours:
+        for title, connections, more in (
+                ("1 kept", 1, CLIENT), ("16 kept", 16, CLIENT), ("64 kept", 64, CLIENT),
+                ("a handshake each, new style", 16, (*CLIENT, "close")),
+                ("a handshake each, old style ECDSA", 16, (*OLD_CLIENT, "close"))):
+            rows += [[title, *row] for row in compare(at, [
+                Contender("nginx", ("127.0.0.1", port), nginx, requests, more),
+                Contender("ours", ours.address, ours.pid, requests, more)], connections)]
     table("Relays of a 12 kB page over mutual TLS, and full handshakes",
-          ("proxy", "connections", "requests/s", "of nginx", "p50 ms", "p99 ms", "CPU µs each",
-           "failed"), sorted(rows, key=lambda row: [run[0] for run in runs].index(row[1])))
+          ("connections", "proxy", *RESULTS), rows)
 
 
 def idle(at: Bench, upstream: Address) -> None:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MPL-2.0
 """The kit's HTTP server beside plain ThreadingHTTPServer and nginx, in one run, a core each.
 
-A page of 7 kB, ready made. `python3 bench/server.py`; BENCH_SECONDS sets the length of each run.
+A page of 7 kB, ready made. `python3 bench/server.py`; BENCH_SECONDS and BENCH_ROUNDS
+set the length and number of runs.
 """
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ import sys
 import threading
 
 from harness import (
+    RESULTS,
     ROOT,
     Bench,
-    Load,
+    Contender,
     bench,
-    cpu_seconds,
+    compare,
     free_port,
     python,
     settled,
@@ -61,40 +63,24 @@ server.serve_forever()
 """
 
 
-def row(name: str, load: Load, pid: int, before: float, reference: float) -> list[object]:
-    """One line of a table."""
-    cpu = cpu_seconds(pid) - before
-    return [name, load.rate, load.rate / reference if reference else "", load.p50, load.p99,
-            cpu / max(load.requests, 1) * 1e6, load.errors + load.refused]
-
-
-COLUMNS = ("server", "requests/s", "of nginx", "p50 ms", "p99 ms", "CPU µs each", "failed")
-
-
-def compare(at: Bench, page: str, title: str, connections: int, *more: str,
-            plain: bool = True) -> None:
-    """One table: nginx, the kit in three ways, ThreadingHTTPServer."""
-    rows = []
+def measure(at: Bench, page: str) -> None:
+    """nginx, the kit in three ways, ThreadingHTTPServer."""
     port = free_port()
     site = f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}"
-    with at.nginx(site, port) as pid:
-        before = cpu_seconds(pid)
-        load = at.load(("127.0.0.1", port), connections, at.requests(at.get("/page")), *more)
-        reference = load.rate
-        rows.append(row("nginx, the page as a file", load, pid, before, reference))
-    with at.server(python(KIT, page)) as kit:
-        for path, name in (("/page", "kit, the answer prepared"),
-                           ("/made", "kit, the answer made each time"),
-                           ("/worker", "kit, made by a worker")):
-            before = cpu_seconds(kit.pid)
-            load = at.load(kit.address, connections, at.requests(at.get(path)), *more)
-            rows.append(row(name, load, kit.pid, before, reference))
-    if plain:
-        with at.server(python(PLAIN, page)) as server:
-            before = cpu_seconds(server.pid)
-            load = at.load(server.address, connections, at.requests(at.get("/page")), *more)
-            rows.append(row("ThreadingHTTPServer as it comes", load, server.pid, before, reference))
-    table(title, COLUMNS, rows)
+    with at.nginx(site, port) as nginx, at.server(python(KIT, page)) as kit, \
+            at.server(python(PLAIN, page)) as plain:
+        for title, connections, more in (
+                ("16 kept connections", 16, ()), ("64 kept connections", 64, ()),
+                ("A connection for each request, 16 at once", 16, ("close",))):
+            everyone = [Contender("nginx, the page as a file", ("127.0.0.1", port), nginx,
+                                  at.requests(at.get("/page")), more)]
+            everyone += [Contender(name, kit.address, kit.pid, at.requests(at.get(path)), more)
+                         for path, name in (("/page", "kit, the answer prepared"),
+                                            ("/made", "kit, the answer made each time"),
+                                            ("/worker", "kit, made by a worker"))]
+            everyone.append(Contender("ThreadingHTTPServer as it comes", plain.address, plain.pid,
+                                      at.requests(at.get("/page")), more))
+            table(title, ("server", *RESULTS), compare(at, everyone, connections))
 
 
 def idle(at: Bench, page: str) -> None:
@@ -102,7 +88,7 @@ def idle(at: Bench, page: str) -> None:
     rows = []
     port = free_port()
 
-    def measure(name: str, address: tuple[str, int], pid: int) -> None:
+    def hold(name: str, address: tuple[str, int], pid: int) -> None:
         request = at.requests(at.get("/page"))
         at.load(address, 16, request, seconds=1)
         before = settled(pid)
@@ -110,9 +96,9 @@ def idle(at: Bench, page: str) -> None:
             rows.append([name, load.open, (settled(pid) - before) / load.open / 1000, threads(pid)])
 
     with at.nginx(f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}", port) as pid:
-        measure("nginx", ("127.0.0.1", port), pid)
+        hold("nginx", ("127.0.0.1", port), pid)
     with at.server(python(KIT, page)) as kit:
-        measure("kit", kit.address, kit.pid)
+        hold("kit", kit.address, kit.pid)
     table("Idle connections, each after one answer", ("server", "connections", "kB resident each",
                                                       "threads"), rows)
 
@@ -123,9 +109,7 @@ def main() -> int:
         page = at.folder / "page"
         page.write_text(PAGE)
         page.chmod(0o644)
-        compare(at, str(page), "16 kept connections", 16)
-        compare(at, str(page), "64 kept connections", 64)
-        compare(at, str(page), "A connection for each request, 16 at once", 16, "close")
+        measure(at, str(page))
         idle(at, str(page))
     assert threading.active_count() < 10
     return 0
