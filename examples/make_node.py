@@ -299,7 +299,8 @@ class Node:
                 "brdcstxmt": up // 120, "unknowns": 0, "link_state": 1, "link_duplex": 2,
                 "zonename": zone}
 
-    def stack(self, add: Any, stack: int, frame: int, up: int, key: str, busy: float) -> None:
+    def stack(self, add: Any, stack: int, frame: int, up: int, key: str, busy: float,
+              created: float = 0.0) -> None:
         """The mib2 kstats of one IP stack."""
         segments = self.grown(key + "/seg", 1500 * busy + 2, up)
         opened = self.grown(key + "/active", 3 * busy, up)
@@ -316,9 +317,9 @@ class Node:
                             ("timRetransDrop", 60_000), ("outSackRetransSegs", 2_000),
                             ("outRsts", 3_000), ("inErrs", 8_000_000)):
             data[name] = segments // share % 2 ** 32
-        add("tcp", stack, "tcp", "mib2", data, UPTIME - up)
+        add("tcp", stack, "tcp", "mib2", data, created)
         add("udp", stack, "udp", "mib2", {
-            "inDatagrams": segments // 20, "inErrors": 0, "outDatagrams": segments // 21})
+            "inDatagrams": segments // 20, "inErrors": 0, "outDatagrams": segments // 21}, created)
 
     def zone(self, add: Any, zone: Zone, frame: int, up: int) -> None:
         """Everything that one zone has."""
@@ -383,7 +384,8 @@ class Node:
             add("link", 0, f"z{zone.id}_{nic}{index}", "net",
                 self.link(f"{key}/{index}", busy, frame, up, name, 10 ** 10), created)
         if zone.id:
-            self.stack(add, zone.id, frame, up, key, busy if zone.brand != "bhyve" else 0)
+            self.stack(add, zone.id, frame, up, key, busy if zone.brand != "bhyve" else 0,
+                       created)
         if zone.brand == "bhyve":
             self.guest(add, zone, up, created)
 
