@@ -36,6 +36,7 @@ import ctypes
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import heapq
 import hmac
@@ -73,8 +74,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import (
-    Any, Callable, Dict, Generic, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-    Tuple, Type, TypeVar, Union,
+    AbstractSet, Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, Mapping,
+    NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar, Union,
 )
 
 __version__ = "1.0.0"
@@ -99,7 +100,7 @@ __all__ = [
     "WRITING",
 ]
 
-# --- data types [kit] ----------------------------------------------------------------------------
+# --- data types [kit] -----------------------------------------------------------------------------
 
 log = logging.getLogger("cmon")
 
@@ -238,7 +239,2855 @@ def text(status: int, message: str, *headers: Tuple[str, str]) -> Response:
     """A plain answer of one line."""
     return Response(int(status), (message + "\n").encode(), TEXT, headers)
 
-# --- exposition [kit] ----------------------------------------------------------------------------
+# --- units ---------------------------------------------------------------------------------------
+
+Convert = Callable[[Any], Optional[Number]]
+
+
+class Unit(NamedTuple):
+    """How the kernel counts a member, and what that becomes in a metric."""
+    name: str                               # of the metric's value, in /v1/metadata
+    convert: Convert                        # None: leave the sample out
+
+
+UNCAPPED = 2 ** 64 - 1                      # the kernel's "no cap"; JavaScript makes 2^64 of it
+FSCALE = 256                                # <sys/param.h>: load averages are fixed point
+
+
+def whole(value: Any) -> Optional[Number]:
+    """A number as it is, exactly."""
+    return value if isinstance(value, (int, float)) else None
+
+
+def cap(value: Any) -> Optional[Number]:
+    """A cap, unless it says that there is none: zero or all ones."""
+    return None if not isinstance(value, int) or value in (0, UNCAPPED, 2 ** 64) else value
+
+
+def scaled(divisor: int) -> Convert:
+    """A number divided; exact where nothing is lost."""
+    def convert(value: Any) -> Optional[Number]:
+        return value / divisor if isinstance(value, (int, float)) else None
+    return convert
+
+
+COUNT = Unit("", whole)
+BYTES = Unit("bytes", whole)
+CAP = Unit("bytes", cap)
+COUNT_CAP = Unit("", cap)
+PERCENT = Unit("percent", whole)
+SECONDS = Unit("seconds", whole)
+RAW_NS = Unit("nanoseconds", whole)         # metrics of the original that kept the kernel's unit
+NS = Unit("seconds", scaled(10 ** 9))
+US = Unit("seconds", scaled(10 ** 6))
+LOAD = Unit("", scaled(FSCALE))
+
+# --- kstats --------------------------------------------------------------------------------------
+
+# <sys/kstat.h>, <kstat.h>; the LP64 layout, which is the only one that shows all 64 bits: the
+# driver cuts long members off for 32-bit callers.
+KSTAT_STRLEN = 31                   # 30 characters and a NUL; the kernel cuts longer names
+RAW, NAMED, INTR, IO, TIMER = range(5)
+_CHAR, _INT32, _UINT32, _INT64, _UINT64, _FLOAT, _DOUBLE, _STRING = 0, 1, 2, 3, 4, 5, 6, 9
+MAX_KSTAT_BYTES = 4 << 20           # of one kstat's data; the largest that we read has 10 kB
+HEADER = struct.Struct("=qQi31sBi31sB31sB")     # kstat_t up to ks_flags
+DATA = struct.Struct("=QI4xQq")                 # ks_data, ks_ndata, ks_data_size, ks_snaptime
+DATA_OFFSET = 120
+NAMED_ENTRY = struct.Struct("=31sBQQ")          # kstat_named_t: name, data_type, value
+IO_DATA = struct.Struct("=QQIIqqqqqqII")        # kstat_io_t
+IO_MEMBERS = ("nread", "nwritten", "reads", "writes", "wtime", "wlentime", "wlastupdate", "rtime",
+              "rlentime", "rlastupdate", "wcnt", "rcnt")
+VMINFO = struct.Struct("=6Q")                   # vminfo_t of <sys/sysinfo.h>
+VMINFO_MEMBERS = ("freemem", "swap_resv", "swap_alloc", "swap_avail", "swap_free", "updates")
+# A chain has tens of thousands of kstats; those of other modules are not looked at further.
+MODULES = frozenset((b"zones", b"memory_cap", b"caps", b"zone_vfs", b"link", b"tcp", b"cpu",
+                     b"cpu_info", b"zfs", b"zfs_metaslab_group", b"unix", b"vmm", b"viona"))
+ZONE_LINK = re.compile(r"z([0-9]{1,9})_(.+)")   # what dls calls a zone's link in the global zone
+
+
+class KstatError(Exception):
+    """libkstat or the kernel has no data this time; `vanished`: the kstat is gone."""
+
+    def __init__(self, message: str, vanished: bool = False) -> None:
+        super().__init__(message)
+        self.vanished = vanished
+        self.module = ""                # of the kstat that could not be read
+
+
+class LibraryError(Exception):
+    """libkstat cannot be used on this machine; the text is for the operator."""
+
+
+class Kstat(NamedTuple):
+    """One kstat as it was read: plain values, nothing of C is left."""
+    module: str
+    instance: int
+    name: str
+    klass: str
+    type: int
+    crtime: int                     # ns since some time around boot
+    snaptime: int
+    data: Mapping[str, Any]         # int, float or str by member
+
+
+class Ref(NamedTuple):
+    """Where a kstat is in the chain, until the chain changes."""
+    module: str                     # "disk" for all kstats of that class, whatever their driver
+    instance: int
+    name: str
+    klass: str
+    type: int
+    crtime: int
+    address: int                    # of the kstat_t; in a recorded node, the place in its frame
+
+
+class _KstatCtl(ctypes.Structure):
+    _fields_ = [("kc_chain_id", ctypes.c_int), ("kc_chain", ctypes.c_void_p),
+                ("kc_kd", ctypes.c_int)]
+
+
+class _Kstat(ctypes.Structure):
+    _fields_ = [
+        ("ks_crtime", ctypes.c_longlong), ("ks_next", ctypes.c_void_p), ("ks_kid", ctypes.c_int),
+        ("ks_module", ctypes.c_char * KSTAT_STRLEN), ("ks_resv", ctypes.c_ubyte),
+        ("ks_instance", ctypes.c_int), ("ks_name", ctypes.c_char * KSTAT_STRLEN),
+        ("ks_type", ctypes.c_ubyte), ("ks_class", ctypes.c_char * KSTAT_STRLEN),
+        ("ks_flags", ctypes.c_ubyte), ("ks_data", ctypes.c_void_p), ("ks_ndata", ctypes.c_uint),
+        ("ks_data_size", ctypes.c_size_t), ("ks_snaptime", ctypes.c_longlong),
+        ("ks_update", ctypes.c_void_p), ("ks_private", ctypes.c_void_p),
+        ("ks_snapshot", ctypes.c_void_p), ("ks_lock", ctypes.c_void_p)]
+
+
+_LAYOUT = {"ks_next": 8, "ks_kid": 16, "ks_module": 20, "ks_instance": 52, "ks_name": 56,
+           "ks_type": 87, "ks_class": 88, "ks_flags": 119, "ks_data": 120, "ks_ndata": 128,
+           "ks_data_size": 136, "ks_snaptime": 144}
+
+
+def check_layout() -> None:
+    """Raises LibraryError where C structures are not those of <sys/kstat.h> in LP64."""
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        raise LibraryError("this Python is 32-bit: the kernel cuts counters off for it; "
+                           "use a 64-bit Python")
+    if (ctypes.sizeof(_Kstat), ctypes.sizeof(_KstatCtl)) != (184, 24) or any(
+            getattr(_Kstat, name).offset != offset for name, offset in _LAYOUT.items()):
+        raise LibraryError("this Python lays C structures out in another way than libkstat")
+
+
+class Libkstat:
+    """The library's functions, typed; MT-unsafe, so each handle has one thread."""
+
+    def __init__(self, path: str) -> None:
+        check_layout()
+        try:
+            library = ctypes.CDLL(path, use_errno=True)
+            pointer = ctypes.POINTER(_KstatCtl)
+            self.open = library.kstat_open
+            self.close = library.kstat_close
+            self.update = library.kstat_chain_update
+            self.read = library.kstat_read
+        except (OSError, AttributeError) as error:
+            raise LibraryError(f"cannot use {path}: {error}; on a machine without libkstat, "
+                               "--replay FILE serves a recorded node") from None
+        self.open.argtypes, self.open.restype = [], pointer
+        self.close.argtypes, self.close.restype = [pointer], ctypes.c_int
+        self.update.argtypes, self.update.restype = [pointer], ctypes.c_int
+        self.read.argtypes = [pointer, ctypes.c_void_p, ctypes.c_void_p]
+        self.read.restype = ctypes.c_int
+
+
+_names: Dict[bytes, str] = {}       # member and kstat names as they stand in C -> text
+_NAMES_LIMIT = 20_000
+
+
+def _text(raw: bytes) -> str:
+    """A NUL-padded name as text; the kernel promises no encoding."""
+    name = _names.get(raw)
+    if name is None:
+        if len(_names) >= _NAMES_LIMIT:
+            _names.clear()
+        name = _names[raw] = sys.intern(raw.split(b"\0", 1)[0].decode("utf-8", "replace"))
+    return name
+
+
+def decode_named(raw: bytes, count: int, base: int) -> Dict[str, Any]:
+    """The members of a named kstat. `base` is the address that `raw` was copied from, since a
+    string is a pointer into the same block; one that points elsewhere is no member."""
+    data: Dict[str, Any] = {}
+    end = count * NAMED_ENTRY.size
+    if end > len(raw):
+        raise KstatError(f"{count} members do not fit into {len(raw)} bytes")
+    for name, kind, low, high in NAMED_ENTRY.iter_unpack(raw[:end]):
+        if kind == _UINT64:
+            data[_text(name)] = low
+        elif kind == _UINT32:
+            data[_text(name)] = low & 0xFFFFFFFF
+        elif kind == _STRING:
+            start, size = low - base, high & 0xFFFFFFFF
+            if low and end <= start and start + size <= len(raw):
+                data[_text(name)] = raw[start:start + size].split(b"\0", 1)[0].decode(
+                    "utf-8", "replace")
+        elif kind == _INT64:
+            data[_text(name)] = low - ((low >> 63) << 64)
+        elif kind == _INT32:
+            low &= 0xFFFFFFFF
+            data[_text(name)] = low - ((low >> 31) << 32)
+        elif kind == _CHAR:
+            data[_text(name)] = struct.pack("=QQ", low, high).split(b"\0", 1)[0].decode(
+                "utf-8", "replace")
+        elif kind == _DOUBLE:
+            data[_text(name)] = struct.unpack("=d", struct.pack("=Q", low))[0]
+        elif kind == _FLOAT:
+            data[_text(name)] = struct.unpack("=f", struct.pack("=I", low & 0xFFFFFFFF))[0]
+    return data
+
+
+def decode(ref: Ref, raw: bytes, count: int, base: int) -> Dict[str, Any]:
+    """What was copied of a kstat as values by member; raises KstatError."""
+    if ref.type == NAMED:
+        return decode_named(raw, count, base)
+    if ref.type == IO and len(raw) >= IO_DATA.size:
+        return dict(zip(IO_MEMBERS, IO_DATA.unpack_from(raw)))
+    if ref.type == RAW and ref.name == "vminfo" and len(raw) >= VMINFO.size:
+        return dict(zip(VMINFO_MEMBERS, VMINFO.unpack_from(raw)))
+    raise KstatError(f"{ref.module}:{ref.instance}:{ref.name} has type {ref.type} and {len(raw)} "
+                     "bytes, which is not read")
+
+
+def ref_of(module: str, instance: int, name: str, klass: str, kind: int, crtime: int,
+           address: int) -> Ref:
+    """Disks go by their class, since each driver has a module of its own."""
+    return Ref("disk" if klass == "disk" else module, instance, name, klass, kind, crtime, address)
+
+
+class Index:
+    """Where kstats are, by module and by zone; made anew when the chain has changed.
+
+    What belongs to a zone is found by the zone's id, the rest by module: a page looks up and never
+    walks the chain.
+    """
+
+    def __init__(self) -> None:
+        self.modules: Dict[str, List[Ref]] = {}     # of the compute node itself
+        self.zones: Dict[int, List[Ref]] = {}       # by zone id: what belongs to that zone
+        self.by_prefix: Dict[str, List[int]] = {}   # first 30 characters of a name -> zone ids
+        self.count = 0                              # length of the chain
+
+    def add(self, raw: bytes, address: int) -> int:
+        """Take one header; gives the address of the next."""
+        (crtime, following, _kid, module, _resv, instance, name, kind, klass,
+         _flags) = HEADER.unpack_from(raw)
+        self.count += 1
+        if module.rstrip(b"\0") in MODULES or klass.startswith(b"disk\0"):
+            self.place(ref_of(_text(module), instance, _text(name), _text(klass), kind, crtime,
+                              address))
+        return int(following)
+
+    def place(self, ref: Ref) -> None:
+        """Take one kstat that is read here."""
+        module, instance, name = ref.module, ref.instance, ref.name
+        if module == "zones":
+            self.by_prefix.setdefault(name, []).append(instance)
+        elif module == "link":
+            match = ZONE_LINK.fullmatch(name)
+            if match is None:
+                self.modules.setdefault(module, []).append(ref)
+                return
+            instance = int(match.group(1))
+        elif module not in _ZONE_MODULES or (module == "caps" and "_zone_" not in name) \
+                or (module == "tcp" and name != "tcp"):
+            self.modules.setdefault(module, []).append(ref)
+            return
+        self.zones.setdefault(instance, []).append(ref)
+
+
+_ZONE_MODULES = frozenset(("zones", "memory_cap", "caps", "zone_vfs", "tcp"))
+
+
+class Handle:
+    """One kstat_ctl_t with its index. All calls come from one thread."""
+
+    def __init__(self, library: Libkstat) -> None:
+        self._library = library
+        self._open()
+        self.rebuilds = 0
+        self.rebuild_seconds = 0.0      # CPU time that the last one took
+        self.calls = 0
+
+    def _open(self) -> None:
+        self._control = self._library.open()
+        if not self._control:
+            raise KstatError(f"kstat_open: {os.strerror(ctypes.get_errno()).lower()}")
+        try:
+            os.set_inheritable(self._control.contents.kc_kd, False)
+        except OSError:
+            pass                        # a library that has no descriptor of its own
+        self.index = self._build()
+
+    def close(self) -> None:
+        """Give the chain back; all addresses are dead."""
+        self._library.close(self._control)
+
+    def reopen(self) -> None:
+        """Close and open: the only way to see what was created but not installed at the time."""
+        self.close()
+        self._open()
+        self.rebuilds += 1
+
+    def update(self) -> bool:
+        """Follow the kernel's chain; True when the index is new."""
+        result = self._library.update(self._control)
+        if result < 0:
+            raise KstatError(f"kstat_chain_update: {os.strerror(ctypes.get_errno()).lower()}")
+        if result:
+            self.index = self._build()
+            self.rebuilds += 1
+        return bool(result)
+
+    @property
+    def chain_id(self) -> int:
+        """The kernel's number of this state of the chain."""
+        return int(self._control.contents.kc_chain_id)
+
+    def _build(self) -> Index:
+        began = time.thread_time()
+        index = Index()
+        address = self._control.contents.kc_chain
+        copy, size, add = ctypes.string_at, HEADER.size, index.add
+        while address:
+            address = add(copy(address, size), address)
+        self.rebuild_seconds = time.thread_time() - began
+        return index
+
+    def read(self, ref: Ref) -> Kstat:
+        """Read one kstat, and copy it at once; raises KstatError. May block for ever."""
+        self.calls += 1
+        if self._library.read(self._control, ref.address, None) < 0:
+            number = ctypes.get_errno()
+            raise KstatError(f"{ref.module}:{ref.instance}:{ref.name}: "
+                             f"{os.strerror(number).lower()}", vanished=number == errno.ENXIO)
+        pointer, count, size, snaptime = DATA.unpack(
+            ctypes.string_at(ref.address + DATA_OFFSET, DATA.size))
+        if not pointer or size > MAX_KSTAT_BYTES:
+            raise KstatError(f"{ref.module}:{ref.instance}:{ref.name}: {size} bytes of data")
+        data = decode(ref, ctypes.string_at(pointer, size), count, pointer)
+        return Kstat(ref.module, ref.instance, ref.name, ref.klass, ref.type, ref.crtime, snaptime,
+                     data)
+
+# --- host ------------------------------------------------------------------------------------------
+
+STUCK_SECONDS = 0.5             # a kstat_read that takes longer is taken to be blocked
+MAX_HANDLES = 3                 # chains that are open at once, those of blocked threads included
+REOPEN_SECONDS = 10.0           # between two attempts to see what was created but not installed
+REBUILD_SHARE = 20              # an index that took 1 s of CPU is not renewed within 20 s
+MAX_OUTPUT = 8 << 20            # bytes of a command: a zfs list of 10,000 datasets is 2 MB
+SYSINFO_MEMBERS = (             # what a capture keeps; boot parameters may hold secrets
+    "Live Image", "System Type", "Boot Time", "Datacenter Name", "UUID", "Hostname",
+    "Admin NIC Tag", "Admin IP", "CPU Count", "MiB of Memory", "Zpool", "Network Interfaces")
+
+
+class CommandError(Exception):
+    """A command cannot be run, fails or hangs; the text says which and how."""
+
+
+class NoSuchZone(Exception):
+    """No running zone has this name."""
+
+
+class Output(NamedTuple):
+    """What a command has left."""
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Commands:
+    """Runs commands, each with a deadline, and in a process group that is killed as a whole.
+
+    One that survives SIGKILL (it waits in the kernel for a dead disk) is not waited for; the next
+    with the same key is refused until it has gone.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._hanging: Dict[str, Tuple[subprocess.Popen[bytes], float]] = {}
+        self._lock = threading.Lock()       # _hanging
+
+    def run(self, key: str, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
+        """Wait for a command, `timeout` seconds at the most; raises CommandError."""
+        with self._lock:
+            hanging = self._hanging.get(key)
+            if hanging is not None and hanging[0].poll() is None:
+                raise CommandError(f"{argv[0]}: an earlier one hangs for "
+                                   f"{self._now() - hanging[1]:.0f} s and cannot be killed")
+            self._hanging.pop(key, None)
+        began = self._now()
+        try:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True, cwd="/", env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                                                      "LC_ALL": "C"})
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CommandError(f"{argv[0]}: {reason.lower()}") from None
+        try:
+            stdout, stderr, problem = self._read(process, began + timeout, limit)
+        finally:
+            self._end(process)
+        if process.poll() is None:
+            with self._lock:
+                self._hanging[key] = (process, began)
+            raise CommandError(f"{argv[0]}: {problem or 'hangs'} and cannot be killed")
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+        if problem:
+            raise CommandError(f"{argv[0]}: {problem}")
+        return Output(process.returncode, stdout.decode("utf-8", "replace"),
+                      stderr.decode("utf-8", "replace"))
+
+    @property
+    def hanging(self) -> int:
+        """How many could not be killed and have not gone yet."""
+        with self._lock:
+            return sum(process.poll() is None for process, _ in self._hanging.values())
+
+    def _read(self, process: subprocess.Popen[bytes], end: float, limit: int
+              ) -> Tuple[bytes, bytes, str]:
+        """Both outputs, until they are closed, too long or too late."""
+        assert process.stdout is not None and process.stderr is not None
+        pieces: Dict[int, List[bytes]] = {}
+        size = 0
+        with selectors.DefaultSelector() as selector:
+            for pipe in (process.stdout, process.stderr):
+                os.set_blocking(pipe.fileno(), False)
+                selector.register(pipe, selectors.EVENT_READ)
+                pieces[pipe.fileno()] = []
+            while selector.get_map():
+                left = end - self._now()
+                if left <= 0:
+                    return b"", b"", "does not end in time"
+                for key, _ in selector.select(left):
+                    piece = os.read(key.fd, 65536)
+                    if not piece:
+                        selector.unregister(key.fileobj)
+                    pieces[key.fd].append(piece)
+                    size += len(piece)
+                if size > limit:
+                    return b"", b"", f"writes more than {limit} bytes"
+        try:
+            process.wait(max(end - self._now(), 0.01))
+        except subprocess.TimeoutExpired:
+            return b"", b"", "does not end in time"
+        stdout, stderr = (b"".join(pieces[pipe.fileno()])
+                          for pipe in (process.stdout, process.stderr))
+        return stdout, stderr, ""
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        """Kill what is left of the group; a moment is enough for all that can be killed."""
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass                            # nothing is left of it
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            pass                            # `run` remembers it
+
+
+class Sysinfo(NamedTuple):
+    """What the agent needs of sysinfo(8), which runs as root only; "" and 0 where it is silent."""
+    uuid: str = ""
+    hostname: str = ""
+    admin_ip: str = ""
+    pool: str = ""
+    memory_bytes: int = 0
+    cpus: int = 0
+
+
+def _is_ip(word: Any) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, word)
+            return True
+        except (OSError, TypeError, ValueError):
+            continue
+    return False
+
+
+def parse_sysinfo(content: Any) -> Sysinfo:
+    """sysinfo's JSON; every member may be missing or odd, numbers are partly texts."""
+    if not isinstance(content, dict):
+        return Sysinfo()
+
+    def word(name: str) -> str:
+        value = content.get(name)
+        return value if isinstance(value, str) else ""
+
+    def count(name: str) -> int:
+        value = content.get(name)
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}", value):
+            return int(value)
+        return value if type(value) is int and 0 <= value < 10 ** 15 else 0
+    address = word("Admin IP")              # may be "dhcp"
+    tag = word("Admin NIC Tag") or "admin"
+    interfaces = content.get("Network Interfaces")
+    if not _is_ip(address) and isinstance(interfaces, dict):
+        address = next((nic["ip4addr"] for nic in interfaces.values() if isinstance(nic, dict)
+                        and isinstance(nic.get("NIC Names"), list) and tag in nic["NIC Names"]
+                        and _is_ip(nic.get("ip4addr"))), "")
+    return Sysinfo(word("UUID"), word("Hostname"), address if _is_ip(address) else "",
+                   word("Zpool"), count("MiB of Memory") << 20, count("CPU Count"))
+
+
+class Lane(NamedTuple):
+    """What a lane is doing: which call of the library, since when."""
+    what: str
+    since: float
+
+
+class Reader:
+    """One thread with one kstat handle: everything that may block in the library happens here."""
+
+    def __init__(self, kstats: Kstats) -> None:
+        self._kstats = kstats
+        self._handle: Any = None            # a Handle, or a RecordedHandle
+        self._updated = -math.inf
+        self._reopened = (-math.inf, -1)    # when, and at which chain id
+        self.doing: Optional[Lane] = None
+        self.abandoned = False
+        self.job: Optional[Job] = None
+        self.thread = threading.Thread(target=self._run, name="kstat", daemon=True)
+
+    # what jobs call
+
+    @property
+    def index(self) -> Index:
+        """The chain as it was at the last update."""
+        index: Index = self._handle.index
+        return index
+
+    def read(self, ref: Ref) -> Kstat:
+        """One kstat; raises KstatError."""
+        what = f"{ref.module}:{ref.instance}:{ref.name}"
+        self._kstats.check_quarantine(what)
+        self.doing = Lane(what, self._kstats.now())
+        try:
+            kstat: Kstat = self._handle.read(ref)
+            return kstat
+        finally:
+            self.doing = None
+
+    def read_into(self, ref: Ref, into: List[Union[Kstat, KstatError]]) -> None:
+        """As `read`; a failure is put in its place, but one that has vanished is none: a cap was
+        taken away, a link was renamed."""
+        try:
+            into.append(self.read(ref))
+        except KstatError as error:
+            if not error.vanished:
+                error.module = ref.module
+                into.append(error)
+
+    def follow(self, force: bool = False) -> bool:
+        """Bring the chain up to date, not too often; True when it is new."""
+        now = self._kstats.now()
+        pause = max(0.1, REBUILD_SHARE * self._handle.rebuild_seconds)
+        if not force and now - self._updated < pause:
+            return False
+        self._updated = now
+        self.doing = Lane("the chain", now)
+        try:
+            changed = bool(self._handle.update())
+        finally:
+            self.doing = None
+        if changed:
+            self._kstats.forget_names(self.index)
+        return changed
+
+    def reopen(self) -> bool:
+        """For a kstat that should be there: close and open, once a chain id and not too often."""
+        now, chain_id = self._kstats.now(), self._handle.chain_id
+        if now - self._reopened[0] < REOPEN_SECONDS or chain_id == self._reopened[1]:
+            return False
+        self._reopened = (now, chain_id)
+        self.doing = Lane("the chain", now)
+        try:
+            self._handle.reopen()
+            return True
+        finally:
+            self.doing = None
+
+    def zone_id(self, zone: str) -> Optional[int]:
+        """The id of a running zone; names that are alike in 30 characters are told apart."""
+        for zone_id in self.index.by_prefix.get(zone[:KSTAT_STRLEN - 1], ()):
+            if self.zone_name(zone_id) == zone:
+                return zone_id
+        return None
+
+    def zone_name(self, zone_id: int) -> Optional[str]:
+        """The whole name of a zone, read once for each boot of it."""
+        ref = self.zone_ref(zone_id)
+        if ref is None:
+            return None
+        key = (zone_id, ref.name, ref.crtime)
+        name = self._kstats.names.get(key)
+        if name is None:
+            try:
+                found = self.read(ref).data.get("zonename")
+            except KstatError:
+                return None
+            name = found if isinstance(found, str) and found else ref.name
+            self._kstats.names[key] = name
+        return name
+
+    def guest(self, name: str) -> Optional[int]:
+        """The minor number of a bhyve guest by its name in vmm; each name is read once."""
+        guests = self._kstats.guests
+        for ref in self.index.modules.get("vmm", ()):
+            if ref.name == "vm":
+                key = (ref.instance, ref.crtime)
+                if key not in guests:
+                    try:
+                        guests[key] = str(self.read(ref).data.get("vm_name", ""))
+                    except KstatError:
+                        continue            # it goes away, and so does its zone
+                if guests[key] == name:
+                    return ref.instance
+        return None
+
+    def zone_ref(self, zone_id: int) -> Optional[Ref]:
+        """Where a zone's zone_misc is."""
+        return next((ref for ref in self.index.zones.get(zone_id, ()) if ref.module == "zones"),
+                    None)
+
+    # its life
+
+    def _run(self) -> None:
+        kstats = self._kstats
+        while True:
+            job = kstats.next_job(self)
+            if job is None:
+                break
+            try:
+                if self._handle is None:
+                    self.doing = Lane("kstat_open", kstats.now())
+                    try:
+                        self._handle = kstats.open_handle()
+                    finally:
+                        self.doing = None
+                result: Any = job.work(self)
+            except (KstatError, NoSuchZone) as error:
+                result = error
+            except Exception as error:      # around a collector: a bug of ours costs one job
+                log.exception("a kstat job failed")
+                result = KstatError(f"internal error: {error}")
+            self.job = None
+            if self.abandoned:              # what blocked has come back; another did the job
+                break
+            kstats.note(self._handle)
+            job.done(result)
+        kstats.gone(self)
+        if self._handle is not None:
+            self._handle.close()
+
+
+class Job(NamedTuple):
+    """Work for a reader's thread, and who is told. It may run twice, when a thread is given up."""
+    work: Callable[[Reader], Any]
+    done: Callable[[Any], None]             # with the result, a KstatError or NoSuchZone
+
+
+class Kstats:
+    """The readers of kstats: one at work, and those that are blocked in the library.
+
+    `watch` is to be called several times a second: it gives up a thread that is blocked, keeps
+    others from the kstat that blocked it, and lets a new thread with a new handle go on.
+    """
+
+    def __init__(self, open_handle: Callable[[], Any], now: Callable[[], float] = time.monotonic
+                 ) -> None:
+        self.open_handle, self.now = open_handle, now
+        self.names: Dict[Tuple[int, str, int], str] = {}    # (id, short name, birth) -> zone name
+        self.guests: Dict[Tuple[int, int], str] = {}        # (minor, birth) -> name of a VM
+        self.quarantine: Dict[str, float] = {}      # what a blocked thread reads -> since when
+        self.chain_length = 0
+        self.rebuilds = 0
+        self.rebuild_seconds = 0.0
+        self.reads = 0
+        self.given_up = 0
+        self._jobs: collections.deque[Job] = collections.deque()
+        self._readers: List[Reader] = []
+        self._active: Optional[Reader] = None
+        self._closing = False
+        self._more = threading.Condition()  # all that follows, and `quarantine`
+
+    def submit(self, job: Job) -> None:
+        """Have it done; `job.done` is called from a reader's thread, or from this one."""
+        with self._more:
+            if self._active is None:
+                self._start()
+            active = self._active
+            if active is not None:
+                self._jobs.append(job)
+                self._more.notify()
+        if active is None:
+            job.done(KstatError(self._blocked()))
+
+    def watch(self) -> None:
+        """Give up a reader that is blocked."""
+        failed: List[Job] = []
+        with self._more:
+            active = self._active
+            doing = active.doing if active is not None else None
+            if active is None or doing is None or self.now() - doing.since < STUCK_SECONDS:
+                return
+            active.abandoned = True
+            self.given_up += 1
+            self.quarantine[doing.what] = doing.since
+            log.warning("reading kstat %s does not return; others are read on", doing.what)
+            if active.job is not None:
+                self._jobs.appendleft(active.job)
+            self._start()
+            if self._active is None:
+                failed = list(self._jobs)
+                self._jobs.clear()
+        for job in failed:
+            job.done(KstatError(self._blocked()))
+
+    def check_quarantine(self, what: str) -> None:
+        """Raises KstatError for a kstat that another thread is blocked on."""
+        since = self.quarantine.get(what)
+        if since is not None:
+            raise KstatError(f"{what}: a read of it has not returned for "
+                             f"{self.now() - since:.0f} s")
+
+    def next_job(self, reader: Reader) -> Optional[Job]:
+        """A reader's next job; None when it is to end."""
+        with self._more:
+            while not self._jobs and not self._closing and not reader.abandoned:
+                self._more.wait()
+            if self._closing or reader.abandoned:
+                return None
+            reader.job = self._jobs.popleft()
+            return reader.job
+
+    def gone(self, reader: Reader) -> None:
+        """A reader ends: what it was blocked on may be read again."""
+        with self._more:
+            self._readers.remove(reader)
+            if self._active is reader:
+                self._active = None
+            held = {other.doing.what for other in self._readers
+                    if other.abandoned and other.doing is not None}
+            self.quarantine = {what: since for what, since in self.quarantine.items()
+                               if what in held}
+            log.info("a blocked read of kstats has returned")
+
+    def forget_names(self, index: Index) -> None:
+        """The chain is new: drop the names of zones that have gone, now and then."""
+        if len(self.names) > 2 * len(index.zones) + 100:
+            born = {(zone_id, ref.name, ref.crtime) for zone_id, refs in index.zones.items()
+                    for ref in refs if ref.module == "zones"}
+            self.names = {key: name for key, name in self.names.items() if key in born}
+        self.guests = {}
+
+    def note(self, handle: Any) -> None:
+        """A reader's figures for /metrics."""
+        if handle is not None:
+            self.chain_length, self.rebuilds = handle.index.count, handle.rebuilds
+            self.rebuild_seconds, self.reads = handle.rebuild_seconds, handle.calls
+
+    @property
+    def blocked(self) -> int:
+        """Threads that are blocked in the library."""
+        with self._more:
+            return sum(reader.abandoned for reader in self._readers)
+
+    def close(self) -> None:
+        """Let the readers end; one that is blocked is left to the end of the process."""
+        with self._more:
+            self._closing = True
+            self._more.notify_all()
+
+    def _start(self) -> None:
+        self._active = None
+        if len(self._readers) < MAX_HANDLES:
+            self._active = Reader(self)
+            self._readers.append(self._active)
+            self._active.thread.start()
+
+    def _blocked(self) -> str:
+        return f"libkstat blocks {MAX_HANDLES} threads: " + ", ".join(sorted(self.quarantine))
+
+
+class ZoneReading(NamedTuple):
+    """All that was read of one zone, surely of that zone and of one boot of it."""
+    zone_id: int
+    kstats: List[Union[Kstat, KstatError]]
+    vcpus: List[Kstat]
+    viona: List[Kstat]
+
+
+def read_zone(reader: Reader, zone: str, debug_id: Optional[int] = None,
+              unread: AbstractSet[str] = frozenset()) -> ZoneReading:
+    """Read a zone's kstats, each once; raises NoSuchZone, or KstatError when it cannot be had.
+
+    The zone's own kstat is found first and read last: a kstat is never another's, so when it is
+    still there the zone id has been this zone's all the time.
+    """
+    reader.follow()
+    for _ in range(4):
+        zone_id = reader.zone_id(zone)
+        own = None if zone_id is None else reader.zone_ref(zone_id)
+        if zone_id is None or own is None:
+            if reader.follow(force=True) or reader.reopen():
+                continue
+            raise NoSuchZone(zone)
+        read: List[Union[Kstat, KstatError]] = []
+        for ref in reader.index.zones[zone_id]:
+            if ref is not own and ref.module not in unread:
+                reader.read_into(ref, read)
+        vcpus, viona = _read_guest(reader, debug_id) if debug_id is not None else ([], [])
+        try:
+            misc = reader.read(own)
+        except KstatError as error:
+            if not error.vanished:
+                error.module = own.module
+                return ZoneReading(zone_id, [*read, error], vcpus, viona)
+        else:
+            if misc.data.get("zonename", zone) == zone:
+                return ZoneReading(zone_id, [*read, misc], vcpus, viona)
+        reader.follow(force=True)           # it has rebooted or gone in the meantime: anew
+    raise KstatError(f"zone {zone} changes faster than it can be read")
+
+
+GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest by its zone's debug id
+
+
+def _read_guest(reader: Reader, debug_id: int) -> Tuple[List[Kstat], List[Kstat]]:
+    """vCPUs and network of a bhyve zone: the kernel makes 32 or more vCPUs for every guest; those
+    that were never run are left out."""
+    minor = reader.guest(GUEST_NAME.format(debug_id))
+    read: List[Union[Kstat, KstatError]] = []
+    for module, prefix in (("vmm", "vcpu"), ("viona", "viona_stat")):
+        for ref in reader.index.modules.get(module, ()) if minor is not None else ():
+            if ref.instance == minor and ref.name.startswith(prefix):
+                reader.read_into(ref, read)
+    kstats = [kstat for kstat in read if isinstance(kstat, Kstat)]
+    return ([kstat for kstat in kstats if kstat.module == "vmm" and any(
+                kstat.data.get(member) for member in ("time_run", "time_idle", "time_init"))],
+            [kstat for kstat in kstats if kstat.module == "viona"])
+
+
+def read_modules(reader: Reader, *modules: str) -> Dict[str, List[Union[Kstat, KstatError]]]:
+    """The compute node's own kstats of these modules."""
+    reader.follow()
+    found: Dict[str, List[Union[Kstat, KstatError]]] = {}
+    for module in modules:
+        read = found[module] = []
+        for ref in reader.index.modules.get(module, ()):
+            reader.read_into(ref, read)
+    return found
+
+
+def read_zones(reader: Reader, *modules: str) -> Tuple[Dict[int, str], Dict[str, List[Kstat]]]:
+    """The running zones by id, and these kstats of all of them; what fails is left out."""
+    reader.follow()
+    index = reader.index
+    zones: Dict[int, str] = {}
+    found: Dict[str, List[Kstat]] = {module: [] for module in modules}
+    for zone_id, refs in index.zones.items():
+        name = reader.zone_name(zone_id)
+        if name is None:
+            continue
+        zones[zone_id] = name
+        for ref in refs:
+            if ref.module in found:
+                try:
+                    found[ref.module].append(reader.read(ref))
+                except KstatError:
+                    continue                # gone in the meantime, or its own collector tells
+    return zones, found
+
+
+class Vm(NamedTuple):
+    """What the agent takes of a VM object of vminfod; every member of the object may be odd."""
+    zone: str
+    alias: str
+    brand: str
+    state: str
+    owner: str
+    nics: Mapping[str, Tuple[str, str]]     # link in the zone -> nic_tag, network_uuid
+    core: bool                              # carries a role of the platform
+    ports: Tuple[int, ...]                  # metricPorts of a core zone
+    addresses: Tuple[str, ...]
+    zonepath: str
+
+
+def vm_of(record: Any) -> Optional[Vm]:
+    """A VM object as far as it can be used; None without a zone name."""
+    if not isinstance(record, dict):
+        return None
+
+    def word(name: str) -> str:
+        value = record.get(name)
+        return sys.intern(value) if isinstance(value, str) else ""
+    zone = word("zonename") or word("uuid")
+    nics = record.get("nics")
+    addresses = tuple(ip.split("/")[0] for nic in (nics if isinstance(nics, list) else ())
+                      if isinstance(nic, dict) for ip in (nic.get("ip"),)
+                      if isinstance(ip, str) and _is_ip(ip.split("/")[0]))
+    if not zone:
+        return None
+    return Vm(zone, word("alias"), word("brand"), word("zone_state") or word("state"),
+              word("owner_uuid"), nic_labels(record), is_core(record), tuple(metric_ports(record)),
+              addresses, word("zonepath"))
+
+
+class Vms:
+    """The VMs of this node, followed through vminfod's event stream, off the scrape path.
+
+    `answered`: whether it has told of all VMs; `absent`: nobody listens there (an old platform).
+    What was learned of a VM is kept while vminfod is away.
+    """
+    RETRY_SECONDS = (1.0, 60.0)             # first and longest pause between two attempts
+    SILENCE_SECONDS = 660.0                 # it refreshes everything every 300 s
+    MAX_LINE = 64 << 20                     # the first event holds all VMs
+
+    def __init__(self, url: str, random_source: Callable[[], float] = random.random) -> None:
+        self._url, self._random = url, random_source
+        self.vms: Dict[str, Vm] = {}
+        self.answered = False
+        self.absent = False
+        self.problem = ""                   # why it is not followed now
+        self.changed: Callable[[], None] = lambda: None
+        self._stopping = threading.Event()
+        self._socket: Optional[socket.socket] = None
+
+    def start(self) -> None:
+        """Follow it from now on; the first attempt is over when this returns, or goes on."""
+        first = threading.Event()
+        threading.Thread(target=self._follow, args=(first,), name="vminfod", daemon=True).start()
+        first.wait(0.2)
+
+    def stop(self) -> None:
+        """Follow it no longer."""
+        self._stopping.set()
+
+    def _follow(self, first: threading.Event) -> None:
+        pause = self.RETRY_SECONDS[0]
+        while not self._stopping.is_set():
+            try:
+                self._listen(first)
+                pause = self.RETRY_SECONDS[0]
+                self._told("it closed the stream of events")
+            except ConnectionRefusedError:
+                self.absent = not self.answered
+                self._told("nobody listens there")
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                self.absent = False
+                self._told(_reason(error))
+            first.set()
+            self._stopping.wait(pause * (0.75 + 0.5 * self._random()))
+            pause = min(pause * 2, self.RETRY_SECONDS[1])
+
+    def _told(self, problem: str) -> None:
+        if problem != self.problem:
+            log.log(logging.INFO if self.absent else logging.WARNING,
+                    "vminfod at %s cannot be followed: %s", self._url, problem)
+        self.problem = problem
+
+    def _listen(self, first: threading.Event) -> None:
+        parts = urllib.parse.urlsplit(self._url)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80,
+                                                timeout=self.SILENCE_SECONDS)
+        connection.timeout = 5.0            # to connect
+        connection.connect()
+        self.absent = False
+        first.set()
+        try:
+            assert connection.sock is not None
+            connection.sock.settimeout(self.SILENCE_SECONDS)
+            connection.request("GET", "/events")
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise ValueError(f"it answers {answer.status}")
+            while not self._stopping.is_set():
+                line = answer.readline(self.MAX_LINE)
+                if not line.endswith(b"\n"):
+                    return
+                if line.strip():
+                    self._take(json.loads(line))
+        finally:
+            connection.close()
+
+    def _take(self, event: Any) -> None:
+        if not isinstance(event, dict):
+            raise ValueError("an event is not an object")
+        kind = event.get("type")
+        if kind == "ready":
+            vms = event.get("vms")
+            records = json.loads(vms) if isinstance(vms, str) else vms
+            if not isinstance(records, list):
+                raise ValueError("the first event has no list of VMs")
+            self.replace(records)
+            log.info("vminfod tells of %s VMs", len(self.vms))
+        elif kind in ("create", "modify"):
+            vm = vm_of(event.get("vm"))
+            if vm is not None:
+                self.vms = {**self.vms, vm.zone: vm}
+        elif kind == "delete":
+            gone = event.get("zonename")
+            self.vms = {zone: vm for zone, vm in self.vms.items() if zone != gone}
+        self.problem = ""
+        self.changed()
+
+    def replace(self, records: Iterable[Any]) -> None:
+        """All VMs at once."""
+        self.vms = {vm.zone: vm for vm in map(vm_of, records) if vm is not None}
+        self.answered = True
+
+
+class Host:
+    """The machine that the agent runs on; nothing else reads the system."""
+    recorded = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.commands_of = dict(settings.commands)
+        self._sysinfo_file = settings.sysinfo_file
+        self._library = Libkstat(settings.libkstat)
+        self._commands = Commands()
+        self.vms = Vms(settings.vminfod)
+        self.page_size = resource.getpagesize()
+
+    def start(self) -> None:
+        """Begin to follow what changes by itself."""
+        self.vms.start()
+
+    def stop(self) -> None:
+        """End it."""
+        self.vms.stop()
+
+    def open_kstats(self) -> Handle:
+        """A kstat handle, for one thread; raises KstatError."""
+        return Handle(self._library)
+
+    def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
+        """One of the commands of the settings; raises CommandError."""
+        return self._commands.run(name, [self.commands_of[name], *arguments], timeout)
+
+    def run_plugin(self, path: str, argument: str, timeout: float, limit: int) -> Output:
+        """An operator's plugin; raises CommandError."""
+        return self._commands.run(f"{path} {argument}", [path, argument], timeout, limit)
+
+    def run_self(self, command: str, argument: str, timeout: float) -> Output:
+        """A part of this program that needs a process of its own; raises CommandError."""
+        return self._commands.run(f"{command} {argument}", [
+            sys.executable, "-I", "-S", os.path.abspath(__file__), command, argument], timeout)
+
+    @property
+    def hanging_commands(self) -> int:
+        """Commands that could not be killed."""
+        return self._commands.hanging
+
+    def time(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def raw_sysinfo(self) -> Any:
+        """What sysinfo says as JSON: from the file that the root set-up service leaves, else from
+        the command, which works for root only; raises ConfigError."""
+        if self._sysinfo_file and os.path.exists(self._sysinfo_file):
+            return read_json(self._sysinfo_file)
+        try:
+            output = self.run("sysinfo", [], 10.0)
+            if output.status:
+                raise CommandError(f"{self.commands_of['sysinfo']}: "
+                                   + (output.stderr.strip() or f"exit {output.status}")[:200])
+            return json.loads(output.stdout)
+        except (CommandError, ValueError, RecursionError) as error:
+            raise ConfigError(f"neither {self._sysinfo_file} nor sysinfo can be read: {error}"
+                              ) from None
+
+
+class _Frame(NamedTuple):
+    at: float                               # seconds since the first frame
+    chain: Index
+    kstats: List[Kstat]
+    commands: Mapping[str, Output]
+    vms: List[Any]
+
+
+class Recording:
+    """A capture: frames that are played in a loop, with time moved to now.
+
+    Members that count go on growing from loop to loop, by what they grew from the first frame to
+    the last (scaled to the loop's length), so that rates are right across the seam.
+    """
+
+    def __init__(self, path: str, now: Callable[[], float] = time.monotonic) -> None:
+        content = read_json(path)
+        self._now, self._began = now, now()
+        try:
+            self.host = content["host"]
+            if content["format"] != 1:
+                raise ValueError(f"format {content['format']!r} is not known, only 1")
+            frames = content["frames"]
+            first = float(frames[0]["at"])
+            self.frames = [self._frame(frame, first) for frame in frames]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ConfigError(f"{path}: not a capture of `cmon_agent.py capture`: "
+                              f"{type(error).__name__}: {error}") from None
+        starts = [frame.at for frame in self.frames]
+        if starts != sorted(set(starts)):
+            raise ConfigError(f"{path}: the frames' times do not ascend")
+        self._starts = starts
+        gap = starts[-1] / (len(starts) - 1) if len(starts) > 1 else 1.0
+        self._period = starts[-1] + gap
+        self._stretch = self._period / starts[-1] if starts[-1] else 0.0
+        self.moved = time.time() - first
+        self._ends = [{key: kstat for key, kstat in self._keyed(frame)}
+                      for frame in (self.frames[0], self.frames[-1])]
+
+    @staticmethod
+    def _frame(frame: Mapping[str, Any], first: float) -> _Frame:
+        index = Index()
+        kstats: List[Kstat] = []
+        for record in frame["kstats"]:
+            ref = ref_of(str(record["module"]), int(record["instance"]), str(record["name"])
+                         [:KSTAT_STRLEN - 1], str(record["class"]), int(record["type"]),
+                         int(record["crtime"]), len(kstats))
+            kstats.append(Kstat(ref.module, ref.instance, ref.name, ref.klass, ref.type,
+                                ref.crtime, int(record["snaptime"]), dict(record["data"])))
+            index.count += 1
+            if record["module"].encode() in MODULES or ref.klass == "disk":
+                index.place(ref)
+        commands = {argv: Output(int(output["status"]), str(output["stdout"]),
+                                 str(output["stderr"]))
+                    for argv, output in frame["commands"].items()}
+        return _Frame(float(frame["at"]) - first, index, kstats, commands, list(frame["vms"]))
+
+    @staticmethod
+    def _keyed(frame: _Frame) -> Iterator[Tuple[Tuple[str, int, str, int], Kstat]]:
+        for kstat in frame.kstats:
+            yield (kstat.module, kstat.instance, kstat.name, kstat.crtime), kstat
+
+    def place(self) -> Tuple[int, int]:
+        """The loop and the frame that it is now."""
+        elapsed = max(self._now() - self._began, 0.0)
+        loop = int(elapsed // self._period)
+        return loop, max(bisect.bisect_right(self._starts, elapsed - loop * self._period) - 1, 0)
+
+    @property
+    def frame(self) -> _Frame:
+        """The frame that it is now."""
+        return self.frames[self.place()[1]]
+
+    def kstat(self, address: int, frame: int, loop: int) -> Kstat:
+        """A kstat of a frame, as it is in this loop."""
+        kstat = self.frames[frame].kstats[address]
+        data = dict(kstat.data)
+        key = (kstat.module, kstat.instance, kstat.name, kstat.crtime)
+        first, last = (ends.get(key) for ends in self._ends)
+        for member, value in data.items():
+            if member == "boot_time" and isinstance(value, int):
+                data[member] = value + int(self.moved)
+            elif loop and first is not None and last is not None \
+                    and (kstat.module, member) in COUNTER_MEMBERS and isinstance(value, int):
+                grown = last.data.get(member, 0) - first.data.get(member, 0)
+                data[member] = value + int(loop * max(grown, 0) * self._stretch)
+        return kstat._replace(data=data)
+
+
+class RecordedHandle:
+    """What `Handle` is on a live machine."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._at = recording.place()
+        self.calls = self.rebuilds = 0
+        self.rebuild_seconds = 0.0
+
+    @property
+    def index(self) -> Index:
+        """The chain of this frame."""
+        return self._recording.frames[self._at[1]].chain
+
+    @property
+    def chain_id(self) -> int:
+        """The frame's number."""
+        return self._at[1]
+
+    def update(self) -> bool:
+        """Go on to the frame that it is now."""
+        before, self._at = self._at, self._recording.place()
+        return before[1] != self._at[1]
+
+    def reopen(self) -> None:
+        """Nothing is hidden in a recording."""
+        self.update()
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def read(self, ref: Ref) -> Kstat:
+        """One kstat of this frame."""
+        self.calls += 1
+        return self._recording.kstat(ref.address, self._at[1], self._at[0])
+
+
+class RecordedVms(Vms):
+    """The VMs of a recorded node."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__("")
+        self.replace(recording.frames[0].vms)
+
+    def start(self) -> None:
+        """They are there."""
+
+
+class RecordedHost:
+    """A capture in place of a machine; the same methods as `Host`."""
+    recorded = True
+    hanging_commands = 0
+
+    def __init__(self, path: str, settings: Settings) -> None:
+        self._recording = Recording(path)
+        self.commands_of = dict(settings.commands)
+        self.vms: Vms = RecordedVms(self._recording)
+        self.page_size = 4096               # of x86, on which all of the platform runs
+
+    def start(self) -> None:
+        """Nothing to begin."""
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+    def open_kstats(self) -> RecordedHandle:
+        """A handle."""
+        return RecordedHandle(self._recording)
+
+    def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
+        """What the command said then; raises CommandError when it was not recorded."""
+        argv = " ".join((DEFAULT_COMMANDS[name], *arguments))
+        output = self._recording.frame.commands.get(argv)
+        if output is None:
+            raise CommandError(f"{argv}: is not in the capture")
+        return output
+
+    def run_plugin(self, path: str, argument: str, timeout: float, limit: int) -> Output:
+        """Plugins are of the machine, not of the capture."""
+        raise CommandError(f"{path}: plugins do not run in a replay")
+
+    def run_self(self, command: str, argument: str, timeout: float) -> Output:
+        """There are no zones to look into."""
+        raise CommandError(f"{command}: not in a replay")
+
+    def time(self) -> float:
+        """Now: the capture's time is moved."""
+        return time.time()
+
+    def raw_sysinfo(self) -> Any:
+        """What sysinfo said then."""
+        return self._recording.host
+
+# --- collectors ----------------------------------------------------------------------------------
+
+# Pure: plain values in, families out. A new metric is a new row in a table below, `make golden`,
+# and a look at the difference. A row without its member on this platform makes no sample; several
+# rows of one name, one below the other, make one family and differ in their labels.
+
+class CollectError(Exception):
+    """A collector has nothing this time; the text says which, what and why."""
+
+
+class Metric(NamedTuple):
+    """One row: what a member of a kstat, or a word of a command's output, is sent as."""
+    kind: str
+    name: str
+    member: str
+    unit: Unit
+    help: str                               # a sentence; HELP adds the source to it
+    source: str = ""                        # where it is not "kstat module:*:name:member"
+    labels: Labels = ()                     # of this row's samples, behind those of the kstat
+
+
+def gauge(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> Metric:
+    """A row whose value goes up and down."""
+    return Metric(GAUGE, name, member, unit, help_text, "", tuple(labels.items()))
+
+
+def counter(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> Metric:
+    """A row whose value only grows."""
+    return Metric(COUNTER, name, member, unit, help_text, "", tuple(labels.items()))
+
+
+Label = Callable[[Sequence[Kstat], Any], List[Labels]]
+
+
+class Table(NamedTuple):
+    """Rows that are read of one sort of kstat."""
+    collector: str
+    module: str
+    names: str                              # of the kstats, as in HELP; a * at the end stands open
+    metrics: Tuple[Metric, ...]
+    labels: Optional[Label] = None          # of all kstats found; None: the first one, no labels
+    values: Optional[Callable[[Kstat, Any], Mapping[str, Any]]] = None    # None: the kstat's data
+
+    def has(self, name: str) -> bool:
+        """Whether a kstat of the module is one of this table's, by its name."""
+        if self.names.endswith("*"):
+            return name.startswith(self.names[:-1])
+        return name == self.names
+
+
+class ZoneContext(NamedTuple):
+    """What a zone's page needs beside the kstats that carry the zone's id."""
+    zone_id: int
+    zone: str                               # its name, which is its UUID
+    nics: Optional[Mapping[str, Tuple[str, str]]] = None
+    # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod
+    vcpus: Sequence[Union[Kstat, KstatError]] = ()      # of its virtual machine
+    viona: Sequence[Union[Kstat, KstatError]] = ()      # of its virtual machine
+
+
+class NodeContext(NamedTuple):
+    """What the node's page needs beside kstats."""
+    page_size: int = 4096
+    vminfo_before: Optional[Kstat] = None   # an earlier unix:0:vminfo, seconds or minutes ago
+
+
+def each(function: Callable[[Kstat], Labels]) -> Label:
+    """Labels that are made of one kstat alone."""
+    def label(kstats: Sequence[Kstat], _context: Any) -> List[Labels]:
+        return [function(kstat) for kstat in kstats]
+    return label
+
+
+# Conversions that only these tables need.
+
+def link_is_up(value: Any) -> Optional[Number]:
+    """link_state_t of <sys/mac.h>: down 0, up 1; unknown is -1, or all ones."""
+    return value if value in (0, 1) and isinstance(value, int) else None
+
+
+def bytes_of_bits(value: Any) -> Optional[Number]:
+    """A link's speed; zero is a link that has none."""
+    if not isinstance(value, int) or value <= 0:
+        return None
+    return value // 8 if value % 8 == 0 else value / 8
+
+
+def cpus_of_percent(value: Any) -> Optional[Number]:
+    """Hundredths of a CPU as CPUs, exact where they are whole."""
+    if not isinstance(value, (int, float)):
+        return None
+    return int(value) // 100 if value % 100 == 0 else value / 100
+
+
+UP = Unit("boolean", link_is_up)
+BITS = Unit("bytes per second", bytes_of_bits)
+PAGES = Unit("bytes", whole)                # table.values has multiplied by the page size
+CPUS = Unit("CPUs", cpus_of_percent)
+
+# --- of a zone: the compute time, memory and disk that a kernel counts for it
+
+CPUCAP = Table("cpucap", "caps", "cpucaps_zone_*", (
+    counter("cpucap_above_base_seconds_total", "above_base_sec", SECONDS,
+            "Seconds that the zone has used more than its CPU baseline."),
+    counter("cpucap_above_seconds_total", "above_sec", SECONDS,
+            "Seconds that the zone has spent above its CPU cap."),
+    gauge("cpucap_baseline_percentage", "baseline", PERCENT,
+          "CPU baseline in percent of one CPU: use below it earns bursts."),
+    counter("cpucap_below_seconds_total", "below_sec", SECONDS,
+            "Seconds that the zone has spent below its CPU cap."),
+    gauge("cpucap_burst_limit_seconds", "burst_limit_sec", SECONDS,
+          "Seconds that the zone may burst above its baseline; 0 is no limit."),
+    gauge("cpucap_effective_percentage", "effective", PERCENT,
+          "CPU cap that holds at present, in percent of one CPU."),
+    gauge("cpucap_max_usage_percentage", "maxusage", PERCENT,
+          "Highest CPU usage so far, in percent of one CPU."),
+    gauge("cpucap_waiting_threads_count", "nwait", COUNT,
+          "Threads that wait because the zone has reached its CPU cap."),
+    gauge("cpucap_cur_usage_percentage", "usage", PERCENT,
+          "CPU usage at present, in percent of one CPU."),
+    gauge("cpucap_limit_percentage", "value", PERCENT,
+          "CPU cap in percent of one CPU."),
+    gauge("cpucap_bursting_seconds", "bursting_sec", SECONDS,
+          "Seconds that the present burst above the baseline has lasted."),
+))
+
+LIMITS = (
+    Table("limits", "caps", "lockedmem_zone_*", (
+        gauge("mem_locked_bytes", "usage", BYTES, "Locked memory of the zone in bytes."),
+        gauge("mem_locked_limit_bytes", "value", CAP, "Cap on locked memory, if there is one."),
+    )),
+    Table("limits", "caps", "nprocs_zone_*", (
+        gauge("proc_processes", "usage", COUNT, "Processes at present."),
+        gauge("proc_processes_limit", "value", COUNT_CAP, "Cap on processes, if there is one."),
+    )),
+    Table("limits", "caps", "swapresv_zone_*", (
+        gauge("mem_swap_reserved_bytes", "usage", BYTES, "Swap that the zone has reserved."),
+        gauge("mem_swap_reserved_limit_bytes", "value", CAP,
+              "Cap on reserved swap, if there is one."),
+    )),
+)
+
+
+def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> List[Labels]:
+    """z7_net0 is vnic0, as the original says. Of two links with one number the first by name has
+    that label, and the other keeps its name inside the zone."""
+    prefix = f"z{context.zone_id}_"
+    named = [kstat.name[len(prefix):] if kstat.name.startswith(prefix) else kstat.name
+             for kstat in kstats]
+    holder: Dict[str, str] = {}             # interface label -> link that has it
+    shown: Dict[str, str] = {}
+    for name in sorted(named):
+        match = LINK_NUMBER.fullmatch(name)
+        label = "vnic" + match.group(1) if match else name
+        shown[name] = label if holder.setdefault(label, name) == name else name
+    nics = context.nics
+    if nics is None:
+        return [(("interface", shown[name]),) for name in named]
+    labels: List[Labels] = []
+    for name in named:
+        tag, network = nics.get(name) or _nic_by_number(name, nics)
+        labels.append((("interface", shown[name]), ("nic_tag", tag), ("network_uuid", network)))
+    return labels
+
+
+LINK_NUMBER = re.compile(r"[A-Za-z_]+([0-9]+)")
+
+
+def _nic_by_number(name: str, nics: Mapping[str, Tuple[str, str]]) -> Tuple[str, str]:
+    """An LX zone's eth0 is net0 to vmadm on some platforms."""
+    match = LINK_NUMBER.fullmatch(name)
+    return nics.get("net" + match.group(1), ("", "")) if match else ("", "")
+
+
+LINK = Table("link", "link", "*", (
+    counter("net_agg_packets_in", "ipackets64", COUNT, "Packets received."),
+    counter("net_agg_bytes_out", "obytes64", BYTES, "Bytes sent."),
+    counter("net_agg_packets_out", "opackets64", COUNT, "Packets sent."),
+    counter("net_agg_bytes_in", "rbytes64", BYTES, "Bytes received."),
+    counter("net_errors_in_total", "ierrors", COUNT, "Packets received with errors."),
+    counter("net_errors_out_total", "oerrors", COUNT, "Packets that could not be sent."),
+    counter("net_drops_in_total", "norcvbuf", COUNT, "Packets lost for want of receive buffers."),
+    counter("net_drops_out_total", "noxmtbuf", COUNT, "Packets lost for want of send buffers."),
+    gauge("net_link_up", "link_state", UP, "Whether the link is up; no sample where unknown."),
+    gauge("net_speed_bytes_per_second", "ifspeed", BITS, "Speed of the link in bytes a second."),
+), labels=link_labels)
+
+MEMCAP = Table("memcap", "memory_cap", "*", (
+    gauge("mem_agg_usage", "rss", BYTES, "Resident memory of the zone in bytes."),
+    counter("mem_anon_alloc_fail", "anon_alloc_fail", COUNT,
+            "Anonymous allocations that were refused."),
+    gauge("mem_limit", "physcap", CAP, "Cap on resident memory in bytes, if there is one."),
+    gauge("mem_swap", "swap", BYTES, "Swap that the zone uses, in bytes."),
+    gauge("mem_swap_limit", "swapcap", CAP, "Cap on swap in bytes, if there is one."),
+    counter("mem_over_limit_total", "nover", COUNT,
+            "Times that the zone has gone over its memory cap."),
+    counter("mem_paged_out_bytes_total", "pagedout", BYTES,
+            "Bytes paged out because of the memory cap."),
+    counter("mem_pages_in_total", "pgpgin", COUNT, "Pages paged in."),
+    counter("mem_anon_pages_in_total", "anonpgin", COUNT, "Anonymous pages paged in."),
+    counter("mem_exec_pages_in_total", "execpgin", COUNT, "Pages of programs paged in."),
+    counter("mem_fs_pages_in_total", "fspgin", COUNT, "Pages of files paged in."),
+    counter("mem_fault_throttles_total", "n_pf_throttle", COUNT,
+            "Page faults that were delayed because the zone is over its memory cap."),
+    counter("mem_fault_throttle_seconds_total", "n_pf_throttle_usec", US,
+            "Time that page faults were delayed for being over the memory cap."),
+))
+
+TCP = Table("tcp", "tcp", "tcp", (
+    counter("tcp_failed_connection_attempt_count", "attemptFails", COUNT,
+            "Connections that could not be opened."),
+    counter("tcp_retransmitted_segment_count", "retransSegs", COUNT, "Segments sent again."),
+    counter("tcp_duplicate_ack_count", "inDupAck", COUNT, "Duplicate acknowledgements received."),
+    counter("tcp_listen_drop_count", "listenDrop", COUNT,
+            "Connections refused because a backlog was full."),
+    counter("tcp_listen_drop_Qzero_count", "listenDropQ0", COUNT,
+            "Half-open connections refused because their queue was full."),
+    counter("tcp_half_open_drop_count", "halfOpenDrop", COUNT,
+            "Half-open connections that were dropped."),
+    counter("tcp_retransmit_timeout_drop_count", "timRetransDrop", COUNT,
+            "Connections dropped after the last retransmission."),
+    counter("tcp_active_open_count", "activeOpens", COUNT, "Connections opened from here."),
+    counter("tcp_passive_open_count", "passiveOpens", COUNT, "Connections opened from elsewhere."),
+    gauge("tcp_current_established_connections_total", "currEstab", COUNT,
+          "Connections that are established at present."),
+    counter("tcp_segments_in_total", "inSegs", COUNT, "Segments received."),
+    counter("tcp_segments_out_total", "outSegs", COUNT, "Segments sent, without those sent again."),
+    counter("tcp_errors_in_total", "inErrs", COUNT, "Segments received with errors."),
+    counter("tcp_resets_out_total", "outRsts", COUNT, "Resets sent."),
+    counter("tcp_established_resets_total", "estabResets", COUNT,
+            "Established connections that were reset."),
+))
+
+VCPU = Table("vcpu", "vmm", "vcpu*", tuple(
+    counter("vcpu_seconds_total", member, NS,
+            "Time of a virtual CPU by what it did: run the guest, wait for a CPU of the node.",
+            state=state)
+    for member, state in (("time_run", "run"), ("time_idle", "idle"), ("time_sched", "wait"),
+                          ("time_emu_kern", "emulation_kernel"),
+                          ("time_emu_user", "emulation_user"))
+), labels=each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.name[4:]))),)))
+
+
+def device_labels(kstats: Sequence[Kstat], _context: Any) -> List[Labels]:
+    """Virtual network cards by their order: the kernel tells no name, and numbers change."""
+    order = sorted(kstat.instance for kstat in kstats)
+    return [(("device", str(order.index(kstat.instance))),) for kstat in kstats]
+
+
+VIONA = Table("viona", "viona", "viona_stat", (
+    counter("viona_packets_in_total", "rx_packets", COUNT, "Packets handed to the guest."),
+    counter("viona_bytes_in_total", "rx_bytes", BYTES, "Bytes handed to the guest."),
+    counter("viona_errors_in_total", "rx_errors", COUNT, "Errors while handing packets over."),
+    counter("viona_drops_in_total", "rx_drops", COUNT, "Packets that the guest had no room for."),
+    counter("viona_packets_out_total", "tx_packets", COUNT, "Packets taken from the guest."),
+    counter("viona_bytes_out_total", "tx_bytes", BYTES, "Bytes taken from the guest."),
+    counter("viona_errors_out_total", "tx_errors", COUNT, "Errors while taking packets."),
+    counter("viona_drops_out_total", "tx_drops", COUNT, "Packets of the guest that were dropped."),
+), labels=device_labels)
+
+LOAD_ROWS = (
+    gauge("load_average", "avenrun_1min", LOAD, "Load average over one minute."),
+    gauge("load_average_5min", "avenrun_5min", LOAD, "Load average over 5 minutes."),
+    gauge("load_average_15min", "avenrun_15min", LOAD, "Load average over 15 minutes."),
+)
+FORK_FAILURES = "Processes that could not be started, by reason."
+
+ZONE_MISC = Table("zone_misc", "zones", "*", (
+    counter("cpu_user_usage", "nsec_user", RAW_NS, "CPU time in user mode, in nanoseconds."),
+    counter("cpu_sys_usage", "nsec_sys", RAW_NS, "CPU time in the kernel, in nanoseconds."),
+    counter("cpu_wait_time", "nsec_waitrq", RAW_NS,
+            "Time that threads have waited for a CPU, in nanoseconds."),
+    *LOAD_ROWS,
+    counter("proc_fork_failures_total", "forkfail_cap", COUNT, FORK_FAILURES, reason="cap"),
+    counter("proc_fork_failures_total", "forkfail_noproc", COUNT, FORK_FAILURES,
+            reason="no_process"),
+    counter("proc_fork_failures_total", "forkfail_nomem", COUNT, FORK_FAILURES,
+            reason="no_memory"),
+    counter("proc_fork_failures_total", "forkfail_misc", COUNT, FORK_FAILURES, reason="other"),
+    counter("proc_map_failures_total", "mapfail_seglim", COUNT,
+            "Mappings refused because the process has too many segments."),
+    gauge("boot_time_seconds", "boot_time", SECONDS, "When it booted, in seconds since the epoch."),
+))
+SLOW = "Operations on files that took longer than this."
+
+ZONE_VFS = Table("zone_vfs", "zone_vfs", "*", (
+    counter("vfs_bytes_read_count", "nread", BYTES, "Bytes read from files."),
+    counter("vfs_bytes_written_count", "nwritten", BYTES, "Bytes written to files."),
+    counter("vfs_read_operation_count", "reads", COUNT, "Reads of files."),
+    counter("vfs_write_operation_count", "writes", COUNT, "Writes to files."),
+    counter("vfs_wait_time_count", "wtime", RAW_NS,
+            "Time with operations waiting, in nanoseconds."),
+    counter("vfs_wait_length_time_count", "wlentime", RAW_NS,
+            "Time times the number of waiting operations, in nanoseconds."),
+    counter("vfs_run_time_count", "rtime", RAW_NS, "Time with operations running, in nanoseconds."),
+    counter("vfs_run_length_time_count", "rlentime", RAW_NS,
+            "Time times the number of running operations, in nanoseconds."),
+    gauge("vfs_elements_wait_state", "wcnt", COUNT, "Operations that wait at present."),
+    gauge("vfs_elements_run_state", "rcnt", COUNT, "Operations that run at present."),
+    counter("vfs_slow_operations_total", "10ms_ops", COUNT, SLOW, over="10ms"),
+    counter("vfs_slow_operations_total", "100ms_ops", COUNT, SLOW, over="100ms"),
+    counter("vfs_slow_operations_total", "1s_ops", COUNT, SLOW, over="1s"),
+    counter("vfs_slow_operations_total", "10s_ops", COUNT, SLOW, over="10s"),
+    counter("vfs_delayed_operations_total", "delay_cnt", COUNT,
+            "Operations delayed so that other zones get their share of the disks."),
+    counter("vfs_delay_seconds_total", "delay_time", US,
+            "Time that operations were delayed for the sake of other zones."),
+))
+ZONE_TABLES = (CPUCAP, *LIMITS, LINK, MEMCAP, TCP, VCPU, VIONA, ZONE_MISC, ZONE_VFS)
+
+# --- of the compute node
+
+def _size(member: str, help_text: str) -> Metric:
+    return gauge(f"arcstats_{member}_bytes", member, BYTES, help_text)
+
+
+def _total(member: str, help_text: str) -> Metric:
+    return counter(f"arcstats_{member}_total", member, COUNT, help_text)
+
+
+ARCSTATS = Table("arcstats", "zfs", "arcstats", (        # the cache of ZFS: arc_stats_t of arc.c
+    _size("anon_evictable_data", "Anonymous data that can be evicted."),
+    _size("anon_evictable_metadata", "Anonymous metadata that can be evicted."),
+    _size("anon_size", "Buffers that belong to no block yet."),
+    _size("arc_meta_limit", "Limit on metadata in the cache."),
+    _size("arc_meta_max", "Most metadata that the cache has held."),
+    _size("arc_meta_min", "Metadata that is kept at least."),
+    _size("arc_meta_used", "Metadata in the cache."),
+    gauge("arcstats_target_cache_size_bytes", "c", BYTES, "Size that the cache aims at."),
+    gauge("arcstats_max_target_cache_size_bytes", "c_max", BYTES,
+          "Largest size that the cache aims at."),
+    gauge("arcstats_min_target_cache_size_bytes", "c_min", BYTES,
+          "Smallest size that the cache aims at."),
+    _size("compressed_size", "Size of cached blocks as they are compressed."),
+    _size("data_size", "Cached data of files."),
+    _total("demand_data_hits", "Reads of data found in the cache."),
+    _total("demand_data_misses", "Reads of data not found in the cache."),
+    _total("demand_hit_predictive_prefetch", "Reads found because they had been prefetched."),
+    _total("demand_metadata_hits", "Reads of metadata found in the cache."),
+    _total("demand_metadata_misses", "Reads of metadata not found in the cache."),
+    counter("arcstats_evict_l2_cached_bytes_total", "evict_l2_cached", BYTES,
+            "Bytes evicted that the second level holds."),
+    counter("arcstats_evict_l2_eligible_bytes_total", "evict_l2_eligible", BYTES,
+            "Bytes evicted that the second level could have held."),
+    counter("arcstats_evict_l2_ineligible_bytes_total", "evict_l2_ineligible", BYTES,
+            "Bytes evicted that the second level may not hold."),
+    _total("evict_l2_skip", "Evictions put off because of the second level."),
+    _total("evict_not_enough", "Evictions that did not free enough."),
+    _total("evict_skip", "Buffers that could not be evicted."),
+    gauge("arcstats_hash_chain_max", "hash_chain_max", COUNT,
+          "Longest chain of the hash table so far."),
+    gauge("arcstats_hash_chains", "hash_chains", COUNT, "Chains of the hash table at present."),
+    _total("hash_collisions", "Collisions in the hash table."),
+    gauge("arcstats_hash_elements", "hash_elements", COUNT,
+          "Elements of the hash table at present."),
+    gauge("arcstats_hash_elements_max", "hash_elements_max", COUNT,
+          "Most elements of the hash table so far."),
+    counter("arcstats_hdr_size_bytes", "hdr_size", BYTES, "Size of the headers of cached blocks."),
+    _total("hits", "Reads found in the cache."),
+    _total("l2_abort_lowmem", "Second-level writes given up for want of memory."),
+    _size("l2_asize", "Space that the second level takes on its devices."),
+    _total("l2_cksum_bad", "Second-level reads with a wrong checksum."),
+    _total("l2_evict_l1cached", "Second-level evictions of blocks still in memory."),
+    _total("l2_evict_lock_retry", "Second-level evictions tried again for a lock."),
+    _total("l2_evict_reading", "Second-level evictions of blocks being read."),
+    _total("l2_feeds", "Times that the second level was fed."),
+    _total("l2_free_on_write", "Second-level buffers freed while being written."),
+    gauge("arcstats_l2_hdr_bytes", "l2_hdr_size", BYTES,
+          "Size of the headers of second-level blocks."),
+    _total("l2_hits", "Reads found in the second level."),
+    _total("l2_io_error", "Second-level reads that failed."),
+    _total("l2_misses", "Reads not found in the second level."),
+    gauge("arcstats_l2_read_bytes", "l2_read_bytes", BYTES, "Bytes read from the second level."),
+    _total("l2_rw_clash", "Second-level reads that met a write."),
+    _size("l2_size", "Size of the second level, uncompressed."),
+    counter("arcstats_l2_write_bytes", "l2_write_bytes", BYTES,
+            "Bytes written to the second level."),
+    _total("l2_writes_done", "Second-level writes that ended."),
+    _total("l2_writes_error", "Second-level writes that failed."),
+    _total("l2_writes_lock_retry", "Second-level writes tried again for a lock."),
+    _total("l2_writes_sent", "Second-level writes begun."),
+    counter("arcstats_memory_throttle_count", "memory_throttle_count", COUNT,
+            "Times that the cache slowed writers down for want of memory."),
+    _size("metadata_size", "Cached metadata."),
+    _size("mfu_evictable_data", "Frequently used data that can be evicted."),
+    _size("mfu_evictable_metadata", "Frequently used metadata that can be evicted."),
+    gauge("arcstats_mfu_ghost_evictable_data", "mfu_ghost_evictable_data", BYTES,
+          "Data remembered as frequently used, in bytes."),
+    _size("mfu_ghost_evictable_metadata", "Metadata remembered as frequently used."),
+    _total("mfu_ghost_hits", "Reads of blocks remembered as frequently used."),
+    _size("mfu_ghost_size", "Size of blocks remembered as frequently used."),
+    _total("mfu_hits", "Reads of frequently used blocks."),
+    _size("mfu_size", "Size of frequently used blocks."),
+    _total("misses", "Reads not found in the cache."),
+    _size("mru_evictable_data", "Recently used data that can be evicted."),
+    _size("mru_evictable_metadata", "Recently used metadata that can be evicted."),
+    _size("mru_ghost_evictable_data", "Data remembered as recently used."),
+    _size("mru_ghost_evictable_metadata", "Metadata remembered as recently used."),
+    _total("mru_ghost_hits", "Reads of blocks remembered as recently used."),
+    _size("mru_ghost_size", "Size of blocks remembered as recently used."),
+    _total("mru_hits", "Reads of recently used blocks."),
+    _size("mru_size", "Size of recently used blocks."),
+    _total("mutex_miss", "Evictions that could not get a lock."),
+    _size("other_size", "Other buffers of the cache."),
+    _size("overhead_size", "Uncompressed copies of cached blocks."),
+    _size("p", "Size aimed at for recently used blocks."),
+    _total("prefetch_data_hits", "Prefetches of data found in the cache."),
+    _total("prefetch_data_misses", "Prefetches of data not found in the cache."),
+    _total("prefetch_metadata_hits", "Prefetches of metadata found in the cache."),
+    _total("prefetch_metadata_misses", "Prefetches of metadata not found in the cache."),
+    _size("size", "Size of the cache."),
+    _total("sync_wait_for_async", "Reads that waited for a prefetch; older platforms."),
+    _total("async_upgrade_sync", "Prefetches that became reads; newer platforms."),
+    _size("uncompressed_size", "Size of cached blocks, uncompressed."),
+))
+
+CPU_INFO = Table("cpu_info", "cpu_info", "cpu_info*", (
+    gauge("cpu_info_model", "model", COUNT, "Model number of the first CPU."),
+    gauge("cpu_info_clock_hertz", "current_clock_Hz", COUNT, "Clock rate of the first CPU."),
+))
+
+CPU_UTIL = Table("cpu_util", "cpu", "sys", (
+    counter("cpu_idle_seconds_total", "cpu_nsec_idle", NS, "Time that the CPU was idle."),
+    counter("cpu_kernel_seconds_total", "cpu_nsec_kernel", NS, "CPU time in the kernel."),
+    counter("cpu_user_seconds_total", "cpu_nsec_user", NS, "CPU time in user mode."),
+    counter("cpu_dtrace_seconds_total", "cpu_nsec_dtrace", NS, "CPU time in DTrace probes."),
+    counter("cpu_interrupt_seconds_total", "cpu_nsec_intr", NS, "CPU time in interrupts."),
+), labels=each(lambda kstat: (("cpu_id", str(kstat.instance)),)))
+
+DISK = Table("disk", "disk", "*", (                      # disks, and a whole pool under its name
+    counter("disk_read_bytes_total", "nread", BYTES, "Bytes read."),
+    counter("disk_written_bytes_total", "nwritten", BYTES, "Bytes written."),
+    counter("disk_reads_total", "reads", COUNT, "Reads."),
+    counter("disk_writes_total", "writes", COUNT, "Writes."),
+    counter("disk_wait_seconds_total", "wtime", NS, "Time with operations waiting in the queue."),
+    counter("disk_wait_length_seconds_total", "wlentime", NS,
+            "Time times the number of waiting operations."),
+    counter("disk_busy_seconds_total", "rtime", NS, "Time with operations running."),
+    counter("disk_busy_length_seconds_total", "rlentime", NS,
+            "Time times the number of running operations."),
+    gauge("disk_waiting_operations", "wcnt", COUNT, "Operations that wait at present."),
+    gauge("disk_running_operations", "rcnt", COUNT, "Operations that run at present."),
+), labels=each(lambda kstat: (("device", kstat.name),)))
+
+NODE_LINK = Table("link", "link", "*", (
+    counter("link_bytes_in_total", "rbytes64", BYTES, "Bytes received."),
+    counter("link_bytes_out_total", "obytes64", BYTES, "Bytes sent."),
+    counter("link_packets_in_total", "ipackets64", COUNT, "Packets received."),
+    counter("link_packets_out_total", "opackets64", COUNT, "Packets sent."),
+    counter("link_errors_in_total", "ierrors", COUNT, "Packets received with errors."),
+    counter("link_errors_out_total", "oerrors", COUNT, "Packets that could not be sent."),
+    counter("link_drops_in_total", "norcvbuf", COUNT, "Packets lost for want of receive buffers."),
+    counter("link_drops_out_total", "noxmtbuf", COUNT, "Packets lost for want of send buffers."),
+    gauge("link_up", "link_state", UP, "Whether the link is up; no sample where unknown."),
+    gauge("link_speed_bytes_per_second", "ifspeed", BITS, "Speed of the link in bytes a second."),
+), labels=each(lambda kstat: (("link", kstat.name),)))
+
+NODE_LOAD = Table("load", "unix", "system_misc", LOAD_ROWS)
+
+
+def in_bytes(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
+    """What system_pages counts in pages; its counters of events stay as they are."""
+    return {member: value * context.page_size if isinstance(value, int) and member in _IN_PAGES
+            else value for member, value in kstat.data.items()}
+
+
+MEMORY = Table("memory", "unix", "system_pages", (
+    gauge("memory_total_bytes", "physmem", PAGES, "Memory of the node."),
+    gauge("memory_free_bytes", "freemem", PAGES, "Free memory."),
+    gauge("memory_lockable_bytes", "availrmem", PAGES, "Memory that can still be locked."),
+    gauge("memory_locked_bytes", "pageslocked", PAGES, "Memory that is locked, kernel included."),
+    gauge("memory_kernel_bytes", "pp_kernel", PAGES, "Memory of the kernel."),
+    gauge("memory_lotsfree_bytes", "lotsfree", PAGES,
+          "Free memory below which the pageout daemon looks for pages."),
+    gauge("memory_desfree_bytes", "desfree", PAGES, "Free memory that is aimed at."),
+    gauge("memory_minfree_bytes", "minfree", PAGES,
+          "Free memory below which allocations are held back."),
+    gauge("memory_scanned_pages", "nscan", COUNT,
+          "Pages that the pageout daemon has scanned in the last second."),
+    counter("memory_low_scans_total", "low_mem_scan", COUNT,
+            "Scans because the node was short of memory."),
+    counter("memory_zone_cap_scans_total", "zone_cap_scan", COUNT,
+            "Scans because a zone was over its cap."),
+    counter("memory_throttles_total", "n_throttle", COUNT,
+            "Allocations held back for want of memory."),
+), values=in_bytes)
+_IN_PAGES = frozenset(row.member for row in MEMORY.metrics if row.unit is PAGES)
+
+PROC = Table("proc", "unix", "system_misc", (
+    gauge("proc_processes", "nproc", COUNT, "Processes at present."),
+    gauge("boot_time_seconds", "boot_time", SECONDS, "When it booted, in seconds since the epoch."),
+))
+
+
+def mean_since(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
+    """vminfo adds the present number of pages to its members once a second."""
+    before = context.vminfo_before.data if context.vminfo_before is not None else {}
+    found = {member: value - before[member] for member, value in kstat.data.items()
+             if isinstance(value, int) and isinstance(before.get(member), int)}
+    updates = found.pop("updates", 0)
+    if updates <= 0 or min(found.values(), default=-1) < 0:
+        return {}
+    return {member: value * context.page_size // updates for member, value in found.items()}
+
+
+SWAP = Table("swap", "unix", "vminfo", (
+    gauge("swap_reserved_bytes", "swap_resv", PAGES, "Swap reserved; mean since the last reading."),
+    gauge("swap_allocated_bytes", "swap_alloc", PAGES,
+          "Swap allocated; mean since the last reading."),
+    gauge("swap_available_bytes", "swap_avail", PAGES,
+          "Swap that can still be reserved; mean since the last reading."),
+    gauge("swap_free_bytes", "swap_free", PAGES,
+          "Swap not allocated; mean since the last reading."),
+), values=mean_since)
+
+METASLAB = Table("zpool", "zfs_metaslab_group", "*", (
+    counter("metaslab_group_loads", "loads", COUNT, "Space maps that were loaded."),
+    counter("metaslab_group_unloads", "unloads", COUNT, "Space maps that were unloaded."),
+), labels=each(lambda kstat: (("pool", str(kstat.data.get("spa_name", ""))),
+                              ("vdev_guid", kstat.name))))
+NODE_TABLES = (ARCSTATS, CPU_INFO, CPU_UTIL, DISK, NODE_LINK, NODE_LOAD, MEMORY, PROC, SWAP,
+               METASLAB)
+
+
+def _made(kind: str, name: str, unit: Unit, help_text: str, source: str) -> Metric:
+    """A row of what a function below makes of several things."""
+    return Metric(kind, name, "", unit, help_text, source)
+
+
+CAPS, MEMCAPS = "kstats caps:*:cpucaps_zone_*:value", "kstats memory_cap:*:*:physcap"
+ALLOC = (
+    _made(GAUGE, "alloc_cpus", CPUS, "CPUs of the node.", "kstat unix:0:system_misc:ncpus"),
+    _made(GAUGE, "alloc_cpu_caps_cpus", CPUS, "Sum of the CPU caps of running zones.", CAPS),
+    _made(GAUGE, "alloc_memory_bytes", BYTES, "Memory of the node.",
+          "kstat unix:0:system_pages:physmem"),
+    _made(GAUGE, "alloc_memory_caps_bytes", BYTES, "Sum of the memory caps of running zones.",
+          MEMCAPS),
+    _made(GAUGE, "alloc_uncapped_zones", COUNT, "Running zones without a cap, by resource.",
+          f"{CAPS}, {MEMCAPS}"),
+)
+CPUS_BY_STATE = _made(GAUGE, "cpu_info_cpus", COUNT, "CPUs by state.", "kstats cpu_info:*:*:state")
+ZONES_BY_STATE = _made(GAUGE, "zones_in_state", COUNT, "Zones by state.", "zoneadm list -p -c")
+TIME_OF_DAY = _made(COUNTER, "time_of_day", Unit("milliseconds", whole),
+                    "Clock of the node in milliseconds since the epoch.", "clock")
+
+# --- of commands: the words of their output, by column or name
+
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?")
+
+
+def word(value: Any) -> Optional[Number]:
+    """A number in a command's output; "-" and all else is none."""
+    match = _DECIMAL.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    if match.group(1) is None and match.group(2) is None:
+        return int(value)
+    number_ = float(value)
+    return number_ if math.isfinite(number_) else None
+
+
+def word_scaled(factor: int, divisor: int) -> Convert:
+    """A number in a command's output, in another unit."""
+    def convert(value: Any) -> Optional[Number]:
+        found = word(value)
+        if found is None:
+            return None
+        return found * factor if divisor == 1 else found * factor / divisor
+    return convert
+
+
+def stripped(end: str) -> Convert:
+    """A number in a command's output that may have a mark behind it."""
+    def convert(value: Any) -> Optional[Number]:
+        return word(value[:-1] if isinstance(value, str) and value.endswith(end) else value)
+    return convert
+
+
+def place_in(words: Sequence[str], other: Optional[Number] = -1) -> Convert:
+    """A word as its place in a list."""
+    places = {one: index for index, one in enumerate(words)}
+
+    def convert(value: Any) -> Optional[Number]:
+        return places.get(value, other) if isinstance(value, str) else None
+    return convert
+
+
+def present(value: Optional[Number]) -> Optional[Number]:
+    """Sizes are not negative."""
+    return None if value is None or value < 0 else value
+
+
+HEALTH = place_in(("ONLINE", "DEGRADED", "FAULTED", "OFFLINE", "REMOVED", "UNAVAIL"))
+
+
+def health(value: Any) -> Optional[Number]:
+    """A pool's state as the original numbers it; a "-" says nothing."""
+    return None if value == "-" else HEALTH(value)
+
+
+SIZE = Unit("bytes", lambda value: present(word(value)))
+RATIO = Unit("ratio", stripped("x"))
+SHARE = Unit("percent", stripped("%"))
+
+ZFS = (
+    gauge("zfs_available", "available", SIZE, "Space that the zone can still use, in bytes."),
+    gauge("zfs_used", "used", SIZE, "Space that the zone uses, children included, in bytes."),
+    gauge("zfs_logicalused", "logicalused", SIZE, "Space used, before compression, in bytes."),
+    gauge("zfs_recordsize", "recordsize", SIZE, "Block size of new files, in bytes."),
+    gauge("zfs_quota", "quota", SIZE, "Limit on the space that the zone uses; 0 is none."),
+    gauge("zfs_compressratio", "compressratio", RATIO, "Compression of what is used, as a ratio."),
+    gauge("zfs_refcompressratio", "refcompressratio", RATIO,
+          "Compression of what is referenced, as a ratio."),
+    gauge("zfs_referenced", "referenced", SIZE, "Space that the dataset refers to, in bytes."),
+    gauge("zfs_logicalreferenced", "logicalreferenced", SIZE,
+          "Space referred to, before compression, in bytes."),
+    gauge("zfs_usedbydataset", "usedbydataset", SIZE, "Space of the dataset itself, in bytes."),
+    gauge("zfs_usedbysnapshots", "usedbysnapshots", SIZE,
+          "Space that would come back without its snapshots, in bytes."),
+)
+ZPOOL = (
+    gauge("zpool_allocated_bytes", "allocated", SIZE, "Space of the pool that is allocated."),
+    gauge("zpool_fragmentation_percent", "fragmentation", SHARE,
+          "Fragmentation of the pool's free space."),
+    gauge("zpool_health_status", "health", Unit("", health),
+          "Health: 0 online, 1 degraded, 2 faulted, 3 offline, 4 removed, 5 unavailable."),
+    gauge("zpool_size_bytes", "size", SIZE, "Size of the pool."),
+)
+ZFS_COLUMNS = tuple(row.member for row in ZFS)
+ZPOOL_COMMAND = ("list", "-Hp", "-o", ",".join(("name", *(row.member for row in ZPOOL))))
+APEERS_COMMAND = ("-n", "-c", "apeers")
+NTP_COMMAND = ("-n", "-c", "iostats", "-c", "kerninfo", "-c", "monstats", "-c", "sysinfo",
+               "-c", "sysstats")                # and "-c", "readvar ASSID" of the system peer
+TRACKING_COMMAND, SOURCES_COMMAND = ("-n", "-c", "tracking"), ("-n", "-c", "sources")
+ZONEADM_COMMAND = ("list", "-p", "-c")
+
+CODES = ("ACST ACTS AUTH AUTO BCST CHU CRYPT DCFx DENY GAL GOES GPS HBG INIT IRIG JJY LFx LOCL "
+         "LORC MCST MSF NIST PPS PTB RATE STEP TDF TIME USNO WWV WWVB WWVH").split()
+MODES = ("bclient broadcast client control private server sym_active sym_passive unspec").split()
+TALLIES = " x.-+#*o"            # invalid falseticker overflow pruned candidate backup syspeer pps
+SINCE_1900 = 2208988800         # seconds from the era of NTP to that of Unix
+_HEX_ADDRESS = re.compile(r"[0-9a-f]{8}")
+_ADDRESS = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,44}")
+_STAMP = re.compile(r"(?:0x)?([0-9a-fA-F]{1,8})\.([0-9a-fA-F]{1,8})")
+_SPANS = {"m": 60, "h": 3600, "d": 86400}
+
+
+def ntp_time(value: Any) -> Optional[Number]:
+    """Seconds since 1900 of a hexadecimal fixed point number; "(no time)" is 0."""
+    text_ = value.strip() if isinstance(value, str) else ""
+    if text_.startswith("(no time)"):
+        return 0
+    match = _STAMP.match(text_)
+    if match is None:
+        return None
+    fraction = int(match.group(2).ljust(8, "0"), 16)
+    return int(match.group(1), 16) + fraction / 2 ** 32
+
+
+def span(value: Any) -> Optional[Number]:
+    """Seconds of "33", "5h" or "2d"."""
+    if not isinstance(value, str):
+        return None
+    found = word(value[:-1] if value[-1:] in _SPANS else value)
+    return None if found is None else found * _SPANS.get(value[-1:], 1)
+
+
+def failed_polls(value: Any) -> Optional[Number]:
+    """How many of the 8 bits of an octal number are not set."""
+    if not isinstance(value, str) or not re.fullmatch(r"[0-7]{1,4}", value):
+        return None
+    return 8 - bin(int(value, 8) & 0xFF).count("1")
+
+
+def refid(value: Any) -> Optional[Number]:
+    """0 for an address, in hexadecimal too, 1 and more for a known code, or -1."""
+    if not isinstance(value, str):
+        return None
+    if _HEX_ADDRESS.fullmatch(value) or _ADDRESS.fullmatch(value):
+        return 0
+    code = value[1:-1] if len(value) > 2 and value[0] == value[-1] == "." else ""
+    return CODES.index(code) + 1 if code in CODES else -1
+
+
+def leap(value: Any) -> Optional[Number]:
+    """Two binary digits."""
+    return int(value, 2) if isinstance(value, str) and re.fullmatch(r"[01]{1,2}", value) else None
+
+
+def flag(value: Any) -> Optional[Number]:
+    """Whether a number, hexadecimal too, is not zero."""
+    if not isinstance(value, str) or not re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", value):
+        return None
+    return int(int(value, 0 if value.startswith("0x") else 10) != 0)
+
+
+MS = Unit("seconds", word_scaled(1, 1000))
+KIB = Unit("bytes", word_scaled(1024, 1))
+STAMP = Unit("seconds", ntp_time)
+LEAP, MODE, FAILED = Unit("", leap), Unit("", place_in(MODES)), Unit("", failed_polls)
+REFID, TYPE, TALLY = Unit("", refid), Unit("", place_in("ublsABM")), Unit("", place_in(TALLIES))
+SPAN, WORD, WORD_SECONDS = Unit("seconds", span), Unit("", word), Unit("seconds", word)
+WORD_PPM, WORD_MS, FLAG = Unit("ppm", word), Unit("milliseconds", word), Unit("boolean", flag)
+
+NTP_PEER = (                    # by column of apeers
+    gauge("ntp_peer_delay_seconds", "delay", MS, "Round trip to the peer."),
+    gauge("ntp_peer_jitter_ppm", "jitter", WORD_MS,
+          "Jitter of the peer, in milliseconds in spite of the name."),
+    gauge("ntp_peer_offset_seconds", "offset", MS, "Offset of the clock from the peer's."),
+    gauge("ntp_peer_poll_interval_seconds", "poll", SPAN, "Seconds between two polls of the peer."),
+    gauge("ntp_peer_last8_polls_failure_count", "reach", FAILED,
+          "How many of the last 8 polls had no answer."),
+    gauge("ntp_peer_refid_number", "refid", REFID,
+          "Kind of the peer's reference: 0 address, -1 unknown, else its number in the list."),
+    gauge("ntp_peer_connection_type", "t", TYPE,
+          "Kind of the association: its place in u b l s A B M, or -1."),
+    gauge("ntp_peer_stratum_number", "st", WORD, "Stratum of the peer."),
+    gauge("ntp_peer_state", "state", TALLY,
+          "What became of the peer in the selection: 6 is the system peer."),
+    gauge("ntp_peer_last_query_seconds", "when", SPAN, "Seconds since the peer was last heard."),
+)
+NTP_SYSTEM_PEER = (             # by variable of the system peer
+    gauge("ntp_syspeer_delay_seconds", "delay", MS, "Round trip to the system peer."),
+    gauge("ntp_syspeer_dispersion_seconds", "dispersion", MS, "Dispersion of the system peer."),
+    gauge("ntp_syspeer_headway_seconds", "headway", MS, "Headway of the system peer."),
+    gauge("ntp_syspeer_hmode_number", "hmode", WORD, "Mode of this side towards the system peer."),
+    gauge("ntp_syspeer_hpoll_interval_log2s", "hpoll", WORD,
+          "Poll interval of this side, as a power of two."),
+    gauge("ntp_syspeer_jitter_ppm", "jitter", WORD_MS,
+          "Jitter of the system peer, in milliseconds in spite of the name."),
+    gauge("ntp_syspeer_leap_indicator_status", "leap", LEAP,
+          "Leap indicator of the system peer."),
+    gauge("ntp_syspeer_offset_seconds", "offset", MS,
+          "Offset of the clock from the system peer's."),
+    gauge("ntp_syspeer_pmode_number", "pmode", WORD, "Mode of the system peer."),
+    gauge("ntp_syspeer_ppoll_interval_log2s", "ppoll", WORD,
+          "Poll interval of the system peer, as a power of two."),
+    gauge("ntp_syspeer_precision_log2s", "precision", WORD,
+          "Precision of the system peer, as a power of two."),
+    gauge("ntp_syspeer_rec_seconds", "rec", STAMP,
+          "When the system peer was last heard, in seconds since 1900."),
+    gauge("ntp_syspeer_reftime_seconds", "reftime", STAMP,
+          "When the system peer's clock was last set, in seconds since 1900."),
+    gauge("ntp_syspeer_root_delay_seconds", "rootdelay", MS,
+          "Round trip from the system peer to its primary source."),
+    gauge("ntp_syspeer_root_dispersion_seconds", "rootdisp", MS,
+          "Dispersion from the system peer to its primary source."),
+    gauge("ntp_syspeer_stratum_number", "stratum", WORD, "Stratum of the system peer."),
+    counter("ntp_syspeer_unreach_total", "unreach", WORD,
+            "Polls of the system peer without an answer."),
+    gauge("ntp_syspeer_xleave_seconds", "xleave", MS, "Interleave delay of the system peer."),
+)
+NTP = (                         # by the words of iostats, kerninfo, monstats, sysinfo and sysstats
+    counter("ntp_dropped_packets_total", "dropped packets", WORD,
+            "Packets dropped for want of buffers."),
+    gauge("ntp_free_receive_buffers_count", "free receive buffers", WORD,
+          "Receive buffers that are free."),
+    counter("ntp_ignored_packets_total", "ignored packets", WORD, "Packets ignored."),
+    counter("ntp_input_wakeups_total", "input wakeups", WORD, "Times that ntpd woke up for input."),
+    counter("ntp_low_water_refill_count", "low water refills", WORD,
+            "Times that receive buffers were added."),
+    counter("ntp_packet_send_failures_total", "packet send failures", WORD,
+            "Packets that could not be sent."),
+    counter("ntp_packet_sent_total", "packets sent", WORD, "Packets sent."),
+    gauge("ntp_receive_buffers_count", "receive buffers", WORD, "Receive buffers in all."),
+    counter("ntp_packet_received_total", "received packets", WORD, "Packets received."),
+    counter("ntp_time_since_reset_seconds", "time since reset", WORD_SECONDS,
+            "Seconds since these counters began."),
+    gauge("ntp_used_receive_buffers_count", "used receive buffers", WORD,
+          "Receive buffers in use."),
+    counter("ntp_useful_input_wakeups_total", "useful input wakeups", WORD,
+            "Times that ntpd woke up and found input."),
+    counter("ntp_calibration_cycles_total", "calibration cycles", WORD,
+            "Calibrations by a PPS signal."),
+    gauge("ntp_calibration_interval_seconds", "calibration interval", WORD_SECONDS,
+          "Length of a calibration."),
+    gauge("ntp_estimated_error_seconds", "estimated error", MS, "Error of the clock as estimated."),
+    gauge("ntp_frequency_tolerance_ppm", "frequency tolerance", WORD_PPM,
+          "Frequency error that the kernel allows for."),
+    counter("ntp_jitter_exceeded_seconds_total", "jitter exceeded", WORD,
+            "Times that a PPS signal had too much jitter."),
+    gauge("ntp_maximum_error_seconds", "maximum error", MS, "Largest possible error of the clock."),
+    gauge("ntp_frequency_offset_ppm", "pll frequency", WORD_PPM, "Frequency offset of the clock."),
+    gauge("ntp_pll_offset_seconds", "pll offset", MS, "Offset that the kernel still corrects."),
+    gauge("ntp_pll_time_const", "pll time constant", WORD,
+          "Time constant of the phase-locked loop."),
+    gauge("ntp_pps_frequency_ppm", "pps frequency", WORD_PPM, "Frequency of the PPS signal."),
+    gauge("ntp_pps_jitter_ppm", "pps jitter", WORD_MS,
+          "Jitter of the PPS signal, in milliseconds in spite of the name."),
+    gauge("ntp_pps_stability_ppm", "pps stability", WORD_PPM, "Stability of the PPS signal."),
+    gauge("ntp_precision", "precision", MS, "Precision of the kernel's clock."),
+    gauge("ntp_mru_monitor_enabled_boolean", "enabled", FLAG,
+          "Whether the monitor of clients is on."),
+    gauge("ntp_mru_monitor_address_count", "addresses", WORD, "Addresses that the monitor holds."),
+    gauge("ntp_mru_monitor_max_address_count", "peak addresses", WORD,
+          "Most addresses that the monitor has held."),
+    gauge("ntp_mru_monitor_max_address_limit", "maximum addresses", WORD,
+          "Most addresses that the monitor may hold."),
+    gauge("ntp_mru_monitor_min_address_limit", "reclaim above count", WORD,
+          "Addresses above which old ones are reused."),
+    gauge("ntp_mru_monitor_max_age_limit", "reclaim older than", WORD_SECONDS,
+          "Age in seconds above which addresses are reused."),
+    gauge("ntp_mru_monitor_memory_bytes", "kilobytes", KIB, "Memory of the monitor in bytes."),
+    gauge("ntp_mru_monitor_max_memory_bytes", "maximum kilobytes", KIB,
+          "Most memory of the monitor in bytes."),
+    gauge("ntp_broadcast_delay_seconds", "broadcast delay", MS, "Delay assumed for broadcasts."),
+    gauge("ntp_clock_jitter_ppm", "clock jitter", WORD_MS,
+          "Jitter of the clock, in milliseconds in spite of the name."),
+    gauge("ntp_clock_frequency_wander_ppm", "clock wander", WORD_PPM,
+          "Wander of the clock's frequency."),
+    gauge("ntp_leap_indicator_status", "leap indicator", LEAP,
+          "Leap indicator: 1 and 2 announce a leap second, 3 is no synchronisation."),
+    gauge("ntp_precision_log2s", "log2 precision", WORD,
+          "Precision of the clock, as a power of two."),
+    gauge("ntp_stratum_number", "stratum", WORD, "Stratum of this node."),
+    gauge("ntp_sys_jitter_ppm", "system jitter", WORD_MS,
+          "Jitter of the system, in milliseconds in spite of the name."),
+    gauge("ntp_syspeer_mode_number", "system peer mode", MODE,
+          "Mode of the association with the system peer."),
+    gauge("ntp_reftime_seconds", "reference time", STAMP,
+          "When the clock was last set, in seconds since 1900."),
+    gauge("ntp_root_delay_seconds", "root delay", MS, "Round trip to the primary source."),
+    gauge("ntp_root_dispersion_seconds", "root dispersion", MS,
+          "Dispersion to the primary source."),
+    counter("ntp_authentication_failures_total", "authentication failed", WORD,
+            "Packets whose authentication failed."),
+    counter("ntp_bad_length_or_format_total", "bad length or format", WORD,
+            "Packets of wrong length or format."),
+    counter("ntp_same_version_total", "current version", WORD, "Packets of the current version."),
+    counter("ntp_declined_total", "declined", WORD, "Packets declined."),
+    counter("ntp_kod_responses_total", "kod responses", WORD, "Kiss-of-death packets sent."),
+    counter("ntp_old_version_total", "older version", WORD, "Packets of an older version."),
+    counter("ntp_packets_processed_total", "processed for time", WORD,
+            "Packets used to set the clock."),
+    counter("ntp_packets_rate_limited_total", "rate limited", WORD,
+            "Packets refused by the rate limit."),
+    counter("ntp_access_denied_packets_total", "restricted", WORD,
+            "Packets refused by restrictions."),
+    counter("ntp_sysstats_reset_seconds", "sysstats reset", WORD_SECONDS,
+            "Seconds since the system's counters began."),
+    counter("ntp_uptime_seconds", "uptime", WORD_SECONDS, "Seconds since ntpd started."),
+)
+
+# --- which collectors there are, and what is said of their metrics
+
+class Collector(NamedTuple):
+    """One collector of a page."""
+    name: str
+    source: str                             # "kstat", or what the page's builder has to ask
+    lifetime: float                         # seconds that a value is used for at the most
+    tables: Tuple[Table, ...] = ()
+    metrics: Tuple[Metric, ...] = ()        # beside those of the tables
+    labels: Tuple[str, ...] = ()            # of these metrics, in words for /v1/metadata
+
+
+def _of(name: str, tables: Sequence[Table]) -> Tuple[Table, ...]:
+    return tuple(table for table in tables if table.collector == name)
+
+
+KSTAT_SECONDS, CORE_SECONDS, PLUGIN_SECONDS = 8.0, 5.0, 60.0
+TIME = Collector("time", "clock", 0.0, metrics=(TIME_OF_DAY,))
+ZONE_COLLECTORS = (             # in page order
+    Collector("cpucap", "kstat", KSTAT_SECONDS, (CPUCAP,)),
+    Collector("limits", "kstat", KSTAT_SECONDS, LIMITS),
+    Collector("link", "kstat", KSTAT_SECONDS, (LINK,)),
+    Collector("memcap", "kstat", KSTAT_SECONDS, (MEMCAP,)),
+    Collector("tcp", "kstat", KSTAT_SECONDS, (TCP,)),
+    Collector("textfile", "textfile", KSTAT_SECONDS),
+    Collector("triton_core", "ports", CORE_SECONDS),
+    Collector("vcpu", "kstat", KSTAT_SECONDS, (VCPU,)),
+    Collector("viona", "kstat", KSTAT_SECONDS, (VIONA,)),
+    Collector("zfs", "zfs", 300.0, metrics=ZFS),
+    Collector("zone_misc", "kstat", KSTAT_SECONDS, (ZONE_MISC,)),
+    Collector("zone_vfs", "kstat", KSTAT_SECONDS, (ZONE_VFS,)),
+    TIME,
+)
+NODE_COLLECTORS = (             # in page order
+    Collector("alloc", "kstat", 60.0, metrics=ALLOC),
+    Collector("arcstats", "kstat", KSTAT_SECONDS, (ARCSTATS,)),
+    Collector("cpu_info", "kstat", KSTAT_SECONDS, (CPU_INFO,), (CPUS_BY_STATE,)),
+    Collector("cpu_util", "kstat", KSTAT_SECONDS, (CPU_UTIL,)),
+    Collector("disk", "kstat", KSTAT_SECONDS, (DISK,)),
+    Collector("link", "kstat", KSTAT_SECONDS, (NODE_LINK,)),
+    Collector("load", "kstat", KSTAT_SECONDS, (NODE_LOAD,)),
+    Collector("memory", "kstat", KSTAT_SECONDS, (MEMORY,)),
+    Collector("ntp", "ntp", 64.0, metrics=NTP_PEER + NTP_SYSTEM_PEER + NTP),
+    Collector("proc", "kstat", KSTAT_SECONDS, (PROC,)),
+    Collector("swap", "kstat", KSTAT_SECONDS, (SWAP,)),
+    Collector("zones", "zoneadm", 30.0, metrics=(ZONES_BY_STATE,)),
+    Collector("zpool", "zpool", 30.0, (METASLAB,), ZPOOL),
+    TIME,
+)
+LIFETIMES: Mapping[str, float] = {one.name: one.lifetime
+                                  for one in ZONE_COLLECTORS + NODE_COLLECTORS}
+
+
+def _source(metric: Metric, table: Optional[Table]) -> str:
+    if metric.source:
+        return metric.source
+    if table is not None:
+        return f"kstat {table.module}:*:{table.names}:{metric.member}"
+    for rows, command in ((ZFS, "zfs list"), (ZPOOL, "zpool list"), (NTP_PEER, "ntpq apeers"),
+                          (NTP_SYSTEM_PEER, "ntpq readvar"), (NTP, "ntpq")):
+        if metric in rows:
+            return f"{command}, {metric.member}"
+    return ""
+
+
+# A family's head with its cells; made once, since a page has a hundred and they never change.
+# name, type, HELP, member, conversion (None: an integer stays as it is), labels, further cells
+_Cell = Tuple[Labels, str, Optional[Convert]]
+_Row = Tuple[str, str, str, str, Optional[Convert], Labels, Tuple[_Cell, ...]]
+
+
+def help_of(metric: Metric, table: Optional[Table] = None) -> str:
+    """What HELP says: the sentence, and where the value comes from."""
+    return f"{metric.help[:-1]} ({_source(metric, table)})."
+
+
+def _rows(metrics: Sequence[Metric], table: Optional[Table] = None) -> Tuple[_Row, ...]:
+    rows: List[_Row] = []
+    for metric in metrics:
+        convert = None if metric.unit.convert is whole else metric.unit.convert
+        if rows and rows[-1][0] == metric.name:
+            cells = rows[-1][6] or ((rows[-1][5], rows[-1][3], rows[-1][4]),)
+            rows[-1] = rows[-1][:6] + (cells + ((metric.labels, metric.member, convert),),)
+        else:
+            rows.append((metric.name, metric.kind, help_of(metric, table), metric.member, convert,
+                         metric.labels, ()))
+    return tuple(rows)
+
+
+Found = Sequence[Tuple[Labels, Mapping[str, Any]]]
+_make = tuple.__new__           # a third of what Family(...) takes, 200 times a page
+
+
+def _value_of(data: Mapping[str, Any], member: str, convert: Optional[Convert]
+              ) -> Optional[Number]:
+    value = data.get(member)
+    if convert is None:
+        return value if type(value) is int else whole(value)
+    return None if value is None else convert(value)
+
+
+def _families(rows: Sequence[_Row], found: Found) -> List[Family]:
+    """The families of a table from the things found: labels, and values by member."""
+    families: List[Family] = []
+    add = families.append
+    if len(found) == 1:
+        labels, data = found[0]
+        get = data.get
+        for name, kind, text_, member, convert, own, cells in rows:
+            if cells:
+                samples = [Sample(labels + more, value) for more, member, convert in cells
+                           for value in (_value_of(data, member, convert),) if value is not None]
+                if samples:
+                    add(Family(name, kind, text_, samples))
+                continue
+            value = get(member)
+            if convert is not None:
+                value = None if value is None else convert(value)
+            elif type(value) is not int:
+                value = whole(value)
+            if value is not None:
+                add(_make(Family, (name, kind, text_,
+                                   (_make(Sample, (labels + own, value, "")),))))
+        return families
+    for name, kind, text_, member, convert, own, cells in rows:
+        samples = [_make(Sample, (labels + more, value, ""))
+                   for labels, data in found
+                   for more, one, way in cells or ((own, member, convert),)
+                   for value in (_value_of(data, one, way),) if value is not None]
+        if samples:
+            add(Family(name, kind, text_, samples))
+    return families
+
+
+_ROWS: Dict[int, Tuple[_Row, ...]] = {id(table): _rows(table.metrics, table)
+                                      for table in ZONE_TABLES + NODE_TABLES}
+_ALLOC_ROWS, _ZFS_ROWS, _ZPOOL_ROWS = _rows(ALLOC), _rows(ZFS), _rows(ZPOOL)
+_PEER_ROWS, _SYSTEM_PEER_ROWS, _NTP_ROWS = _rows(NTP_PEER), _rows(NTP_SYSTEM_PEER), _rows(NTP)
+_ZONE_TABLES = {one.name: one.tables for one in ZONE_COLLECTORS}
+_NODE_TABLES = {one.name: one.tables for one in NODE_COLLECTORS}
+_FAILED = re.compile(r"([^:]*):(-?[0-9]+):(.*): ")      # of a KstatError: which kstat it was
+Read = Union[Kstat, KstatError]
+
+
+def _chosen(table: Table, kstats: Sequence[Read], zone: Optional[str]) -> List[Kstat]:
+    """The kstats of a table; one that could not be read is the collector's failure."""
+    module = table.module
+    chosen: List[Kstat] = []
+    for kstat in kstats:
+        if isinstance(kstat, KstatError):
+            match = _FAILED.match(str(kstat))
+            if match and match.group(1) == module and table.has(match.group(3)):
+                raise CollectError(f"{table.collector}: {kstat}")
+        elif kstat.module == module and table.has(kstat.name) \
+                and (zone is None or kstat.data.get("zonename", zone) == zone):
+            chosen.append(kstat)
+    return chosen
+
+
+def _table_families(table: Table, kstats: List[Kstat], context: Any) -> List[Family]:
+    if not kstats:
+        return []
+    if table.labels is None:
+        labels: List[Labels] = [()]
+        del kstats[1:]
+    else:
+        labels = table.labels(kstats, context)
+        if len(set(labels)) < len(labels):                  # the first of equal ones is shown
+            fresh = dict(zip(reversed(labels), reversed(kstats)))
+            labels, kstats = list(fresh)[::-1], list(fresh.values())[::-1]
+    if table.values is None:
+        return _families(_ROWS[id(table)], [(one, kstat.data)
+                                            for one, kstat in zip(labels, kstats)])
+    return _families(_ROWS[id(table)], [(one, table.values(kstat, context))
+                                        for one, kstat in zip(labels, kstats)])
+
+
+def _ran(kstat: Read) -> bool:
+    """Whether a virtual CPU exists: the kernel counts for all that a machine could have."""
+    return isinstance(kstat, KstatError) or any(
+        kstat.data.get(row.member) for row in VCPU.metrics)
+
+
+def zone_families(collector: str, kstats: Sequence[Read], context: ZoneContext) -> List[Family]:
+    """What one collector sends of a zone, from all that was read of it; raises CollectError."""
+    families: List[Family] = []
+    for table in _ZONE_TABLES.get(collector, ()):
+        read = kstats
+        if table is VCPU:
+            read = [kstat for kstat in context.vcpus if _ran(kstat)]
+        elif table is VIONA:
+            read = context.viona
+        families += _table_families(table, _chosen(table, read, context.zone), context)
+    return families
+
+
+def node_families(collector: str, kstats: Mapping[str, Sequence[Read]], context: NodeContext
+                  ) -> List[Family]:
+    """What one collector sends of the node, from what was read, by module; raises CollectError."""
+    if collector == "alloc":
+        return _alloc(kstats, context)
+    families: List[Family] = []
+    for table in _NODE_TABLES.get(collector, ()):
+        chosen = _chosen(table, kstats.get(table.module, ()), None)
+        if table is CPU_INFO:
+            chosen.sort(key=lambda kstat: kstat.instance)
+            families.append(_by_state(CPUS_BY_STATE, collections.Counter(
+                str(kstat.data["state"]) for kstat in chosen if "state" in kstat.data)))
+        families += _table_families(table, chosen, context)
+    return families
+
+
+def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
+    return Family(metric.name, metric.kind, help_of(metric),
+                  [Sample((("state", state),), counts[state]) for state in sorted(counts)])
+
+
+def _alloc(kstats: Mapping[str, Sequence[Read]], context: NodeContext) -> List[Family]:
+    """What zones may use at the most, beside what there is."""
+    def values(module: str, begin: str, member: str) -> List[Optional[Number]]:
+        return [cap(kstat.data.get(member)) for kstat in kstats.get(module, ())
+                if isinstance(kstat, Kstat) and kstat.name.startswith(begin)
+                and kstat.instance != 0 and kstat.data.get("zonename") != "global"]
+
+    def of_node(name: str, member: str) -> Optional[Number]:
+        return next((whole(kstat.data.get(member)) for kstat in kstats.get("unix", ())
+                     if isinstance(kstat, Kstat) and kstat.name == name), None)
+
+    cpu_caps = [one for one in values("caps", "cpucaps_zone_", "value") if one is not None]
+    memory_caps = values("memory_cap", "", "physcap")
+    capped = [one for one in memory_caps if one is not None]
+    pages = of_node("system_pages", "physmem")
+    uncapped = {"cpu": max(0, len(memory_caps) - len(cpu_caps)),
+                "memory": len(memory_caps) - len(capped)}
+    made: List[Tuple[Metric, Optional[Number]]] = [
+        (ALLOC[0], of_node("system_misc", "ncpus")), (ALLOC[1], cpus_of_percent(sum(cpu_caps))),
+        (ALLOC[2], None if pages is None else pages * context.page_size), (ALLOC[3], sum(capped))]
+    return [Family(metric.name, metric.kind, help_of(metric), [Sample((), value)])
+            for metric, value in made if value is not None] + [
+        Family(ALLOC[4].name, GAUGE, help_of(ALLOC[4]),
+               [Sample((("resource", name),), count) for name, count in uncapped.items()])]
+
+
+def zone_states(zones: Sequence[ZoneLine]) -> List[Family]:
+    """How many zones there are, by state, as parse_zoneadm gives them."""
+    return [_by_state(ZONES_BY_STATE, collections.Counter(zone.state for zone in zones))]
+
+
+def vminfo_of(kstats: Mapping[str, Sequence[Read]]) -> Optional[Kstat]:
+    """The reading of vminfo that the next one is compared with."""
+    return next((kstat for kstat in kstats.get("unix", ())
+                 if isinstance(kstat, Kstat) and kstat.name == "vminfo"), None)
+
+
+def time_families(now: float) -> List[Family]:
+    """The clock, in the original's milliseconds."""
+    return [Family(TIME_OF_DAY.name, TIME_OF_DAY.kind, help_of(TIME_OF_DAY),
+                   [Sample((), int(now * 1000))])]
+
+
+# --- what commands print; each parser takes any text, and at most CollectError comes out
+
+MAX_LINES = 100_000
+
+
+def _lines(output: str) -> List[str]:
+    return output.split("\n", MAX_LINES)[:MAX_LINES]
+
+
+def zfs_command(columns: Sequence[str]) -> Tuple[str, ...]:
+    """Arguments that ask for these columns of all datasets at once, less the pool's name."""
+    return ("list", "-Hp", "-t", "filesystem,volume", "-o", ",".join(("name", *columns)), "-r")
+
+
+def parse_zfs_list(output: str, columns: Sequence[str] = ZFS_COLUMNS
+                   ) -> Dict[str, Dict[str, Number]]:
+    """Numbers by column by dataset, of `zfs list` with the arguments of `zfs_command`."""
+    datasets: Dict[str, Dict[str, Number]] = {}
+    rows = [row for row in ZFS if row.member in columns]
+    for line in _lines(output):
+        name, *words = line.split("\t")
+        if len(words) == len(rows):
+            found = ((row.member, row.unit.convert(text_)) for row, text_ in zip(rows, words))
+            datasets[name] = {member: value for member, value in found if value is not None}
+    if not datasets and output.strip():
+        raise CollectError(f"zfs: no line of zfs list has {len(rows) + 1} columns")
+    return datasets
+
+
+_ZFS_READ = tuple((name, kind, text_, member, None, own, cells)
+                  for name, kind, text_, member, _, own, cells in _ZFS_ROWS)
+
+
+def zfs_families(row: Mapping[str, Number]) -> List[Family]:
+    """A zone's dataset as parse_zfs_list gives it."""
+    return _families(_ZFS_READ, [((), row)])
+
+
+def parse_zpool_list(output: str) -> List[Tuple[str, Dict[str, str]]]:
+    """Pools with their words by column, of `zpool list` with the arguments ZPOOL_COMMAND."""
+    pools: Dict[str, Dict[str, str]] = {}
+    for line in _lines(output):
+        name, *words = line.split("\t")
+        if len(words) == len(ZPOOL):
+            pools.setdefault(name, dict(zip((row.member for row in ZPOOL), words)))
+    if not pools and output.strip() and "no pools" not in output:
+        raise CollectError(f"zpool: no line of zpool list has {len(ZPOOL) + 1} columns")
+    return list(pools.items())
+
+
+def zpool_families(pools: Sequence[Tuple[str, Mapping[str, str]]], kstats: Sequence[Read]
+                   ) -> List[Family]:
+    """Pools as parse_zpool_list gives them, with the kstats of their metaslab groups."""
+    context = NodeContext()
+    return _table_families(METASLAB, _chosen(METASLAB, kstats, None), context) + \
+        _families(_ZPOOL_ROWS, [((("pool", name),), words) for name, words in pools])
+
+
+class NtpPeer(NamedTuple):
+    """A line of apeers."""
+    remote: str
+    assid: str
+    words: Dict[str, str]
+
+
+_APEER_COLUMNS = ("st", "t", "when", "poll", "reach", "delay", "offset", "jitter")
+_ASSID = re.compile(r"(?:.*[ )])?([0-9]{1,5})")
+
+
+def parse_apeers(output: str) -> List[NtpPeer]:
+    """The peers; neither blanks nor columns alone tell its fields apart, so both are used:
+    columns for the tally and the remote, the last eight words, and what is left between."""
+    peers: List[NtpPeer] = []
+    taken: set[str] = set()
+    for line in _lines(output):
+        words = line[16:].rsplit(None, len(_APEER_COLUMNS))
+        if len(words) != len(_APEER_COLUMNS) + 1 or word(words[1]) is None:
+            continue                        # the heading, the ruler, an empty line
+        match = _ASSID.fullmatch(words[0].rstrip())
+        assid = match.group(1) if match else ""
+        fields = dict(zip(_APEER_COLUMNS, words[1:]))
+        fields["state"] = line[0]
+        fields["refid"] = words[0].rstrip()[:-len(assid) or None].strip()
+        remote = line[1:16].strip()
+        if remote in taken:                 # cut to 15 characters: two of one IPv6 network
+            remote = f"{remote} {assid}"
+        if remote not in taken:
+            taken.add(remote)
+            peers.append(NtpPeer(remote, assid, fields))
+    return peers
+
+
+def system_peer(peers: Sequence[NtpPeer]) -> Optional[str]:
+    """The association that readvar is to be asked for."""
+    return next((peer.assid for peer in peers
+                 if peer.words["state"] in ("*", "o") and peer.assid), None)
+
+
+class NtpDetails(NamedTuple):
+    """The second command's words: of ntpd, and of the system peer."""
+    system: Dict[str, str]
+    peer: Dict[str, str]
+
+
+_VARIABLE = re.compile(r"([A-Za-z][A-Za-z0-9_.]*)=([^,]*)")
+_UNMARKED = re.compile(r"(calibration interval)\s+(\S+)")       # the one line without a colon
+
+
+def parse_ntp_details(output: str) -> NtpDetails:
+    """Lines of `name: value`, and behind the heading of an association lists of `name=value`."""
+    details = NtpDetails({}, {})
+    of_peer = False
+    for line in _lines(output):
+        if line.startswith("associd="):
+            of_peer = not line.startswith(("associd=0 ", "associd=0,"))
+            continue
+        if of_peer:
+            for name, value in _VARIABLE.findall(line):
+                details.peer.setdefault(name.lower(), value.strip())
+            continue
+        name, colon, value = line.partition(":")
+        match = None if colon else _UNMARKED.match(line)
+        if match:
+            name, value = match.groups()
+        if colon or match:
+            details.system.setdefault(name.strip().lower(), value.strip())
+    return details
+
+
+def ntp_families(peers: Sequence[NtpPeer], details: NtpDetails) -> List[Family]:
+    """The clock's synchronisation by ntpd; raises CollectError when it said nothing."""
+    if not peers and not details.system:
+        raise CollectError("ntp: ntpq prints nothing; ntpd may not run")
+    return _families(_PEER_ROWS, [((("remote", peer.remote),), peer.words) for peer in peers]) + \
+        _families(_SYSTEM_PEER_ROWS, [((), details.peer)]) + \
+        _families(_NTP_ROWS, [((), details.system)])
+
+
+_CHRONY_TRACKING = {            # field of `chronyc -c tracking` -> metric of the same meaning
+    2: "ntp_stratum_number", 4: "ntp_pll_offset_seconds", 7: "ntp_frequency_offset_ppm",
+    10: "ntp_root_delay_seconds", 11: "ntp_root_dispersion_seconds"}
+_CHRONY_LEAP = {"Normal": 0, "Insert second": 1, "Delete second": 2, "Not synchronised": 3}
+_CHRONY_STATES = {"*": 6, "+": 4, "-": 3, "?": 0, "x": 1, "~": 1}
+
+
+def chrony_families(tracking: str, sources: str) -> List[Family]:
+    """The same metrics from chronyd, as far as it knows them; raises CollectError."""
+    values: Dict[str, List[Sample]] = {}
+
+    def add(name: str, value: Optional[Number], labels: Labels = ()) -> None:
+        if value is not None and all(one.labels != labels for one in values.get(name, ())):
+            values.setdefault(name, []).append(Sample(labels, value))
+
+    fields = tracking.strip().split(",")
+    if len(fields) >= 14:
+        for index, name in _CHRONY_TRACKING.items():
+            add(name, word(fields[index]))
+        reference = word(fields[3])
+        add("ntp_reftime_seconds", None if reference is None else reference + SINCE_1900)
+        add("ntp_leap_indicator_status", _CHRONY_LEAP.get(fields[13].strip()))
+    for line in sources.split("\n", MAX_SOURCES)[:MAX_SOURCES]:
+        fields = line.split(",")
+        if len(fields) < 10:
+            continue
+        labels = (("remote", fields[2]),)
+        poll = word(fields[4])
+        add("ntp_peer_state", _CHRONY_STATES.get(fields[1], -1), labels)
+        add("ntp_peer_stratum_number", word(fields[3]), labels)
+        if isinstance(poll, int) and 0 <= poll <= 32:
+            add("ntp_peer_poll_interval_seconds", 2 ** poll, labels)
+        add("ntp_peer_last8_polls_failure_count", failed_polls(fields[5]), labels)
+        add("ntp_peer_last_query_seconds", word(fields[6]), labels)
+        add("ntp_peer_offset_seconds", word(fields[7]), labels)
+    if not values:
+        raise CollectError("ntp: chronyc prints nothing that can be read; chronyd may not run")
+    known = {row.name: row for row in NTP_PEER + NTP}
+    return [Family(name, known[name].kind, f"{known[name].help[:-1]} (chronyc).", samples)
+            for name, samples in values.items()]
+
+
+MAX_SOURCES = 200
+
+
+class ZoneLine(NamedTuple):
+    """A line of `zoneadm list -p -c`."""
+    zone_id: Optional[int]                  # None: it does not run
+    name: str
+    state: str
+    zonepath: str
+    uuid: str
+    brand: str
+    ip_type: str
+    debug_id: Optional[int]                 # Joyent's; "SYSbhyve-<debug id>" is its machine
+
+
+_FIELDS = re.compile(r"((?:[^:\\]|\\.)*)(?::|$)")
+
+
+def parse_zoneadm(output: str) -> List[ZoneLine]:
+    """The zones; a colon within a field is behind a backslash, and bad lines are left out."""
+    zones: List[ZoneLine] = []
+    for line in _lines(output):
+        fields = [re.sub(r"\\(.)", r"\1", field) for field in _FIELDS.findall(line)] \
+            if "\\" in line else line.split(":")
+        if len(fields) < 7 or not fields[1]:
+            continue
+        number_, debug = word(fields[0]), word(fields[7]) if len(fields) > 7 else None
+        running = isinstance(number_, int) and number_ >= 0 and \
+            fields[2] in ("running", "shutting_down", "down", "ready", "mounted")
+        zones.append(ZoneLine(int(number_) if running and number_ is not None else None,
+                              fields[1], fields[2], fields[3], fields[4], fields[5], fields[6],
+                              debug if isinstance(debug, int) else None))
+    return zones
+
+
+# --- what operators' plugins and applications in zones bring
+
+MAX_FOREIGN_SAMPLES = 10_000    # of one plugin
+MAX_TEXTFILE_SAMPLES = 1_000    # of one zone's file
+MAX_FOREIGN_LINES = 20_000
+MAX_TTL = 86_400.0
+_NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_:]")
+_OPTION = re.compile(r"#\s*OPTION\s+ttl\s+(\S+)\s*")
+
+
+def _foreign(prefix: str, content: str, limit: int) -> Tuple[List[Family], List[str]]:
+    """Families of a page that someone else wrote, under a prefix, and what is wrong with it."""
+    lines = content.split("\n", MAX_FOREIGN_LINES)
+    problems = [] if len(lines) <= MAX_FOREIGN_LINES else [
+        f"more than {MAX_FOREIGN_LINES} lines; the rest is left out"]
+    families, found = parse_lines("\n".join(lines[:MAX_FOREIGN_LINES]), max_samples=limit)
+    problems += found
+    kept: List[Family] = []
+    for family in families:
+        if family.kind == UNTYPED:
+            problems.append(f"{family.name} has no TYPE")
+            continue
+        samples = []
+        for sample in family.samples:
+            if all(valid_label_name(name) for name, _ in sample.labels):
+                samples.append(sample)
+            else:
+                problems.append(f"{family.name}{label_text(sample.labels)}: a label's name is "
+                                "reserved")
+        kept.append(Family(prefix + family.name, family.kind,
+                           family.help or family.name, samples))
+    return kept, problems
+
+
+def _ttl(value: str) -> Optional[float]:
+    seconds = word(value.strip())
+    return None if seconds is None or not 0 <= seconds <= MAX_TTL else float(seconds)
+
+
+def plugin_families(plugin: str, output: str, prom: bool
+                    ) -> Tuple[List[Family], Optional[float], List[str]]:
+    """What a plugin printed as families `plugin_<plugin>_…`, its own lifetime if it gave one, and
+    the problems in words; a bad line costs that line."""
+    prefix = f"plugin_{_NOT_IN_NAMES.sub('_', plugin)}_"
+    if prom:
+        families, problems = _foreign(prefix, output, MAX_FOREIGN_SAMPLES)
+        option = _OPTION.fullmatch(output.split("\n", 1)[0])
+        return families, _ttl(option.group(1)) if option else None, problems
+    ttl: Optional[float] = None
+    problems, made = [], {}
+    for index, line in enumerate(output.split("\n", MAX_FOREIGN_LINES)[:MAX_FOREIGN_LINES], 1):
+        line = line.rstrip("\r")
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        problem = ""
+        name, kind, value = (fields + ["", "", ""])[:3]
+        if not 3 <= len(fields) <= 4:
+            problem = f"{len(fields)} fields, not 3 or 4 with a TAB between"
+        elif kind == "option":
+            seconds = _ttl(value)
+            if name != "ttl" or seconds is None:
+                problem = f"unknown option {name[:40]!r} or bad value {value[:40]!r}"
+            else:
+                ttl = seconds
+        elif kind not in (GAUGE, COUNTER):
+            problem = f"type {kind[:40]!r} is neither gauge nor counter"
+        elif not valid_metric_name(prefix + name):
+            problem = f"{name[:40]!r} is no name for a metric"
+        elif prefix + name in made:
+            problem = f"{name[:40]!r} stands twice"
+        else:
+            try:
+                number_ = _value(value.strip())
+            except ExpositionError as error:
+                problem = str(error)
+            else:
+                made[prefix + name] = Family(prefix + name, kind, fields[3] if len(fields) > 3
+                                             and fields[3] else name, [Sample((), number_)])
+        if problem:
+            problems.append(f"line {index}: {problem}")
+    return list(made.values()), ttl, problems
+
+
+def textfile_families(name: str, content: str) -> Tuple[List[Family], List[str]]:
+    """A file that an application in a zone wrote, as families `app_…`, and the problems."""
+    families, problems = _foreign("app_", content, MAX_TEXTFILE_SAMPLES)
+    return families, [f"{name}: {problem}" for problem in problems]
+
+
+# --- what vminfod says of a zone; nothing of it is relied on
+
+def _members(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def nic_labels(vm: Any) -> Dict[str, Tuple[str, str]]:
+    """Link inside the zone -> nic_tag and network_uuid, "" where it does not say."""
+    nics = _members(vm).get("nics")
+    labels: Dict[str, Tuple[str, str]] = {}
+    for nic in nics if isinstance(nics, list) else []:
+        interface = _members(nic).get("interface")
+        if isinstance(interface, str):
+            tag, network = (nic.get(name) for name in ("nic_tag", "network_uuid"))
+            labels[interface] = (tag if isinstance(tag, str) else "",
+                                 network if isinstance(network, str) else "")
+    return labels
+
+
+MAX_PORTS = 16
+
+
+def metric_ports(vm: Any) -> List[int]:
+    """The ports that a core zone's own metrics are at: customer_metadata.metricPorts."""
+    ports = _members(_members(vm).get("customer_metadata")).get("metricPorts")
+    if isinstance(ports, int) and not isinstance(ports, bool):
+        ports = str(ports) if abs(ports) < 65536 else ""
+    found: List[int] = []
+    for text_ in re.split(r"[\s,]+", ports)[:1000] if isinstance(ports, str) else []:
+        port = int(text_) if re.fullmatch(r"[0-9]{1,5}", text_) else 0
+        if 0 < port < 65536 and port not in found:
+            found.append(port)
+    return found[:MAX_PORTS]
+
+
+# The account of the operator, the same in every Triton installation. Tags alone prove nothing:
+# tenants set their own.
+ADMIN_UUID = "930896af-bf8c-48d4-885c-6573a94b1853"
+
+
+def is_core(vm: Any) -> bool:
+    """Whether a zone is one of Triton's own services, where nobody who knows better said so."""
+    members = _members(vm)
+    role = _members(members.get("tags")).get("smartdc_role")
+    return isinstance(role, str) and role != "" and members.get("owner_uuid") == ADMIN_UUID
+
+# --- the endpoint explains itself: what /v1/metadata and docs/METRICS.md say
+
+QUIRKS: Mapping[str, str] = {
+    "time_of_day": "milliseconds, and a counter, as in the original",
+    "cpu_user_usage": "nanoseconds, as in the original",
+    "cpu_sys_usage": "nanoseconds, as in the original",
+    "cpu_wait_time": "nanoseconds, as in the original",
+    "vfs_run_length_time_count": "the original reads wlentime here by mistake",
+    "mem_limit": "no sample for a zone without a cap",
+    "mem_swap_limit": "no sample for a zone without a cap",
+    "tcp_current_established_connections_total": "a gauge in spite of its name",
+    "tcp_retransmitted_segment_count": "the kernel counts with 32 bits: it starts again at 0",
+    "arcstats_hdr_size_bytes": "typed counter as in the original, and is a gauge",
+    "arcstats_l2_read_bytes": "typed gauge as in the original, and is a counter",
+    "cpu_info_model": "a model number, of one CPU",
+    "vfs_slow_operations_total": "an operation of 2 s counts in 10ms, 100ms and 1s",
+    "ntp_syspeer_offset_seconds": "the original's value is 1000 times too small",
+    "ntp_syspeer_xleave_seconds": "the original's value is 1000 times too small",
+    "ntp_estimated_error_seconds": "the original's value is 1000 times too small",
+    "ntp_maximum_error_seconds": "the original's value is 1000 times too small",
+    "ntp_pll_offset_seconds": "the original's value is 1000 times too small",
+    "ntp_precision": "the original's value is 1000 times too small",
+    "ntp_broadcast_delay_seconds": "the original's value is 1000 times too small",
+    "ntp_mru_monitor_memory_bytes": "the original divides KiB by 1024",
+    "ntp_mru_monitor_max_memory_bytes": "the original divides KiB by 1024",
+    "ntp_syspeer_rec_seconds": "seconds since 1900; the original joins the fraction wrongly",
+    "ntp_syspeer_reftime_seconds": "seconds since 1900; the original joins the fraction wrongly",
+    "ntp_reftime_seconds": "seconds since 1900; the original joins the fraction wrongly",
+    **{row.name: "milliseconds in spite of the name" for row in NTP_PEER + NTP_SYSTEM_PEER + NTP
+       if row.unit is WORD_MS},
+}
+
+
+class Use(NamedTuple):
+    """What to look at first: for one resource, how busy, how long the queue, how many errors."""
+    scope: str
+    resource: str
+    utilisation: Tuple[str, ...]
+    saturation: Tuple[str, ...] = ()
+    errors: Tuple[str, ...] = ()
+
+
+USE = (                         # https://www.brendangregg.com/usemethod.html
+    Use("zone", "CPU", ("cpu_user_usage", "cpu_sys_usage", "cpucap_cur_usage_percentage"),
+        ("cpu_wait_time", "cpucap_waiting_threads_count", "load_average")),
+    Use("zone", "virtual CPUs", ("vcpu_seconds_total",)),
+    Use("zone", "memory", ("mem_agg_usage", "mem_limit"),
+        ("mem_over_limit_total", "mem_anon_pages_in_total", "mem_fault_throttle_seconds_total"),
+        ("mem_anon_alloc_fail",)),
+    Use("zone", "swap", ("mem_swap", "mem_swap_limit"), ("mem_swap_reserved_bytes",)),
+    Use("zone", "locked memory", ("mem_locked_bytes", "mem_locked_limit_bytes")),
+    Use("zone", "network", ("net_agg_bytes_in", "net_agg_bytes_out", "net_speed_bytes_per_second"),
+        ("net_drops_in_total", "net_drops_out_total"),
+        ("net_errors_in_total", "net_errors_out_total", "net_link_up")),
+    Use("zone", "network of a virtual machine", ("viona_bytes_in_total", "viona_bytes_out_total"),
+        ("viona_drops_in_total", "viona_drops_out_total"),
+        ("viona_errors_in_total", "viona_errors_out_total")),
+    Use("zone", "TCP", ("tcp_segments_in_total", "tcp_segments_out_total"),
+        ("tcp_listen_drop_count", "tcp_listen_drop_Qzero_count"),
+        ("tcp_retransmitted_segment_count", "tcp_failed_connection_attempt_count",
+         "tcp_errors_in_total")),
+    Use("zone", "files", ("vfs_run_time_count", "vfs_bytes_read_count", "vfs_bytes_written_count"),
+        ("vfs_wait_length_time_count", "vfs_slow_operations_total", "vfs_delay_seconds_total")),
+    Use("zone", "disk space", ("zfs_used", "zfs_available", "zfs_quota")),
+    Use("zone", "processes", ("proc_processes", "proc_processes_limit"), (),
+        ("proc_fork_failures_total", "proc_map_failures_total")),
+    Use("node", "CPU", ("cpu_idle_seconds_total", "cpu_kernel_seconds_total",
+                        "cpu_user_seconds_total"), ("load_average",), ("cpu_info_cpus",)),
+    Use("node", "memory", ("memory_free_bytes", "memory_total_bytes"),
+        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total")),
+    Use("node", "swap", ("swap_available_bytes", "swap_reserved_bytes")),
+    Use("node", "disks", ("disk_busy_seconds_total",),
+        ("disk_wait_length_seconds_total", "disk_waiting_operations"), ("zpool_health_status",)),
+    Use("node", "disk space", ("zpool_allocated_bytes", "zpool_size_bytes"),
+        ("zpool_fragmentation_percent",)),
+    Use("node", "network", ("link_bytes_in_total", "link_bytes_out_total",
+                            "link_speed_bytes_per_second"),
+        ("link_drops_in_total", "link_drops_out_total"),
+        ("link_errors_in_total", "link_errors_out_total", "link_up")),
+    Use("node", "what is sold", ("alloc_cpu_caps_cpus", "alloc_cpus", "alloc_memory_caps_bytes",
+                                 "alloc_memory_bytes"), ("alloc_uncapped_zones",)),
+    Use("node", "clock", ("ntp_pll_offset_seconds",), (), ("ntp_leap_indicator_status",
+                                                           "ntp_peer_last8_polls_failure_count")),
+)
+_OWN = (                        # of every collector, plugins included; all gauges
+    ("{}_metrics_available_boolean", "Whether the collector had values, 1 or 0."),
+    ("{}_metrics_cached_boolean", "Whether its values came from the cache, 1 or 0."),
+    ("{}_metrics_timer_seconds", "Seconds that collecting took."),
+)
+OWN_LABELLED = (
+    ("cmon_collector_up", "boolean", "Whether the collector works, 1 or 0."),
+    ("cmon_sample_age_seconds", "seconds", "Age of the collector's values."),
+)
+
+
+def _use_cells() -> Dict[Tuple[str, str], str]:
+    cells: Dict[Tuple[str, str], str] = {}
+    for use in USE:
+        for column in ("utilisation", "saturation", "errors"):
+            for name in getattr(use, column):
+                cells.setdefault((use.scope, name), f"{use.resource}: {column}")
+    return cells
+
+
+def metadata() -> List[Dict[str, Any]]:
+    """A row for each metric of the pages, for /v1/metadata and the documents."""
+    cells = _use_cells()
+    rows: List[Dict[str, Any]] = []
+    for scope, collectors in (("zone", ZONE_COLLECTORS), ("node", NODE_COLLECTORS)):
+        for collector in collectors:
+            listed = [(row, table) for table in collector.tables for row in table.metrics]
+            known: set[str] = set()
+            for metric, table in [*listed, *((row, None) for row in collector.metrics)]:
+                if metric.name in known:
+                    continue
+                known.add(metric.name)
+                rows.append({
+                    "name": metric.name, "collector": collector.name, "scope": scope,
+                    "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
+                    "source": _source(metric, table), "lifetime": collector.lifetime,
+                    "use": cells.get((scope, metric.name), ""),
+                    "quirk": QUIRKS.get(metric.name, "")})
+            for name, help_text in _OWN:
+                rows.append({
+                    "name": name.format(collector.name), "collector": collector.name,
+                    "scope": scope, "type": GAUGE, "help": help_text,
+                    "unit": "seconds" if name.endswith("seconds") else "boolean",
+                    "source": "agent", "lifetime": 0.0, "use": "", "quirk": ""})
+        for name, unit, help_text in OWN_LABELLED:
+            rows.append({"name": name, "collector": "", "scope": scope, "type": GAUGE,
+                         "unit": unit, "help": help_text, "source": "agent", "lifetime": 0.0,
+                         "use": "", "quirk": ""})
+    return rows
+
+
+# Which members only grow: a replay lets them go on growing when it starts again.
+COUNTER_MEMBERS: frozenset[Tuple[str, str]] = frozenset(
+    (table.module, row.member) for table in ZONE_TABLES + NODE_TABLES for row in table.metrics
+    if row.kind == COUNTER and row.member != "hdr_size") | frozenset(
+    ("unix", member) for member in VMINFO_MEMBERS) | {("zfs", "l2_read_bytes")}
+
+# --- exposition [kit] -----------------------------------------------------------------------------
 
 # https://prometheus.io/docs/instrumenting/exposition_formats/ (text 0.0.4)
 METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
@@ -507,7 +3356,7 @@ def merge(families: Iterable[Family]) -> Tuple[List[Family], List[str]]:
             present._replace(samples=[*present.samples, *fresh])
     return list(merged.values()), problems
 
-# --- own metrics [kit] ---------------------------------------------------------------------------
+# --- own metrics [kit] ----------------------------------------------------------------------------
 
 class Counter:
     """A family of counters, one for each combination of label values."""
@@ -669,7 +3518,7 @@ def register_process_metrics(registry: Registry, program: str) -> None:
         ]
     registry.collect(families)
 
-# --- cache and throttle [kit] --------------------------------------------------------------------
+# --- cache and throttle [kit] ---------------------------------------------------------------------
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -857,7 +3706,7 @@ class Pool:
         for _ in range(self.size):
             self._jobs.put(None)
 
-# --- HTTP [kit] ----------------------------------------------------------------------------------
+# --- HTTP [kit] -----------------------------------------------------------------------------------
 
 READ_SIZE = 16384       # one TLS record: nothing stays inside OpenSSL, where no selector sees it
 ACCEPTS = 64            # connections taken at once before others are served
@@ -1883,7 +4732,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                    labelled("result", self._handshakes)),
         ]
 
-# --- client [kit] --------------------------------------------------------------------------------
+# --- client [kit] ---------------------------------------------------------------------------------
 
 MAX_BODY = 16 << 20             # bytes of an answer that a client of ours takes
 MAX_HEAD = 65536
@@ -2199,7 +5048,7 @@ def _reason(error: Exception) -> str:
         return error.strerror.lower()
     return str(error) or type(error).__name__
 
-# --- TLS and certificates [kit] ------------------------------------------------------------------
+# --- TLS and certificates [kit] -------------------------------------------------------------------
 
 # Tenants prove themselves with certificates that no CA has signed, and `ssl` can neither ask for
 # such a one nor look into it. Both are done by the very OpenSSL that `_ssl` is linked with, through
@@ -2866,7 +5715,1210 @@ def server_context(certificate_file: str, key_file: str,
         pointer, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
     return context
 
-# --- logging and settings [kit] ------------------------------------------------------------------
+# --- scraping and routes ---------------------------------------------------------------------------
+
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+PREPARED_SECONDS = 0.1          # how long a whole answer is sent again: its ages are that exact
+LEAST_LIFETIME = 1.0            # seconds; who asks more often gets the same samples
+INTERVAL_SHARE = 0.8            # of the interval at which one asker comes, so that each finds news
+STALE_SECONDS = 300.0           # last values older than that, and than three lifetimes, are left out
+UNKNOWN_SECONDS = 1.0           # how long a zone that is not there is not looked for again
+NEW_DATASET_SECONDS = 30.0      # a zone that is not in a zfs list older than this asks for a new one
+FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
+LONGEST_STRETCH = 64.0          # of lifetimes by the governor
+NODE = "gz"
+DEFAULT_TIMEOUTS = {"zfs": 60.0, "zpool": 20.0, "ntp": 10.0, "triton_core": 2.0, "zones": 20.0}
+
+
+class Outcome(NamedTuple):
+    """What one collector has brought: its part of the page, packed, since thousands are kept."""
+    packed: bytes
+    families: int                   # how many there are
+    at: float                       # when, on the monotonic clock
+    seconds: float                  # how long it took
+
+
+def outcome(families: Sequence[Family], began: float, now: float) -> Outcome:
+    """Families as the part of a page."""
+    kept = [family for family in families if family.samples]
+    return Outcome(zlib.compress(render(kept).encode(), 1), len(kept), now, now - began)
+
+
+class Failure(NamedTuple):
+    """Why a collector's last attempt brought nothing, and when that was."""
+    why: str
+    at: float
+
+
+class Datasets(NamedTuple):
+    """What `zfs list` says of all datasets; shared by all pages."""
+    rows: Mapping[str, Mapping[str, Number]]
+    at: float
+    seconds: float
+
+
+Results = Dict[str, Union[Outcome, Datasets, str]]  # by collector; a text says why it failed
+
+
+class Source(NamedTuple):
+    """Where some collectors of a page come from, in one piece of work."""
+    key: str                        # two pages with one key share the work
+    collectors: Tuple[str, ...]
+    fast: bool                      # its lifetime follows the asker
+    begin: Callable[[Callable[[Results], None]], None]
+
+
+class Flight:
+    """Work under way, and the pages that wait for it."""
+    __slots__ = ("began", "pages", "late")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.pages: List[Page] = []
+        self.late = False           # a deadline has passed: later askers do not wait for it
+
+
+class Page:
+    """One page: the last outcomes of its collectors, and who waits. Belongs to the server's
+    thread."""
+    __slots__ = ("key", "zone", "core", "outcomes", "breakers", "sources", "generation", "waiting",
+                 "needed", "fresh", "prepared", "until", "asked", "used", "failed", "order")
+
+    def __init__(self, zone: str, core: bool) -> None:
+        self.key = (zone, core)
+        self.zone, self.core = zone, core
+        self.outcomes: Dict[str, Outcome] = {}
+        self.breakers: Dict[str, Breaker] = {}
+        self.failed: Dict[str, Failure] = {}    # collectors whose last attempt failed
+        self.sources: Tuple[Source, ...] = ()
+        self.order: Tuple[Tuple[str, Source], ...] = ()     # collectors as they stand on the page
+        self.generation = -1
+        self.waiting: List[Later] = []
+        self.needed: Set[str] = set()           # keys of flights that those wait for
+        self.fresh: Set[str] = set()            # collectors that have come for those who wait
+        self.prepared: Optional[Prepared] = None
+        self.until = 0.0
+        self.asked: Dict[str, Tuple[float, float]] = {}     # asker -> last time, interval
+        self.used = 0.0
+
+    def seen(self, asker: str, now: float) -> None:
+        """Note that somebody asks, and how often."""
+        last = self.asked.get(asker)
+        self.used = now
+        if last is None:
+            if len(self.asked) >= 16:
+                self.asked = {who: seen for who, seen in self.asked.items()
+                              if now - seen[0] <= 4 * seen[1] + 5}
+                if len(self.asked) >= 16:
+                    self.asked.clear()
+            self.asked[asker] = (now, math.inf)
+        elif now - last[0] > 0.05:              # less is one asker on two connections
+            self.asked[asker] = (now, now - last[0])
+
+    def interval(self, now: float) -> float:
+        """The shortest interval at which one asker comes now; inf when none came twice."""
+        return min((interval for last, interval in self.asked.values()
+                    if now - last <= 4 * interval + 5), default=math.inf)
+
+
+class Governor:
+    """Holds the agent's own CPU, its commands included, to a share of one CPU (F8).
+
+    Over the budget it stretches the lifetimes of all values, so that less is collected; under it
+    they shrink back. Looked at once a second.
+    """
+
+    def __init__(self, cpu: Callable[[], float] = cpu_seconds,
+                 now: Callable[[], float] = time.monotonic) -> None:
+        self._cpu, self._now = cpu, now
+        self._last = (now(), cpu())
+        self.used = 0.0                 # share of one CPU, over the last seconds
+        self.stretch = 1.0
+
+    def look(self, budget: Optional[float]) -> None:
+        """Measure, and adapt."""
+        now, cpu = self._now(), self._cpu()
+        passed = now - self._last[0]
+        if passed <= 0:
+            return
+        share = (cpu - self._last[1]) / passed
+        self._last = (now, cpu)
+        self.used += (share - self.used) * min(passed / 5.0, 1.0)
+        if budget is None:
+            self.stretch = 1.0
+        elif self.used > budget:
+            self.stretch = min(self.stretch * min(self.used / budget, 1.5), LONGEST_STRETCH)
+        elif self.used < 0.8 * budget:
+            self.stretch = max(self.stretch * 0.9, 1.0)
+
+
+class Plugin(NamedTuple):
+    """An operator's program, as its folder and plugin.json describe it."""
+    name: str
+    path: str
+    prom: bool
+    timeout: float
+    ttl: float
+    zones: Optional[FrozenSet[str]]     # None: all
+
+
+PLUGIN_OUTPUT = 500 << 10
+PLUGINS_MOST = 100
+PLUGIN_CONFIG = "plugin.json"
+
+
+def find_plugins(folder: str, problems: List[str]) -> List[Plugin]:
+    """The plugins of a folder; what is not safe to run is left out and told."""
+    try:
+        status = os.stat(folder)
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        problems.append(f"{folder}: {(error.strerror or str(error)).lower()}")
+        return []
+    if not stat.S_ISDIR(status.st_mode) or not _is_owned(status):
+        problems.append(f"{folder}: must be a folder that root owns and nobody else can write to")
+        return []
+    options: Any = {}
+    if PLUGIN_CONFIG in names:
+        try:
+            options = read_json(os.path.join(folder, PLUGIN_CONFIG))
+        except ConfigError as error:
+            problems += error.problems
+    found: Dict[str, Plugin] = {}
+    for file_name in names:
+        if file_name == PLUGIN_CONFIG:
+            continue
+        path = os.path.join(folder, file_name)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            problems.append(f"{path}: {(error.strerror or str(error)).lower()}")
+            continue
+        plugin = _plugin(path, file_name, options)
+        if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
+            continue                        # notes, and what is not finished
+        if not _is_owned(status):
+            problems.append(f"{path}: must belong to root, and nobody else may write to it")
+        elif plugin is None:
+            problems.append(f"{path}: its name, or what {PLUGIN_CONFIG} says of it, cannot be used")
+        elif plugin.name in found:
+            problems.append(f"{path}: there is another plugin {plugin.name}")
+        elif len(found) >= PLUGINS_MOST:
+            problems.append(f"{folder}: more than {PLUGINS_MOST} plugins; {file_name} does not run")
+        else:
+            found[plugin.name] = plugin
+    return list(found.values())
+
+
+def _is_owned(status: os.stat_result) -> bool:
+    """Root's, or that of the user whom the agent runs as; and not for others to write."""
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def _plugin(path: str, file_name: str, options: Any) -> Optional[Plugin]:
+    name = file_name.rpartition(".")[0] or file_name
+    name = name[:-5] if name.endswith(".prom") else name
+    if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", name):
+        return None
+    name = re.sub(r"[.-]", "_", name)
+    own = options.get(file_name, {}) if isinstance(options, dict) else None
+    if not isinstance(own, dict):
+        return None
+    timeout, ttl, zones = own.get("timeout", 3000), own.get("ttl", 60), own.get("vms")
+    for number_of in (timeout, ttl):
+        if type(number_of) not in (int, float) or not 0 < number_of <= 3_600_000:
+            return None
+    if zones is not None and not (isinstance(zones, list)
+                                  and all(isinstance(zone, str) for zone in zones)):
+        return None
+    return Plugin(name, path, ".prom" in file_name, timeout / 1000, float(ttl),
+                  None if zones is None else frozenset(zones))
+
+
+# What is not read while a collector's breaker is open; zone_misc is read in any case.
+KSTATS_OF = {"link": "link", "memcap": "memory_cap", "tcp": "tcp", "zone_vfs": "zone_vfs"}
+NODE_MODULES = ("unix", "zfs", "cpu", "cpu_info", "disk", "link")
+ZONE_PLACES, NODE_PLACES = ({one.name: place for place, one in enumerate(collectors)}
+                            for collectors in (ZONE_COLLECTORS, NODE_COLLECTORS))
+
+
+class Scraper:
+    """All pages, and the work that fills them. Everything here but `_collect…`, which run in
+    other threads and only return values, belongs to the server's thread."""
+
+    def __init__(self, settings: Settings, host: Any, server: Server, registry: Registry,
+                 sysinfo: Sysinfo) -> None:
+        self.settings, self.host, self.server = settings, host, server
+        self.kstats = Kstats(host.open_kstats)
+        self.governor = Governor()
+        self._commands = Pool("command", 6)     # zfs, zpool, ntp, zoneadm: each has a thread
+        self._foreign = Pool("plugin", settings.max_collections, 10_000)
+        self._client = Client(max_body=2 << 20, max_idle=0)
+        self._pages: Dict[Tuple[str, bool], Page] = {}
+        self._flights: Dict[str, Flight] = {}
+        self._unknown: Dict[str, float] = {}    # zones that are not there -> until when
+        self._labels: Dict[Tuple[str, int], bool] = {}  # boots of zones: whether NICs have labels
+        self._plugins: Dict[str, List[Plugin]] = {"gz": [], "vm": []}
+        self._told: Set[str] = set()            # problems that were logged
+        self._lifetimes = dict(LIFETIMES)       # and what plugins say themselves
+        self.sysinfo = sysinfo
+        self._vminfo: Optional[Kstat] = None    # of the last node page: it counts by the second
+        self._datasets: Optional[Datasets] = None
+        self._zfs_columns = ZFS_COLUMNS         # those that this platform knows
+        self._debug_ids: Dict[str, int] = {}    # zone -> its debug id, from zoneadm
+        self.generation = 0                     # of what the pages consist of
+        add = registry.counter
+        self.collections = add("cmon_agent_collections_total", "Collections by their result.",
+                               "collector", "result")
+        self.problems = add("cmon_agent_input_problems_total", "Lines and families of plugins, "
+                            "text files and core zones that were left out.", "source")
+        self._booked = add("cmon_agent_collection_cpu_seconds_total", "CPU time of reading and "
+                           "rendering kstats in seconds.", "scope")
+        registry.collect(self._own_families)
+        server.every(0.1, self.kstats.watch)
+        server.every(1.0, lambda: self.governor.look(self.settings.cpu_budget))
+        server.every(1.0, self._sweep)
+
+    # settings and what changes by itself
+
+    def start(self) -> None:
+        """Read what does not come with a scrape."""
+        self.host.start()
+        self.host.vms.changed = lambda: self.server.call_soon(self._renew)
+        self._reread_plugins()
+        self.server.every(60.0, self._reread_plugins)
+        self._reread_zones()
+        self.server.every(60.0, self._reread_zones)
+
+    def use(self, settings: Settings) -> None:
+        """Other settings from now on."""
+        self.settings = settings
+        self._foreign.size = settings.max_collections
+        self.host.commands_of = dict(settings.commands)
+        self._renew()
+        self._reread_plugins()
+
+    def _renew(self) -> None:
+        """What pages consist of may have changed."""
+        self.generation += 1
+
+    def _reread_plugins(self) -> None:
+        if not self.host.recorded:
+            self.server.spawn(self._look_for_plugins, dict(self.settings.plugin_dirs))
+
+    def _look_for_plugins(self, folders: Mapping[str, str]) -> None:
+        problems: List[str] = []
+        found = {kind: find_plugins(folder, problems) for kind, folder in folders.items()}
+        self.server.call_soon(self._take_plugins, found, problems)
+
+    def _take_plugins(self, found: Dict[str, List[Plugin]], problems: List[str]) -> None:
+        self.tell("plugin", problems)
+        if found != self._plugins:
+            self._plugins = found
+            self._lifetimes = {**LIFETIMES, **{
+                f"plugin_{plugin.name}": plugin.ttl for plugins in found.values()
+                for plugin in plugins}}
+            self._renew()
+
+    def _reread_zones(self) -> None:
+        """Debug ids of bhyve zones, off the scrape path."""
+        def read() -> None:
+            try:
+                output = self.host.run("zoneadm", ZONEADM_COMMAND, 20.0)
+                listed = parse_zoneadm(output.stdout)
+            except (CommandError, CollectError) as error:
+                self.server.call_soon(self.tell, "zoneadm", [str(error)])
+                return
+            found = {row.name: row.debug_id for row in listed if row.debug_id is not None}
+            self.server.call_soon(self._debug_ids.update, found)
+        self._commands.submit(read)
+
+    def tell(self, source: str, problems: Sequence[str]) -> None:
+        """Count problems of what others wrote, and log each of them once."""
+        if problems:
+            self.problems.add(len(problems), source)
+        for problem in problems:
+            if len(self._told) < 1000 and problem not in self._told:
+                self._told.add(problem)
+                log.warning("%s", problem)
+
+    # asking for a page
+
+    def ask(self, zone: str, core: Optional[bool], asker: str, deadline: float
+            ) -> Union[Answer, Later]:
+        """The page of a zone, or NODE's: at once, or later. `core`: whether the zone's own ports
+        are asked, too; None: as vminfod says. Raises Refused."""
+        now = self.server.now()
+        if core is None:
+            vm = self.host.vms.vms.get(zone)
+            core = vm is not None and vm.core
+        page = self._pages.get((zone, core))
+        if page is None:
+            if self._unknown.get(zone, 0.0) > now:
+                raise self._no_zone(zone)
+            page = self._pages[(zone, core)] = Page(zone, core)
+        page.seen(asker, now)
+        if page.prepared is not None and now < page.until:
+            return page.prepared
+        awaited = self._collect(page, now)
+        if not awaited:
+            if not page.outcomes:
+                raise Refused(503, f"nothing could be collected of {zone}: "
+                              + self._why(page), ("Retry-After", "5"), code="not_collected")
+            page.prepared = self._prepare(page, now, frozenset())
+            page.until = now + PREPARED_SECONDS
+            return page.prepared
+        later = Later(deadline, lambda: self._partial(page))
+        page.waiting.append(later)
+        page.needed |= awaited
+        return later
+
+    def _no_zone(self, zone: str) -> Refused:
+        return Refused(404, f"no zone {zone} runs on this compute node; / lists those that do",
+                       code="no_such_zone")
+
+    def _why(self, page: Page) -> str:
+        return "; ".join(sorted({failure.why for failure in page.failed.values()}))[:500] \
+            or "it is not due yet"
+
+    def _collect(self, page: Page, now: float) -> Set[str]:
+        """Begin what is due; the keys of the work that this page is to wait for."""
+        if page.generation != self.generation:
+            page.generation = self.generation
+            page.sources = tuple(self._sources(page))
+            places = NODE_PLACES if page.zone == NODE else ZONE_PLACES
+            page.order = tuple(sorted(
+                ((collector, source) for source in page.sources
+                 for collector in source.collectors),
+                key=lambda pair: (places.get(pair[0], len(places)), pair[0])))
+        awaited: Set[str] = set()
+        for source in page.sources:
+            flight = self._flights.get(source.key)
+            if source.key == "zfs":
+                self._share_datasets(page, now)
+            if flight is None:
+                if not self._is_due(page, source, now):
+                    continue
+                flight = self._flights[source.key] = Flight(now)
+                source.begin(functools.partial(self.server.call_soon, self._arrived, source.key))
+            if page not in flight.pages:
+                flight.pages.append(page)
+            if source.key in self._flights and not flight.late:
+                awaited.add(source.key)
+        return awaited
+
+    def lifetime(self, page: Page, source: Source, collector: str, now: float) -> float:
+        """For how long this page uses this collector's values."""
+        own = self.settings.collectors.get(collector)
+        configured = own.ttl if own is not None and own.ttl is not None else \
+            self._lifetimes.get(collector, PLUGIN_SECONDS)
+        if source.fast:
+            configured = max(min(configured, INTERVAL_SHARE * page.interval(now)), LEAST_LIFETIME)
+        return max(configured * self.governor.stretch, self.settings.min_poll_interval)
+
+    def _is_due(self, page: Page, source: Source, now: float) -> bool:
+        for collector in source.collectors:
+            breaker = page.breakers.get(collector)
+            if breaker is not None and breaker.retry_seconds > 0:
+                continue
+            last = page.outcomes.get(collector)
+            failed = page.failed.get(collector)
+            if failed is not None:
+                if now - failed.at >= LEAST_LIFETIME * self.governor.stretch:
+                    return True
+            elif last is None or now - last.at >= self.lifetime(page, source, collector, now):
+                return True
+        return False
+
+    # answers
+
+    def _arrived(self, key: str, results: Results) -> None:
+        """Work has ended: keep what it brought, and answer those who waited for nothing else."""
+        flight = self._flights.pop(key, None)
+        if flight is None:                      # a refresh has dropped it
+            return
+        now = self.server.now()
+        for page in flight.pages:
+            self._take(page, key, results, now)
+            page.needed.discard(key)
+            if page.waiting and not page.needed:
+                self._release(page, now)
+
+    def _take(self, page: Page, key: str, results: Results, now: float) -> None:
+        if "" in results:                       # the zone is not there
+            waiting, page.waiting = page.waiting, []
+            page.needed.clear()
+            self._pages.pop(page.key, None)
+            if len(self._unknown) > 1000:
+                self._unknown.clear()
+            self._unknown[page.zone] = now + UNKNOWN_SECONDS
+            refusal = self._no_zone(page.zone)
+            for later in waiting:
+                later.finish(text(refusal.status, str(refusal), *refusal.headers))
+            return
+        for collector, result in results.items():
+            if isinstance(result, str):
+                self._failed(page, collector, result, now)
+                continue
+            if collector in page.failed:
+                log.info("%s of %s works again", collector, page.zone)
+                del page.failed[collector]
+                page.breakers.pop(collector, None)
+            if isinstance(result, Datasets):
+                self._datasets = result
+                self._share_datasets(page, now)
+            else:
+                page.outcomes[collector] = result
+            page.fresh.add(collector)
+            self.collections.add(1, collector, "ok")
+
+    def _share_datasets(self, page: Page, now: float) -> None:
+        """Give a page its part of the last `zfs list`, unless it has it."""
+        shared = self._datasets
+        last = page.outcomes.get("zfs")
+        if shared is None or (last is not None and last.at == shared.at):
+            return
+        row = shared.rows.get(f"{self.pool}/{page.zone}")
+        if row is None and now - shared.at > NEW_DATASET_SECONDS:
+            return                              # a zone that is younger than the list
+        made = outcome(zfs_families(row) if row is not None else [], shared.at, shared.at)
+        page.outcomes["zfs"] = made._replace(seconds=shared.seconds)
+
+    def _failed(self, page: Page, collector: str, why: str, now: float) -> None:
+        self.collections.add(1, collector, "failed")
+        if collector not in page.failed:
+            log.warning("%s of %s fails: %s", collector, page.zone, why)
+        page.failed[collector] = Failure(why, now)
+        breaker = page.breakers.get(collector)
+        if breaker is None:
+            breaker = page.breakers[collector] = Breaker(self.server.now)
+        breaker.failed(why)
+
+    def _release(self, page: Page, now: float) -> None:
+        """Answer all who wait for a page, with the same bytes."""
+        waiting, page.waiting = page.waiting, []
+        page.needed.clear()
+        answer: Answer
+        if page.outcomes:
+            answer = self._prepare(page, now, page.fresh)
+        else:
+            answer = text(503, f"nothing could be collected of {page.zone}: {self._why(page)}; "
+                          "try again in some seconds", ("Retry-After", "5"),
+                          ("X-Cmon-Error", "not_collected"))
+        page.fresh = set()
+        page.prepared = None
+        for later in waiting:
+            later.finish(answer)
+
+    def _partial(self, page: Page) -> Answer:
+        """The deadline of somebody has come: what is there goes out to all who wait."""
+        now = self.server.now()
+        for source in page.sources:
+            flight = self._flights.get(source.key)
+            if flight is not None and source.key in page.needed:
+                flight.late = True
+        if not page.outcomes:
+            return text(503, f"collecting {page.zone} takes longer than this scrape may: "
+                        "try again in some seconds", ("Retry-After", "5"),
+                        ("X-Cmon-Error", "not_collected"))
+        return self._prepare(page, now, page.fresh)
+
+    def _prepare(self, page: Page, now: float, fresh: AbstractSet[str]) -> Prepared:
+        return prepare(Response(200, self.text(page, now, fresh).encode(), PAGE))
+
+    def text(self, page: Page, now: float, fresh: AbstractSet[str]) -> str:
+        """The page as text: each collector's part with its meta-metrics, then time and ages."""
+        parts: List[str] = []
+        ages: List[Sample] = []
+        ups: List[Sample] = []
+        for collector, source in page.order:
+            last = page.outcomes.get(collector)
+            label = (("collector", collector),)
+            if last is not None and now - last.at > max(
+                    STALE_SECONDS, 3 * self.lifetime(page, source, collector, now)):
+                last = None
+            if last is not None:
+                parts.append(zlib.decompress(last.packed).decode())
+                ages.append(Sample(label, round(now - last.at, 3)))
+            flight = self._flights.get(source.key)
+            ups.append(Sample(label, int(last is not None and collector not in page.failed
+                                         and (flight is None or not flight.late))))
+            parts.append(_meta(collector) % (
+                last is not None and last.families > 0,
+                last is not None and collector not in fresh,
+                0.0 if last is None else round(last.seconds, 6)))
+        parts += [render(time_families(self.host.time())), _meta("time") % (1, 0, 0.0)]
+        ages.append(Sample((("collector", "time"),), 0.0))
+        ups.append(Sample((("collector", "time"),), 1))
+        parts.append(render((Family(
+            "cmon_sample_age_seconds", GAUGE, "Seconds since the values of this collector were "
+            "read.", ages), Family(
+            "cmon_collector_up", GAUGE, "Whether the values of this collector are those of its "
+            "last due collection (1), or it failed or is late (0).", ups))))
+        return "".join(parts)
+
+    # where values come from
+
+    def _enabled(self, collector: str) -> bool:
+        own = self.settings.collectors.get(collector)
+        return own is None or own.enabled
+
+    def _timeout(self, collector: str) -> float:
+        own = self.settings.collectors.get(collector)
+        return own.timeout if own is not None and own.timeout is not None else \
+            DEFAULT_TIMEOUTS.get(collector, 10.0)
+
+    def _sources(self, page: Page) -> Iterator[Source]:
+        """What a page consists of, in its order."""
+        zone = page.zone
+        if zone == NODE:
+            yield from self._node_sources()
+            plugins = self._plugins["gz"]
+        else:
+            yield from self._zone_sources(page)
+            plugins = [plugin for plugin in self._plugins["vm"]
+                       if plugin.zones is None or zone in plugin.zones]
+            if self.settings.textfiles and self._enabled("textfile"):
+                yield Source(f"textfile {zone}", ("textfile",), False, functools.partial(
+                    self._submit, self._foreign, "textfile", functools.partial(
+                        self._collect_textfiles, zone)))
+        for plugin in plugins:
+            collector = f"plugin_{plugin.name}"
+            if self._enabled(collector):
+                yield Source(f"{collector} {zone}", (collector,), False, functools.partial(
+                    self._submit, self._foreign, collector, functools.partial(
+                        self._collect_plugin, plugin, zone)))
+
+    def _zone_sources(self, page: Page) -> Iterator[Source]:
+        zone = page.zone
+        names = tuple(one.name for one in ZONE_COLLECTORS if self._enabled(one.name) and (
+            one.source == "kstat" or (one.source == "ports" and not page.core)))
+        yield Source(f"kstats {zone}", names, True,
+                     functools.partial(self._begin_zone, page, names))
+        if page.core and self._enabled("triton_core"):      # empty on the page of another zone
+            yield Source(f"triton_core {zone}", ("triton_core",), False, functools.partial(
+                self._submit, self._foreign, "triton_core", functools.partial(
+                    self._collect_core, zone)))
+        if self._enabled("zfs"):
+            yield Source("zfs", ("zfs",), False, functools.partial(
+                self._submit, self._commands, "zfs", self._collect_zfs))
+
+    def _node_sources(self) -> Iterator[Source]:
+        names = tuple(one.name for one in NODE_COLLECTORS if self._enabled(one.name)
+                      and one.source == "kstat" and one.name != "alloc")
+        yield Source("kstats", names, True, functools.partial(
+            self._begin_node, names, lambda reader: read_modules(reader, *NODE_MODULES)))
+        if self._enabled("alloc"):
+            yield Source("alloc", ("alloc",), False, functools.partial(
+                self._begin_node, ("alloc",), read_allocation))
+        for collector, collect in (("zones", self._collect_zones), ("zpool", self._collect_zpool),
+                                   ("ntp", self._collect_ntp)):
+            if self._enabled(collector):
+                yield Source(collector, (collector,), False, functools.partial(
+                    self._submit, self._commands, collector, collect))
+
+    def _submit(self, pool: Pool, collector: str, collect: Callable[[], Results],
+                done: Callable[[Results], None]) -> None:
+        """Have a pool collect; whatever happens there, `done` is called."""
+        def work() -> None:
+            results: Results
+            try:
+                results = collect()
+            except (CollectError, CommandError, ClientError, KstatError) as error:
+                results = {collector: str(error)}
+            except Exception as error:          # around a collector: a bug of ours costs it alone
+                log.exception("collector %s failed", collector)
+                results = {collector: f"internal error: {type(error).__name__}"}
+            done(results)
+        if not pool.submit(work):
+            done({collector: "too many collections wait already"})
+
+    # kstats of a zone
+
+    def _begin_zone(self, page: Page, names: Tuple[str, ...], done: Callable[[Results], None]
+                    ) -> None:
+        zone, vm = page.zone, self.host.vms.vms.get(page.zone)
+        debug_id = self._debug_ids.get(zone) if vm is None or vm.brand == "bhyve" else None
+        skipped = frozenset(name for name, breaker in page.breakers.items()
+                            if breaker.open and not breaker.allows())
+        began = self.server.now()
+
+        def finish(reading: Any) -> None:
+            """In the reader's thread: from kstats to parts of a page."""
+            cpu = time.thread_time()
+            if isinstance(reading, NoSuchZone):
+                results: Results = {"": "no such zone"}
+            elif isinstance(reading, KstatError):
+                results = dict.fromkeys(names, str(reading))
+            else:
+                nics = self._nics(zone, reading.zone_id)
+                context = ZoneContext(reading.zone_id, zone, nics or None, reading.vcpus,
+                                      reading.viona)
+                results = {}
+                for name in names:
+                    if name in skipped:
+                        continue
+                    if name == "link" and nics is None:
+                        results[name] = "vminfod has not told of this zone's NICs yet"
+                        continue
+                    try:
+                        families = zone_families(name, reading.kstats, context)
+                        results[name] = outcome(families, began, self.server.now())
+                    except CollectError as error:
+                        results[name] = str(error)
+            self._booked.add(time.thread_time() - cpu, "zone")
+            done(results)
+        unread = frozenset(KSTATS_OF[name] for name in skipped if name in KSTATS_OF)
+        self.kstats.submit(Job(lambda reader: read_zone(reader, zone, debug_id, unread), finish))
+
+    def _nics(self, zone: str, zone_id: int) -> Optional[Mapping[str, Tuple[str, str]]]:
+        """Labels of a zone's links; {}: none, for as long as the zone runs; None: wait for them.
+
+        Decided once for each boot of a zone, since labels that come and go break every rate.
+        """
+        vms = self.host.vms
+        vm = vms.vms.get(zone)
+        labelled = self._labels.get((zone, zone_id))
+        if labelled is None:
+            if vm is None and not vms.absent and not vms.answered:
+                return None
+            if len(self._labels) > 20_000:
+                self._labels.clear()
+            labelled = self._labels[(zone, zone_id)] = vm is not None
+        return vm.nics if labelled and vm is not None else {}
+
+    # kstats of the compute node
+
+    def _begin_node(self, names: Tuple[str, ...], work: Callable[[Reader], Any],
+                    done: Callable[[Results], None]) -> None:
+        began, before = self.server.now(), self._vminfo
+
+        def finish(read: Any) -> None:
+            cpu = time.thread_time()
+            results: Results = {}
+            if isinstance(read, Exception):
+                results = dict.fromkeys(names, str(read))
+            else:
+                context = NodeContext(self.host.page_size, before)
+                self._vminfo = vminfo_of(read) or self._vminfo
+                for name in names:
+                    try:
+                        results[name] = outcome(node_families(name, read, context), began,
+                                                self.server.now())
+                    except CollectError as error:
+                        results[name] = str(error)
+            self._booked.add(time.thread_time() - cpu, "node")
+            done(results)
+        self.kstats.submit(Job(work, finish))
+
+    # commands and what others write; these run in pools
+
+    def _collect_zfs(self) -> Results:
+        """One `zfs list` for all zones; a column that an old platform lacks is left out for good."""
+        began = self.server.now()
+        output = self.host.run("zfs", (*zfs_command(self._zfs_columns), self.pool),
+                               self._timeout("zfs"))
+        while output.status and not output.stdout:
+            unknown = next((name for name in self._zfs_columns if re.search(
+                rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
+            if unknown is None:
+                raise CollectError(f"zfs list: {_last_line(output)}")
+            log.warning("this zfs has no property %s", unknown)
+            self._zfs_columns = tuple(name for name in self._zfs_columns if name != unknown)
+            output = self.host.run("zfs", (*zfs_command(self._zfs_columns), self.pool),
+                                   self._timeout("zfs"))
+        rows = parse_zfs_list(output.stdout, self._zfs_columns)
+        now = self.server.now()
+        return {"zfs": Datasets(rows, now, now - began)}
+
+    def _collect_zpool(self) -> Results:
+        began = self.server.now()
+        output = self.host.run("zpool", ZPOOL_COMMAND, self._timeout("zpool"))
+        if output.status:
+            raise CollectError(f"zpool list: {_last_line(output)}")
+        read = self._wait_for(lambda reader: read_modules(reader, "zfs_metaslab_group"))
+        families = zpool_families(parse_zpool_list(output.stdout), read["zfs_metaslab_group"])
+        return {"zpool": outcome(families, began, self.server.now())}
+
+    def _wait_for(self, work: Callable[[Reader], Any]) -> Any:
+        """In a pool: kstats that belong to what a command says."""
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.kstats.submit(Job(work, done.put))
+        try:
+            result = done.get(timeout=5.0)
+        except queue.Empty:
+            raise CollectError("reading kstats takes longer than 5 s") from None
+        if isinstance(result, Exception):
+            raise CollectError(str(result))
+        return result
+
+    def _collect_ntp(self) -> Results:
+        """ntpd's figures, or chrony's where ntpq is absent."""
+        began, timeout = self.server.now(), self._timeout("ntp")
+        try:
+            peers = self.host.run("ntpq", APEERS_COMMAND, timeout)
+        except CommandError as error:
+            try:
+                tracking = self.host.run("chronyc", TRACKING_COMMAND, timeout)
+                sources = self.host.run("chronyc", SOURCES_COMMAND, timeout)
+            except CommandError:
+                raise CollectError(str(error)) from None
+            families = chrony_families(tracking.stdout, sources.stdout)
+            return {"ntp": outcome(families, began, self.server.now())}
+        if not peers.stdout.strip():            # ntpd is down: exit 0, and a line on stderr
+            raise CollectError(f"ntpq: {_last_line(peers)}")
+        found = parse_apeers(peers.stdout)
+        peer = system_peer(found)
+        details = self.host.run("ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()),
+                                timeout)
+        families = ntp_families(found, parse_ntp_details(details.stdout))
+        return {"ntp": outcome(families, began, self.server.now())}
+
+    def _collect_zones(self) -> Results:
+        began = self.server.now()
+        output = self.host.run("zoneadm", ZONEADM_COMMAND, self._timeout("zones"))
+        if output.status:
+            raise CollectError(f"zoneadm list: {_last_line(output)}")
+        families = zone_states(parse_zoneadm(output.stdout))
+        return {"zones": outcome(families, began, self.server.now())}
+
+    def _collect_plugin(self, plugin: Plugin, zone: str) -> Results:
+        began = self.server.now()
+        output = self.host.run_plugin(plugin.path, "global" if zone == NODE else zone,
+                                      plugin.timeout, PLUGIN_OUTPUT)
+        if output.stderr:
+            log.debug("%s: %s", plugin.path, output.stderr[:1000])
+        if output.status:
+            raise CollectError(f"{plugin.path}: exit {output.status}: {_last_line(output)}")
+        families, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
+        self.server.call_soon(self.tell, f"plugin_{plugin.name}",
+                              [f"{plugin.path}: {problem}" for problem in problems])
+        if ttl is not None:
+            self.server.call_soon(self._lifetimes.__setitem__, f"plugin_{plugin.name}", ttl)
+        return {f"plugin_{plugin.name}": outcome(families, began, self.server.now())}
+
+    def _collect_core(self, zone: str) -> Results:
+        """The metricPorts of a platform zone: each port for itself, no retry, nothing kept open."""
+        began = self.server.now()
+        vm = self.host.vms.vms.get(zone)
+        if vm is None or not vm.ports or not vm.addresses:
+            return {"triton_core": outcome([], began, began)}
+        families: List[Family] = []
+        problems: List[str] = []
+        for port in vm.ports:
+            try:
+                answer = self._client.request(
+                    "GET", f"http://{vm.addresses[0]}:{port}/metrics", {"Connection": "close"},
+                    timeout=self._timeout("triton_core"))
+                if answer.status != 200:
+                    raise CollectError(f"answers {answer.status}")
+                families += parse(answer.body.decode("utf-8", "strict"))
+            except (ClientError, CollectError, ExpositionError, UnicodeDecodeError) as error:
+                problems.append(f"port {port} of {zone}: {error}")
+        if problems and not families:
+            raise CollectError("; ".join(problems))
+        kept, more = merge(family for family in families if not is_ours(family.name))
+        problems += [f"{zone}: {family.name} is a name of ours" for family in families
+                     if is_ours(family.name)] + more
+        self.server.call_soon(self.tell, "triton_core", problems)
+        return {"triton_core": outcome(kept, began, self.server.now())}
+
+    def _collect_textfiles(self, zone: str) -> Results:
+        """What a tenant leaves in files, read by a process of its own: its file system may hang."""
+        began = self.server.now()
+        vm = self.host.vms.vms.get(zone)
+        root = (vm.zonepath if vm is not None and vm.zonepath else f"/{self.pool}/{zone}") + "/root"
+        output = self.host.run_self("textfiles", root, self._timeout("textfile"))
+        if output.status:
+            raise CollectError(f"text files of {zone}: {_last_line(output)}")
+        families: List[Family] = []
+        problems: List[str] = []
+        for name, content in json.loads(output.stdout).items():
+            if isinstance(content, str):
+                found, wrong = textfile_families(name, content)
+                families += found
+                problems += [f"{zone}: {name}: {problem}" for problem in wrong]
+            else:
+                problems.append(f"{zone}: {name}: {content[0]}")
+        merged, more = merge(families)
+        self.server.call_soon(self.tell, "textfile", problems + more)
+        return {"textfile": outcome(merged, began, self.server.now())}
+
+    # housekeeping
+
+    @property
+    def pool(self) -> str:
+        """The system pool."""
+        return self.settings.pool or self.sysinfo.pool or "zones"
+
+    def refresh(self) -> None:
+        """What an operator, or the proxy after a change, asks for: everything anew."""
+        self._pages = {key: page for key, page in self._pages.items()
+                       if page.zone == NODE or page.waiting}
+        for page in self._pages.values():
+            page.prepared = None
+        self._unknown.clear()
+        self._labels.clear()
+        self._datasets = None
+        self._reread_zones()
+        self.kstats.submit(Job(lambda reader: reader.follow(force=True) or reader.reopen(),
+                               lambda _result: None))
+
+    def pages_of(self, zone: str) -> List[Page]:
+        """The pages of a zone that are kept: with and without its own ports."""
+        return [page for core in (False, True) for page in (self._pages.get((zone, core)),)
+                if page is not None]
+
+    def all_pages(self) -> List[Page]:
+        """All pages that are kept."""
+        return list(self._pages.values())
+
+    def texts(self, zones: Iterable[str]) -> Dict[str, str]:
+        """The pages of these zones as text, as far as there is anything of them."""
+        now = self.server.now()
+        return {zone: self.text(page, now, page.fresh) for zone in zones
+                for page in self.pages_of(zone)[-1:] if page.outcomes}
+
+    def _sweep(self) -> None:
+        """Let go of answers that are too old to send, and of pages that nobody wants."""
+        now = self.server.now()
+        for key, page in list(self._pages.items()):
+            if page.prepared is not None and now >= page.until:
+                page.prepared = None
+            if now - page.used > FORGET_SECONDS and not page.waiting:
+                del self._pages[key]
+
+    def _own_families(self) -> List[Family]:
+        kstats, governor = self.kstats, self.governor
+        opened = [Sample((("collector", collector), ("target", page.zone),
+                          ("reason", breaker.reason[:200])), 1)
+                  for page in self._pages.values() for collector, breaker in page.breakers.items()
+                  if breaker.open]
+        now = self.server.now()
+
+        def one(name: str, kind: str, help_text: str, value: Optional[Number]) -> Family:
+            return Family(f"cmon_agent_{name}", kind, help_text,
+                          [] if value is None else [Sample((), value)])
+        return [
+            Family("cmon_agent_collector_breaker_open", GAUGE, "Collectors that are not tried for a "
+                   "while, since they kept failing.", opened),
+            Family("cmon_agent_kstat_quarantine_seconds", GAUGE, "For how long a read of this kstat "
+                   "has not returned.", [Sample((("kstat", what),), now - since) for what, since
+                                         in kstats.quarantine.items()]),
+            one("pages", GAUGE, "Pages that are kept.", len(self._pages)),
+            one("collections_running", GAUGE, "Collections under way.", len(self._flights)),
+            one("kstat_chain_length", GAUGE, "Kstats in the chain.", kstats.chain_length),
+            one("kstat_index_rebuilds_total", COUNTER, "Rebuilds of the kstat index.",
+                kstats.rebuilds),
+            one("kstat_index_rebuild_seconds", GAUGE, "CPU time of the last rebuild in seconds.",
+                kstats.rebuild_seconds),
+            one("kstat_reads_total", COUNTER, "Calls of kstat_read.", kstats.reads),
+            one("kstat_handles_given_up_total", COUNTER, "Kstat handles given up since a read "
+                "blocked.", kstats.given_up),
+            one("kstat_blocked_threads", GAUGE, "Threads that libkstat blocks.", kstats.blocked),
+            one("commands_hanging", GAUGE, "Commands that could not be killed.",
+                self.host.hanging_commands),
+            one("cpu_usage_ratio", GAUGE, "CPUs that the agent and its commands use.",
+                governor.used),
+            one("cpu_budget_ratio", GAUGE, "CPUs that the agent may use.",
+                self.settings.cpu_budget),
+            one("lifetime_stretch_ratio", GAUGE, "By how much lifetimes are stretched to keep the "
+                "budget.", governor.stretch),
+            one("vminfod_up", GAUGE, "Whether vminfod is followed.",
+                int(self.host.vms.answered and not self.host.vms.problem)),
+        ]
+
+
+def read_allocation(reader: Reader) -> Dict[str, List[Union[Kstat, KstatError]]]:
+    """In a reader's thread: what zones may use, and what the node has."""
+    read = read_modules(reader, "unix")
+    for module, kstats in read_zones(reader, "memory_cap", "caps")[1].items():
+        read[module] = list(kstats)
+    return read
+
+
+def _last_line(output: Output) -> str:
+    lines = output.stderr.strip().splitlines()
+    return lines[-1][:300] if lines else f"exit {output.status} and no word"
+
+
+_metas: Dict[str, str] = {}
+
+
+def _meta(collector: str) -> str:
+    """The original's three meta-metrics of a collector, with places for their values."""
+    template = _metas.get(collector)
+    if template is None:
+        template = _metas[collector] = "".join(
+            f"# HELP {collector}_metrics_{name} {help_text}\n"
+            f"# TYPE {collector}_metrics_{name} gauge\n{collector}_metrics_{name} {form}\n"
+            for name, help_text, form in (
+                ("available_boolean", "Whether there are values on this page (0 or 1).", "%d"),
+                ("cached_boolean", "Whether the values are from an earlier scrape (0 or 1).", "%d"),
+                ("timer_seconds", "Seconds that collecting the values took.", "%r")))
+    return template
+
+
+class AllZones:
+    """The page of all running zones: each zone's own page, with its name as one more label."""
+
+    def __init__(self, scraper: Scraper, zones: Sequence[str], later: Later) -> None:
+        self._scraper, self._zones, self._later = scraper, zones, later
+        self._open: Set[Later] = set()
+        self._begun = self._joined = False
+
+    def begin(self) -> None:
+        """Ask for every zone's page; join them when the last has come, or shortly before the
+        deadline: what is late goes out with its last values."""
+        server = self._scraper.server
+        left = max(self._later.deadline - server.now(), 0.0)
+        end = self._later.deadline - min(0.2 * left, 1.0)
+        for zone in self._zones:
+            try:
+                answer = self._scraper.ask(zone, None, "all zones", end)
+            except Refused:
+                continue                    # it has just gone, or nothing of it can be read
+            if isinstance(answer, Later):
+                self._open.add(answer)
+                answer.attach(functools.partial(self._has_soon, answer))
+        self._begun = True
+        server.call_later(max(end - server.now(), 0.0), self._join)
+        self._has(None)
+
+    def _has_soon(self, later: Later, _answer: Answer) -> None:
+        self._scraper.server.soon(self._has, later)
+
+    def _has(self, answer: Optional[Later]) -> None:
+        if answer is not None:
+            self._open.discard(answer)
+        if self._begun and not self._open:
+            self._join()
+
+    def _join(self) -> None:
+        """In a worker: a thousand zones take a tenth of a second."""
+        if self._joined:
+            return
+        self._joined = True
+        pages = self._scraper.texts(self._zones)
+
+        def work() -> None:
+            self._later.finish(prepare(Response(200, join_pages(pages).encode(), PAGE)))
+        if not self._scraper.server.spawn(work):
+            self._later.finish(text(503, "too busy; try again in some seconds",
+                                    ("Retry-After", "5"), ("X-Cmon-Error", "too_busy")))
+
+
+def join_pages(pages: Mapping[str, str]) -> str:
+    """Pages of ours as one, families contiguous, each sample with the label `zonename`."""
+    families: Dict[str, List[str]] = {}     # the two comment lines -> samples of all zones
+    for zone, page in pages.items():
+        label = f'zonename="{zone}"'
+        lines: List[str] = []
+        for line in page.splitlines():
+            if line.startswith("# HELP "):
+                head = line
+            elif line.startswith("# TYPE "):
+                lines = families.setdefault(f"{head}\n{line}", [])
+            else:
+                name, brace, rest = line.partition("{")
+                if brace:
+                    lines.append(f"{name}{{{label},{rest}")
+                else:
+                    name, _, value = line.partition(" ")
+                    lines.append(f"{name}{{{label}}} {value}")
+    return "".join(f"{head}\n" + "\n".join(lines) + "\n" for head, lines in families.items())
+
+
+# --- what is said over HTTP
+
+HEALTHY = "Container Monitor agent is healthy."
+NAMES_FAMILIES = frozenset(row["name"] for row in metadata())
+
+
+def is_ours(name: str) -> bool:
+    """Whether a family of a core zone would run into one of the agent's own."""
+    return name in NAMES_FAMILIES or name.startswith(("cmon_", "plugin_", "app_")) \
+        or name.endswith(("_metrics_available_boolean", "_metrics_cached_boolean",
+                          "_metrics_timer_seconds"))
+
+
+class Agent:
+    """The agent's routes."""
+
+    def __init__(self, scraper: Scraper, registry: Registry) -> None:
+        self.scraper, self.registry = scraper, registry
+        self._opts: Dict[str, bool] = {}    # x-joyent-cmon-opts that were read -> isCoreZone
+        self.routes = (
+            Route("GET", "/v1/gz/metrics", self.node_page),
+            Route("GET", "/v1/zones/metrics", self.all_zones),
+            Route("GET", "/v1/{zone}/metrics", self.zone_page),
+            Route("GET", "/vms/{zone}/metrics", self.zone_page),
+            Route("POST", "/v1/refresh", self.refresh),
+            Route("GET", "/v1/metadata", self.metadata),
+            Route("GET", "/metrics", self.own_metrics),
+            Route("GET", "/-/healthy", lambda request: text(200, HEALTHY)),
+            Route("GET", "/-/ready", self.ready),
+            Route("GET", "/", self.overview),
+        )
+
+    def zone_page(self, request: Request, zone: str) -> Union[Answer, Later]:
+        """The metrics of one running zone."""
+        core = self._is_core(request)
+        deadline = scrape_deadline(request, self.scraper.server.now())
+        if not UUID.fullmatch(zone):
+            raise Refused(404, "zones go by their UUID in lower case; / lists those that run",
+                          code="no_such_zone")
+        return self.scraper.ask(zone, core, request.peer.address, deadline)
+
+    def node_page(self, request: Request) -> Union[Answer, Later]:
+        """The metrics of the compute node."""
+        self._is_core(request)
+        deadline = scrape_deadline(request, self.scraper.server.now())
+        return self.scraper.ask(NODE, False, request.peer.address, deadline)
+
+    def _is_core(self, request: Request) -> Optional[bool]:
+        """What the proxy says of the zone; None when nobody says."""
+        word = request.headers.get("x-joyent-cmon-opts")
+        if word is None:
+            return None
+        known = self._opts.get(word)
+        if known is None:
+            known = self._opts[word] = read_opts(word)
+            if len(self._opts) > 100:
+                self._opts.clear()
+        return known
+
+    def all_zones(self, request: Request) -> Later:
+        """The metrics of all running zones."""
+        server = self.scraper.server
+        deadline = scrape_deadline(request, server.now())
+        later = Later(deadline, lambda: text(
+            503, "collecting all zones takes longer than this scrape may: raise scrape_timeout",
+            ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
+
+        def listed(result: Any) -> None:
+            if isinstance(result, Exception):
+                later.finish(text(503, f"the zones cannot be listed: {result}",
+                                  ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
+                return
+            zones = sorted(name for name in result[0].values() if UUID.fullmatch(name))
+            server.call_soon(AllZones(self.scraper, zones, later).begin)
+        self.scraper.kstats.submit(Job(read_zones, listed))
+        return later
+
+    def refresh(self, _request: Request) -> Answer:
+        """Forget what is known of zones."""
+        self.scraper.refresh()
+        return Response(200, b"")
+
+    def metadata(self, _request: Request) -> Answer:
+        """Where each metric comes from."""
+        return Response(200, json.dumps(metadata(), indent=1).encode() + b"\n", JSON)
+
+    def own_metrics(self, _request: Request) -> Answer:
+        """The agent's own metrics."""
+        return Response(200, render(self.registry.families()).encode(), PAGE)
+
+    def ready(self, _request: Request) -> Later:
+        """Whether kstats can be read."""
+        later = Later(self.scraper.server.now() + 5.0, lambda: text(
+            503, "not ready: kstats are not read in time", ("X-Cmon-Error", "not_ready")))
+        self.scraper.kstats.submit(Job(lambda reader: reader.index.count, lambda result: later.finish(
+            text(503, f"not ready: {result}", ("X-Cmon-Error", "not_ready"))
+            if isinstance(result, Exception) else text(200, "Container Monitor agent is ready."))))
+        return later
+
+    def overview(self, _request: Request) -> Later:
+        """A page for people."""
+        scraper = self.scraper
+        later = Later(scraper.server.now() + 5.0, lambda: text(
+            503, "the zones cannot be listed in time", ("X-Cmon-Error", "not_collected")))
+
+        def listed(result: Any) -> None:
+            zones = {} if isinstance(result, Exception) else result[0]
+            problem = str(result) if isinstance(result, Exception) else ""
+            scraper.server.call_soon(lambda: later.finish(Response(
+                200, overview_page(scraper, zones, problem).encode(), HTML, PAGE_HEADERS)))
+        scraper.kstats.submit(Job(read_zones, listed))
+        return later
+
+
+def read_opts(word: str) -> bool:
+    """isCoreZone of the proxy's header; raises Refused."""
+    try:
+        opts = json.loads(base64.b64decode(word, validate=True)) if len(word) <= 1000 else None
+    except (ValueError, RecursionError):
+        opts = None
+    if not isinstance(opts, dict) or not isinstance(opts.get("isCoreZone"), bool):
+        raise Refused(400, 'x-joyent-cmon-opts must be base64 of {"isCoreZone": true or false}',
+                      code="bad_opts")
+    return bool(opts["isCoreZone"])
+
+
+PAGE_HEADERS = (("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
+                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+                ("Cache-Control", "no-store"))
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}
+h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:.25em .8em .25em 0;border-bottom:1px solid #ddd;vertical-align:top}
+td.n,th.n{text-align:right}code{font-size:.92em}a{color:#0550ae}.bad{color:#b42318}
+.facts{display:flex;flex-wrap:wrap;gap:.4em 2.5em;padding:0;list-style:none}.dim{color:#667}
+@media(prefers-color-scheme:dark){body{background:#16181c;color:#ddd}th,td{border-color:#383c44}
+a{color:#79b8ff}.bad{color:#ff8a80}.dim{color:#99a}}
+"""
+
+
+def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> str:
+    """What the agent does, for people: zones with their ages, what is broken, the budget."""
+    escape, now = html.escape, scraper.server.now()
+    vms, governor = scraper.host.vms.vms, scraper.governor
+    rows: List[str] = []
+    for zone_id, zone in sorted(zones.items(), key=lambda pair: (
+            vms[pair[1]].alias if pair[1] in vms else "~", pair[1])):
+        if not UUID.fullmatch(zone):
+            continue
+        vm = vms.get(zone)
+        ages = [now - last.at for page in scraper.pages_of(zone) for collector, last
+                in page.outcomes.items() if collector != "zfs"]
+        bad = sorted({collector for page in scraper.pages_of(zone) for collector in page.failed})
+        rows.append(
+            f"<tr><td>{escape(vm.alias) if vm and vm.alias else '<span class=dim>?</span>'}</td>"
+            f"<td><a href='/v1/{zone}/metrics'><code>{zone}</code></a></td>"
+            f"<td>{escape(vm.brand) if vm else ''}</td><td class=n>{zone_id}</td>"
+            f"<td class=n>{f'{min(ages):.0f} s' if ages else '<span class=dim>not asked</span>'}"
+            f"</td><td class=bad>{escape(', '.join(bad))}</td></tr>")
+    broken = [f"<tr><td>{escape(page.zone)}</td><td>{escape(collector)}</td>"
+              f"<td>{escape(failure.why)}</td><td class=n>{now - failure.at:.0f} s</td>"
+              f"<td>{'stopped for a while' if page.breakers[collector].open else 'tried on'}</td>"
+              "</tr>" for page in scraper.all_pages() for collector, failure
+              in page.failed.items()]
+    budget = scraper.settings.cpu_budget
+    info = scraper.sysinfo
+    facts = (
+        ("compute node", f"{info.hostname or '?'} {info.uuid}"),
+        ("zones", str(len(rows))), ("kstats", str(scraper.kstats.chain_length)),
+        ("CPU used", f"{governor.used:.2%} of one"),
+        ("budget", "none" if budget is None else f"{budget:.2%} of one"),
+        ("lifetimes stretched", f"{governor.stretch:.1f} times"),
+        ("blocked reads", str(scraper.kstats.blocked)),
+        ("vminfod", scraper.host.vms.problem or "followed"), ("version", __version__))
+    body = "".join(f"<li><span class=dim>{escape(name)}</span> {escape(value)}</li>"
+                   for name, value in facts)
+    trouble = ("<h2>What fails now</h2><table><tr><th>Page<th>Collector<th>Why<th class=n>Since a "
+               "try<th>State</tr>" + "".join(broken) + "</table>") if broken else ""
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width="
+            f"device-width'><title>Container Monitor agent</title><style>{STYLE}</style>"
+            f"<h1>Container Monitor agent</h1><ul class=facts>{body}</ul>"
+            + (f"<p class=bad>{escape(problem)}</p>" if problem else "")
+            + "<p><a href='/v1/gz/metrics'>compute node</a> · <a href='/v1/zones/metrics'>all zones"
+            "</a> · <a href='/metrics'>the agent itself</a> · <a href='/v1/metadata'>what the "
+            f"metrics mean</a></p>{trouble}<h2>Zones</h2><table><tr><th>Alias<th>Zone<th>Brand"
+            "<th class=n>Id<th class=n>Age<th>Fails</tr>" + "".join(rows) + "</table></html>\n")
+
+# --- logging and settings [kit] -------------------------------------------------------------------
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
           "error": logging.ERROR}
@@ -3253,3 +7305,369 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
     finally:
         stop_logging()
     return 0
+
+# --- main ------------------------------------------------------------------------------------------
+
+PORT = 9163
+DEFAULT_COMMANDS = {
+    "zfs": "/usr/sbin/zfs", "zpool": "/usr/sbin/zpool", "ntpq": "/usr/sbin/ntpq",
+    "chronyc": "/usr/bin/chronyc", "sysinfo": "/usr/bin/sysinfo", "vmadm": "/usr/sbin/vmadm",
+    "zoneadm": "/usr/sbin/zoneadm"}
+DEFAULT_PLUGIN_DIRS = {"gz": "/opt/custom/cmon/gz-plugins", "vm": "/opt/custom/cmon/vm-plugins"}
+SYSINFO_FILE = "/var/run/cmon/sysinfo.json"
+
+
+@dataclass(frozen=True)
+class CollectorSettings:
+    """What is different for one collector."""
+    enabled: bool = setting(True, "whether it runs")
+    ttl: Optional[float] = setting(None, "seconds that its values are used for", at_least(0))
+    timeout: Optional[float] = setting(None, "seconds that it may take", at_least(0.01))
+
+
+def known_keys(known: Mapping[str, str]) -> Check:
+    """A check for tables whose keys are fixed."""
+    def check(value: Mapping[str, str]) -> Optional[str]:
+        odd = sorted(set(value) - set(known))
+        return f"{odd[0]!r} is not one of {', '.join(known)}" if odd else None
+    return check
+
+
+def known_collectors(value: Mapping[str, CollectorSettings]) -> Optional[str]:
+    """A check for the names of collectors."""
+    names = {one.name for one in ZONE_COLLECTORS + NODE_COLLECTORS} - {"time"}
+    odd = [name for name in value if name not in names and not name.startswith("plugin_")]
+    return f"{odd[0]!r} is no collector; there are {', '.join(sorted(names))} and plugin_NAME" \
+        if odd else None
+
+
+def is_http(value: str) -> Optional[str]:
+    """A check for URLs."""
+    return None if re.fullmatch(r"http://[^/?#\s]+/?", value) else "must be http://HOST:PORT"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of the agent."""
+    listen: Optional[str] = setting(
+        None, "address to serve on; null: the admin IP, port 9163", lambda value: None
+        if value is None else is_address(value))
+    libkstat: str = setting("libkstat.so.1", "the library that kstats are read with")
+    commands: Dict[str, str] = setting(
+        DEFAULT_COMMANDS, "programs that are run", known_keys(DEFAULT_COMMANDS))
+    vminfod: str = setting("http://127.0.0.1:9090", "where vminfod listens", is_http)
+    sysinfo_file: str = setting(
+        SYSINFO_FILE, "what sysinfo printed, left there by the root set-up service")
+    pool: Optional[str] = setting(None, "pool of the zones; null: as sysinfo says, else zones")
+    plugin_dirs: Dict[str, str] = setting(
+        DEFAULT_PLUGIN_DIRS, "folders of plugins for the node and for zones",
+        known_keys(DEFAULT_PLUGIN_DIRS))
+    collectors: Dict[str, CollectorSettings] = setting(
+        {}, "what is different for a collector, by its name", known_collectors)
+    min_poll_interval: float = setting(
+        0.0, "seconds below which nothing is collected again", at_least(0))
+    max_collections: int = setting(4, "plugins and core zones asked at once", at_least(1))
+    cpu_budget: Optional[float] = setting(
+        0.01, "CPUs that the agent may use; null: any", at_least(0.0001))
+    textfiles: bool = setting(False, "read metrics that tenants leave in their zones")
+    log_level: str = setting("info", "least level that is logged", one_of(*LEVELS))
+    log_format: str = setting("", "text or bunyan; empty: text on a terminal",
+                              one_of("", "text", "bunyan"))
+
+
+def load_agent(arguments: argparse.Namespace) -> Settings:
+    """Settings from the file and the flags; raises ConfigError."""
+    loaded = load_settings(Settings, arguments.config, {
+        "listen": arguments.listen, "libkstat": arguments.libkstat,
+        "log_level": arguments.log_level, "log_format": arguments.log_format})
+    return dataclasses.replace(loaded, commands={**DEFAULT_COMMANDS, **loaded.commands},
+                               plugin_dirs={**DEFAULT_PLUGIN_DIRS, **loaded.plugin_dirs})
+
+
+def make_host(arguments: argparse.Namespace, settings: Settings) -> Union[Host, RecordedHost]:
+    """The machine, or the capture in its place; raises ConfigError."""
+    if arguments.replay is not None:
+        return RecordedHost(arguments.replay, settings)
+    try:
+        return Host(settings)
+    except LibraryError as error:
+        raise ConfigError(str(error)) from None
+
+
+def address_of(settings: Settings, host: Union[Host, RecordedHost], sysinfo: Sysinfo,
+               problem: str) -> Tuple[str, int]:
+    """Where to listen; raises ConfigError when nobody says, on the platform itself."""
+    if settings.listen is not None:
+        return parse_address(settings.listen)
+    if sysinfo.admin_ip and not host.recorded:
+        return sysinfo.admin_ip, PORT
+    if sys.platform.startswith("sunos") and not host.recorded:
+        raise ConfigError(f"the admin IP is not known ({problem or 'sysinfo names none'}): give "
+                          "listen, or see `svcs -xv cmon-agent-setup`")
+    return "127.0.0.1", PORT
+
+
+def read_sysinfo(host: Union[Host, RecordedHost]) -> Tuple[Sysinfo, str]:
+    """What is known of the node, and why not more."""
+    try:
+        return parse_sysinfo(host.raw_sysinfo()), ""
+    except ConfigError as error:
+        return Sysinfo(), str(error)
+
+
+class Running:
+    """The agent's parts while it runs; makes them, and follows new settings."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._scraper: Optional[Scraper] = None
+        self._settings: Optional[Settings] = None
+
+    def load(self) -> Settings:
+        """The settings as they are now."""
+        return load_agent(self._arguments)
+
+    def check(self, settings: Settings) -> List[str]:
+        """What --check-config finds beyond the settings themselves."""
+        problems: List[str] = []
+        try:
+            host = make_host(self._arguments, settings)
+            sysinfo, problem = read_sysinfo(host)
+            address_of(settings, host, sysinfo, problem)
+            handle = host.open_kstats()
+            handle.close()
+        except ConfigError as error:
+            problems += error.problems
+        except KstatError as error:
+            problems.append(str(error))
+        for folder in settings.plugin_dirs.values():
+            find_plugins(folder, problems)
+        return problems
+
+    def start(self, settings: Settings) -> Server:
+        """Make everything and listen; raises ConfigError, OSError."""
+        host = make_host(self._arguments, settings)
+        sysinfo, problem = read_sysinfo(host)
+        registry = Registry()
+        register_process_metrics(registry, "agent")
+        server = Server("agent", registry)
+        scraper = Scraper(settings, host, server, registry, sysinfo)
+        agent = Agent(scraper, registry)
+        server.listen(address_of(settings, host, sysinfo, problem), agent.routes)
+        if problem:
+            log.warning("the node's name and pool are not known: %s", problem)
+        scraper.start()
+        self._scraper, self._settings = scraper, settings
+        return server
+
+    def reload(self, settings: Settings) -> None:
+        """Use new settings; raises ConfigError for one that needs a restart."""
+        assert self._scraper is not None and self._settings is not None
+        fixed = [name for name in ("listen", "libkstat", "vminfod") if
+                 getattr(settings, name) != getattr(self._settings, name)]
+        if fixed:
+            raise ConfigError(f"{', '.join(fixed)}: cannot change while the agent runs: restart it")
+        self._settings = settings
+        self._scraper.use(settings)
+
+
+def capture(arguments: argparse.Namespace) -> int:
+    """`cmon_agent.py capture FILE`: what the collectors read on this host, for --replay."""
+    try:
+        settings = load_agent(arguments)
+        host = make_host(arguments, settings)
+        frames = []
+        for number in range(arguments.frames):
+            if number:
+                time.sleep(arguments.interval)
+            frames.append(capture_frame(host, settings))
+        try:
+            raw = host.raw_sysinfo()
+        except ConfigError as error:
+            complain("cmon_agent", [f"{error}; the capture goes without"])
+            raw = {}
+        content = {"format": 1, "host": {name: raw[name] for name in SYSINFO_MEMBERS
+                                         if isinstance(raw, dict) and name in raw},
+                   "frames": frames}
+        with open(arguments.file, "w", encoding="utf-8") as file:
+            json.dump(content, file, separators=(",", ":"))
+            file.write("\n")
+    except ConfigError as error:
+        complain("cmon_agent", error.problems)
+        return EXIT_USAGE
+    except (KstatError, OSError) as error:
+        complain("cmon_agent", [f"cannot capture: {getattr(error, 'strerror', None) or error}"])
+        return 1
+    print(f"{arguments.file}: {len(frames)} frames, {len(frames[-1]['kstats'])} kstats each; it "
+          "holds aliases and addresses of zones, so treat it as confidential")
+    return 0
+
+
+def capture_frame(host: Union[Host, RecordedHost], settings: Settings) -> Dict[str, Any]:
+    """One frame of a capture; raises KstatError."""
+    handle = host.open_kstats()
+    try:
+        kstats = []
+        index = handle.index
+        refs = [ref for refs in (*index.modules.values(), *index.zones.values()) for ref in refs]
+        for ref in refs:
+            try:
+                kstat = handle.read(ref)
+            except KstatError:
+                continue                    # it has gone, or is of a kind that is not read
+            kstats.append({**kstat._asdict(), "class": kstat.klass, "data": dict(kstat.data)})
+            del kstats[-1]["klass"]
+    finally:
+        handle.close()
+    sysinfo, _ = read_sysinfo(host)
+    pool = settings.pool or sysinfo.pool or "zones"
+    commands: Dict[str, Dict[str, Any]] = {}
+    peer = None
+    for name, argv in (("zfs", (*zfs_command(ZFS_COLUMNS), pool)), ("zpool", ZPOOL_COMMAND),
+                       ("zoneadm", ZONEADM_COMMAND), ("ntpq", APEERS_COMMAND),
+                       ("chronyc", TRACKING_COMMAND), ("chronyc", SOURCES_COMMAND)):
+        output = _captured(host, name, argv, commands)
+        if argv is APEERS_COMMAND and output is not None:
+            try:
+                peer = system_peer(parse_apeers(output.stdout))
+            except CollectError:
+                continue                    # the capture shows what it printed
+    _captured(host, "ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()), commands)
+    return {"at": host.time(), "kstats": kstats, "commands": commands, "vms": _captured_vms(
+        settings) if not host.recorded else []}
+
+
+def _captured(host: Union[Host, RecordedHost], name: str, argv: Sequence[str],
+              into: Dict[str, Dict[str, Any]]) -> Optional[Output]:
+    try:
+        output = host.run(name, argv, 30.0)
+    except CommandError as error:
+        complain("cmon_agent", [f"{error}; the capture goes without"])
+        return None
+    into[" ".join((DEFAULT_COMMANDS[name], *argv))] = output._asdict()
+    return output
+
+
+CAPTURED_VM = ("uuid", "zonename", "alias", "brand", "state", "zone_state", "owner_uuid", "tags",
+               "zpool", "zfs_filesystem", "zonepath")
+
+
+def _captured_vms(settings: Settings) -> List[Dict[str, Any]]:
+    """VM objects, less what tenants would not want to see mailed around."""
+    try:
+        answer = Client().request("GET", settings.vminfod.rstrip("/") + "/vms", timeout=30.0)
+        records = json.loads(answer.body) if answer.status == 200 else []
+    except (ClientError, ValueError, RecursionError) as error:
+        complain("cmon_agent", [f"vminfod: {error}; the capture goes without VMs"])
+        return []
+    kept = []
+    for record in records if isinstance(records, list) else []:
+        if isinstance(record, dict):
+            vm = {name: record[name] for name in CAPTURED_VM if name in record}
+            vm["nics"] = [{name: nic.get(name) for name in ("interface", "nic_tag", "network_uuid",
+                                                            "ip")}
+                          for nic in record.get("nics") or () if isinstance(nic, dict)]
+            metadata_of = record.get("customer_metadata")
+            if isinstance(metadata_of, dict) and "metricPorts" in metadata_of:
+                vm["customer_metadata"] = {"metricPorts": metadata_of["metricPorts"]}
+            kept.append(vm)
+    return kept
+
+
+TEXTFILES = ("var", "triton", "metrics")    # below the root of a zone
+TEXTFILE_BYTES = 256 << 10
+TEXTFILE_MOST = 16
+
+
+def read_textfiles(root: str) -> int:
+    """In a process of its own: print a zone's text files as JSON, each its text or [problem].
+
+    The tenant owns everything below: links are not followed, nothing but regular files on the
+    zone's own file system is opened, and not for longer than the parent's deadline.
+    """
+    found: Dict[str, Any] = {}
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    device = os.fstat(folder).st_dev
+    try:
+        for component in TEXTFILES:
+            folder = os.open(component, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                             | os.O_NONBLOCK, dir_fd=folder)
+            if os.fstat(folder).st_dev != device:
+                raise OSError(errno.EXDEV, "another file system is mounted there")
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".prom"))
+    except FileNotFoundError:
+        names = []
+    for place, name in enumerate(names):
+        shown = name.encode("utf-8", "replace").decode()
+        if place >= TEXTFILE_MOST:
+            found[shown] = [f"more than {TEXTFILE_MOST} files"]
+            break
+        try:
+            found[shown] = _textfile(folder, name, device)
+        except OSError as error:
+            found[shown] = [(error.strerror or str(error)).lower()]
+    json.dump(found, sys.stdout)
+    return 0
+
+
+def _textfile(folder: int, name: str, device: int) -> Any:
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_dev != device:
+        return ["not a regular file"]
+    if status.st_size > TEXTFILE_BYTES:
+        return [f"larger than {TEXTFILE_BYTES} bytes"]
+    content = b""
+    while len(content) <= TEXTFILE_BYTES:
+        piece = os.read(file, 65536)
+        if not piece:
+            os.close(file)
+            return content.decode("utf-8", "replace")
+        content += piece
+    return [f"larger than {TEXTFILE_BYTES} bytes"]
+
+
+def agent_command_line() -> argparse.ArgumentParser:
+    """The agent's flags."""
+    parser = command_line("cmon_agent.py", "Serve the metrics of this compute node and its zones; "
+                          "`cmon_agent.py capture FILE` writes what --replay serves.")
+    parser.add_argument("--replay", metavar="CAPTURE", help="serve a capture instead of this host")
+    parser.add_argument("--libkstat", metavar="PATH", help="the library that kstats are read with")
+    return parser
+
+
+def capture_command_line() -> argparse.ArgumentParser:
+    """The flags of `capture`."""
+    parser = argparse.ArgumentParser(
+        prog="cmon_agent.py capture", allow_abbrev=False,
+        description="Write what the collectors read on this host, for --replay and bug reports.")
+    add = parser.add_argument
+    add("file", metavar="FILE", help="file to write")
+    add("--frames", type=int, default=2, choices=range(1, 101), metavar="N",
+        help="how often to read everything (2)")
+    add("--interval", type=float, default=5.0, metavar="SECONDS", help="between two frames (5)")
+    add("--config", metavar="FILE", help="settings as JSON")
+    add("--libkstat", metavar="PATH", help="the library that kstats are read with")
+    parser.set_defaults(listen=None, log_level=None, log_format=None, replay=None)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The agent, or `capture`; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["capture"]:
+        return capture(capture_command_line().parse_args(words[1:]))
+    if words[:1] == ["textfiles"] and len(words) == 2:      # for the agent itself
+        try:
+            return read_textfiles(words[1])
+        except OSError as error:
+            complain("cmon_agent", [f"{words[1]}: {(error.strerror or str(error)).lower()}"])
+            return 1
+    arguments = agent_command_line().parse_args(words)
+    running = Running(arguments)
+    return run_daemon("agent", arguments, running.load, running.start, running.reload,
+                      running.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
