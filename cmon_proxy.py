@@ -15,6 +15,7 @@ that hand in finished values. Map (`grep '^# ---'`):
     refusals
     identity
     inventory
+    Triton
     quotas
     forwarding
     routes
@@ -33,9 +34,11 @@ import selectors
 import socket
 import ssl
 import sys
+import threading
 import time
+import urllib.parse
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha1, sha256
 from pathlib import Path
 from typing import (
     Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
@@ -44,12 +47,12 @@ from typing import (
 # The agent is the one file that must run alone, so it carries the kit that we share.
 from cmon_agent import (
     CMON_PURPOSE, COUNTER, GAUGE, JSON, PAGE, Answer, AnswerReader, Breaker, Certificate,
-    CertificateError, ClientError, ConfigError, Family, Later, Listener, Prepared, PublicKey,
-    Refused, Registry, Request, Response, Route, Sample, Server, ask_for_any_certificate, at_least,
-    certificate, check_any_certificate, command_line, first_certificate, gunzip, is_address,
-    load_settings, log, one_of, parse_address, prepare, public_key, read_json,
-    register_process_metrics, render, run_daemon, scrape_deadline, server_context, setting,
-    signed_by, text)
+    CertificateError, Client, ClientError, ConfigError, Family, Later, Listener, Pool, Prepared,
+    PublicKey, Refused, Registry, Request, Response, Route, Sample, Server,
+    ask_for_any_certificate, at_least, certificate, check_any_certificate, command_line,
+    first_certificate, gunzip, is_address, load_settings, log, one_of, parse_address, prepare,
+    public_key, read_json, register_process_metrics, render, run_daemon, scrape_deadline,
+    server_context, setting, signed_by, text)
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -442,12 +445,12 @@ STATES: Dict[str, State] = {
     "receiving": State(False, False, False, True),  # a migration that is under way
     "sending": State(True, True, True, True),
     "incomplete": State(False, False, False, False),
-    "failed": State(False, False, False, True),
+    "failed": State(False, False, False, False),
     "destroyed": State(False, False, False, False),
     "deleted": State(False, False, False, False),
     "unknown": State(True, True, True, True),       # VMAPI's word when the node does not report
 }
-SHOWN_STATES = ("running", "stopped", "provisioning", "failed", "unknown")
+SHOWN_STATES = ("running", "stopped", "provisioning", "unknown")
 
 
 def state_of(name: str) -> State:
@@ -622,15 +625,20 @@ class Directory:
 
     def __init__(self) -> None:
         self.accounts: Dict[str, Account] = {}
+        self._ready = False
 
     def find(self, login: str) -> Optional[Account]:
-        """The account, or None when there is none of this login."""
+        """The account, or None when there is none of this login. Raises Refused (503) until the
+        first inventory is in: a good key must not be told that nobody knows it."""
+        if not self._ready:
+            raise refused("inventory_not_ready")
         return self.accounts.get(login)
 
     def replace(self, accounts: Dict[str, Account]) -> None:
         """All at once; an account that has not changed stays the same object."""
         self.accounts = {login: kept if (kept := self.accounts.get(login)) == account else account
                          for login, account in accounts.items()}
+        self._ready = True
 
 
 class Whole(NamedTuple):
@@ -825,6 +833,836 @@ class FileSource:
             self._inventory.ready = True
         log.info("inventory: %s accounts, %s compute nodes, %s containers from %s",
                  len(found.accounts), len(found.nodes), len(found.vms), self._path)
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+# VMAPI with its changefeed, CNAPI and mahi. Their threads block on sockets and hand finished values
+# to the loop; they share nothing with it but `Server.call_soon`. How these services behave, with
+# their quirks, is written where the quirk is met.
+
+SERVICE_TIMEOUT = 20.0              # seconds for one request; a page of 1,000 VMs takes some
+PAGE_SIZE = 1000                    # VMAPI's and CNAPI's maximum
+HEARTBEAT_SECONDS = 27.817          # what the changefeed's publisher expects
+POLL_NODES_SECONDS = 300.0
+FETCHERS = 16                       # threads that read single VMs: VMAPI takes 10 to 50 ms for one
+MAX_MESSAGE = 1 << 20               # bytes of one message of the feed
+REFRESH_SECONDS = 2.0               # an agent is told of changes at most so often
+SNAPSHOT_SECONDS = 30.0
+FRESH_ACCOUNT_SECONDS = 30.0        # younger: used as it is
+USABLE_ACCOUNT_SECONDS = 60.0       # younger: used, and read again behind the request's back
+STALE_ACCOUNT_SECONDS = 300.0       # younger: used while mahi cannot be reached
+ACCOUNT_TIMEOUT = 3.0               # seconds for one request to mahi: somebody waits
+ACCOUNTS_DOWN_SECONDS = 5.0         # after a failure stale accounts are used without waiting
+UNKNOWN_ACCOUNT_SECONDS = 10.0      # an unknown login is not asked for again so soon
+KEPT_ACCOUNTS = 10_000
+FEED_RESOURCES = ("alias", "customer_metadata", "destroyed", "nics", "owner_uuid", "server_uuid",
+                  "state", "tags")
+
+
+class ServiceError(Exception):
+    """A service of Triton does not answer, or not as it should; the text is for the log."""
+
+
+class Pauses:
+    """How long to wait before the next try: doubling, with jitter, to a minute."""
+
+    def __init__(self, random: Callable[[], float], first: float = 0.5, most: float = 60.0) -> None:
+        self._random, self._first, self._most = random, first, most
+        self._next = first
+
+    def next(self) -> float:
+        """Seconds to wait now."""
+        pause = self._next * (0.5 + self._random())
+        self._next = min(self._next * 2, self._most)
+        return pause
+
+    def reset(self) -> None:
+        """It went well."""
+        self._next = self._first
+
+
+class Service:
+    """One of Triton's HTTP services, for threads that may block."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name, self.url = name, url.rstrip("/")
+        self._client = Client(max_idle=FETCHERS, max_body=64 << 20)
+        self.errors = 0
+
+    def get(self, path: str, allowed: Sequence[int] = (200,), timeout: float = SERVICE_TIMEOUT
+            ) -> Tuple[int, Any]:
+        """Status and JSON of an answer; raises ServiceError for statuses that are not allowed."""
+        try:
+            answer = self._client.request("GET", self.url + path, {"Accept": "application/json"},
+                                          timeout=timeout)
+        except ClientError as error:
+            self.errors += 1
+            raise ServiceError(f"{self.name}: {error}") from None
+        if answer.status not in allowed:
+            self.errors += 1
+            raise ServiceError(f"{self.name}: {path.partition('?')[0]} answers {answer.status}")
+        if answer.status != 200:
+            return answer.status, None      # error bodies are not always the JSON they claim to be
+        try:
+            return 200, json.loads(answer.body)
+        except (ValueError, RecursionError):
+            self.errors += 1
+            raise ServiceError(f"{self.name}: {path.partition('?')[0]} does not answer in JSON"
+                               ) from None
+
+
+# WebSocket (RFC 6455), the client's side
+
+_WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+CONTINUED, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 2, 8, 9, 10
+
+
+def frame_of(opcode: int, payload: bytes, mask: bytes) -> bytes:
+    """A whole, masked frame, as clients must send it."""
+    size = len(payload)
+    length = bytes((0x80 | size,)) if size < 126 else (
+        b"\xfe" + size.to_bytes(2, "big") if size < 65536 else b"\xff" + size.to_bytes(8, "big"))
+    masked = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+    return bytes((0x80 | opcode,)) + length + mask + masked
+
+
+class Frames:
+    """Takes bytes, gives frames of a server: (opcode, final, payload). Raises ServiceError."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, received: bytes) -> List[Tuple[int, bool, bytes]]:
+        """The frames that are whole now."""
+        self._buffer += received
+        found: List[Tuple[int, bool, bytes]] = []
+        while True:
+            buffer = self._buffer
+            if len(buffer) < 2:
+                return found
+            if buffer[0] & 0x70 or buffer[1] & 0x80:
+                raise ServiceError("changefeed: a frame with extensions or a mask")
+            opcode, final, size, start = buffer[0] & 15, bool(buffer[0] & 0x80), buffer[1], 2
+            if opcode >= 8 and (size > 125 or not final):
+                raise ServiceError("changefeed: a broken control frame")
+            if size >= 126:
+                start = 4 if size == 126 else 10
+                if len(buffer) < start:
+                    return found
+                size = int.from_bytes(buffer[2:start], "big")
+            if size > MAX_MESSAGE:
+                raise ServiceError(f"changefeed: a frame of {size} bytes")
+            if len(buffer) < start + size:
+                return found
+            found.append((opcode, final, buffer[start:start + size]))
+            self._buffer = buffer[start + size:]
+
+
+class WebSocket:
+    """A connection of the changefeed; one thread uses it."""
+
+    def __init__(self, url: str, path: str, headers: Mapping[str, str]) -> None:
+        scheme, _, rest = url.partition("://")
+        host, port = parse_address(rest.rstrip("/"), 443 if scheme == "https" else 80)
+        try:
+            self._socket = socket.create_connection((host, port), SERVICE_TIMEOUT)
+            if scheme == "https":
+                self._socket = ssl.create_default_context().wrap_socket(
+                    self._socket, server_hostname=host)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            raise ServiceError(f"changefeed: cannot reach {host}:{port}: {error}") from None
+        self._frames = Frames()
+        self._messages: List[bytes] = []
+        self._parts: Optional[List[bytes]] = None       # of a message in fragments
+        self.answers_pings = False
+        try:
+            self._upgrade(f"{host}:{port}", path, headers)
+        except OSError as error:
+            self._socket.close()
+            raise ServiceError(f"changefeed: {error}") from None
+        except ServiceError:
+            self._socket.close()
+            raise
+
+    def _upgrade(self, host: str, path: str, headers: Mapping[str, str]) -> None:
+        nonce = base64.b64encode(os.urandom(16))
+        lines = {"Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
+                 "Sec-WebSocket-Key": nonce.decode(), "Sec-WebSocket-Version": "13", **headers}
+        self._socket.sendall(f"GET {path} HTTP/1.1\r\n".encode() + "".join(
+            [f"{name}: {value}\r\n" for name, value in lines.items()]).encode() + b"\r\n")
+        head = b""
+        while b"\r\n\r\n" not in head:
+            received = self._socket.recv(4096)
+            if not received or len(head) > 65536:
+                raise ServiceError("changefeed: no answer to the upgrade")
+            head += received
+        head, _, rest = head.partition(b"\r\n\r\n")
+        status, *answered = head.split(b"\r\n")
+        if not re.match(rb"HTTP/1\.1 101\b", status):
+            raise ServiceError(f"changefeed: the upgrade is answered {status[:60]!r}")
+        wanted = base64.b64encode(sha1(nonce + _WEBSOCKET_GUID).digest())
+        if not any(name.strip().lower() == b"sec-websocket-accept" and value.strip() == wanted
+                   for name, _, value in (line.partition(b":") for line in answered)):
+            raise ServiceError("changefeed: the upgrade is not answered by a WebSocket")
+        self._take(rest)
+
+    def send(self, opcode: int, payload: bytes) -> None:
+        """One frame."""
+        try:
+            self._socket.settimeout(SERVICE_TIMEOUT)
+            self._socket.sendall(frame_of(opcode, payload, os.urandom(4)))
+        except OSError as error:
+            raise ServiceError(f"changefeed: {error}") from None
+
+    def _take(self, received: bytes) -> None:
+        for opcode, final, payload in self._frames.feed(received):
+            if opcode == PING_FRAME:
+                self.send(PONG_FRAME, payload)
+            elif opcode == PONG_FRAME:
+                self.answers_pings = True
+            elif opcode == CLOSE_FRAME:
+                reason = payload[2:100].decode("utf-8", "replace")
+                raise ServiceError(f"changefeed: closed by the other side: {reason or 'no reason'}")
+            elif opcode in (TEXT_FRAME, BINARY_FRAME) and self._parts is None and final:
+                self._messages.append(payload)
+            elif opcode in (TEXT_FRAME, BINARY_FRAME) and self._parts is None:
+                self._parts = [payload]
+            elif opcode == CONTINUED and self._parts is not None:
+                self._parts.append(payload)
+                if sum(map(len, self._parts)) > MAX_MESSAGE:
+                    raise ServiceError("changefeed: a message that does not end")
+                if final:
+                    self._messages.append(b"".join(self._parts))
+                    self._parts = None
+            else:
+                raise ServiceError(f"changefeed: a frame {opcode} where none can be")
+
+    def receive(self, timeout: float) -> List[bytes]:
+        """The messages that have come, after waiting so long at the most; maybe none."""
+        if not self._messages:
+            try:
+                self._socket.settimeout(max(timeout, 0.01))
+                received = self._socket.recv(65536)
+            except socket.timeout:
+                return []
+            except OSError as error:
+                raise ServiceError(f"changefeed: {error}") from None
+            if not received:
+                raise ServiceError("changefeed: the connection was closed")
+            self._take(received)
+        messages, self._messages = self._messages, []
+        return messages
+
+    def close(self) -> None:
+        """End it, with a word."""
+        try:
+            self.send(CLOSE_FRAME, b"\x03\xe8")
+        except ServiceError:
+            pass                            # it is gone already
+        self._socket.close()
+
+
+# what the services' records mean
+
+_ADMIN_TAG = re.compile(r"(?:admin|admin_rack_[A-Z0-9_-]+)", re.IGNORECASE)
+
+
+def admin_address(sysinfo: Any) -> Optional[str]:
+    """A compute node's address on the admin network by its sysinfo; None without one. Total."""
+    if not isinstance(sysinfo, dict):
+        return None
+    keys = ("CN Agent IP", "Admin IP") if sysinfo.get("System Type") == "Virtual" else ("Admin IP",)
+    for key in keys:                        # mockcloud's nodes are virtual; "dhcp" and "" are none
+        if _is_address(sysinfo.get(key)):
+            return str(sysinfo[key])
+    interfaces = sysinfo.get("Network Interfaces")
+    wanted = sysinfo.get("Admin NIC Tag")
+    for nic in (interfaces.values() if isinstance(interfaces, dict) else ()):
+        names = nic.get("NIC Names") if isinstance(nic, dict) else None
+        for name in names if isinstance(names, list) else ():
+            if isinstance(name, str) and (name == wanted or _ADMIN_TAG.fullmatch(name)) \
+                    and _is_address(nic.get("ip4addr")):
+                return str(nic["ip4addr"])
+    return None
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6 if isinstance(value, str) and ":" in value
+                         else socket.AF_INET, value)
+        return True
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+def nodes_of(records: Iterable[Any], port: int) -> Dict[str, Node]:
+    """CNAPI's servers; what has no uuid is left out, what has no address keeps its place."""
+    nodes: Dict[str, Node] = {}
+    for record in records:
+        uuid = _word(record.get("uuid")).lower() if isinstance(record, dict) else ""
+        if UUID.fullmatch(uuid):
+            address = admin_address(record.get("sysinfo"))
+            nodes[sys.intern(uuid)] = Node(sys.intern(uuid), _word(record.get("hostname")),
+                                           (address, port) if address else None)
+    return nodes
+
+
+def account_of(record: Any, members: Any) -> Optional[Account]:
+    """mahi's account with the members of its role `administrator`; None when it is none.
+
+    `keys` may be absent; so may `groups`, and then `isOperator` is absent, too, not false.
+    """
+    account = record.get("account") if isinstance(record, dict) else None
+    if not isinstance(account, dict):
+        return None
+    uuid, login = _word(account.get("uuid")).lower(), _word(account.get("login"))
+    if not UUID.fullmatch(uuid) or not login:
+        return None
+    keys: Dict[str, Holder] = {}
+    for member in (members.values() if isinstance(members, dict) else ()):
+        if isinstance(member, dict):
+            _add_keys(member.get("keys"), _word(member.get("login")), keys)
+    _add_keys(account.get("keys"), "", keys)        # last: the account's own key wins
+    return Account(uuid, login, keys, account.get("isOperator") is True,
+                   account.get("approved_for_provisioning") is not False)
+
+
+def _add_keys(found: Any, name: str, into: Dict[str, Holder]) -> None:
+    for pem in (found.values() if isinstance(found, dict) else ()):
+        try:
+            key = public_key(pem if isinstance(pem, str) else "")
+        except CertificateError as error:           # one bad key does not cost the others
+            log.debug("a key of %r cannot be used: %s", name, error)
+            continue
+        into[key.md5] = Holder(key, name)
+
+
+class Known(NamedTuple):
+    """What is kept of a login."""
+    account: Optional[Account]      # None: mahi knows no such account
+    at: float                       # when it was read
+
+
+class Mahi:
+    """Accounts by login, read from mahi when somebody comes, kept for a short while."""
+
+    def __init__(self, service: Service, server: Server) -> None:
+        self._service, self._server = service, server
+        self._known: Dict[str, Known] = {}
+        self._asking: Dict[str, List[Later]] = {}
+        self._pool = Pool("mahi", 4, 256)
+        self._down_until = float("-inf")
+        self.reads = 0
+
+    def find(self, login: str) -> Union[Account, Later, None]:
+        """The account; None when there is none; a Later while it is read. Raises Refused (503)."""
+        if not login:
+            return None
+        known = self._known.get(login)
+        if known is not None:
+            now = self._server.now()
+            age = now - known.at
+            lifetime = FRESH_ACCOUNT_SECONDS if known.account else UNKNOWN_ACCOUNT_SECONDS
+            if age < lifetime:
+                return known.account
+            if known.account is not None and now < self._down_until:
+                if age < STALE_ACCOUNT_SECONDS:
+                    return known.account
+            elif known.account is not None and age < USABLE_ACCOUNT_SECONDS:
+                self._ask(login)
+                return known.account
+        later = Later(self._server.now() + 2 * ACCOUNT_TIMEOUT,
+                      lambda: answer_to(refused("accounts_unreachable")))
+        if not self._ask(login):
+            raise refused("accounts_unreachable")
+        self._asking[login].append(later)
+        return later
+
+    def _ask(self, login: str) -> bool:
+        if login not in self._asking:
+            if not self._pool.submit(self._read, login):
+                return False
+            self._asking[login] = []
+        return True
+
+    def _read(self, login: str) -> None:
+        """In a thread of the pool."""
+        account: Optional[Account] = None
+        problem = ""
+        try:
+            account = read_account(self._service, login)
+        except ServiceError as error:
+            problem = str(error)
+        except Exception:
+            log.exception("reading account %r failed", login)
+            problem = "a fault of ours"
+        self._server.call_soon(self._arrived, login, account, problem)
+
+    def _arrived(self, login: str, account: Optional[Account], problem: str) -> None:
+        waiting = self._asking.pop(login, [])
+        now = self._server.now()
+        known = self._known.get(login)
+        answer: Answer = text(200, "")          # go on, and look again
+        if problem:
+            if now >= self._down_until:
+                log.warning("accounts cannot be read: %s", problem)
+            self._down_until = now + ACCOUNTS_DOWN_SECONDS
+            if known is None or known.account is None or now - known.at >= STALE_ACCOUNT_SECONDS:
+                answer = answer_to(refused("accounts_unreachable"))     # never 401: we do not know
+        else:
+            self.reads += 1
+            self._down_until = float("-inf")
+            if known is not None and known.account == account:
+                account = known.account     # the same object: connections need not look again
+            self._known.pop(login, None)
+            if len(self._known) >= KEPT_ACCOUNTS:
+                del self._known[next(iter(self._known))]
+            self._known[login] = Known(account, now)
+        for later in waiting:
+            later.finish(answer)
+
+    def kept(self) -> List[Tuple[Account, float]]:
+        """Accounts and their ages, for the snapshot."""
+        now = self._server.now()
+        return [(known.account, now - known.at) for known in list(self._known.values())
+                if known.account is not None and now - known.at < STALE_ACCOUNT_SECONDS]
+
+    def restore(self, accounts: Iterable[Tuple[Account, float]]) -> None:
+        """What a snapshot has."""
+        now = self._server.now()
+        for account, age in accounts:
+            self._known[account.login] = Known(account, now - age)
+
+
+def read_account(service: Service, login: str) -> Optional[Account]:
+    """An account with its administrators, from mahi; None when there is none. Blocks."""
+    name = urllib.parse.quote(login, safe="")
+    status, record = service.get(f"/accounts?login={name}", (200, 404), ACCOUNT_TIMEOUT)
+    if status == 404:
+        return None
+    # when the role does not exist the answer is 200 all the same, just without `role`
+    _, roles = service.get(f"/roles?account={name}&role=administrator", (200, 404), ACCOUNT_TIMEOUT)
+    role = roles.get("role") if isinstance(roles, dict) else None
+    found = account_of(record, role.get("members") if isinstance(role, dict) else None)
+    if found is None or found.login != login:
+        raise ServiceError(f"mahi: no usable account in the answer for {login!r}")
+    return found
+
+
+class Snapshot:
+    """The last inventory on disk: read at a start, so that a restart is no blackout.
+
+    The first line is the SHA-256 of the rest: a file that was cut off is not believed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, vms: Sequence[Vm], nodes: Sequence[Node], manta_owner: str,
+              accounts: Sequence[Tuple[Account, float]], confirmed_at: float) -> None:
+        """Whole or not at all; raises OSError. Blocks."""
+        now = time.time()
+        body = json.dumps({
+            "format": 1, "confirmed_at": confirmed_at, "manta_owner": manta_owner, "vms": vms,
+            "nodes": nodes, "accounts": [
+                [account.uuid, account.login, account.operator, account.approved, now - age,
+                 [[holder.key.line, holder.name] for holder in account.keys.values()]]
+                for account, age in accounts]}, separators=(",", ":")).encode()
+        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(sha256(body).hexdigest().encode() + b"\n" + body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self._path)
+
+    def read(self) -> Tuple[List[Vm], List[Node], str, List[Tuple[Account, float]], float]:
+        """What was written; raises ValueError in words, OSError."""
+        digest, _, body = self._path.read_bytes().partition(b"\n")
+        if sha256(body).hexdigest().encode() != digest:
+            raise ValueError("its checksum is wrong")
+        content = json.loads(body)
+        now = time.time()
+        try:
+            if content["format"] != 1:
+                raise ValueError("it is of another version")
+            # interned, as vm_of does: most texts of 10,000 VMs are the same few
+            vms = [Vm._make(tuple(value) if isinstance(value, list) else
+                            sys.intern(value) if isinstance(value, str) else value for value in row)
+                   for row in content["vms"]]
+            nodes = [Node(uuid, name, (address[0], address[1]) if address else None)
+                     for uuid, name, address in content["nodes"]]
+            accounts = []
+            for uuid, login, operator, approved, at, keys in content["accounts"]:
+                holders = [Holder(public_key(line), name) for line, name in keys]
+                accounts.append((Account(uuid, login, {one.key.md5: one for one in holders},
+                                         operator, approved), max(now - at, 0.0)))
+            return vms, nodes, str(content["manta_owner"]), accounts, float(content["confirmed_at"])
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"it is not one of ours ({error})") from None
+
+
+class TritonSource:
+    """Keeps the inventory as VMAPI, its changefeed and CNAPI say."""
+
+    def __init__(self, settings: Settings, proxy: Proxy, random: Callable[[], float]) -> None:
+        own = settings.inventory
+        assert own.vmapi is not None and own.cnapi is not None and own.mahi is not None
+        self._proxy, self._server, self._random = proxy, proxy.server, random
+        self._inventory = proxy.inventory
+        self._port, self._max_age = settings.agent.port, own.max_age
+        self._vmapi, self._cnapi = Service("vmapi", own.vmapi), Service("cnapi", own.cnapi)
+        self._mahi = Service("mahi", own.mahi)
+        self.accounts = Mahi(self._mahi, self._server)
+        self._snapshot = Snapshot(own.snapshot) if own.snapshot is not None else None
+        self._fetchers = Pool("vmapi", FETCHERS, 1_000_000)
+        self._lock = threading.Lock()       # _dirty and _epoch: feed thread and fetchers
+        self._dirty: Dict[str, bool] = {}   # being read; True: has changed again meanwhile
+        self._epoch = 0                     # of the bootstrap: what an older one reads is dropped
+        self._again = threading.Event()     # a fetch has failed: read all anew
+        self._nodes_wanted = threading.Event()
+        self._missing: Set[str] = set()     # nodes that the last poll did not list
+        self.manta_owner = ""
+        self._have_nodes = False
+        self.connected = False
+        self.bootstraps = self.events = self.fetched = 0
+        self._refresh: Set[str] = set()     # nodes to be told; the loop's
+        self._refreshed: Dict[str, float] = {}
+
+    # in the loop
+
+    def start(self) -> None:
+        """Load the snapshot, then let the threads begin."""
+        self._restore()
+        self._inventory.changed.append(self._vm_changed)
+        for name, target in (("feed", self._follow), ("cnapi", self._poll_nodes),
+                             ("snapshot", self._write_snapshots)):
+            threading.Thread(target=target, name=name, daemon=True).start()
+        self._server.every(1.0, self._tick)
+        self._server.every(0.5, self._tell_agents)
+
+    def _restore(self) -> None:
+        if self._snapshot is None:
+            return
+        try:
+            vms, nodes, manta_owner, accounts, confirmed_at = self._snapshot.read()
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            log.warning("the snapshot is not used: %s", error)
+            return
+        age = max(time.time() - confirmed_at, 0.0)
+        if age > self._max_age:
+            log.warning("the snapshot is not used: it is %d seconds old", age)
+            return
+        self.manta_owner = manta_owner
+        self._inventory.replace(*by_owner(vms))
+        self._inventory.replace_nodes({node.uuid: node for node in nodes})
+        self._inventory.confirmed = self._server.now() - age
+        self._inventory.confirmed_at = confirmed_at
+        self._inventory.ready = True
+        self.accounts.restore(accounts)
+        log.info("inventory: %d containers from the snapshot, %d seconds old", len(vms), age)
+
+    def _tick(self) -> None:
+        if self.connected:
+            self._inventory.confirm()
+
+    def _vm_changed(self, before: Optional[Vm], after: Optional[Vm]) -> None:
+        """A VM was made, moved or destroyed: its nodes' agents should look again."""
+        servers = {vm.server for vm in (before, after) if vm is not None and vm.server}
+        if before is None or after is None or before.server != after.server \
+                or before.owner != after.owner:
+            self._refresh |= servers
+        if any(server not in self._inventory.nodes for server in servers):
+            self._nodes_wanted.set()
+
+    def _tell_agents(self) -> None:
+        now = self._server.now()
+        for uuid in list(self._refresh):
+            node = self._inventory.nodes.get(uuid)
+            if node is not None and now - self._refreshed.get(uuid, -60.0) < REFRESH_SECONDS:
+                continue
+            self._refresh.discard(uuid)
+            if node is None:
+                continue
+            self._refreshed[uuid] = now
+            try:
+                port = self._proxy.forwarder.port(node)
+                head = (f"POST /v1/refresh HTTP/1.1\r\nHost: {port.host}\r\n"
+                        "Content-Length: 0\r\n\r\n").encode()
+                port.ask(Job(head, now + 5.0, lambda reply, refusal: None))
+            except Refused:
+                pass                        # it looks by itself, only later
+
+    def _take_all(self, vms: Dict[str, Vm], owned: Dict[str, Dict[str, Vm]], epoch: int,
+                  servers: Set[str]) -> None:
+        if epoch != self._epoch:
+            return
+        self._inventory.replace(vms, owned)
+        self._refresh |= servers
+        self._inventory.confirm()
+        if any(vm.server and vm.server not in self._inventory.nodes for vm in vms.values()):
+            self._nodes_wanted.set()
+        self._is_ready()
+
+    def _take_nodes(self, nodes: Dict[str, Node]) -> None:
+        # paging by offset over a list that changes can skip a server: gone is what is missing twice
+        missing = self._inventory.nodes.keys() - nodes.keys()
+        kept = {uuid: self._inventory.nodes[uuid] for uuid in missing - self._missing}
+        self._missing = set(missing)
+        for node in nodes.values():
+            before = self._inventory.nodes.get(node.uuid)
+            if node.address is None and (before is None or before.address is not None):
+                log.warning("compute node %s (%s) has no address on the admin network", node.uuid,
+                            node.hostname)
+        self._inventory.replace_nodes({**kept, **nodes})
+        self._have_nodes = True
+        self._is_ready()
+
+    def _is_ready(self) -> None:
+        if not self._inventory.ready and self._have_nodes and self.bootstraps:
+            self._inventory.ready = True
+            log.info("inventory: %d containers on %d compute nodes", len(self._inventory.vms),
+                     len(self._inventory.nodes))
+
+    def _take_vm(self, uuid: str, vm: Optional[Vm], epoch: int) -> None:
+        if epoch == self._epoch:
+            if vm is None:
+                self._inventory.drop(uuid)
+            else:
+                self._inventory.put(vm)
+
+    # in the feed's thread
+
+    def _follow(self) -> None:
+        """Connect, read all, follow what changes; for ever."""
+        pauses = Pauses(self._random)
+        while not self._server.stopping:
+            try:
+                self._follow_once(pauses)
+            except ServiceError as error:
+                log.warning("the inventory stays as it is: %s", error)
+            except Exception:
+                log.exception("following the changefeed failed")
+            self.connected = False
+            time.sleep(pauses.next())
+
+    def _follow_once(self, pauses: Pauses) -> None:
+        feed = WebSocket(self._vmapi.url, "/changefeeds", {"accept-version": "~1"})
+        try:
+            # registration first, then everything: what changes in between comes by the feed
+            self._register(feed)
+            heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+            with self._lock:
+                self._epoch += 1
+                self._dirty.clear()
+            self._again.clear()
+            self._bootstrap(feed)
+            pauses.reset()
+            self.connected = True
+            silent_since = time.monotonic()
+            while not self._server.stopping and not self._again.is_set():
+                for message in feed.receive(min(heartbeat - time.monotonic(), 1.0)):
+                    silent_since = time.monotonic()
+                    self._event(message)
+                if time.monotonic() >= heartbeat:
+                    heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+                    if feed.answers_pings and time.monotonic() - silent_since > 90:
+                        raise ServiceError("changefeed: the other side has gone silent")
+                    silent_since = time.monotonic() if feed.answers_pings else silent_since
+                    feed.answers_pings = False
+                    feed.send(TEXT_FRAME, b"heartbeat")
+                    feed.send(PING_FRAME, b"cmon")
+        finally:
+            self.connected = False
+            feed.close()
+
+    def _register(self, feed: WebSocket) -> None:
+        # a second client with the same instance id would take this one's place
+        instance = f"cmon-proxy-{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
+        feed.send(TEXT_FRAME, json.dumps({
+            "instance": instance, "service": "cmon-proxy",
+            "changeKind": {"resource": "vm", "subResources": list(FEED_RESOURCES)}}).encode())
+        end = time.monotonic() + SERVICE_TIMEOUT
+        while time.monotonic() < end:
+            for message in feed.receive(1.0):
+                try:
+                    route = json.loads(message).get("bootstrapRoute")
+                except (ValueError, AttributeError, RecursionError):
+                    route = None
+                if route is not None:
+                    return
+                raise ServiceError(f"changefeed: the registration is answered {message[:80]!r}")
+        raise ServiceError("changefeed: no answer to the registration")
+
+    def _bootstrap(self, feed: WebSocket) -> None:
+        """Read all VMs. A list that is much shorter than before is read once more: discovery must
+        not lose its targets to a hiccup of VMAPI's store."""
+        self._find_manta()
+        before = dict(self._inventory.vms)
+        for _ in range(3):
+            vms, owned = self._read_all(feed)
+            if len(vms) * 2 >= len(before):
+                break
+            log.warning("vmapi lists %d containers where there were %d: reading again", len(vms),
+                        len(before))
+            time.sleep(0.5 + self._random())
+        servers = {vm.server for uuid, vm in vms.items() if before and vm.server and (
+            uuid not in before or before[uuid].server != vm.server)}
+        servers |= {vm.server for uuid, vm in before.items() if vm.server and (
+            uuid not in vms or vms[uuid].server != vm.server)}
+        self.bootstraps += 1
+        self._server.call_soon(self._take_all, vms, owned, self._epoch, servers)
+
+    def _read_all(self, feed: WebSocket) -> Tuple[Dict[str, Vm], Dict[str, Dict[str, Vm]]]:
+        found: Dict[str, Vm] = {}
+        marker = ""
+        since = iso(time.time())
+        heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+        while True:
+            _, records = self._vmapi.get(f"/vms?state=active&limit={PAGE_SIZE}{marker}")
+            if not isinstance(records, list):
+                raise ServiceError("vmapi: /vms does not answer with a list")
+            if not records:             # not merely a short page: see the service's documents
+                return by_owner(found.values())
+            last = records[-1].get("uuid") if isinstance(records[-1], dict) else None
+            for record in records:
+                vm = vm_of(record, "bootstrap", since)
+                if vm is not None:
+                    found[vm.uuid] = vm
+            fresh = "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}), safe="")
+            if last is None or fresh == marker:
+                raise ServiceError("vmapi: /vms does not go on behind its marker")
+            marker = fresh
+            if time.monotonic() >= heartbeat:
+                heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+                feed.send(TEXT_FRAME, b"heartbeat")
+
+    def _find_manta(self) -> None:
+        try:
+            account = read_account(self._mahi, "poseidon")
+            self.manta_owner = account.uuid if account is not None else ""
+        except ServiceError as error:
+            log.debug("the owner of manta is not known: %s", error)
+
+    def _event(self, message: bytes) -> None:
+        """A change: the VM is read anew, since the feed does not deliver all of it. The same one
+        comes once for each matching subresource; while it is read, one more reading is enough."""
+        try:
+            uuid = json.loads(message).get("changedResourceId")
+        except (ValueError, AttributeError, RecursionError):
+            log.warning("changefeed: a message that is not understood: %r", message[:200])
+            return
+        self.events += 1
+        if not isinstance(uuid, str) or not UUID.fullmatch(uuid.lower()):
+            return
+        uuid = uuid.lower()
+        with self._lock:
+            if uuid in self._dirty:
+                self._dirty[uuid] = True
+                return
+            self._dirty[uuid] = False
+            epoch = self._epoch
+        self._fetchers.submit(self._fetch, uuid, epoch)
+
+    # in the fetchers
+
+    def _fetch(self, uuid: str, epoch: int) -> None:
+        for _ in range(100):
+            try:
+                self._fetch_once(uuid, epoch)
+            except ServiceError as error:
+                log.warning("container %s cannot be read, all are read anew: %s", uuid, error)
+                self._again.set()
+                return
+            with self._lock:
+                if self._epoch != epoch or not self._dirty.get(uuid):
+                    if self._epoch == epoch:
+                        self._dirty.pop(uuid, None)
+                    return
+                self._dirty[uuid] = False
+
+    def _fetch_once(self, uuid: str, epoch: int) -> None:
+        status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
+        self.fetched += 1
+        vm = vm_of(record, "changefeed", iso(time.time())) if status == 200 else None
+        self._server.call_soon(self._take_vm, uuid, vm if vm and vm.uuid == uuid else None, epoch)
+
+    # in CNAPI's thread
+
+    def _poll_nodes(self) -> None:
+        pauses, soon = Pauses(self._random), Pauses(self._random)
+        while not self._server.stopping:
+            self._nodes_wanted.clear()
+            try:
+                nodes = self._read_nodes()
+                self._server.call_soon(self._take_nodes, nodes)
+                pauses.reset()
+                if not self.manta_owner:
+                    self._find_manta()
+                wait = POLL_NODES_SECONDS * (0.8 + 0.4 * self._random())
+                if self._nodes_wanted.wait(wait):
+                    time.sleep(soon.next())         # longer each time: CNAPI may never list it
+                else:
+                    soon.reset()
+            except ServiceError as error:
+                log.warning("the list of compute nodes stays as it is: %s", error)
+                time.sleep(pauses.next())
+            except Exception:
+                log.exception("reading the compute nodes failed")
+                time.sleep(pauses.next())
+
+    def _read_nodes(self) -> Dict[str, Node]:
+        found: Dict[str, Node] = {}
+        offset = 0
+        while True:
+            _, records = self._cnapi.get(
+                f"/servers?setup=true&extras=sysinfo&limit={PAGE_SIZE}&offset={offset}")
+            if not isinstance(records, list):
+                raise ServiceError("cnapi: /servers does not answer with a list")
+            found.update(nodes_of(records, self._port))
+            if not records:
+                return found
+            offset += len(records)
+
+    # in the snapshot's thread
+
+    def _write_snapshots(self) -> None:
+        written: object = None
+        while self._snapshot is not None:
+            time.sleep(SNAPSHOT_SECONDS if written is not None else 1.0)
+            inventory = self._inventory
+            if not inventory.ready:
+                continue
+            try:
+                self._snapshot.write(list(inventory.vms.values()), list(inventory.nodes.values()),
+                                     self.manta_owner, self.accounts.kept(), inventory.confirmed_at)
+                written = True
+            except (OSError, RuntimeError) as error:    # a dictionary that changed meanwhile
+                log.warning("the snapshot cannot be written: %s", error)
+
+    def families(self) -> List[Family]:
+        """For the admin side."""
+        services = (self._vmapi, self._cnapi, self._mahi)
+        return [
+            Family("cmon_proxy_changefeed_connected", GAUGE, "Whether changes come in.",
+                   [Sample((), int(self.connected))]),
+            Family("cmon_proxy_changefeed_events_total", COUNTER, "Changes that were announced.",
+                   [Sample((), self.events)]),
+            Family("cmon_proxy_inventory_bootstraps_total", COUNTER, "How often all containers "
+                   "were read.", [Sample((), self.bootstraps)]),
+            Family("cmon_proxy_inventory_reads_total", COUNTER, "How often one container was read.",
+                   [Sample((), self.fetched)]),
+            Family("cmon_proxy_account_reads_total", COUNTER, "How often an account was read.",
+                   [Sample((), self.accounts.reads)]),
+            Family("cmon_proxy_service_errors_total", COUNTER, "Requests to a service of Triton "
+                   "that failed.", [Sample((("service", one.name),), one.errors)
+                                    for one in services]),
+        ]
 
 
 # --- quotas ---------------------------------------------------------------------------------------
@@ -2077,8 +2915,8 @@ class Proxy:
             return json.dumps({"containers": [container_row(*row) for row in pick()]},
                               separators=(",", ":"), ensure_ascii=False).encode()
         return self._built(("discover", granted.account.uuid, granted.groups, selection),
-                           self.inventory.generation(granted.account.uuid), count, build, JSON,
-                           granted, allowance)
+                           (self.inventory.generation(granted.account.uuid), self.manta_owner),
+                           count, build, JSON, granted, allowance)
 
     def targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
                 ) -> Union[Answer, Later]:
@@ -2092,8 +2930,8 @@ class Proxy:
                                for row in pick()],
                               separators=(",", ":"), ensure_ascii=False).encode()
         return self._built(("sd", granted.account.uuid, granted.groups, selection, address),
-                           self.inventory.generation(granted.account.uuid), count, build, JSON,
-                           granted, allowance)
+                           (self.inventory.generation(granted.account.uuid), self.manta_owner),
+                           count, build, JSON, granted, allowance)
 
     def _nodes(self, granted: Grant, query: Mapping[str, str]
                ) -> Tuple[Selection, int, Callable[[], List[Node]]]:
@@ -2306,6 +3144,10 @@ def start(settings: Settings) -> Tuple[Server, Proxy]:
     if settings.inventory.file is not None:
         proxy.source = FileSource(settings.inventory.file, settings.agent.port, proxy.inventory,
                                   proxy.directory, server)
+    else:
+        proxy.source = TritonSource(settings, proxy, random.random)
+        proxy.directory = proxy.source.accounts
+        registry.collect(proxy.source.families)
     proxy.source.start()
     proxy.listener = server.listen(parse_address(settings.listen), proxy.routes(), context,
                                    "main", proxy.by_host)

@@ -91,7 +91,7 @@ ROWS = {    # state: listed, listed with stopped, page, on the fleet page
     "shutting_down": (1, 1, 1, 1), "down": (0, 1, 0, 1), "halting": (1, 1, 1, 1),
     "ready": (0, 1, 0, 1), "installed": (0, 1, 0, 1), "configured": (0, 1, 0, 1),
     "provisioning": (0, 0, 0, 1), "receiving": (0, 0, 0, 1), "sending": (1, 1, 1, 1),
-    "incomplete": (0, 0, 0, 0), "failed": (0, 0, 0, 1), "destroyed": (0, 0, 0, 0),
+    "incomplete": (0, 0, 0, 0), "failed": (0, 0, 0, 0), "destroyed": (0, 0, 0, 0),
     "deleted": (0, 0, 0, 0), "unknown": (1, 1, 1, 1),
 }
 

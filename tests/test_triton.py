@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The proxy with VMAPI, the changefeed, CNAPI and mahi, whose stand-ins run as processes."""
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents import (
+    ALICE, BOB, BOBS, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, Agent, client_tls, key,
+    proxy_config, uuid, vm)
+from cmon_agent import make_certificate, public_key
+from cmon_proxy import (
+    Frames, Pauses, ServiceError, Snapshot, account_of, admin_address, frame_of, nodes_of, vm_of)
+from support import Answer, Program, free_port, http_get, samples, wait_until
+
+OWNER = ("old_rsa", "rsa")
+SERVICES = Path(__file__).parent / "triton" / "services.py"
+
+
+class Service:
+    """One stand-in as a process, and the orders to it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.port = kind, free_port()
+        self.orders: list[dict[str, Any]] = []
+        self.process: Any = None
+        self.start()
+
+    def start(self) -> None:
+        self.process = Program(sys.executable, SERVICES, self.kind, str(self.port))
+        self.process.wait_for_log("listening on")
+        for order in self.orders:
+            self.order(keep=False, **order)
+
+    def stop(self) -> None:
+        self.process.kill()
+
+    def order(self, op: str, keep: bool = True, **more: Any) -> Any:
+        if keep and op in ("put", "servers", "accounts", "forget"):
+            self.orders.append({"op": op, **more})
+        request = urllib.request.Request(
+            f"{self.url}/-/control", json.dumps({"op": op, **more}).encode(), method="POST")
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def mahi_account(number: str, login: str, *keys: str, **more: Any) -> dict[str, Any]:
+    found = {public_key(key(name)).md5: (TLS / f"{name}.spki.pem").read_text() for name in keys}
+    return {"type": "account", "uuid": number, "login": login, "approved_for_provisioning": True,
+            **({"keys": found} if keys else {}), **more}
+
+
+def sysinfo(address: str) -> dict[str, Any]:
+    return {"Admin IP": address, "System Type": "SunOS"}
+
+
+class Cloud:
+    """A whole data center on this machine."""
+
+    def __init__(self) -> None:
+        self.agent = Agent()
+        self.vmapi, self.cnapi, self.mahi = Service("vmapi"), Service("cnapi"), Service("mahi")
+        self.cnapi.order("servers", servers=[
+            {"uuid": NODE_1, "hostname": "cn1", "setup": True, "sysinfo": sysinfo("127.0.0.1")},
+            {"uuid": NODE_2, "hostname": "cn2", "setup": True, "sysinfo": {"Admin IP": "dhcp"}}])
+        self.mahi.order("accounts", accounts={
+            "alice": mahi_account(ALICE, "alice", "rsa"),
+            "bob": mahi_account(BOB, "bob", "ec", "other", groups=[]),
+            "poseidon": mahi_account(OPERATOR, "poseidon", "ec521", isOperator=True)},
+            roles={"alice": {uuid(9): {"login": "carol", "keys": {
+                "x": (TLS / "ec384.spki.pem").read_text()}}}})
+        self.vmapi.order("put", vms=[
+            vm(WEB, ALICE, tags={"triton.cmon.groups": "web"}), vm(DB, ALICE, NODE_2, tags=None),
+            vm(STOPPED, ALICE, state="stopped"), vm(NAT, ALICE, tags={"smartdc_role": "nat"}),
+            vm(BOBS, BOB, image_uuid=None), vm(uuid(50), ALICE, None, state="provisioning"),
+            vm(uuid(51), OPERATOR, tags={"manta_role": "moray"}),
+            vm(uuid(52), ALICE, state="destroyed"), {"uuid": uuid(53)}])
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        return {"inventory": {"vmapi": self.vmapi.url, "cnapi": self.cnapi.url,
+                              "mahi": self.mahi.url, **more},
+                "agent": {"port": self.agent.address[1]}}
+
+    def close(self) -> None:
+        self.agent.close()
+        for service in (self.vmapi, self.cnapi, self.mahi):
+            service.stop()
+
+
+@pytest.fixture()
+def cloud() -> Iterator[Cloud]:
+    made = Cloud()
+    yield made
+    made.close()
+
+
+def start(cloud: Cloud, folder: Path, **more: Any) -> Program:
+    program = Program.proxy(proxy_config(folder, **cloud.settings(**more)))
+    program.addresses(2)
+    return program
+
+
+@pytest.fixture()
+def running(cloud: Cloud, tmp_path: Path) -> Iterator[Program]:
+    with start(cloud, tmp_path) as program:
+        wait_until(lambda: get(program, "/-/ready").status == 200)
+        yield program
+
+
+def get(program: Program, path: str, who: Any = OWNER) -> Answer:
+    return http_get(program.address, path, {"Host": "cmon.test"}, tls=client_tls(*who))
+
+
+def page(number: str) -> str:
+    return f"/v1/{number}/metrics"
+
+
+def listed(program: Program, who: Any = OWNER) -> dict[str, Any]:
+    answer = get(program, "/v1/discover", who)
+    assert answer.status == 200, answer
+    return {row["vm_uuid"]: row for row in json.loads(answer.text)["containers"]}
+
+
+def admin(program: Program) -> dict[str, float]:
+    return samples(http_get(program.addresses(2)[1], "/metrics").text)
+
+
+def test_bootstrap(running: Program, cloud: Cloud) -> None:
+    rows = listed(running)
+    assert set(rows) == {WEB, DB} and rows[WEB]["groups"] == ["web"]
+    assert rows[WEB]["source"] == "bootstrap" and rows[DB]["groups"] == []
+    assert get(running, page(WEB)).status == 200
+    assert get(running, page(BOBS)).status == 404
+    assert get(running, page(WEB), ("new_ec384", "client")).status == 200   # an administrator's key
+    assert get(running, page(WEB), ("old_other", "other")).status == 401
+    answer = get(running, page(DB))                         # its node has no address
+    assert answer.headers["x-cmon-error"] == "node_unknown"
+    answer = get(running, page(uuid(50)))
+    assert answer.status == 404 and "is provisioning" in answer.text
+    registration, = cloud.vmapi.order("stats")["registrations"]
+    assert {"owner_uuid", "tags", "state", "server_uuid"} <= set(
+        registration["changeKind"]["subResources"])
+
+
+def test_mantas_role_is_a_group(running: Program, tmp_path: Path) -> None:
+    (tmp_path / "poseidon.pem").write_bytes(
+        make_certificate((TLS / "ec521.key").read_bytes(), "poseidon"))
+    rows = listed(running, (str(tmp_path / "poseidon"), "ec521"))
+    assert rows[uuid(51)]["groups"] == ["moray"] and rows[uuid(51)]["has_core_tag"]
+
+
+def change(cloud: Cloud, **members: Any) -> None:
+    cloud.vmapi.order("put", vms=[{"uuid": WEB, **members}])
+
+
+@pytest.mark.parametrize("members, expected", [
+    ({"alias": "Ünicode \"x\""}, {"vm_alias": "Ünicode \"x\""}),
+    ({"tags": {"triton.cmon.groups": "a,b"}}, {"groups": ["a", "b"]}),
+    ({"tags": None}, {"groups": []}), ({"server_uuid": NODE_2}, {"server_uuid": NODE_2}),
+    ({"server_uuid": None}, {"server_uuid": ""}),
+    ({"owner_uuid": BOB}, None), ({"state": "stopped"}, None), ({"state": "destroyed"}, None),
+    ({"tags": {"smartdc_role": "nat"}}, None),
+], ids=str)
+def test_changes_are_followed(running: Program, cloud: Cloud, members: Any, expected: Any) -> None:
+    change(cloud, **members)
+
+    def arrived() -> bool:
+        row = listed(running).get(WEB)
+        if expected is None:
+            return row is None
+        return row is not None and all(row[name] == value for name, value in expected.items())
+    wait_until(arrived)
+
+
+def test_an_owner_change_takes_effect_for_both(running: Program, cloud: Cloud) -> None:
+    assert get(running, page(WEB)).status == 200
+    change(cloud, owner_uuid=BOB)
+    wait_until(lambda: get(running, page(WEB)).status == 404)
+    assert WEB in cloud.agent.paths()[-1]
+
+
+def test_duplicates_cost_one_reading(running: Program, cloud: Cloud) -> None:
+    before = cloud.vmapi.order("stats")["count"].get("/vms/UUID", 0)
+    cloud.vmapi.order("delay", seconds=0.3)
+    change(cloud, alias="x", state="stopped", owner_uuid=ALICE, nics=[], tags={"a": "b"},
+           customer_metadata={"k": "v"})
+    wait_until(lambda: WEB not in listed(running))
+    wait_until(lambda: admin(running)["cmon_proxy_changefeed_events_total"] >= 5)
+    time.sleep(0.7)                                         # a third reading would have begun
+    assert cloud.vmapi.order("stats")["count"]["/vms/UUID"] - before <= 2
+
+
+def test_a_new_vm_comes_with_its_first_change_and_its_agent_is_told(running: Program, cloud: Cloud
+                                                                    ) -> None:
+    cloud.vmapi.order("put", vms=[vm(uuid(70), ALICE, None, state="provisioning")])
+    cloud.vmapi.order("put", vms=[{"uuid": uuid(70), "server_uuid": NODE_1, "state": "running"}])
+    wait_until(lambda: uuid(70) in listed(running))
+    wait_until(lambda: "/v1/refresh" in cloud.agent.paths())
+    assert cloud.agent.requests[-1][0] == "POST"
+    cloud.vmapi.order("put", vms=[{"uuid": uuid(70), "state": "destroyed"}])
+    wait_until(lambda: uuid(70) not in listed(running))
+    wait_until(lambda: cloud.agent.paths().count("/v1/refresh") == 2)
+
+
+def test_what_was_lost_while_disconnected_is_found_and_what_is_gone_is_pruned(
+        running: Program, cloud: Cloud) -> None:
+    cloud.vmapi.order("put", silent=True, vms=[
+        {"uuid": WEB, "alias": "renamed"}, {"uuid": DB, "state": "destroyed"},
+        vm(uuid(71), ALICE)])
+    assert listed(running)[WEB]["vm_alias"] == "vm1"        # nobody has said anything
+    cloud.vmapi.order("cut")
+    wait_until(lambda: set(listed(running)) == {WEB, uuid(71)})
+    assert listed(running)[WEB]["vm_alias"] == "renamed"
+    assert len(cloud.vmapi.order("stats")["registrations"]) == 2
+
+
+def test_a_flapping_feed_settles(running: Program, cloud: Cloud) -> None:
+    for number in range(4):
+        cloud.vmapi.order("cut")
+        change(cloud, alias=f"flap{number}")
+        time.sleep(0.05)
+    wait_until(lambda: listed(running)[WEB]["vm_alias"] == "flap3")
+    wait_until(lambda: admin(running)["cmon_proxy_changefeed_connected"] == 1)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", "null", "{}", '{"changedResourceId": 7}',
+                                  '{"changedResourceId": "../../x"}'])
+def test_odd_messages_do_no_harm(running: Program, cloud: Cloud, text: str) -> None:
+    cloud.vmapi.order("say", text=text)
+    change(cloud, alias="after")
+    wait_until(lambda: listed(running)[WEB]["vm_alias"] == "after")
+
+
+@pytest.mark.parametrize("kind", ["vmapi", "cnapi", "mahi"])
+@pytest.mark.parametrize("how", ["gone", "503"])
+def test_cold_start_with_a_service_down(cloud: Cloud, tmp_path: Path, kind: str, how: str) -> None:
+    service: Service = getattr(cloud, kind)
+    if how == "gone":
+        service.stop()
+    else:
+        service.order("fail", status=503)
+    with start(cloud, tmp_path) as program:
+        time.sleep(0.3)
+        answer = get(program, "/v1/discover")
+        assert answer.status == 503 and answer.headers["content-type"].startswith("text/plain")
+        assert answer.headers["retry-after"]
+        assert get(program, "/_ping").status == 200
+        if how == "gone":
+            service.start()
+        else:
+            service.order("fail", status=0)
+        wait_until(lambda: get(program, "/v1/discover").status == 200)
+        assert set(listed(program)) == {WEB, DB}
+
+
+def test_a_service_that_fails_later_changes_nothing(running: Program, cloud: Cloud) -> None:
+    assert set(listed(running)) == {WEB, DB}
+    for service in (cloud.vmapi, cloud.cnapi, cloud.mahi):
+        service.order("fail", status=503)
+    cloud.vmapi.order("cut")
+    for _ in range(10):
+        assert set(listed(running)) == {WEB, DB}
+        assert get(running, page(WEB)).status == 200
+    answer = get(running, page(BOBS), ("old_ec", "ec"))     # bob was never asked for: not a 401
+    assert answer.status in (401, 503)
+
+
+def test_mahi_down_is_never_a_401(running: Program, cloud: Cloud) -> None:
+    cloud.mahi.order("fail", status=503)
+    answer = get(running, page(WEB))
+    assert (answer.status, answer.headers["x-cmon-error"]) == (503, "accounts_unreachable")
+    cloud.mahi.stop()
+    assert get(running, page(WEB)).status == 503
+    cloud.mahi.start()
+    assert get(running, page(WEB)).status == 200
+
+
+def test_an_account_is_read_once_for_many(running: Program, cloud: Cloud) -> None:
+    cloud.mahi.order("delay", seconds=0.3)
+    before = cloud.mahi.order("stats")["count"].get("/accounts", 0)
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda _: get(running, page(WEB)).status, range(10)))
+    assert answers == [200] * 10
+    assert cloud.mahi.order("stats")["count"]["/accounts"] - before == 1
+    assert get(running, page(WEB)).status == 200
+
+
+def test_a_vmapi_that_forgets_everything_does_not_empty_discovery(running: Program, cloud: Cloud
+                                                                  ) -> None:
+    cloud.vmapi.order("fail", status=200)                   # an answer of the wrong shape
+    cloud.vmapi.order("cut")
+    time.sleep(0.5)
+    assert set(listed(running)) == {WEB, DB}
+
+
+def test_restart_with_everything_down_answers_from_the_snapshot(cloud: Cloud, tmp_path: Path
+                                                                ) -> None:
+    with start(cloud, tmp_path, snapshot="state.json") as program:
+        wait_until(lambda: get(program, "/-/ready").status == 200)
+        assert get(program, page(WEB)).status == 200
+        wait_until((tmp_path / "state.json").exists)
+        wait_until(lambda: b'"alice"' in (tmp_path / "state.json").read_bytes(), timeout=60)
+    for service in (cloud.vmapi, cloud.cnapi, cloud.mahi):
+        service.stop()
+    assert (tmp_path / "state.json").stat().st_mode & 0o077 == 0
+    with start(cloud, tmp_path, snapshot="state.json") as program:
+        assert get(program, page(WEB)).status == 200
+        assert set(listed(program)) == {WEB, DB}
+    content = (tmp_path / "state.json").read_bytes()
+    (tmp_path / "state.json").write_bytes(content[:-10])
+    with start(cloud, tmp_path, snapshot="state.json") as program:
+        assert "the snapshot is not used: its checksum is wrong" in program.log
+        assert get(program, page(WEB)).status == 503
+
+
+def test_ownership_that_is_too_old_is_not_believed(cloud: Cloud, tmp_path: Path) -> None:
+    with start(cloud, tmp_path, snapshot="state.json", max_age=2) as program:
+        wait_until(lambda: get(program, page(WEB)).status == 200)
+        wait_until((tmp_path / "state.json").exists)
+        cloud.vmapi.stop()
+        wait_until(lambda: get(program, page(WEB)).headers.get("x-cmon-error")
+                   == "inventory_too_old")
+        assert set(listed(program)) == {WEB, DB}            # discovery keeps its targets
+    with start(cloud, tmp_path, snapshot="state.json", max_age=2) as program:
+        assert "the snapshot is not used: it is" in program.log
+        assert get(program, "/-/ready").status == 503
+
+
+def test_ten_thousand_vms_and_five_hundred_changes_a_second(cloud: Cloud, tmp_path: Path) -> None:
+    nodes = [uuid(0x20000 + n) for n in range(200)]
+    cloud.cnapi.order("servers", servers=[
+        {"uuid": number, "hostname": f"cn{n}", "sysinfo": sysinfo("127.0.0.1")}
+        for n, number in enumerate(nodes)])
+    cloud.vmapi.order("put", vms=[
+        vm(uuid(0x10000 + n), ALICE if n % 10 == 0 else uuid(0x30000 + n % 500), nodes[n % 200])
+        for n in range(10_000)])
+    with start(cloud, tmp_path) as program:
+        wait_until(lambda: get(program, "/-/ready").status == 200)
+        # at most 60 MB resident; nothing of it per request
+        assert admin(program)["process_resident_memory_bytes"] < 90e6
+        assert len(listed(program)) > 1000
+        before = admin(program)["process_cpu_seconds_total"]
+        cloud.vmapi.order("churn", rate=500, seconds=3)
+        statuses = set()
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            statuses.add(get(program, page(uuid(0x10000))).status)
+        assert statuses == {200}
+        wait_until(lambda: admin(program)["cmon_proxy_changefeed_events_total"] >= 1000)
+        found = admin(program)
+        print("CPU per change", (found["process_cpu_seconds_total"] - before)
+              / found["cmon_proxy_inventory_reads_total"])
+
+
+# the parts, without processes
+
+@pytest.mark.parametrize("content, expected", [
+    ({"Admin IP": "10.0.0.1"}, "10.0.0.1"), ({"Admin IP": "fd00::1"}, "fd00::1"),
+    ({"Admin IP": "dhcp"}, None), ({"Admin IP": ""}, None), ({}, None), (None, None), ([], None),
+    ({"System Type": "Virtual", "CN Agent IP": "10.0.0.9", "Admin IP": "10.0.0.1"}, "10.0.0.9"),
+    ({"CN Agent IP": "10.0.0.9"}, None),
+    ({"Network Interfaces": {"ixgbe0": {"NIC Names": ["external"], "ip4addr": "1.2.3.4"},
+                             "ixgbe1": {"NIC Names": ["admin"], "ip4addr": "10.0.0.2"}}},
+     "10.0.0.2"),
+    ({"Admin IP": "dhcp", "Network Interfaces": {"i": {"NIC Names": ["ADMIN_rack_A01"],
+                                                       "ip4addr": "10.0.0.3"}}}, "10.0.0.3"),
+    ({"Network Interfaces": {"i": {"NIC Names": ["administration"], "ip4addr": "10.0.0.3"}}}, None),
+    ({"Admin NIC Tag": "mgmt", "Network Interfaces": {"i": {"NIC Names": ["mgmt"],
+                                                            "ip4addr": "10.0.0.4"}}}, "10.0.0.4"),
+    ({"Network Interfaces": {"i": {"NIC Names": ["admin"], "ip4addr": ""}}}, None),
+    ({"Network Interfaces": {"i": None, "j": {"NIC Names": "admin", "ip4addr": "10.0.0.5"}}}, None),
+], ids=str)
+def test_admin_address(content: Any, expected: Any) -> None:
+    assert admin_address(content) == expected
+
+
+def test_nodes_with_odd_members() -> None:
+    found = nodes_of([None, {}, {"uuid": 7}, {"uuid": NODE_1.upper(), "hostname": None},
+                      {"uuid": NODE_2, "hostname": "b", "sysinfo": {"Admin IP": "10.0.0.1"}}], 9163)
+    assert found[NODE_1].address is None and found[NODE_2].address == ("10.0.0.1", 9163)
+
+
+@pytest.mark.parametrize("record", [None, {}, {"account": None}, {"account": {"uuid": "x"}},
+                                    {"account": {"uuid": ALICE}}, []])
+def test_no_account(record: Any) -> None:
+    assert account_of(record, None) is None
+
+
+def test_account_without_keys_and_groups() -> None:
+    found = account_of({"account": {"uuid": ALICE, "login": "a"}}, {"u": None, "v": {"keys": 7}})
+    assert found is not None and not found.keys and not found.operator and found.approved
+    found = account_of({"account": {"uuid": ALICE, "login": "a", "approved_for_provisioning": False,
+                                    "isOperator": True, "keys": {"a": "junk", "b": key("rsa")}}}, 7)
+    assert found is not None and len(found.keys) == 1 and found.operator and not found.approved
+
+
+def test_frames_in_any_pieces() -> None:
+    def server_frame(opcode: int, payload: bytes, final: bool = True) -> bytes:
+        size = len(payload)
+        length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") \
+            if size < 65536 else b"\x7f" + size.to_bytes(8, "big")
+        return bytes([(0x80 if final else 0) | opcode]) + length + payload
+    payloads = [b"", b"x" * 125, b"y" * 126, b"z" * 70_000]
+    whole = b"".join(server_frame(1, payload) for payload in payloads) + server_frame(9, b"p")
+    generator = random.Random(5)
+    for _ in range(20):
+        frames, found, at = Frames(), [], 0
+        while at < len(whole):
+            size = generator.choice((1, 2, 3, 1000, 40_000))
+            found += frames.feed(whole[at:at + size])
+            at += size
+        assert found == [(1, True, payload) for payload in payloads] + [(9, True, b"p")]
+
+
+@pytest.mark.parametrize("raw", [b"\xc1\x00", b"\x81\x80\0\0\0\0", b"\x89\x7e\x00\xff", b"\x09\x00",
+                                 b"\x81\x7f\x00\x00\x00\x00\x7f\xff\xff\xff"])
+def test_bad_frames(raw: bytes) -> None:
+    with pytest.raises(ServiceError):
+        Frames().feed(raw)
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536])
+def test_frames_of_ours_are_masked(size: int) -> None:
+    payload, mask = bytes(index % 251 for index in range(size)), b"\x01\x02\x03\x04"
+    frame = frame_of(1, payload, mask)
+    assert frame[0] == 0x81 and frame[1] & 0x80
+    start = {126: 4, 127: 10}.get(frame[1] & 127, 2)
+    assert frame[start:start + 4] == mask
+    assert bytes(b ^ mask[i % 4] for i, b in enumerate(frame[start + 4:])) == payload
+
+
+def test_pauses_double_with_jitter_to_a_bound() -> None:
+    pauses = Pauses(lambda: 0.5, 1.0, 10.0)
+    assert [pauses.next() for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+    pauses.reset()
+    assert pauses.next() == 1
+    assert Pauses(lambda: 0.0, 1.0).next() == 0.5
+
+
+def test_snapshots_read_back_what_was_written(tmp_path: Path) -> None:
+    one = vm_of(vm(WEB, ALICE, tags={"triton.cmon.groups": "a,b"}), "x", "y")
+    who = account_of({"account": mahi_account(ALICE, "alice", "rsa", "ec")}, None)
+    assert one is not None and who is not None
+    nodes = list(nodes_of([{"uuid": NODE_1, "sysinfo": sysinfo("10.0.0.1")}, {"uuid": NODE_2}],
+                          9163).values())
+    snapshot = Snapshot(tmp_path / "s")
+    snapshot.write([one], nodes, OPERATOR, [(who, 5.0)], 12.0)
+    vms, found, manta, accounts, at = snapshot.read()
+    assert (vms, found, manta, at) == ([one], nodes, OPERATOR, 12.0)
+    assert accounts[0][0] == who and 5 <= accounts[0][1] < 60
+    for content in (b"", b"x\ny", b"[]"):
+        (tmp_path / "s").write_bytes(content)
+        with pytest.raises(ValueError):
+            snapshot.read()
