@@ -526,8 +526,21 @@ def test_demo_once_needs_nothing_on_the_path(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def start_demo(folder: Path) -> Program:
-    """A demo that is up, with its files in a folder below that one."""
+@pytest.fixture()
+def start_demo(tmp_path: Path) -> Iterator[Callable[[], Program]]:
+    """Starts a demo that has its files below `tmp_path`; it ends with the test, its children too."""
+    started: List[Program] = []
+
+    def go() -> Program:
+        started.append(demo_in(tmp_path))
+        return started[-1]
+    yield go
+    for program in started:
+        program.stop()
+
+
+def demo_in(folder: Path) -> Program:
+    """A demo that is up."""
     program = Program.cmon("demo", env={"TMPDIR": str(folder)})
     wait_until(lambda: "until Ctrl-C" in program.output or program.process.poll() is not None)
     assert program.process.poll() is None, program.log
@@ -547,7 +560,7 @@ def demo_commands(output: str) -> List[str]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    program = start_demo(tmp_path_factory.mktemp("demo"))
+    program = demo_in(tmp_path_factory.mktemp("demo"))
     try:
         yield Running(program, demo_commands(program.output))
     finally:
@@ -626,7 +639,7 @@ def test_demo_configures_prometheus(running: Running) -> None:
 
 def demo_children(program: Program) -> Dict[str, int]:
     """Process ids of agent and proxy."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], stdout=subprocess.PIPE,
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], stdout=subprocess.PIPE,
                             universal_newlines=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     return {name: int(row[0]) for row in rows if int(row[1]) == program.pid
@@ -635,8 +648,8 @@ def demo_children(program: Program) -> Dict[str, int]:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
                          ids=["Ctrl-C", "SIGTERM", "closed terminal"])
-def test_demo_cleans_up(how: signal.Signals, tmp_path: Path) -> None:
-    program = start_demo(tmp_path)
+def test_demo_cleans_up(how: signal.Signals, tmp_path: Path, start_demo: Any) -> None:
+    program = start_demo()
     children = demo_children(program)
     assert sorted(children) == ["agent", "proxy"]
     program.signal(how)
@@ -656,8 +669,8 @@ def test_demo_interrupted_while_it_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["agent", "proxy"])
-def test_demo_says_which_child_died(name: str, tmp_path: Path) -> None:
-    program = start_demo(tmp_path)
+def test_demo_says_which_child_died(name: str, tmp_path: Path, start_demo: Any) -> None:
+    program = start_demo()
     os.kill(demo_children(program)[name], signal.SIGKILL)
     assert program.wait() == 1
     assert re.fullmatch(f"cmon: the {name} was killed by signal 9; its last words: .+", program.log)

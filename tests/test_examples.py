@@ -45,7 +45,7 @@ def test_every_alert_is_tested() -> None:
 def names_in(expression: str) -> Set[str]:
     """The metrics in a PromQL expression, near enough: words that are no label and no function."""
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
-    return set(re.findall(r"[a-zA-Z_][\w:]*", bare)) - WORDS
+    return set(re.findall(r"(?<!\w)[a-zA-Z_][\w:]*", bare)) - WORDS
 
 
 def expressions() -> Iterator[str]:
