@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Kstats from C memory: the decoder and the index, on structures that the test builds itself."""
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from typing import Any, Callable
+
+import pytest
+from support import Kernel, node
+
+import cmon_agent as agent
+from cmon_agent import Handle, KstatError, LibraryError, Ref
+
+RAW, NAMED, INTR, IO, TIMER = range(5)
+CHAR, INT32, UINT32, INT64, UINT64, FLOAT, DOUBLE, STRING = 0, 1, 2, 3, 4, 5, 6, 9
+POISON = b"\xdb"
+
+
+# --- a library in memory: <sys/kstat.h> in LP64, written down here once more, by hand ---------------
+
+class Memory:
+    """What kstat_open and kstat_read of a real library would leave in memory."""
+
+    def __init__(self) -> None:
+        self.keep: list[Any] = []
+        self.reads: list[int] = []
+        self.errno = 0
+        self.pending: dict[int, tuple[int, int, int, int]] = {}
+        self.updated = 0
+        self.headers: list[int] = []
+
+    def block(self, content: bytes) -> int:
+        """Bytes at an address that stays."""
+        buffer = ctypes.create_string_buffer(content, max(len(content), 1))
+        self.keep.append(buffer)
+        return ctypes.addressof(buffer)
+
+    def header(self, module: str, instance: int, name: str | bytes, kind: int = NAMED,
+               data: bytes = b"", count: int = 0, klass: str = "misc", crtime: int = 5,
+               following: int = 0, size: int | None = None, base: int | None = None) -> int:
+        """A kstat_t of 184 bytes; its data appear when it is read."""
+        raw = name if isinstance(name, bytes) else name.encode()
+        at = self.block(struct.pack("<qQi31sBi31sB31sBQIxxxxQqQQQQ", crtime, following,
+                                    len(self.headers) + 1, module.encode(), 0, instance, raw,
+                                    kind, klass.encode(), 0, 0, 0, 0, 0, 1, 2, 3, 4))
+        self.pending[at] = (self.block(data) if base is None else base, count,
+                            len(data) if size is None else size, 77)
+        self.headers.append(at)
+        return at
+
+    def link(self) -> int:
+        """The headers as a chain; its first address."""
+        for at, following in zip(self.headers, [*self.headers[1:], 0]):
+            ctypes.memmove(at + 8, struct.pack("<Q", following), 8)
+        return self.headers[0] if self.headers else 0
+
+    # the library's functions
+
+    def open(self) -> Any:
+        control = agent._KstatCtl(1, self.link() or None, -1)
+        self.keep.append(control)
+        return ctypes.pointer(control)
+
+    def close(self, _control: Any) -> int:
+        return 0
+
+    def update(self, control: Any) -> int:
+        control.contents.kc_chain = self.link() or None
+        return self.updated
+
+    def read(self, _control: Any, address: int, _buffer: Any) -> int:
+        self.reads.append(address)
+        if self.errno:
+            ctypes.set_errno(self.errno)
+            return -1
+        ctypes.memmove(address + 120, struct.pack("<QIxxxxQq", *self.pending[address]), 32)
+        return 1
+
+
+def member(name: str | bytes, kind: int, value: bytes) -> bytes:
+    """A kstat_named_t of 48 bytes."""
+    raw = name if isinstance(name, bytes) else name.encode()
+    return struct.pack("<31sB16s", raw, kind, value)
+
+
+def read(data: bytes, count: int | None = None, kind: int = NAMED, name: str = "k",
+         **more: Any) -> Any:
+    """What the agent makes of one kstat with these data."""
+    memory = Memory()
+    memory.header("zones", 1, name, kind, data, len(data) // 48 if count is None else count, **more)
+    handle = Handle(memory)         # type: ignore[arg-type]
+    [ref] = [ref for refs in (*handle.index.zones.values(), *handle.index.modules.values())
+             for ref in refs]
+    return handle.read(ref)
+
+
+def q(value: int) -> bytes:
+    """64 bits."""
+    return struct.pack("<Q", value % 2 ** 64)
+
+
+# --- the decoder ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, value, expected", [
+    (UINT64, q(2 ** 64 - 1), 2 ** 64 - 1), (UINT64, q(2 ** 53 + 1), 2 ** 53 + 1), (UINT64, q(0), 0),
+    (INT64, q(-1), -1), (INT64, q(-2 ** 63), -2 ** 63), (INT64, q(2 ** 63 - 1), 2 ** 63 - 1),
+    (UINT32, b"\xff\xff\xff\xff" + POISON * 12, 2 ** 32 - 1), (UINT32, bytes(16), 0),
+    (INT32, b"\xff\xff\xff\xff" + POISON * 12, -1),
+    (INT32, b"\x00\x00\x00\x80" + POISON * 12, -2 ** 31),
+    (INT32, b"\xff\xff\xff\x7f" + POISON * 12, 2 ** 31 - 1),
+    (DOUBLE, struct.pack("<d", 0.1) + POISON * 8, 0.1),
+    (FLOAT, struct.pack("<f", 0.25) + POISON * 12, 0.25),
+    (CHAR, b"on-line" + bytes(9), "on-line"), (CHAR, b"0123456789abcdef", "0123456789abcdef"),
+    (CHAR, bytes(16), ""), (CHAR, b"\xff\xfe" + bytes(14), "\ufffd\ufffd"),
+], ids=repr)
+def test_a_member_is_its_value_to_the_last_bit(kind: int, value: bytes, expected: Any) -> None:
+    found = read(member("m", kind, value.ljust(16, b"\0"))).data
+    assert found == {"m": expected} and type(found["m"]) is type(expected)
+
+
+def test_members_of_unknown_types_are_left_out() -> None:
+    assert read(b"".join(member(f"m{kind}", kind, q(1)) for kind in (4, 7, 8, 10, 200))).data \
+        == {"m4": 1}
+
+
+def test_names_that_fill_their_place_or_are_no_text() -> None:
+    found = read(member("n" * 31, UINT64, q(1)) + member(b"caf\xe9", UINT64, q(2))
+                 + member("snow☃", UINT64, q(3)) + member(b"a\0junk", UINT64, q(4))).data
+    assert found == {"n" * 31: 1, "caf\ufffd": 2, "snow☃": 3, "a": 4}
+
+
+def strings(*places: tuple[int, int], tail: bytes) -> Any:
+    """A kstat of STRING members: (offset from the block's begin, length), behind them `tail`."""
+    size = 48 * len(places) + len(tail)
+    block = ctypes.create_string_buffer(size)
+    base = ctypes.addressof(block)
+    raw = b"".join(member(f"s{index}", STRING, struct.pack(
+        "<QI", 0 if offset == 0 else base + offset, length) + POISON * 4)
+        for index, (offset, length) in enumerate(places)) + tail
+    ctypes.memmove(base, raw, size)
+    found = read(raw, len(places), base=base, size=size).data
+    del block
+    return found
+
+
+def test_strings_are_taken_from_their_own_block_only() -> None:
+    tail = b"first\0second\0\xff\0"
+    found = strings((4 * 48, 6), (4 * 48 + 6, 7), (4 * 48 + 13, 2), (0, 0), tail=tail)
+    assert found == {"s0": "first", "s1": "second", "s2": "\ufffd"}, "a NULL pointer is no member"
+
+
+@pytest.mark.parametrize("offset, length", [
+    (-16, 4), (8, 4), (47, 4), (48 + 8, 9), (48 + 200, 1), (2 ** 40, 4), (48, 2 ** 32 - 1),
+], ids=["before the block", "within the members", "a byte before the strings",
+        "over the end by one", "behind the end", "far away", "4 GB long"])
+def test_a_string_that_points_elsewhere_is_no_member(offset: int, length: int) -> None:
+    assert strings((offset, length), tail=b"12345678\0"[:8]) == {}
+    assert strings((48, 8), tail=b"12345678") == {"s0": "12345678"}, "all of the tail without NUL"
+
+
+@pytest.mark.parametrize("data, count", [(bytes(47), 1), (bytes(48), 2), (b"", 1),
+                                         (bytes(96), 2 ** 32 - 1)])
+def test_members_that_do_not_fit_cost_the_kstat(data: bytes, count: int) -> None:
+    with pytest.raises(KstatError, match="do not fit|bytes of data"):
+        read(data, count)
+
+
+def test_io_is_decoded_with_its_mixed_widths() -> None:
+    raw = struct.pack("<QQIIqqqqqqII", 2 ** 64 - 1, 2, 2 ** 32 - 1, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+    assert len(raw) == 80
+    assert read(raw, 1, IO).data == dict(
+        nread=2 ** 64 - 1, nwritten=2, reads=2 ** 32 - 1, writes=4, wtime=5, wlentime=6,
+        wlastupdate=7, rtime=8, rlentime=9, rlastupdate=10, wcnt=11, rcnt=12)
+    with pytest.raises(KstatError, match="type 3"):
+        read(raw[:79], 1, IO)
+
+
+def test_vminfo_is_the_only_raw_kstat_that_is_read() -> None:
+    raw = struct.pack("<6Q", *range(2 ** 63, 2 ** 63 + 6))
+    assert read(raw, 1, RAW, "vminfo").data == dict(zip((
+        "freemem", "swap_resv", "swap_alloc", "swap_avail", "swap_free", "updates"),
+        range(2 ** 63, 2 ** 63 + 6)))
+    with pytest.raises(KstatError, match="type 0"):
+        read(raw[:40], 1, RAW, "vminfo")
+    for kind in (RAW, INTR, TIMER):
+        with pytest.raises(KstatError, match=f"type {kind}"):
+            read(raw, 1, kind)
+
+
+def test_a_kstat_without_data_or_with_absurd_ones_is_refused() -> None:
+    for more in ({"base": 0}, {"size": 2 ** 40}, {"size": 2 ** 63}):
+        with pytest.raises(KstatError, match="bytes of data"):
+            read(member("m", UINT64, q(1)), **more)
+
+
+def test_what_is_read_keeps_nothing_of_c_memory() -> None:
+    memory = Memory()
+    at = memory.header("zones", 1, "z", NAMED, member("m", UINT64, q(9)) +
+                       member("c", CHAR, b"abc".ljust(16, b"\0")), 2)
+    handle = Handle(memory)         # type: ignore[arg-type]
+    kstat = handle.read(handle.index.zones[1][0])
+    for buffer in memory.keep:
+        if isinstance(buffer, ctypes.Array):
+            ctypes.memset(buffer, 0xdb, len(buffer))
+    assert memory.reads == [at] and kstat.snaptime == 77 and kstat.crtime == 5
+    assert kstat.data == {"m": 9, "c": "abc"} and kstat.name == "z"
+
+
+@pytest.mark.parametrize("number", [errno.ENXIO, errno.EIO, errno.ENOENT, errno.EAGAIN, 12345])
+def test_a_failed_read_says_which_kstat_and_why(number: int) -> None:
+    memory = Memory()
+    memory.header("zones", 7, "z", NAMED)
+    handle = Handle(memory)         # type: ignore[arg-type]
+    memory.errno = number
+    with pytest.raises(KstatError) as caught:
+        handle.read(handle.index.zones[7][0])
+    assert str(caught.value) == f"zones:7:z: {os.strerror(number).lower()}"
+    assert caught.value.vanished == (number == errno.ENXIO)
+
+
+def test_open_and_update_that_fail_say_so() -> None:
+    class Broken(Memory):
+        def open(self) -> Any:
+            ctypes.set_errno(errno.EACCES)
+            return None
+    with pytest.raises(KstatError, match="^kstat_open: permission denied$"):
+        Handle(Broken())            # type: ignore[arg-type]
+    memory = Memory()
+    handle = Handle(memory)         # type: ignore[arg-type]
+    memory.updated = -1
+    ctypes.set_errno(errno.EIO)
+    with pytest.raises(KstatError, match="^kstat_chain_update: "):
+        handle.update()
+
+
+# --- the layout -------------------------------------------------------------------------------------
+
+def test_the_layout_is_that_of_the_header_file() -> None:
+    agent.check_layout()
+    offsets = {"ks_crtime": 0, "ks_next": 8, "ks_kid": 16, "ks_module": 20, "ks_resv": 51,
+               "ks_instance": 52, "ks_name": 56, "ks_type": 87, "ks_class": 88, "ks_flags": 119,
+               "ks_data": 120, "ks_ndata": 128, "ks_data_size": 136, "ks_snaptime": 144}
+    assert {name: getattr(agent._Kstat, name).offset for name in offsets} == offsets
+
+
+def test_a_32_bit_python_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ctypes.sizeof
+    monkeypatch.setattr(ctypes, "sizeof", lambda kind: 4 if kind is ctypes.c_void_p else real(kind))
+    with pytest.raises(LibraryError) as caught:
+        agent.check_layout()
+    assert str(caught.value) == ("this Python is 32-bit: the kernel cuts counters off for it; "
+                                 "use a 64-bit Python")
+
+
+def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(agent._LAYOUT, "ks_snaptime", 140)
+    with pytest.raises(LibraryError, match="in another way"):
+        agent.check_layout()
+
+
+@pytest.mark.parametrize("path", ["libkstat.so.1", "/nonexistent/libkstat.so", "libc.so.6"])
+def test_a_library_that_is_none_names_the_replay(path: str) -> None:
+    with pytest.raises(LibraryError) as caught:
+        agent.Libkstat(path)
+    assert path in str(caught.value) and "--replay FILE" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- the index --------------------------------------------------------------------------------------
+
+def index_of(*headers: tuple[Any, ...]) -> agent.Index:
+    """The index of a chain of (module, instance, name[, class])."""
+    memory = Memory()
+    for module, instance, name, *klass in headers:
+        memory.header(module, instance, name, klass=klass[0] if klass else "misc")
+    handle = Handle(memory)         # type: ignore[arg-type]
+    assert handle.index.count == len(headers)
+    return handle.index
+
+
+def names(refs: list[Ref]) -> list[str]:
+    return [f"{ref.module}:{ref.instance}:{ref.name}" for ref in refs]
+
+
+def test_links_of_a_zone_are_found_by_their_name_since_their_instance_is_none() -> None:
+    index = index_of(("link", 0, "z7_net0"), ("link", 0, "z7_net1"), ("link", 0, "z70_net0"),
+                     ("link", 0, "net0"), ("link", 0, "ixgbe0"), ("link", 0, "z_net0"),
+                     ("link", 0, "zx7_net0"), ("link", 0, "z7_"), ("link", 0, "external0"))
+    assert names(index.zones[7]) == ["link:0:z7_net0", "link:0:z7_net1"]
+    assert names(index.zones[70]) == ["link:0:z70_net0"]
+    assert sorted(names(index.modules["link"])) == [
+        "link:0:external0", "link:0:ixgbe0", "link:0:net0", "link:0:z7_", "link:0:z_net0",
+        "link:0:zx7_net0"]
+    assert set(index.zones) == {7, 70}
+
+
+def test_several_kstats_of_one_triple_are_all_there() -> None:
+    """The global zone sees tcp:0:tcp of each stack; a triple is no key."""
+    index = index_of(("tcp", 3, "tcp", "mib2"), ("tcp", 3, "tcp", "mib2"), ("cpu", 0, "sys"),
+                     ("cpu", 0, "sys"))
+    assert len(index.zones[3]) == 2 and len(index.modules["cpu"]) == 2
+
+
+def test_only_caps_of_zones_belong_to_zones() -> None:
+    index = index_of(("caps", 5, "cpucaps_zone_5"), ("caps", 5, "nprocs_zone_5"),
+                     ("caps", 5, "cpucaps_project_5"), ("tcp", 5, "tcpstat"))
+    assert names(index.zones[5]) == ["caps:5:cpucaps_zone_5", "caps:5:nprocs_zone_5"]
+
+
+def test_disks_go_by_their_class_and_strangers_are_counted_only() -> None:
+    index = index_of(("sd", 0, "sd0", "disk"), ("blkdev", 1, "blkdev1", "disk"),
+                     ("vmem", 1, "x"), ("zfs", 0, "arcstats"))
+    assert names(index.modules["disk"]) == ["disk:0:sd0", "disk:1:blkdev1"]
+    assert set(index.modules) == {"disk", "zfs"} and not index.zones
+
+
+def test_names_of_30_characters_that_are_no_text_harm_nobody() -> None:
+    index = index_of(("zones", 4, b"\xff" * 30), ("zones", 5, "a" * 30))
+    assert names(index.zones[4]) == ["zones:4:" + "\ufffd" * 30]
+
+
+# --- from a zone's name to its kstats, with the library as C code ------------------------------------
+
+class Reading:
+    """A `Reader` without a thread, so that a test may step through it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        library = agent.Libkstat(str(kernel.library))
+        self.kstats = agent.Kstats(lambda: Handle(library), self.now)
+        self.at = 100.0
+        self.reader = agent.Reader(self.kstats)
+        self.reader._handle = self.kstats.open_handle()
+
+    def now(self) -> float:
+        """Ten minutes pass at each look, so that no pause is kept."""
+        return self.at
+
+    def zone(self, name: str) -> Any:
+        """The kstats of a zone by module and name."""
+        self.at += 60.0
+        reading = agent.read_zone(self.reader, name)
+        return {f"{kstat.module}:{kstat.name}": kstat for kstat in reading.kstats
+                if isinstance(kstat, agent.Kstat)}
+
+
+TWIN_A = "0a1b2c3d-0000-4000-8000-00aa11223344"
+TWIN_B = "0a1b2c3d-0000-4000-8000-00aa11223399"
+MakeKernel = Callable[..., Kernel]
+
+
+def zone(zone_id: int, name: str, crtime: int = 5, **values: int) -> list[dict[str, Any]]:
+    """The kstats of a small zone as a capture has them."""
+    common = {"class": "zone_misc", "type": 1, "crtime": crtime, "snaptime": 0}
+    return [
+        {**common, "module": "zones", "instance": zone_id, "name": name[:30],
+         "data": {"zonename": name, "nsec_user": values.get("user", zone_id)}},
+        {**common, "module": "memory_cap", "instance": zone_id, "name": name[:30],
+         "class": "zone_memory_cap",
+         "data": {"zonename": name, "rss": values.get("rss", zone_id * 1000)}},
+        {**common, "module": "link", "instance": 0, "name": f"z{zone_id}_net0", "class": "net",
+         "data": {"rbytes64": values.get("bytes", zone_id * 10), "zonename": name}}]
+
+
+def test_uuids_that_are_alike_in_30_characters_are_told_apart(kernel: MakeKernel) -> None:
+    assert TWIN_A[:30] == TWIN_B[:30]
+    reading = Reading(kernel([*zone(3, TWIN_A), *zone(9, TWIN_B)]))
+    assert reading.zone(TWIN_A)[f"memory_cap:{TWIN_A[:30]}"].data["rss"] == 3000
+    assert reading.zone(TWIN_B)[f"memory_cap:{TWIN_B[:30]}"].data["rss"] == 9000
+    with pytest.raises(agent.NoSuchZone):
+        reading.zone(TWIN_A[:-2] + "00")
+
+
+def test_a_zone_id_that_another_zone_has_now_is_not_mixed_up(kernel: MakeKernel) -> None:
+    other = "ffffffff-0000-4000-8000-00aa11223344"
+    kern = kernel(zone(3, TWIN_A, crtime=5))
+    reading = Reading(kern)
+    assert reading.zone(TWIN_A)
+    kern.write(zone(3, other, crtime=6, rss=42))
+    with pytest.raises(agent.NoSuchZone):
+        reading.zone(TWIN_A)
+    assert reading.zone(other)[f"memory_cap:{other[:30]}"].data["rss"] == 42
+
+
+def test_a_twin_that_gets_the_id_of_its_twin_is_not_mixed_up(kernel: MakeKernel) -> None:
+    """The cut names are equal, so only the time of birth and the whole name tell."""
+    kern = kernel(zone(3, TWIN_A, crtime=5))
+    reading = Reading(kern)
+    assert reading.zone(TWIN_A)
+    kern.write(zone(3, TWIN_B, crtime=6, rss=42))
+    assert reading.zone(TWIN_B)[f"memory_cap:{TWIN_B[:30]}"].data["rss"] == 42
+    with pytest.raises(agent.NoSuchZone):
+        reading.zone(TWIN_A)
+
+
+def test_the_recorded_node_comes_through_c_as_it_is(kernel: MakeKernel) -> None:
+    kstats = node()["frames"][0]["kstats"]
+    kern = kernel(kstats)
+    handle = Handle(agent.Libkstat(str(kern.library)))
+    refs = [ref for refs in (*handle.index.modules.values(), *handle.index.zones.values())
+            for ref in refs]
+    wanted = {(k["module"], k["instance"], k["name"], k["crtime"]):
+              {name: value for name, value in k["data"].items() if value is not None}
+              for k in kstats}
+    for ref in refs:
+        module = {"disk": None}.get(ref.module, ref.module)
+        key = next(key for key in wanted if key[1:] == (ref.instance, ref.name, ref.crtime)
+                   and module in (None, key[0]))
+        assert handle.read(ref).data == wanted[key], key
+    assert len(refs) > 300 and kern["stale"] == kern["overlaps"] == 0
