@@ -277,14 +277,15 @@ class Prometheus:
         return [target for target in self.api("targets", state="active")["activeTargets"]
                 if job in (None, target["labels"]["job"])]
 
-    def query(self, expression: str) -> dict[str, float]:
-        """An instant query as `name{labels}` and value."""
+    def query(self, expression: str, without: Iterable[str] = ()) -> dict[str, float]:
+        """An instant query as `name{labels}` (sorted, but for those `without`) and value."""
         found = {}
         for item in self.api("query", query=expression)["result"]:
             labels = dict(item["metric"])
             name = labels.pop("__name__", "")
-            inside = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
-            found[f"{name}{{{inside}}}"] = float(item["value"][1])
+            inside = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items())
+                              if key not in without)
+            found[f"{name}{{{inside}}}" if inside else name] = float(item["value"][1])
         return found
 
     def wait_for_up(self, job: str, count: int) -> list[dict[str, Any]]:
