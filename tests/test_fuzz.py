@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Seeded garbage: whatever a command, plugin, zone or daemon says, nothing but CollectError."""
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any, Callable
+
+import pytest
+
+import cmon_agent as agent
+
+Parser = Callable[[str], Any]
+
+
+def ntp(output: str) -> Any:
+    peers = agent.parse_apeers(output)
+    agent.system_peer(peers)
+    return agent.ntp_families(peers, agent.parse_ntp_details(output))
+
+
+PARSERS: dict[str, Parser] = {
+    "zfs list": lambda text: [agent.zfs_families(row)
+                              for row in agent.parse_zfs_list(text).values()],
+    "zpool list": lambda text: agent.zpool_families(agent.parse_zpool_list(text), ()),
+    "zoneadm list": lambda text: agent.zone_states(agent.parse_zoneadm(text)),
+    "ntpq": ntp,
+    "chronyc": lambda text: agent.chrony_families(text, text),
+    "plugin": lambda text: agent.plugin_families("p-1", text, False)[0],
+    "plugin in Prometheus's format": lambda text: agent.plugin_families("p.1", text, True)[0],
+    "text file": lambda text: agent.textfile_families("a.prom", text)[0],
+}
+WORDS = ["zones", "\t", "\n", " ", ":", "-", "*", "+", "x", ",", "=", "#", "0", "12", "0x1", "377",
+         "1.58x", "31%", "ONLINE", "gauge", "counter", "option", "ttl", "# TYPE ", "# HELP ", "{",
+         "}", '"', "\\", "\\n", "a", 'a{b="c"} ', "associd=0 status", "associd=41210 status",
+         "calibration interval   4", "reference time:", "ed07c400.40000000", "(no time)",
+         ".GPS.", "u", "1e999", "9" * 500, "NaN", "\x00", "\u00e9", "\u0661", "\ud800", "\r\n",
+         "# OPTION ttl 5\n", "offset", "leap", "\x1c", "\x85", "2001:db8:0:643:"]
+
+
+def mutated(source: random.Random, text: str) -> str:
+    """A good output with some of it cut out, doubled or replaced."""
+    for _ in range(source.randrange(1, 6)):
+        at, size = source.randrange(len(text) + 1), source.randrange(12)
+        text = text[:at] + source.choice(["", source.choice(WORDS), text[at:at + size] * 2]) \
+            + text[at + size:]
+    return text
+
+
+@pytest.fixture(scope="module")
+def outputs(recorded_node: dict[str, Any]) -> list[str]:
+    found = [output["stdout"] for output in recorded_node["frames"][0]["commands"].values()]
+    return [*found, "a\tgauge\t1\thelp\nttl\toption\t5\n", "# TYPE a gauge\na{b=\"c\"} 1\n",
+            "7F7F0101,,1,1767225600.1,0.000001,0.0,0.0,-1.2,0.0,0.1,0.01,0.002,64.2,Normal\n"
+            "^,*,192.0.2.1,2,6,377,33,0.0001,0.0002,0.01\n"]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_garbage_is_survived(name: str, outputs: list[str]) -> None:
+    source = random.Random(name)
+    for turn in range(600):
+        text = "".join(source.choices(WORDS, k=source.randrange(80))) if turn % 2 else \
+            mutated(source, source.choice(outputs))
+        try:
+            families = PARSERS[name](text)
+        except agent.CollectError as error:
+            assert str(error)
+            continue
+        if name in ("zfs list",):
+            families = [family for one in families for family in one]
+        page = agent.render(agent.merge(families)[0])
+        assert agent.render(agent.parse(page)) == page
+
+
+HOSTILE = ["\n" * 400_000, "\t" * 400_000, "a\n" * 200_000, ":" * 400_000, "=" * 400_000,
+           "a=" * 200_000, "\\" * 400_000, "\\:" * 200_000, " " * 400_000, "9" * 400_000,
+           "associd=1 \n" + "a" * 400_000, "a{" * 200_000, 'a{b="' + "\\\\" * 200_000,
+           "calibration interval" + " " * 400_000, "# OPTION ttl" + " " * 400_000 + "x",
+           " " * 16 + " )" * 100_000 + " 1 2 3 4 5 6 7 8", "# TYPE " * 50_000, "1," * 200_000,
+           "a" * 17 + "1 " * 100_000]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_huge_text_takes_no_long_time(name: str) -> None:
+    for text in HOSTILE:
+        began = time.process_time()
+        try:
+            PARSERS[name](text)
+        except agent.CollectError:
+            pass
+        assert time.process_time() - began < 3.0, (name, text[:20])
+
+
+VALUES: list[Any] = [None, True, 0, -1, 2 ** 70, 1.5, float("nan"), "", "x", "8881", "8881,x", "\ud800",
+                     [], {}, [None], [[]], [{}], {"tags": None}]
+
+
+def value(source: random.Random, depth: int) -> Any:
+    if depth == 0 or source.random() < 0.3:
+        return source.choice(VALUES)
+    if source.random() < 0.3:
+        return [value(source, depth - 1) for _ in range(source.randrange(3))]
+    names = ["nics", "interface", "nic_tag", "network_uuid", "tags", "customer_metadata",
+             "metricPorts", "smartdc_role", "owner_uuid"]
+    return {name: value(source, depth - 1) for name in source.sample(names, source.randrange(9))}
+
+
+def test_vminfod_may_say_what_it_likes() -> None:
+    source = random.Random(7)
+    for _ in range(4000):
+        vm = value(source, 4)
+        for tag, network in agent.nic_labels(vm).values():
+            (tag + network).encode()
+        assert all(0 < port < 65536 for port in agent.metric_ports(vm))
+        assert agent.is_core(vm) in (True, False)
+
+
+def test_kstats_may_hold_anything(recorded_node: dict[str, Any]) -> None:
+    """Values of a wrong type cost their samples only."""
+    source = random.Random(8)
+    kstats = json.loads(json.dumps(recorded_node["frames"][0]["kstats"]))
+    for record in kstats:
+        for member in record["data"]:
+            if member != "zonename" and source.random() < 0.4:
+                record["data"][member] = source.choice([None, "x", -1, 2 ** 70, 1.5, ""])
+    read = [agent.Kstat("disk" if one["class"] == "disk" else one["module"], one["instance"],
+                        one["name"], one["class"], one["type"], 0, 0, one["data"])
+            for one in kstats]
+    by_module: dict[str, list[agent.Read]] = {}
+    for kstat in read:
+        by_module.setdefault(kstat.module, []).append(kstat)
+    families = [family for one in agent.NODE_COLLECTORS
+                for family in agent.node_families(one.name, by_module, agent.NodeContext())]
+    for zone_id in range(20):
+        mine = [kstat for kstat in read if kstat.instance == zone_id]
+        context = agent.ZoneContext(zone_id, "global", None, mine, mine)
+        families += [family for one in agent.ZONE_COLLECTORS
+                     for family in agent.zone_families(one.name, mine, context)]
+    assert families
+    agent.render(families)
