@@ -19,10 +19,12 @@ that hand in finished values. Map (`grep '^# ---'`):
     quotas
     forwarding
     routes
+    workers
     main
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import dataclasses
 import functools
@@ -31,8 +33,10 @@ import os
 import random
 import re
 import selectors
+import signal
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -1308,8 +1312,10 @@ class Snapshot:
 class TritonSource:
     """Keeps the inventory as VMAPI, its changefeed and CNAPI say."""
 
-    def __init__(self, settings: Settings, proxy: Proxy, random: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, proxy: Proxy, random: Callable[[], float],
+                 first: bool = True) -> None:
         own = settings.inventory
+        self._first = first                 # of several workers, the one that tells agents and disk
         assert own.vmapi is not None and own.cnapi is not None and own.mahi is not None
         self._proxy, self._server, self._random = proxy, proxy.server, random
         self._inventory = proxy.inventory
@@ -1340,9 +1346,11 @@ class TritonSource:
         self._inventory.changed.append(self._vm_changed)
         for name, target in (("feed", self._follow), ("cnapi", self._poll_nodes),
                              ("snapshot", self._write_snapshots)):
-            threading.Thread(target=target, name=name, daemon=True).start()
+            if self._first or name != "snapshot":
+                threading.Thread(target=target, name=name, daemon=True).start()
         self._server.every(1.0, self._tick)
-        self._server.every(0.5, self._tell_agents)
+        if self._first:
+            self._server.every(0.5, self._tell_agents)
 
     def _restore(self) -> None:
         if self._snapshot is None:
@@ -1735,7 +1743,7 @@ class Allowance:
         self.over += 1
         return OVER
 
-    def debit(self, requests: int) -> None:
+    def debit(self, requests: float) -> None:
         """Other workers have admitted this many; the debt is bounded by one burst."""
         self.soft = max(self.soft - requests, -self.terms.burst)
         self.hard = max(self.hard - requests, -self.terms.hard_burst)
@@ -1771,6 +1779,7 @@ class Quotas:
     def __init__(self, settings: QuotaSettings, now: Callable[[], float]) -> None:
         self._settings, self._now = settings, now
         self._allowances: Dict[str, Allowance] = {}
+        self._elsewhere: Dict[str, Tuple[float, float]] = {}    # other workers' accounts: debt, at
         self._forgotten = Allowance("", False, terms_of(settings, "", False), now())
         self._cpu = time.process_time()
 
@@ -1783,6 +1792,8 @@ class Quotas:
             found = self._allowances[account.uuid] = Allowance(
                 account.login, account.operator,
                 terms_of(self._settings, account.login, account.operator), self._now())
+            debt, at = self._elsewhere.pop(account.uuid, (0.0, 0.0))
+            found.debit(max(debt - (self._now() - at) * found.terms.rate, 0.0))
         return found
 
     def reload(self, settings: QuotaSettings) -> None:
@@ -1826,11 +1837,18 @@ class Quotas:
         return found
 
     def debit(self, spent: Mapping[str, int]) -> None:
-        """What other workers have admitted; accounts not seen here are not of interest yet."""
+        """What other workers have admitted; also of accounts that have not been here so far."""
+        now = self._now()
         for uuid, requests in spent.items():
             one = self._allowances.get(uuid)
             if one is not None:
                 one.debit(requests)
+                continue
+            if len(self._elsewhere) >= KEPT_ALLOWANCES:
+                self._elsewhere.clear()
+            debt, at = self._elsewhere.get(uuid, (0.0, now))
+            left = max(debt - (now - at) * self._settings.per_minute / 60, 0.0)
+            self._elsewhere[uuid] = (left + requests, now)
 
     def families(self, most: int = 500) -> List[Family]:
         """For the admin side: who causes what; the largest by name, the rest as one."""
@@ -2584,6 +2602,7 @@ class Proxy:
         self.relays: Dict[Tuple[object, ...], Relay] = {}
         self.copies = Copies()
         self.last: Dict[str, LastScrape] = {}
+        self.fresh: Dict[str, LastScrape] = {}  # of these, what other workers do not know yet
         self.results: Dict[str, int] = dict.fromkeys(RESULTS, 0)
         self.shared = 0
         self._heads: Dict[Tuple[object, ...], bytes] = {}
@@ -2874,8 +2893,10 @@ class Proxy:
 
     def scraped(self, uuid: str, result: str) -> None:
         """Remember what became of a request for a page."""
-        self.last[uuid] = LastScrape(self.clock(), result)
+        self.last[uuid] = scrape = LastScrape(self.clock(), result)
         self.results[result] += 1
+        if self.settings.workers > 1:
+            self.fresh[uuid] = scrape
 
     # discovery
 
@@ -3076,6 +3097,273 @@ def _is_own_name(host: str) -> bool:
     return re.fullmatch(r"[0-9.]+", host) is not None
 
 
+# --- workers --------------------------------------------------------------------------------------
+
+# With `workers: N` the first process only keeps the listening socket, the admin listener and N
+# processes of this same program, which accept on that socket. By a socket pair each tells the
+# others four times a second what accounts have used: together they keep to one quota, but for what
+# all of them admit in that quarter of a second.
+
+EXCHANGE_SECONDS = 0.25
+METRICS_SECONDS = 2.0               # a worker that does not answer in time is left out
+WORKER_GRACE_SECONDS = 15.0         # longer than the server's own grace time
+MAX_BACKLOG = 8 << 20               # bytes for a worker that does not read; more is dropped
+# gauges of which the least is the proxy's; others are summed up, and what is listed below is the
+# same in all, so that the greatest will do
+LEAST = frozenset(("cmon_proxy_node_up", "cmon_proxy_inventory_ready", "process_max_fds",
+                   "cmon_proxy_changefeed_connected", "process_start_time_seconds",
+                   "cmon_proxy_server_certificate_expiry_timestamp_seconds"))
+GREATEST = frozenset(("cmon_proxy_build_info", "cmon_proxy_inventory_age_seconds",
+                      "cmon_proxy_inventory_vms", "cmon_proxy_inventory_nodes"))
+
+
+class Channel:
+    """JSON messages, a line each, over a socket pair; in the loop, never blocking."""
+
+    def __init__(self, server: Server, end: socket.socket, heard: Callable[[Any], None],
+                 ended: Callable[[], None]) -> None:
+        self._server, self._socket, self._heard, self._ended = server, end, heard, ended
+        self._received = b""
+        self._unsent = b""
+        self.open = True
+        end.setblocking(False)
+        server.watch(end, selectors.EVENT_READ, self._ready)
+
+    def say(self, message: Any) -> None:
+        """Send it, now or when the other side reads."""
+        line = message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n"
+        if self.open and len(self._unsent) < MAX_BACKLOG:
+            self._unsent += line
+            self._send()
+
+    def _send(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent)
+                self._unsent = self._unsent[sent:]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+            return
+        self._server.watch(self._socket, selectors.EVENT_READ | (
+            selectors.EVENT_WRITE if self._unsent else 0), self._ready)
+
+    def _ready(self, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self._send()
+        if not mask & selectors.EVENT_READ or not self.open:
+            return
+        try:
+            received = self._socket.recv(1 << 20)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        if not received:
+            self.close()
+            self._ended()
+            return
+        *lines, self._received = (self._received + received).split(b"\n")
+        for line in lines:
+            self._heard(json.loads(line))
+
+    def close(self) -> None:
+        """End it."""
+        if self.open:
+            self.open = False
+            self._server.unwatch(self._socket)
+            self._socket.close()
+
+
+class WorkerSide:
+    """What a worker tells the others, and hears from them."""
+
+    def __init__(self, proxy: Proxy, registry: Registry, end: socket.socket) -> None:
+        self._proxy, self._registry = proxy, registry
+        self._told: Dict[str, LastScrape] = {}
+        # without the first process nobody would replace or stop us
+        self._channel = Channel(proxy.server, end, self._heard, proxy.server.stop)
+        proxy.server.every(EXCHANGE_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        proxy = self._proxy
+        fresh, proxy.fresh = proxy.fresh, {}
+        self._channel.say({"spent": proxy.quotas.spent(), "last": fresh,
+                           "ready": proxy.inventory.ready})
+
+    def _heard(self, message: Any) -> None:
+        if "ask" in message:
+            self._channel.say({"answer": message["ask"], "families": self._registry.families()})
+            return
+        self._proxy.quotas.debit(message["spent"])
+        for uuid, (at, result) in message["last"].items():
+            known = self._proxy.last.get(uuid)
+            if known is None or known.at < at:
+                self._proxy.last[uuid] = LastScrape(at, result)
+
+
+class Worker:
+    """One worker as the first process sees it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: Channel, started: float) -> None:
+        self.process, self.channel, self.started = process, channel, started
+        self.ready = False
+
+
+class Workers:
+    """Starts the workers, replaces those that die, passes on what they say."""
+
+    def __init__(self, server: Server, count: int, listening: socket.socket,
+                 command: Sequence[str]) -> None:
+        self._server, self._listening, self._command = server, listening, list(command)
+        self._workers: Dict[int, Worker] = {}
+        self._pauses: Dict[int, Tuple[float, float]] = {}   # not before, next pause
+        self._asked: Dict[int, Tuple[Set[int], List[List[Family]], Callable[[], None]]] = {}
+        self._serial = 0
+        self._count = count
+        self.restarts = 0
+        for number in range(count):
+            self._start(number)
+        server.every(0.5, self._look_after)
+
+    def _start(self, number: int) -> None:
+        ours, theirs = socket.socketpair()
+        passed = self._listening.fileno(), theirs.fileno()
+        try:
+            process = subprocess.Popen(
+                [*self._command, "--worker", "%d,%d,%d" % (number, *passed)], pass_fds=passed,
+                stdin=subprocess.DEVNULL)
+        except OSError as error:
+            log.error("worker %d cannot be started: %s", number, error)
+            ours.close()
+            return
+        finally:
+            theirs.close()
+        channel = Channel(self._server, ours, lambda message: self._heard(number, message),
+                          lambda: None)
+        self._workers[number] = Worker(process, channel, self._server.now())
+
+    def _look_after(self) -> None:
+        if self._server.stopping:
+            return
+        now = self._server.now()
+        for number in range(self._count):
+            worker = self._workers.get(number)
+            not_before, pause = self._pauses.get(number, (0.0, 0.5))
+            if worker is not None and worker.process.poll() is not None:
+                log.error("worker %d (pid %d) has ended with %s: a new one takes its place", number,
+                          worker.process.pid, worker.process.returncode)
+                worker.channel.close()
+                del self._workers[number]
+                lived = now - worker.started
+                pause = 0.5 if lived > 10 else min(pause * 2, 30.0)
+                not_before = now + (0.0 if lived > 10 else pause)
+                self._pauses[number] = (not_before, pause)
+                self.restarts += 1
+            if number not in self._workers and now >= not_before:
+                self._start(number)
+
+    def _heard(self, number: int, message: Any) -> None:
+        if "answer" in message:
+            waiting, found, finish = self._asked.get(message["answer"], (set(), [], lambda: None))
+            if number in waiting:
+                waiting.discard(number)
+                found.append([Family(name, kind, text, [Sample(
+                    tuple((str(label), str(value)) for label, value in labels), value, suffix)
+                    for labels, value, suffix in samples])
+                    for name, kind, text, samples in message["families"]])
+                if not waiting:
+                    finish()
+            return
+        self._workers[number].ready = message["ready"]
+        if message["spent"] or message["last"]:
+            line = json.dumps(message).encode() + b"\n"
+            for other, worker in self._workers.items():
+                if other != number:
+                    worker.channel.say(line)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all workers are there and have an inventory."""
+        return len(self._workers) == self._count and all(
+            worker.ready for worker in self._workers.values())
+
+    def metrics(self, own: List[Family]) -> Later:
+        """A page about the whole proxy."""
+        self._serial += 1
+        serial, waiting = self._serial, set(self._workers)
+        found: List[List[Family]] = [own]
+
+        def page() -> Response:
+            self._asked.pop(serial, None)
+            return Response(200, render(summed(found)).encode(), PAGE)
+        later = Later(self._server.now() + METRICS_SECONDS, page)
+        self._asked[serial] = (waiting, found, lambda: later.finish(page()))
+        for worker in self._workers.values():
+            worker.channel.say({"ask": serial})
+        if not waiting:
+            later.finish(page())
+        return later
+
+    def families(self) -> List[Family]:
+        """For the admin side."""
+        return [Family("cmon_proxy_workers", GAUGE, "Worker processes that run.",
+                       [Sample((), len(self._workers))]),
+                Family("cmon_proxy_worker_restarts_total", COUNTER, "Workers that were replaced.",
+                       [Sample((), self.restarts)])]
+
+    def hang_up(self) -> None:
+        """Have all reread their settings."""
+        for worker in self._workers.values():
+            worker.process.send_signal(signal.SIGHUP)
+
+    def stop(self) -> None:
+        """Let all finish what is under way, then end them. Blocks."""
+        for worker in self._workers.values():
+            if worker.process.poll() is None:
+                worker.process.terminate()
+        end = time.monotonic() + WORKER_GRACE_SECONDS
+        for worker in self._workers.values():
+            try:
+                worker.process.wait(max(end - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+
+
+def summed(pages: Iterable[Iterable[Family]]) -> List[Family]:
+    """Several processes' metrics as those of one."""
+    merged: Dict[str, Family] = {}
+    values: Dict[str, Dict[Tuple[Any, str], Any]] = {}
+    for page in pages:
+        for family in page:
+            merged.setdefault(family.name, family)
+            into = values.setdefault(family.name, {})
+            for labels, value, suffix in family.samples:
+                key = (tuple(labels), suffix)
+                if key not in into:
+                    into[key] = value
+                elif family.kind == GAUGE and family.name in LEAST:
+                    into[key] = min(into[key], value)
+                elif family.kind == GAUGE and family.name in GREATEST:
+                    into[key] = max(into[key], value)
+                else:
+                    into[key] += value
+    return [family._replace(samples=[Sample(labels, value, suffix) for (labels, suffix), value
+                                     in values[name].items()])
+            for name, family in merged.items()]
+
+
+def interpreter_command() -> List[str]:
+    """How this interpreter was called: a worker must not see more than the first process."""
+    flags = sys.flags
+    return [sys.executable, *[word for word, given in (
+        ("-I", flags.isolated), ("-s", flags.no_user_site and not flags.isolated),
+        ("-E", flags.ignore_environment and not flags.isolated), ("-S", flags.no_site)) if given],
+        "-X", "utf8"]
+
+
 # --- main -----------------------------------------------------------------------------------------
 
 
@@ -3134,7 +3422,14 @@ class ServerCertificate:
                        "End of the server's certificate.", [Sample((), self.not_after)])]
 
 
-def start(settings: Settings) -> Tuple[Server, Proxy]:
+class Place(NamedTuple):
+    """A worker's place: its number, the listening socket and its end of the socket pair."""
+    number: int
+    listening: int
+    channel: int
+
+
+def start(settings: Settings, place: Optional[Place] = None) -> Tuple[Server, Proxy]:
     """Build everything and listen; raises ConfigError and OSError."""
     context = make_tls(settings)
     registry = Registry()
@@ -3145,13 +3440,21 @@ def start(settings: Settings) -> Tuple[Server, Proxy]:
         proxy.source = FileSource(settings.inventory.file, settings.agent.port, proxy.inventory,
                                   proxy.directory, server)
     else:
-        proxy.source = TritonSource(settings, proxy, random.random)
+        proxy.source = TritonSource(settings, proxy, random.random,
+                                    place is None or place.number == 0)
         proxy.directory = proxy.source.accounts
         registry.collect(proxy.source.families)
     proxy.source.start()
-    proxy.listener = server.listen(parse_address(settings.listen), proxy.routes(), context,
-                                   "main", proxy.by_host)
-    registry.collect(ServerCertificate(proxy, proxy.listener).families)
+
+    def listen(address: Union[Tuple[str, int], socket.socket]) -> None:
+        proxy.listener = server.listen(address, proxy.routes(), context, "main", proxy.by_host)
+        registry.collect(ServerCertificate(proxy, proxy.listener).families)
+    if place is not None:
+        WorkerSide(proxy, registry, socket.socket(fileno=place.channel))
+        # later, so that one process alone says where the proxy listens
+        server.call_soon(listen, socket.socket(fileno=place.listening))
+        return server, proxy
+    listen(parse_address(settings.listen))
     if settings.admin_listen is not None:
         def metrics(_request: Request) -> Answer:
             return Response(200, render(registry.families()).encode(), PAGE)
@@ -3161,13 +3464,45 @@ def start(settings: Settings) -> Tuple[Server, Proxy]:
     return server, proxy
 
 
+def start_workers(settings: Settings, arguments: Sequence[str]) -> Tuple[Server, Workers]:
+    """The first of several processes: it listens, and others serve; raises as `start`."""
+    registry = Registry()
+    server = Server("proxy", registry)
+    register_process_metrics(registry, "proxy")
+    listener = server.listen(parse_address(settings.listen), (), None, "main")
+    server.unwatch(listener.socket)
+    # the path as a word of its own: `-I` and `-s` leave the script's folder out or in as before
+    workers = Workers(server, settings.workers, listener.socket,
+                      [*interpreter_command(), os.path.abspath(__file__), *arguments])
+    registry.collect(workers.families)
+    if settings.admin_listen is not None:
+        def metrics(_request: Request) -> Later:
+            return workers.metrics(registry.families())
+
+        def ping(_request: Request) -> Answer:
+            return text(200, "OK")
+
+        def ready(_request: Request) -> Answer:
+            if not workers.ready:
+                raise refused("inventory_not_ready")
+            return text(200, "OK")
+        server.listen(parse_address(settings.admin_listen), (
+            Route("GET", "/metrics", metrics), Route("GET", "/-/healthy", ping),
+            Route("GET", "/-/ready", ready)), None, "admin")
+    return server, workers
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command; returns its exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = command_line("cmon_proxy.py", "Relays zones' metrics to the tenants who own them.")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(given)
     if arguments.config is None:
         parser.error("--config FILE is needed: it names the certificate and the inventory")
+    place = Place(*map(int, arguments.worker.split(","))) if arguments.worker else None
     running: List[Proxy] = []
+    groups: List[Workers] = []
 
     def load() -> Settings:
         settings = load_settings(Settings, arguments.config, {
@@ -3179,7 +3514,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return settings
 
     def begin(settings: Settings) -> Server:
-        server, proxy = start(settings)
+        if settings.workers > 1 and place is None:
+            kept = [word for word in given if word != "--smf"]
+            server, workers = start_workers(settings, kept)
+            groups.append(workers)
+            return server
+        server, proxy = start(settings, place)
         running.append(proxy)
         return server
 
@@ -3193,6 +3533,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return []
 
     def reload(settings: Settings) -> None:
+        for workers in groups:
+            workers.hang_up()
         for proxy in running:
             old = proxy.settings
             if (old.listen, old.admin_listen, old.inventory, old.workers) != (
@@ -3202,7 +3544,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if proxy.listener is not None:
                 proxy.listener.set_tls(context)
             proxy.use(settings)
-    return run_daemon("proxy", arguments, load, begin, reload, check)
+    try:
+        return run_daemon("proxy", arguments, load, begin, reload, check)
+    finally:
+        for workers in groups:
+            workers.stop()
 
 
 if __name__ == "__main__":
