@@ -35,6 +35,7 @@ import collections
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import errno
 import functools
 import hashlib
@@ -90,14 +91,14 @@ __all__ = [
     "JSON", "K", "KINDS", "LABEL_NAME", "label_text", "Labels", "Later", "LEVELS", "Limits",
     "Listener", "load_settings", "log", "LOG_QUEUE", "make_certificate", "make_key", "MAX_BODY",
     "MAX_HEAD", "MAX_JSON_BYTES", "merge", "METRIC_NAME", "Number", "number", "one_of", "PACK_FROM",
-    "PAGE", "parse", "parse_address", "parse_head", "parse_lines", "Peer", "Pool", "prepare",
-    "Prepared", "private_key", "public_key", "PublicKey", "raise_descriptor_limit", "read_json",
-    "READ_SIZE", "READING", "Refused", "register_process_metrics", "Registry", "render", "Request",
-    "respond", "Response", "Route", "Router", "run_daemon", "S", "Sample", "scrape_deadline",
-    "Server", "server_context", "SERVER_PURPOSE", "setting", "signed_by", "SMF_EXIT_ERR_CONFIG",
-    "ssh_public_key", "start_logging", "stop_logging", "SUFFIXES", "SUMMARY", "TEXT", "text",
-    "TICK_SECONDS", "TokenBucket", "UNTYPED", "V", "valid_label_name", "valid_metric_name", "wire",
-    "WRITING",
+    "PAGE", "parse", "parse_address", "parse_head", "parse_lines", "Part", "Peer", "Pool",
+    "prepare", "Prepared", "private_key", "public_key", "PublicKey", "raise_descriptor_limit",
+    "read_json", "READ_SIZE", "READING", "Refused", "register_process_metrics", "Registry",
+    "render", "render_part", "Request", "respond", "Response", "Route", "Router", "run_daemon", "S",
+    "Sample", "scrape_deadline", "Server", "server_context", "SERVER_PURPOSE", "setting",
+    "signed_by", "SMF_EXIT_ERR_CONFIG", "ssh_public_key", "start_logging", "stop_logging",
+    "SUFFIXES", "SUMMARY", "TEXT", "text", "TICK_SECONDS", "TokenBucket", "UNTYPED", "V",
+    "valid_label_name", "valid_metric_name", "wire", "WRITING",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def text(status: int, message: str, *headers: Tuple[str, str]) -> Response:
     """A plain answer of one line."""
     return Response(int(status), (message + "\n").encode(), TEXT, headers)
 
-# --- units ---------------------------------------------------------------------------------------
+# --- units ----------------------------------------------------------------------------------------
 
 Convert = Callable[[Any], Optional[Number]]
 
@@ -282,7 +283,7 @@ NS = Unit("seconds", scaled(10 ** 9))
 US = Unit("seconds", scaled(10 ** 6))
 LOAD = Unit("", scaled(FSCALE))
 
-# --- kstats --------------------------------------------------------------------------------------
+# --- kstats ---------------------------------------------------------------------------------------
 
 # <sys/kstat.h>, <kstat.h>; the LP64 layout, which is the only one that shows all 64 bits: the
 # driver cuts long members off for 32-bit callers.
@@ -493,7 +494,7 @@ class Index:
                 self.modules.setdefault(module, []).append(ref)
                 return
             instance = int(match.group(1))
-        elif module not in _ZONE_MODULES or (module == "caps" and "_zone_" not in name) \
+        elif module not in _ZONE_MODULES or (module == "caps" and not name.startswith(_CAPS)) \
                 or (module == "tcp" and name != "tcp"):
             self.modules.setdefault(module, []).append(ref)
             return
@@ -501,6 +502,7 @@ class Index:
 
 
 _ZONE_MODULES = frozenset(("zones", "memory_cap", "caps", "zone_vfs", "tcp"))
+_CAPS = ("cpucaps_zone_", "lockedmem_zone_", "nprocs_zone_", "swapresv_zone_")     # those we need
 
 
 class Handle:
@@ -573,7 +575,7 @@ class Handle:
         return Kstat(ref.module, ref.instance, ref.name, ref.klass, ref.type, ref.crtime, snaptime,
                      data)
 
-# --- host ------------------------------------------------------------------------------------------
+# --- host -----------------------------------------------------------------------------------------
 
 STUCK_SECONDS = 0.5             # a kstat_read that takes longer is taken to be blocked
 MAX_HANDLES = 3                 # chains that are open at once, those of blocked threads included
@@ -1337,7 +1339,8 @@ class Recording:
             self.frames = [self._frame(frame, first) for frame in frames]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"{path}: not a capture of `cmon_agent.py capture`: "
-                              f"{type(error).__name__}: {error}") from None
+                              + (f"{error} is missing" if isinstance(error, KeyError) else
+                                 str(error))) from None
         starts = [frame.at for frame in self.frames]
         if starts != sorted(set(starts)):
             raise ConfigError(f"{path}: the frames' times do not ascend")
@@ -1492,7 +1495,7 @@ class RecordedHost:
         """What sysinfo said then."""
         return self._recording.host
 
-# --- collectors ----------------------------------------------------------------------------------
+# --- collectors -----------------------------------------------------------------------------------
 
 # Pure: plain values in, families out. A new metric is a new row in a table below, `make golden`,
 # and a look at the difference. A row without its member on this platform makes no sample; several
@@ -1532,6 +1535,7 @@ class Table(NamedTuple):
     module: str
     names: str                              # of the kstats, as in HELP; a * at the end stands open
     metrics: Tuple[Metric, ...]
+    label_names: Tuple[str, ...] = ()
     labels: Optional[Label] = None          # of all kstats found; None: the first one, no labels
     values: Optional[Callable[[Kstat, Any], Mapping[str, Any]]] = None    # None: the kstat's data
 
@@ -1591,7 +1595,7 @@ BITS = Unit("bytes per second", bytes_of_bits)
 PAGES = Unit("bytes", whole)                # table.values has multiplied by the page size
 CPUS = Unit("CPUs", cpus_of_percent)
 
-# --- of a zone: the compute time, memory and disk that a kernel counts for it
+# -- of a zone: the compute time, memory and disk that a kernel counts for it
 
 CPUCAP = Table("cpucap", "caps", "cpucaps_zone_*", (
     counter("cpucap_above_base_seconds_total", "above_base_sec", SECONDS,
@@ -1677,7 +1681,7 @@ LINK = Table("link", "link", "*", (
     counter("net_drops_out_total", "noxmtbuf", COUNT, "Packets lost for want of send buffers."),
     gauge("net_link_up", "link_state", UP, "Whether the link is up; no sample where unknown."),
     gauge("net_speed_bytes_per_second", "ifspeed", BITS, "Speed of the link in bytes a second."),
-), labels=link_labels)
+), ("interface", "nic_tag", "network_uuid"), link_labels)
 
 MEMCAP = Table("memcap", "memory_cap", "*", (
     gauge("mem_agg_usage", "rss", BYTES, "Resident memory of the zone in bytes."),
@@ -1732,7 +1736,7 @@ VCPU = Table("vcpu", "vmm", "vcpu*", tuple(
     for member, state in (("time_run", "run"), ("time_idle", "idle"), ("time_sched", "wait"),
                           ("time_emu_kern", "emulation_kernel"),
                           ("time_emu_user", "emulation_user"))
-), labels=each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.name[4:]))),)))
+), ("vcpu",), each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.name[4:]))),)))
 
 
 def device_labels(kstats: Sequence[Kstat], _context: Any) -> List[Labels]:
@@ -1750,7 +1754,7 @@ VIONA = Table("viona", "viona", "viona_stat", (
     counter("viona_bytes_out_total", "tx_bytes", BYTES, "Bytes taken from the guest."),
     counter("viona_errors_out_total", "tx_errors", COUNT, "Errors while taking packets."),
     counter("viona_drops_out_total", "tx_drops", COUNT, "Packets of the guest that were dropped."),
-), labels=device_labels)
+), ("device",), device_labels)
 
 LOAD_ROWS = (
     gauge("load_average", "avenrun_1min", LOAD, "Load average over one minute."),
@@ -1802,7 +1806,7 @@ ZONE_VFS = Table("zone_vfs", "zone_vfs", "*", (
 ))
 ZONE_TABLES = (CPUCAP, *LIMITS, LINK, MEMCAP, TCP, VCPU, VIONA, ZONE_MISC, ZONE_VFS)
 
-# --- of the compute node
+# -- of the compute node
 
 def _size(member: str, help_text: str) -> Metric:
     return gauge(f"arcstats_{member}_bytes", member, BYTES, help_text)
@@ -1919,7 +1923,7 @@ CPU_UTIL = Table("cpu_util", "cpu", "sys", (
     counter("cpu_user_seconds_total", "cpu_nsec_user", NS, "CPU time in user mode."),
     counter("cpu_dtrace_seconds_total", "cpu_nsec_dtrace", NS, "CPU time in DTrace probes."),
     counter("cpu_interrupt_seconds_total", "cpu_nsec_intr", NS, "CPU time in interrupts."),
-), labels=each(lambda kstat: (("cpu_id", str(kstat.instance)),)))
+), ("cpu_id",), each(lambda kstat: (("cpu_id", str(kstat.instance)),)))
 
 DISK = Table("disk", "disk", "*", (                      # disks, and a whole pool under its name
     counter("disk_read_bytes_total", "nread", BYTES, "Bytes read."),
@@ -1934,7 +1938,7 @@ DISK = Table("disk", "disk", "*", (                      # disks, and a whole po
             "Time times the number of running operations."),
     gauge("disk_waiting_operations", "wcnt", COUNT, "Operations that wait at present."),
     gauge("disk_running_operations", "rcnt", COUNT, "Operations that run at present."),
-), labels=each(lambda kstat: (("device", kstat.name),)))
+), ("device",), each(lambda kstat: (("device", kstat.name),)))
 
 NODE_LINK = Table("link", "link", "*", (
     counter("link_bytes_in_total", "rbytes64", BYTES, "Bytes received."),
@@ -1947,7 +1951,7 @@ NODE_LINK = Table("link", "link", "*", (
     counter("link_drops_out_total", "noxmtbuf", COUNT, "Packets lost for want of send buffers."),
     gauge("link_up", "link_state", UP, "Whether the link is up; no sample where unknown."),
     gauge("link_speed_bytes_per_second", "ifspeed", BITS, "Speed of the link in bytes a second."),
-), labels=each(lambda kstat: (("link", kstat.name),)))
+), ("link",), each(lambda kstat: (("link", kstat.name),)))
 
 NODE_LOAD = Table("load", "unix", "system_misc", LOAD_ROWS)
 
@@ -2010,8 +2014,8 @@ SWAP = Table("swap", "unix", "vminfo", (
 METASLAB = Table("zpool", "zfs_metaslab_group", "*", (
     counter("metaslab_group_loads", "loads", COUNT, "Space maps that were loaded."),
     counter("metaslab_group_unloads", "unloads", COUNT, "Space maps that were unloaded."),
-), labels=each(lambda kstat: (("pool", str(kstat.data.get("spa_name", ""))),
-                              ("vdev_guid", kstat.name))))
+), ("pool", "vdev_guid"), each(lambda kstat: (
+    ("pool", str(kstat.data.get("spa_name", ""))), ("vdev_guid", kstat.name))))
 NODE_TABLES = (ARCSTATS, CPU_INFO, CPU_UTIL, DISK, NODE_LINK, NODE_LOAD, MEMORY, PROC, SWAP,
                METASLAB)
 
@@ -2037,7 +2041,7 @@ ZONES_BY_STATE = _made(GAUGE, "zones_in_state", COUNT, "Zones by state.", "zonea
 TIME_OF_DAY = _made(COUNTER, "time_of_day", Unit("milliseconds", whole),
                     "Clock of the node in milliseconds since the epoch.", "clock")
 
-# --- of commands: the words of their output, by column or name
+# -- of commands: the words of their output, by column or name
 
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?")
 
@@ -2335,7 +2339,7 @@ NTP = (                         # by the words of iostats, kerninfo, monstats, s
     counter("ntp_uptime_seconds", "uptime", WORD_SECONDS, "Seconds since ntpd started."),
 )
 
-# --- which collectors there are, and what is said of their metrics
+# -- which collectors there are, and what is said of their metrics
 
 class Collector(NamedTuple):
     """One collector of a page."""
@@ -2344,7 +2348,6 @@ class Collector(NamedTuple):
     lifetime: float                         # seconds that a value is used for at the most
     tables: Tuple[Table, ...] = ()
     metrics: Tuple[Metric, ...] = ()        # beside those of the tables
-    labels: Tuple[str, ...] = ()            # of these metrics, in words for /v1/metadata
 
 
 def _of(name: str, tables: Sequence[Table]) -> Tuple[Table, ...]:
@@ -2595,7 +2598,7 @@ def time_families(now: float) -> List[Family]:
                    [Sample((), int(now * 1000))])]
 
 
-# --- what commands print; each parser takes any text, and at most CollectError comes out
+# -- what commands print; each parser takes any text, and at most CollectError comes out
 
 MAX_LINES = 100_000
 
@@ -2699,7 +2702,6 @@ class NtpDetails(NamedTuple):
     peer: Dict[str, str]
 
 
-_VARIABLE = re.compile(r"([A-Za-z][A-Za-z0-9_.]*)=([^,]*)")
 _UNMARKED = re.compile(r"(calibration interval)\s+(\S+)")       # the one line without a colon
 
 
@@ -2712,8 +2714,9 @@ def parse_ntp_details(output: str) -> NtpDetails:
             of_peer = not line.startswith(("associd=0 ", "associd=0,"))
             continue
         if of_peer:
-            for name, value in _VARIABLE.findall(line):
-                details.peer.setdefault(name.lower(), value.strip())
+            for variable in line.split(","):
+                name, _, value = variable.partition("=")
+                details.peer.setdefault(name.strip().lower(), value.strip())
             continue
         name, colon, value = line.partition(":")
         match = None if colon else _UNMARKED.match(line)
@@ -2810,7 +2813,7 @@ def parse_zoneadm(output: str) -> List[ZoneLine]:
     return zones
 
 
-# --- what operators' plugins and applications in zones bring
+# -- what operators' plugins and applications in zones bring
 
 MAX_FOREIGN_SAMPLES = 10_000    # of one plugin
 MAX_TEXTFILE_SAMPLES = 1_000    # of one zone's file
@@ -2900,10 +2903,15 @@ def textfile_families(name: str, content: str) -> Tuple[List[Family], List[str]]
     return families, [f"{name}: {problem}" for problem in problems]
 
 
-# --- what vminfod says of a zone; nothing of it is relied on
+# -- what vminfod says of a zone; nothing of it is relied on
 
 def _members(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _label(value: Any) -> str:
+    """Text that a page can carry: JSON may hold halves of characters, which UTF-8 cannot."""
+    return value[:256].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def nic_labels(vm: Any) -> Dict[str, Tuple[str, str]]:
@@ -2913,9 +2921,7 @@ def nic_labels(vm: Any) -> Dict[str, Tuple[str, str]]:
     for nic in nics if isinstance(nics, list) else []:
         interface = _members(nic).get("interface")
         if isinstance(interface, str):
-            tag, network = (nic.get(name) for name in ("nic_tag", "network_uuid"))
-            labels[interface] = (tag if isinstance(tag, str) else "",
-                                 network if isinstance(network, str) else "")
+            labels[interface] = (_label(nic.get("nic_tag")), _label(nic.get("network_uuid")))
     return labels
 
 
@@ -2946,7 +2952,7 @@ def is_core(vm: Any) -> bool:
     role = _members(members.get("tags")).get("smartdc_role")
     return isinstance(role, str) and role != "" and members.get("owner_uuid") == ADMIN_UUID
 
-# --- the endpoint explains itself: what /v1/metadata and docs/METRICS.md say
+# -- the endpoint explains itself: what /v1/metadata and docs/METRICS.md say
 
 QUIRKS: Mapping[str, str] = {
     "time_of_day": "milliseconds, and a counter, as in the original",
@@ -3050,6 +3056,16 @@ def _use_cells() -> Dict[Tuple[str, str], str]:
     return cells
 
 
+_LABELLED = ((NTP_PEER, "remote"), (ZPOOL, "pool"), ((CPUS_BY_STATE, ZONES_BY_STATE), "state"),
+             (ALLOC[4:], "resource"))
+
+
+def _label_names(metric: Metric, table: Optional[Table]) -> List[str]:
+    if table is None:
+        return [name for metrics, name in _LABELLED if metric in metrics]
+    return [*table.label_names, *(name for name, _ in metric.labels)]
+
+
 def metadata() -> List[Dict[str, Any]]:
     """A row for each metric of the pages, for /v1/metadata and the documents."""
     cells = _use_cells()
@@ -3066,6 +3082,7 @@ def metadata() -> List[Dict[str, Any]]:
                     "name": metric.name, "collector": collector.name, "scope": scope,
                     "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
                     "source": _source(metric, table), "lifetime": collector.lifetime,
+                    "labels": _label_names(metric, table),
                     "use": cells.get((scope, metric.name), ""),
                     "quirk": QUIRKS.get(metric.name, "")})
             for name, help_text in _OWN:
@@ -3073,11 +3090,11 @@ def metadata() -> List[Dict[str, Any]]:
                     "name": name.format(collector.name), "collector": collector.name,
                     "scope": scope, "type": GAUGE, "help": help_text,
                     "unit": "seconds" if name.endswith("seconds") else "boolean",
-                    "source": "agent", "lifetime": 0.0, "use": "", "quirk": ""})
+                    "source": "agent", "lifetime": 0.0, "labels": [], "use": "", "quirk": ""})
         for name, unit, help_text in OWN_LABELLED:
             rows.append({"name": name, "collector": "", "scope": scope, "type": GAUGE,
                          "unit": unit, "help": help_text, "source": "agent", "lifetime": 0.0,
-                         "use": "", "quirk": ""})
+                         "labels": ["collector"], "use": "", "quirk": ""})
     return rows
 
 
@@ -3121,8 +3138,10 @@ def escape_label(value: str) -> str:
 
 def number(value: Number) -> str:
     """A value as text: an integer exactly, a float by its shortest form that reads back equal."""
+    if type(value) is int:
+        return str(value)
     if isinstance(value, int):
-        return str(int(value))
+        return str(int(value))          # a truth value
     if value != value:
         return "NaN"
     if value in (math.inf, -math.inf):
@@ -3154,21 +3173,47 @@ def _head(name: str, kind: str, help_text: str) -> str:
     return head
 
 
+def _sample_lines(name: str, samples: Sequence[Sample]) -> str:
+    """The lines of a family's samples."""
+    if len(samples) == 1 and not samples[0].labels and not samples[0].suffix:
+        return f"{name} {number(samples[0].value)}\n"
+    return "".join([f"{name}{suffix}{label_text(labels)} {number(value)}\n"
+                    for labels, value, suffix in samples])
+
+
 def render(families: Iterable[Family]) -> str:
     """Families as a page, in their order; families without samples are left out."""
-    out: List[str] = []
-    add = out.append
+    return "".join([_head(name, kind, help_text) + _sample_lines(name, samples)
+                    for name, kind, help_text, samples in families if samples])
+
+
+class Part(NamedTuple):
+    """A rendered part of a page, to be kept: what all zones have in common is there once."""
+    heads: Tuple[str, ...]
+    lines: str                  # of each family's samples, an empty line between two families
+
+    def text(self) -> str:
+        """The part as it stands on the page."""
+        return "".join([head + lines + "\n" for head, lines
+                        in zip(self.heads, self.lines.split("\n\n"))])
+
+
+_shapes: Dict[Tuple[str, ...], Tuple[str, ...]] = {}
+_SHAPE_LIMIT = 1024
+
+
+def render_part(families: Iterable[Family]) -> Part:
+    """As `render`, in a third of the memory."""
+    heads: List[str] = []
+    lines: List[str] = []
     for name, kind, help_text, samples in families:
-        if not samples:
-            continue
-        add(_head(name, kind, help_text))
-        for labels, value, suffix in samples:
-            shown = str(value) if type(value) is int else number(value)
-            if labels or suffix:
-                add(f"{name}{suffix}{label_text(labels)} {shown}\n")
-            else:
-                add(f"{name} {shown}\n")
-    return "".join(out)
+        if samples:
+            heads.append(_head(name, kind, help_text))
+            lines.append(_sample_lines(name, samples))
+    if len(_shapes) >= _SHAPE_LIMIT:
+        _shapes.clear()
+    shape = tuple(heads)
+    return Part(_shapes.setdefault(shape, shape), "\n".join(lines)[:-1])
 
 
 def _value(word: str) -> Number:
@@ -3952,6 +3997,9 @@ class Router:
         self._patterns = [(re.compile(re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(route.pattern))),
                            route) for route in routes]
         self._fallback = fallback
+        paths = list(dict.fromkeys(route.pattern for route in routes))
+        self._listed = ("/ lists what there is" if "/" in paths else
+                        "there are " + ", ".join(paths))
 
     def find(self, request: Request) -> Tuple[Route, Tuple[str, ...]]:
         """Route and captured segments; raises Refused (404, 405). Pure."""
@@ -3970,7 +4018,7 @@ class Router:
             shown = ", ".join(allowed)
             raise Refused(405, f"{request.method} is not for this path; it takes {shown}",
                           ("Allow", shown), code="method_not_allowed")
-        raise Refused(404, "no such path; / lists what there is", code="no_such_path")
+        raise Refused(404, f"no such path; {self._listed}", code="no_such_path")
 
 
 def call(route: Route, request: Request, args: Sequence[str]) -> Union[Answer, Later]:
@@ -4442,7 +4490,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                     backlog=BACKLOG)
             except OSError as error:
                 raise OSError(error.errno, f"cannot listen on {address[0]}:{address[1]}: "
-                              f"{(error.strerror or str(error)).lower()}") from None
+                              + (error.strerror or str(error)).partition(" (while")[0].lower()
+                              ) from None
         listening.setblocking(False)
         listener = Listener(self, listening, routes, tls, name, fallback)
         self.listeners.append(listener)
@@ -5715,7 +5764,7 @@ def server_context(certificate_file: str, key_file: str,
         pointer, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
     return context
 
-# --- scraping and routes ---------------------------------------------------------------------------
+# --- scraping and routes --------------------------------------------------------------------------
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 PREPARED_SECONDS = 0.1          # how long a whole answer is sent again: its ages are that exact
@@ -5731,17 +5780,15 @@ DEFAULT_TIMEOUTS = {"zfs": 60.0, "zpool": 20.0, "ntp": 10.0, "triton_core": 2.0,
 
 
 class Outcome(NamedTuple):
-    """What one collector has brought: its part of the page, packed, since thousands are kept."""
-    packed: bytes
-    families: int                   # how many there are
+    """What one collector has brought."""
+    part: Part
     at: float                       # when, on the monotonic clock
     seconds: float                  # how long it took
 
 
 def outcome(families: Sequence[Family], began: float, now: float) -> Outcome:
     """Families as the part of a page."""
-    kept = [family for family in families if family.samples]
-    return Outcome(zlib.compress(render(kept).encode(), 1), len(kept), now, now - began)
+    return Outcome(render_part(families), now, now - began)
 
 
 class Failure(NamedTuple):
@@ -5944,6 +5991,27 @@ ZONE_PLACES, NODE_PLACES = ({one.name: place for place, one in enumerate(collect
                             for collectors in (ZONE_COLLECTORS, NODE_COLLECTORS))
 
 
+_AGE_HEAD = ("# HELP cmon_sample_age_seconds Age of the collector's values.\n"
+             "# TYPE cmon_sample_age_seconds gauge\n")
+_UP_HEAD = ("# HELP cmon_collector_up Whether the collector works, 1 or 0.\n"
+            "# TYPE cmon_collector_up gauge\n")
+_metas: Dict[str, str] = {}
+
+
+def _meta(collector: str) -> str:
+    """The original's three meta-metrics of a collector, with places for their values."""
+    template = _metas.get(collector)
+    if template is None:
+        template = _metas[collector] = "".join(
+            f"# HELP {collector}_metrics_{name} {help_text}\n"
+            f"# TYPE {collector}_metrics_{name} gauge\n{collector}_metrics_{name} {form}\n"
+            for name, help_text, form in (
+                ("available_boolean", "Whether there are values, 1 or 0.", "%d"),
+                ("cached_boolean", "Whether they came from the cache, 1 or 0.", "%d"),
+                ("timer_seconds", "Seconds that collecting took.", "%r")))
+    return template
+
+
 class Scraper:
     """All pages, and the work that fills them. Everything here but `_collect…`, which run in
     other threads and only return values, belongs to the server's thread."""
@@ -5966,6 +6034,8 @@ class Scraper:
         self.sysinfo = sysinfo
         self._vminfo: Optional[Kstat] = None    # of the last node page: it counts by the second
         self._datasets: Optional[Datasets] = None
+        self._zfs_failure: Optional[Failure] = None     # of the last zfs list, for all pages
+        self._zfs_breaker = Breaker(server.now)
         self._zfs_columns = ZFS_COLUMNS         # those that this platform knows
         self._debug_ids: Dict[str, int] = {}    # zone -> its debug id, from zoneadm
         self.generation = 0                     # of what the pages consist of
@@ -6120,17 +6190,21 @@ class Scraper:
 
     def _is_due(self, page: Page, source: Source, now: float) -> bool:
         for collector in source.collectors:
-            breaker = page.breakers.get(collector)
+            breaker = self._zfs_breaker if collector == "zfs" else page.breakers.get(collector)
             if breaker is not None and breaker.retry_seconds > 0:
                 continue
             last = page.outcomes.get(collector)
-            failed = page.failed.get(collector)
+            failed = self._failure(page, collector)
             if failed is not None:
                 if now - failed.at >= LEAST_LIFETIME * self.governor.stretch:
                     return True
             elif last is None or now - last.at >= self.lifetime(page, source, collector, now):
                 return True
         return False
+
+    def _failure(self, page: Page, collector: str) -> Optional[Failure]:
+        """Why a collector's last attempt failed, if it did; zfs list is one for all."""
+        return self._zfs_failure if collector == "zfs" else page.failed.get(collector)
 
     # answers
 
@@ -6140,6 +6214,8 @@ class Scraper:
         if flight is None:                      # a refresh has dropped it
             return
         now = self.server.now()
+        if key == "zfs":
+            self._take_datasets(results["zfs"], now)
         for page in flight.pages:
             self._take(page, key, results, now)
             page.needed.discard(key)
@@ -6159,6 +6235,10 @@ class Scraper:
                 later.finish(text(refusal.status, str(refusal), *refusal.headers))
             return
         for collector, result in results.items():
+            if key == "zfs":
+                self._share_datasets(page, now)
+                page.fresh.add(collector)
+                continue
             if isinstance(result, str):
                 self._failed(page, collector, result, now)
                 continue
@@ -6166,13 +6246,24 @@ class Scraper:
                 log.info("%s of %s works again", collector, page.zone)
                 del page.failed[collector]
                 page.breakers.pop(collector, None)
-            if isinstance(result, Datasets):
-                self._datasets = result
-                self._share_datasets(page, now)
-            else:
-                page.outcomes[collector] = result
+            assert isinstance(result, Outcome)
+            page.outcomes[collector] = result
             page.fresh.add(collector)
             self.collections.add(1, collector, "ok")
+
+    def _take_datasets(self, result: Union[Outcome, Datasets, str], now: float) -> None:
+        if isinstance(result, Datasets):
+            if self._zfs_failure is not None:
+                log.info("zfs works again")
+            self._datasets, self._zfs_failure = result, None
+            self._zfs_breaker.succeeded()
+            self.collections.add(1, "zfs", "ok")
+        elif isinstance(result, str):
+            if self._zfs_failure is None:
+                log.warning("zfs fails: %s", result)
+            self._zfs_failure = Failure(result, now)
+            self._zfs_breaker.failed(result)
+            self.collections.add(1, "zfs", "failed")
 
     def _share_datasets(self, page: Page, now: float) -> None:
         """Give a page its part of the last `zfs list`, unless it has it."""
@@ -6231,32 +6322,29 @@ class Scraper:
     def text(self, page: Page, now: float, fresh: AbstractSet[str]) -> str:
         """The page as text: each collector's part with its meta-metrics, then time and ages."""
         parts: List[str] = []
-        ages: List[Sample] = []
-        ups: List[Sample] = []
+        ages: List[str] = [_AGE_HEAD]
+        ups: List[str] = [_UP_HEAD]
         for collector, source in page.order:
             last = page.outcomes.get(collector)
-            label = (("collector", collector),)
-            if last is not None and now - last.at > max(
-                    STALE_SECONDS, 3 * self.lifetime(page, source, collector, now)):
+            if last is not None and now - last.at > STALE_SECONDS and \
+                    now - last.at > 3 * self.lifetime(page, source, collector, now):
                 last = None
             if last is not None:
-                parts.append(zlib.decompress(last.packed).decode())
-                ages.append(Sample(label, round(now - last.at, 3)))
+                if last.part.heads:
+                    parts.append(last.part.text())
+                ages.append(f'cmon_sample_age_seconds{{collector="{collector}"}} '
+                            f"{round(now - last.at, 3)!r}\n")
             flight = self._flights.get(source.key)
-            ups.append(Sample(label, int(last is not None and collector not in page.failed
-                                         and (flight is None or not flight.late))))
+            up = last is not None and self._failure(page, collector) is None \
+                and (flight is None or not flight.late)
+            ups.append(f'cmon_collector_up{{collector="{collector}"}} {up:d}\n')
             parts.append(_meta(collector) % (
-                last is not None and last.families > 0,
+                last is not None and bool(last.part.heads),
                 last is not None and collector not in fresh,
                 0.0 if last is None else round(last.seconds, 6)))
-        parts += [render(time_families(self.host.time())), _meta("time") % (1, 0, 0.0)]
-        ages.append(Sample((("collector", "time"),), 0.0))
-        ups.append(Sample((("collector", "time"),), 1))
-        parts.append(render((Family(
-            "cmon_sample_age_seconds", GAUGE, "Seconds since the values of this collector were "
-            "read.", ages), Family(
-            "cmon_collector_up", GAUGE, "Whether the values of this collector are those of its "
-            "last due collection (1), or it failed or is late (0).", ups))))
+        parts += [render(time_families(self.host.time())), _meta("time") % (1, 0, 0.0), *ages,
+                  'cmon_sample_age_seconds{collector="time"} 0.0\n', *ups,
+                  'cmon_collector_up{collector="time"} 1\n']
         return "".join(parts)
 
     # where values come from
@@ -6561,7 +6649,8 @@ class Scraper:
             page.prepared = None
         self._unknown.clear()
         self._labels.clear()
-        self._datasets = None
+        self._datasets, self._zfs_failure = None, None
+        self._zfs_breaker.succeeded()
         self._reread_zones()
         self.kstats.submit(Job(lambda reader: reader.follow(force=True) or reader.reopen(),
                                lambda _result: None))
@@ -6596,6 +6685,9 @@ class Scraper:
                           ("reason", breaker.reason[:200])), 1)
                   for page in self._pages.values() for collector, breaker in page.breakers.items()
                   if breaker.open]
+        if self._zfs_breaker.open:
+            opened.append(Sample((("collector", "zfs"), ("target", "all"),
+                                  ("reason", self._zfs_breaker.reason[:200])), 1))
         now = self.server.now()
 
         def one(name: str, kind: str, help_text: str, value: Optional[Number]) -> Family:
@@ -6642,23 +6734,6 @@ def read_allocation(reader: Reader) -> Dict[str, List[Union[Kstat, KstatError]]]
 def _last_line(output: Output) -> str:
     lines = output.stderr.strip().splitlines()
     return lines[-1][:300] if lines else f"exit {output.status} and no word"
-
-
-_metas: Dict[str, str] = {}
-
-
-def _meta(collector: str) -> str:
-    """The original's three meta-metrics of a collector, with places for their values."""
-    template = _metas.get(collector)
-    if template is None:
-        template = _metas[collector] = "".join(
-            f"# HELP {collector}_metrics_{name} {help_text}\n"
-            f"# TYPE {collector}_metrics_{name} gauge\n{collector}_metrics_{name} {form}\n"
-            for name, help_text, form in (
-                ("available_boolean", "Whether there are values on this page (0 or 1).", "%d"),
-                ("cached_boolean", "Whether the values are from an earlier scrape (0 or 1).", "%d"),
-                ("timer_seconds", "Seconds that collecting the values took.", "%r")))
-    return template
 
 
 class AllZones:
@@ -6731,7 +6806,7 @@ def join_pages(pages: Mapping[str, str]) -> str:
     return "".join(f"{head}\n" + "\n".join(lines) + "\n" for head, lines in families.items())
 
 
-# --- what is said over HTTP
+# -- what is said over HTTP
 
 HEALTHY = "Container Monitor agent is healthy."
 NAMES_FAMILIES = frozenset(row["name"] for row in metadata())
@@ -7097,8 +7172,7 @@ class _Loader:
         for key, item in value.items():
             path = f"{where}.{key}" if where else key
             if key not in fields:
-                near = [name for name in fields if name.replace("_", "") == key.lower()
-                        .replace("-", "").replace("_", "")]
+                near = difflib.get_close_matches(key.lower().replace("-", "_"), fields, 1, 0.75)
                 self.wrong(path, "unknown setting" + (f", did you mean {near[0]!r}?" if near else
                                                       f"; there are {', '.join(sorted(fields))}"))
                 continue
@@ -7306,7 +7380,7 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
         stop_logging()
     return 0
 
-# --- main ------------------------------------------------------------------------------------------
+# --- main -----------------------------------------------------------------------------------------
 
 PORT = 9163
 DEFAULT_COMMANDS = {

@@ -190,16 +190,11 @@ SCOPES = (("zone", "a zone"), ("node", "the compute node"))
 CELLS = ("utilisation", "saturation", "errors")
 
 
-def use_table(rows: Sequence[Dict[str, Any]]) -> str:
+def use_table(scope: str) -> str:
     """Resources by utilisation, saturation and errors."""
-    cells: Dict[str, Dict[str, List[str]]] = {}
-    for row in rows:
-        if row["use"]:
-            resource, _, cell = row["use"].partition(": ")
-            cells.setdefault(resource, {}).setdefault(cell, []).append(code(row["name"]))
     return table(("resource", *CELLS), [
-        [resource, *(", ".join(found.get(cell, [])) for cell in CELLS)]
-        for resource, found in cells.items()])
+        [use.resource, *(", ".join(map(code, getattr(use, cell))) for cell in CELLS)]
+        for use in cmon_agent.USE if use.scope == scope])
 
 
 def metrics() -> str:
@@ -207,8 +202,7 @@ def metrics() -> str:
     text = [METRICS]
     everything = [row for row in cmon_agent.metadata() if row["collector"]]
     for scope, words in SCOPES:
-        rows = [row for row in everything if row["scope"] == scope]
-        text.append(f"\n## What to look at: {words}\n\n{use_table(rows)}")
+        text.append(f"\n## What to look at: {words}\n\n{use_table(scope)}")
     for scope, words in SCOPES:
         text.append(f"\n## Metrics of {words}\n")
         rows = [row for row in everything if row["scope"] == scope]
@@ -218,8 +212,8 @@ def metrics() -> str:
             if not ours:
                 continue
             text.append(f"\n### {collector}\n\n" + table(
-                ("metric", "type", "unit", "meaning", "source"),
-                [[code(row["name"]), row["type"], row["unit"],
+                ("metric", "type", "labels", "unit", "meaning", "source"),
+                [[code(row["name"]), row["type"], ", ".join(row["labels"]), row["unit"],
                   row["help"] + (f" *{row['quirk']}*" if row["quirk"] else ""),
                   code(row["source"])]
                  for row in ours]))

@@ -92,8 +92,8 @@ def test_a_huge_text_takes_no_long_time(name: str) -> None:
         assert time.process_time() - began < 3.0, (name, text[:20])
 
 
-VALUES: list[Any] = [None, True, 0, -1, 2 ** 70, 1.5, float("nan"), "", "x", "8881", "8881,x", "\ud800",
-                     [], {}, [None], [[]], [{}], {"tags": None}]
+VALUES: list[Any] = [None, True, 0, -1, 2 ** 70, 1.5, float("nan"), "", "x", "8881", "8881,x",
+                     "\ud800", [], {}, [None], [[]], [{}], {"tags": None}]
 
 
 def value(source: random.Random, depth: int) -> Any:

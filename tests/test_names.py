@@ -32,8 +32,8 @@ def test_a_metric_of_the_original_is_there(row: dict[str, str]) -> None:
     for scope in SCOPES[row["scope"]]:
         found = [one for one in METADATA if one["name"] == row["metric"]
                  and one["scope"] == scope]
-        assert [(one["type"], one["collector"]) for one in found] == \
-            [(row["type"], row["collector"])]
+        assert [(one["type"], one["collector"], ",".join(one["labels"])) for one in found] == \
+            [(row["type"], row["collector"], row["labels"])]
 
 
 def tables() -> list[tuple[str, agent.Metric]]:
@@ -122,6 +122,6 @@ def test_counters_are_known_by_member(member: tuple[str, str], grows: bool) -> N
 def test_metadata_is_what_json_can_say() -> None:
     kinds: dict[str, Any] = {"name": str, "collector": str, "scope": str, "type": str,
                              "unit": str, "help": str, "source": str, "lifetime": float,
-                             "use": str, "quirk": str}
+                             "labels": list, "use": str, "quirk": str}
     for row in METADATA:
         assert {name: type(value) for name, value in row.items()} == kinds
