@@ -19,6 +19,7 @@ that hand in finished values. Map (`grep '^# ---'`):
     quotas
     forwarding
     routes
+    page for people
     workers
     main
 """
@@ -28,6 +29,7 @@ import argparse
 import base64
 import dataclasses
 import functools
+import html
 import json
 import os
 import random
@@ -50,7 +52,7 @@ from typing import (
 
 # The agent is the one file that must run alone, so it carries the kit that we share.
 from cmon_agent import (
-    CMON_PURPOSE, COUNTER, GAUGE, JSON, PAGE, Answer, AnswerReader, Breaker, Certificate,
+    CMON_PURPOSE, COUNTER, GAUGE, HTML, JSON, PAGE, Answer, AnswerReader, Breaker, Certificate,
     CertificateError, Client, ClientError, ConfigError, Family, Later, Listener, Pool, Prepared,
     PublicKey, Refused, Registry, Request, Response, Route, Sample, Server,
     ask_for_any_certificate, at_least, certificate, check_any_certificate, command_line,
@@ -197,14 +199,14 @@ def make_tls(settings: Settings) -> ssl.SSLContext:
 # Every refusal that a client can meet: code, status, and what, why and what next in one line.
 # A container of somebody else has the same line as one that does not exist.
 REFUSALS: Dict[str, Tuple[int, str]] = {
-    "no_certificate": (401, "no client certificate: show the one that `cmon.py certgen` or `triton "
-                       "profile cmon-certgen` made (curl: --cert and --key)"),
+    "no_certificate": (401, "no client certificate: show the one that `triton profile cmon-certgen` "
+                       "made (curl: --cert and --key)"),
     "bad_certificate": (401, "the client certificate cannot be used: {why}; make a new one with "
-                        "`cmon.py certgen`"),
+                        "`triton profile cmon-certgen`"),
     "weak_signature": (401, "the client certificate is signed with {digest}, which is too weak: "
-                       "make a new one with `cmon.py certgen`"),
-    "expired": (401, "the client certificate ended on {date}: make a new one with `cmon.py "
-                "certgen`"),
+                       "make a new one with `triton profile cmon-certgen`"),
+    "expired": (401, "the client certificate ended on {date}: make a new one with `triton profile "
+                "cmon-certgen`"),
     "not_yet_valid": (401, "the client certificate begins on {date}: check the clock of the "
                       "machine that made it, or wait"),
     "unknown_key": (401, "no key of account {login} vouches for this client certificate (wanted: "
@@ -2610,6 +2612,9 @@ class Proxy:
         self._answers: Dict[Tuple[object, ...], Tuple[object, Prepared]] = {}
         self._building: Dict[Tuple[object, ...], List[Later]] = {}
         self.listener: Optional[Listener] = None
+        kept = (("Cache-Control", "max-age=300"), ("X-Content-Type-Options", "nosniff"))
+        self._css = prepare(Response(200, PAGE_CSS.encode(), "text/css; charset=utf-8", kept))
+        self._js = prepare(Response(200, PAGE_JS.encode(), "text/javascript; charset=utf-8", kept))
         self.use(settings)
         registry.collect(self.families)
         server.every(1.0, self._each_second)
@@ -2640,6 +2645,9 @@ class Proxy:
             Route("GET", "/v1/gz/sd", self._entered(self.node_targets)),
             Route("GET", "/v1/fleet/metrics", self._entered(self.fleet)),
             Route("GET", "/v1/{uuid}/metrics", self._entered(self.page)),
+            Route("GET", "/", self._entered(self.people)),
+            Route("GET", "/page.css", lambda _request: self._css),
+            Route("GET", "/page.js", lambda _request: self._js),
         )
 
     def by_host(self, request: Request) -> Optional[Tuple[Route, Tuple[str, ...]]]:
@@ -3048,11 +3056,29 @@ class Proxy:
 
     def fleet_rows(self, granted: Grant, selection: Selection) -> List[FleetRow]:
         """The containers of an account with all that is known of them."""
-        down = {uuid for uuid, port in self.forwarder.ports.items() if port.suspect}
+        down = self._down()
         return [FleetRow(vm, groups, vm.server not in down, self.last.get(vm.uuid))
                 for vm, groups in sorted(self._visible(granted))
                 if (not selection.groups or not selection.groups.isdisjoint(groups))
                 and selection.takes(vm.uuid)]
+
+    def people(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
+               ) -> Union[Answer, Later]:
+        """What a browser shows: the account's containers, and to operators the compute nodes."""
+        query = dict(request.query)
+        word = query.pop("from", "0")
+        first = int(word) if re.fullmatch(r"[0-9]{1,6}", word) else 0
+        rows = self.fleet_rows(granted, Selection.of(query))
+        nodes = []
+        if granted.account.operator and granted.groups is None:
+            down = self._down()
+            nodes = [(node, node.uuid not in down) for node in sorted(
+                self.inventory.nodes.values())[:ROWS_SHOWN] if may_see(granted, node)]
+        page = people_page(rows, first, granted, allowance, nodes, self.clock())
+        return Response(200, page.encode(), HTML, PAGE_HEADERS)
+
+    def _down(self) -> Set[str]:
+        return {uuid for uuid, port in self.forwarder.ports.items() if port.suspect}
 
     # housekeeping
 
@@ -3095,6 +3121,187 @@ def _is_own_name(host: str) -> bool:
     if host in OWN_NAMES or host.startswith("["):
         return True
     return re.fullmatch(r"[0-9.]+", host) is not None
+
+
+# --- page for people ------------------------------------------------------------------------------
+
+# A table that needs no script; the script adds small charts from the same pages that Prometheus
+# reads, one request at a time, never more a minute than the page says in `data-per-minute`. Ten
+# minutes are kept in the browser, nothing here. Nothing is loaded from elsewhere or stands inline.
+
+ROWS_SHOWN = 100                # a row has 300 to 500 bytes, and the page stays below 60 kB
+POLLS_PER_MINUTE = 60.0         # at the most; never more than a tenth of the account's quota
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+PAGE_HEADERS = (("Content-Security-Policy", CSP), ("Referrer-Policy", "no-referrer"),
+                ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+PAGE_CSS = """\
+:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --dim: #777; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 76rem;
+  padding: 0 1rem; }
+h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
+p { margin: .2rem 0 1rem; color: var(--dim); }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: middle; }
+th { font-weight: 600; }
+td small { color: var(--dim); display: block; }
+code { font: 12px ui-monospace, monospace; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+td svg { display: block; width: 110px; height: 26px; }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.3; }
+.scroll { overflow-x: auto; }
+"""
+PAGE_JS = """\
+'use strict';
+// Small charts from the pages that Prometheus reads: one request at a time, in turn.
+(() => {
+  const KEEP = 600000;
+  const rows = [...document.querySelectorAll('tr[data-uuid]')].map(row => ({
+    row, uuid: row.dataset.uuid, before: null, series: {cpu: [], mem: [], net: []}}));
+  const pause = 60000 / Number(document.body.dataset.perMinute);
+  const wanted = new Set(['cpu_user_usage', 'cpu_sys_usage', 'mem_agg_usage', 'mem_limit',
+    'net_agg_bytes_in', 'net_agg_bytes_out']);
+  const read = text => {
+    const sums = {};
+    for (const line of text.split('\\n')) {
+      const end = line.search(/[{ ]/);
+      const name = line.slice(0, end);
+      if (wanted.has(name))
+        sums[name] = (sums[name] || 0) + Number(line.slice(line.lastIndexOf(' ') + 1));
+    }
+    return sums;
+  };
+  const bytes = n => {
+    for (const unit of ['B', 'kB', 'MB', 'GB', 'TB']) {
+      if (n < 1000 || unit === 'TB') return (n < 10 ? n.toFixed(1) : n.toFixed(0)) + ' ' + unit;
+      n /= 1000;
+    }
+  };
+  const draw = (one, name, label) => {
+    const cell = one.row.querySelector('[data-chart=' + name + ']');
+    const points = one.series[name];
+    const now = Date.now(), most = Math.max(...points.map(p => p[1]), 1e-9);
+    const line = points.map(([at, value]) =>
+      (110 - (now - at) / KEEP * 110).toFixed(1) + ',' + (25 - value / most * 24).toFixed(1));
+    let svg = cell.querySelector('svg');
+    if (!svg) {
+      cell.textContent = '';
+      svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+      svg.setAttribute('viewBox', '0 0 110 26');
+      svg.setAttribute('role', 'img');
+      svg.append(document.createElementNS(svg.namespaceURI, 'polyline'));
+      cell.append(svg, document.createElement('small'));
+    }
+    svg.firstChild.setAttribute('points', line.join(' '));
+    svg.setAttribute('aria-label', label);
+    cell.querySelector('small').textContent = label;
+  };
+  const add = (one, name, value, label) => {
+    if (!Number.isFinite(value)) return;
+    const series = one.series[name];
+    series.push([Date.now(), value]);
+    while (series[0][0] < Date.now() - KEEP) series.shift();
+    draw(one, name, label);
+  };
+  const poll = async one => {
+    const answer = await fetch('/v1/' + one.uuid + '/metrics');
+    if (!answer.ok) return Number(answer.headers.get('Retry-After') || 0) * 1000;
+    const values = read(await answer.text()), at = performance.now(), before = one.before;
+    add(one, 'mem', values.mem_agg_usage, bytes(values.mem_agg_usage)
+      + (values.mem_limit ? ' of ' + bytes(values.mem_limit) : ''));
+    if (before) {
+      const seconds = (at - before.at) / 1000;
+      const rate = name => Math.max(0, (values[name] - before.values[name]) / seconds);
+      const cpu = (rate('cpu_user_usage') + rate('cpu_sys_usage')) / 1e7;
+      add(one, 'cpu', cpu, cpu.toFixed(1) + ' % of a CPU');
+      const net = rate('net_agg_bytes_in') + rate('net_agg_bytes_out');
+      add(one, 'net', net, bytes(net) + '/s');
+    }
+    one.before = {at, values};
+    return 0;
+  };
+  let turn = 0;
+  const step = async () => {
+    let wait = pause;
+    if (!document.hidden && rows.length) {
+      try {
+        wait = Math.max(pause, await poll(rows[turn++ % rows.length]));
+      } catch (error) {
+        wait = Math.max(pause, 10000);
+      }
+    }
+    setTimeout(step, wait);
+  };
+  step();
+})();
+"""
+
+
+def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance: Allowance,
+                nodes: Sequence[Tuple[Node, bool]], now: float) -> str:
+    """The page as HTML; whatever comes from outside is escaped."""
+    cert = granted.identity.cert
+    terms = allowance.terms
+    polls = POLLS_PER_MINUTE if terms.exempt else min(POLLS_PER_MINUTE, terms.per_minute / 10)
+    facts = [f"account {html.escape(granted.account.login)}", f"{len(rows)} containers"]
+    if cert is not None:
+        facts.append(f"certificate until {utc(cert.not_after)}")
+    if not terms.exempt:
+        facts.append(f"quota {terms.per_minute:g} requests a minute, "
+                     f"{100 * (1 - max(allowance.soft, 0) / terms.burst):.0f} % of the burst used")
+    shown = rows[first:first + ROWS_SHOWN]
+    links = []
+    if first:
+        links.append(f'<a href="/?from={max(first - ROWS_SHOWN, 0)}">before</a>')
+    if first + ROWS_SHOWN < len(rows):
+        links.append(f'<a href="/?from={first + ROWS_SHOWN}">more</a>')
+    body = "".join([_row(row, now) for row in shown])
+    about = "".join([
+        f"<tr><td>{html.escape(node.hostname)}<small><code>{node.uuid}</code></small></td>"
+        f"<td>{_mark(up, 'answers', 'does not answer')}</td></tr>" for node, up in nodes])
+    machines = f"""<h1>Compute nodes</h1>
+<table><tr><th>node</th><th>agent</th></tr>{about}</table>""" if nodes else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Container Monitor</title>
+<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/page.css">
+<script src="/page.js" defer></script></head>
+<body data-per-minute="{max(polls, 1):g}">
+<h1>Containers</h1>
+<p>{" · ".join(facts)} · <a href="/v1/fleet/metrics">fleet page</a> ·
+<a href="/v1/discover">discovery</a> · <a href="/v1/sd">for http_sd_configs</a></p>
+<div class="scroll"><table>
+<tr><th>container</th><th>state</th><th>compute node</th><th>last scrape</th><th>CPU</th>\
+<th>memory</th><th>network</th></tr>
+{body}</table></div>
+<p>{" · ".join(links)}</p>
+{machines}
+</body></html>
+"""
+
+
+def _mark(good: bool, yes: str, no: str) -> str:
+    return f'<span class="{"good" if good else "bad"}">{html.escape(yes if good else no)}</span>'
+
+
+def _row(row: FleetRow, now: float) -> str:
+    vm = row.vm
+    runs = state_of(vm.state).page
+    name = html.escape(vm.alias[:64] or vm.uuid[:8])
+    if runs:
+        name = f'<a href="/v1/{vm.uuid}/metrics">{name}</a>'
+    last = "never here"
+    if row.last is not None:
+        last = (_mark(row.last.result in ("ok", "partial"), row.last.result, row.last.result)
+                + f"<small>{max(now - row.last.at, 0):.0f} s ago</small>")
+    node = _mark(row.reachable, "answers", "does not answer") if vm.server else "none yet"
+    charts = "".join([f'<td data-chart="{chart}">{"…" if runs else ""}</td>'
+                      for chart in ("cpu", "mem", "net")])
+    attribute = f' data-uuid="{vm.uuid}"' if runs else ""
+    return (f"<tr{attribute}><td>{name}<small><code>{vm.uuid}</code></small></td>"
+            f"<td>{_mark(runs, vm.state, vm.state)}<small>{html.escape(vm.brand[:20])}</small></td>"
+            f"<td>{node}<small><code>{vm.server[:8]}</code></small></td><td>{last}</td>"
+            f"{charts}</tr>\n")
 
 
 # --- workers --------------------------------------------------------------------------------------
