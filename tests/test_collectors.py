@@ -88,7 +88,7 @@ class Recorded:
         for one in self.kstats:
             if not one.name.startswith("z") or one.module != "link":
                 by_module.setdefault(one.module, []).append(one)
-        context = NodeContext(4096, self.before)
+        context = NodeContext(4096, (self.before,))
         families = [family for one in agent.NODE_COLLECTORS if one.name != "zpool"
                     for family in agent.node_families(one.name, by_module, context)]
         families += agent.zpool_families(agent.parse_zpool_list(self.commands[
@@ -306,15 +306,22 @@ SWAPS: list[tuple[str, Optional[dict[str, int]], dict[str, int]]] = [
                          ids=[row[0] for row in SWAPS])
 def test_swap_is_the_mean_between_two_readings(before: Optional[dict[str, int]],
                                                expected: dict[str, int]) -> None:
-    earlier = None if before is None else kstat("unix", "vminfo", 0, **before)
+    earlier = () if before is None else (kstat("unix", "vminfo", 0, **before),)
     assert node("swap", kstat("unix", "vminfo", 0, updates=100, swap_free=1000),
                 vminfo_before=earlier) == expected
 
 
-def test_vminfo_is_found_for_the_next_time() -> None:
-    vminfo = kstat("unix", "vminfo", 0, updates=1)
-    assert agent.vminfo_of({"unix": [KstatError("unix:0:x: i/o error"), vminfo]}) == vminfo
-    assert agent.vminfo_of({}) is None
+def test_swap_does_not_flicker_when_two_readings_fall_into_one_second() -> None:
+    readings: tuple[Kstat, ...] = ()
+    found = []
+    for updates in (90, 100, 100, 105):
+        vminfo = kstat("unix", "vminfo", 0, updates=updates, swap_free=updates * 10)
+        found.append(node("swap", vminfo, vminfo_before=readings))
+        readings = agent.vminfo_readings({"unix": [KstatError("unix:0:x: i/o error"), vminfo]},
+                                         readings)
+        assert len(readings) <= 2
+    assert found == [{}] + [{"swap_free_bytes": 40960}] * 3
+    assert agent.vminfo_readings({}, readings) == readings
 
 
 def test_what_is_sold_stands_beside_what_there_is() -> None:
@@ -500,7 +507,7 @@ def test_zoneadm() -> None:
         ("upstream", 8, None)]
     assert shown(agent.zone_states(lines)) == {
         'zones_in_state{state="configured"}': 1, 'zones_in_state{state="installed"}': 1,
-        'zones_in_state{state="running"}': 3}
+        'zones_in_state{state="running"}': 2}
 
 
 # --- plugins, text files, vminfod -----------------------------------------------------------------
