@@ -19,7 +19,7 @@ CHAR, INT32, UINT32, INT64, UINT64, FLOAT, DOUBLE, STRING = 0, 1, 2, 3, 4, 5, 6,
 POISON = b"\xdb"
 
 
-# --- a library in memory: <sys/kstat.h> in LP64, written down here once more, by hand ---------------
+# --- a library in memory: <sys/kstat.h> in LP64, written down here once more, by hand -------------
 
 class Memory:
     """What kstat_open and kstat_read of a real library would leave in memory."""
@@ -102,7 +102,7 @@ def q(value: int) -> bytes:
     return struct.pack("<Q", value % 2 ** 64)
 
 
-# --- the decoder ------------------------------------------------------------------------------------
+# --- the decoder ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, value, expected", [
     (UINT64, q(2 ** 64 - 1), 2 ** 64 - 1), (UINT64, q(2 ** 53 + 1), 2 ** 53 + 1), (UINT64, q(0), 0),
@@ -236,7 +236,7 @@ def test_open_and_update_that_fail_say_so() -> None:
         handle.update()
 
 
-# --- the layout -------------------------------------------------------------------------------------
+# --- the layout -----------------------------------------------------------------------------------
 
 def test_the_layout_is_that_of_the_header_file() -> None:
     agent.check_layout()
@@ -269,7 +269,7 @@ def test_a_library_that_is_none_names_the_replay(path: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# --- the index --------------------------------------------------------------------------------------
+# --- the index ------------------------------------------------------------------------------------
 
 def index_of(*headers: tuple[Any, ...]) -> agent.Index:
     """The index of a chain of (module, instance, name[, class])."""
@@ -322,7 +322,7 @@ def test_names_of_30_characters_that_are_no_text_harm_nobody() -> None:
     assert names(index.zones[4]) == ["zones:4:" + "\ufffd" * 30]
 
 
-# --- from a zone's name to its kstats, with the library as C code ------------------------------------
+# --- from a zone's name to its kstats, with the library as C code ---------------------------------
 
 class Reading:
     """A `Reader` without a thread, so that a test may step through it."""

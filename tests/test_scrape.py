@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Scrapes of a whole agent, with all that a kernel, commands and vminfod may do to it."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from nodes import (
+    LB01, SPARK01, WEB01, Desk, Machine, Vminfod, children_of, collectors, down, steady,
+    threads_of, value)
+from support import NODE, Kernel, Program, free_port, http_get, samples, wait_until
+
+MakeKernel = Callable[..., Kernel]
+MakeMachine = Callable[..., Machine]
+
+
+@pytest.fixture()
+def machine(kernel: MakeKernel, tmp_path: Path, recorded_node: dict[str, Any]
+            ) -> Iterator[MakeMachine]:
+    """Makes machines with the recorded node's kernel and starts the agent on them."""
+    made: list[Machine] = []
+
+    def make(kstats: Any = None, start: bool = True, **settings: Any) -> Machine:
+        frame = recorded_node["frames"][0]
+        kern = kernel(frame["kstats"] if kstats is None else kstats)
+        one = Machine(tmp_path / f"machine{len(made)}", kern, frame, **settings)
+        made.append(one)
+        return one.start() if start else one
+    yield make
+    for one in made:
+        if one.program is not None:
+            one.program.kill()
+            print(one.program.log[-10_000:])
+            assert one.kernel["overlaps"] == 0, "two threads in one handle of libkstat"
+            assert one.kernel["stale"] == 0, "a pointer was used after its chain had gone"
+
+
+def clean(machine: Machine) -> None:
+    """Nothing has failed but what the test made fail."""
+    assert "Traceback" not in machine.agent.log, machine.agent.log
+
+
+# --- what a page costs ----------------------------------------------------------------------------
+
+def test_a_page_costs_one_read_for_each_kstat_and_no_walk(machine: MakeMachine) -> None:
+    one = machine(start=False)
+    one.kernel.log_reads()
+    one.start()
+    one.zone(LB01)
+    assert one.kernel["opens"] == 1
+    one.kernel.reads()
+    before = one.kernel.counters()
+    one.zone(LB01, Accept="*/*")
+    assert one.kernel["reads"] == before["reads"], "a page that was just made is made again"
+    one.refresh()
+    wait_until(lambda: one.kernel["updates"] > before["updates"])
+    one.kernel.reads()
+    before = one.kernel.counters()
+    one.zone(LB01)
+    reads = one.kernel.reads()
+    after = one.kernel.counters()
+    assert len(reads) == len(set(reads)) == after["reads"] - before["reads"]
+    assert sorted(reads) == sorted([
+        "caps:7:cpucaps_zone_7", "caps:7:lockedmem_zone_7", "caps:7:nprocs_zone_7",
+        "caps:7:swapresv_zone_7", f"zones:7:{LB01[:30]}",
+        f"memory_cap:7:{LB01[:30]}", f"zone_vfs:7:{LB01[:30]}", "link:0:z7_net0", "link:0:z7_net1",
+        "tcp:7:tcp"])
+    assert after["rebuilds"] == before["rebuilds"] and after["opens"] == before["opens"]
+    assert after["lookups"] == 0 and after["processes"] == 1
+    clean(one)
+
+
+def test_fifty_askers_at_once_cost_one_collection_and_get_one_answer(machine: MakeMachine) -> None:
+    one = machine(start=False)
+    one.kernel.log_reads()
+    one.kernel.faults(("delay", "zone_vfs:5:*", "200"))
+    one.start()
+    address = one.agent.address
+    one.zone(LB01)                              # the name of the zone has been read once, too
+    one.kernel.reads()
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(http_get(address, f"/v1/{WEB01}/metrics"))
+    threads = [threading.Thread(target=ask) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 50 and {answer.status for answer in answers} == {200}
+    assert one.kernel.reads().count(f"zone_vfs:5:{WEB01[:30]}") == 1
+    assert len({answer.body for answer in answers}) == 1
+
+
+def test_two_hundred_zones_and_four_askers(machine: MakeMachine) -> None:
+    one = machine(kstats=(), start=False)
+    one.kernel.synthesise(200, 10_000)
+    one.kernel.log_reads()
+    one.start()
+    address = one.agent.address
+    zones = [f"{n:08x}-0000-4000-8000-{n:012x}" for n in range(1, 201)]
+    pages: list[dict[str, str]] = []
+
+    def ask() -> None:
+        mine: dict[str, str] = {}
+
+        def some(part: list[str]) -> None:
+            for zone in part:
+                answer = http_get(address, f"/v1/{zone}/metrics")
+                assert answer.status == 200
+                mine[zone] = answer.text
+        parts = [threading.Thread(target=some, args=(zones[n::5],)) for n in range(5)]
+        for part in parts:
+            part.start()
+        for part in parts:
+            part.join()
+        pages.append(mine)
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert [len(mine) for mine in pages] == [200] * 4
+    for zone in zones:
+        page = pages[0][zone]
+        assert not down(page) and all(steady(mine[zone]) == steady(page) for mine in pages)
+    clean(one)
+
+
+# --- zones that come, go and change ---------------------------------------------------------------
+
+def rebooted(kstats: list[dict[str, Any]], zone: str, old: int, new: int, **members: Any
+             ) -> list[dict[str, Any]]:
+    """The same zone after a reboot: another zone id, other times of birth, other values."""
+    changed = []
+    for kstat in kstats:
+        data = kstat["data"]
+        mine = data.get("zonename") == zone or (
+            kstat["instance"] == old and kstat["module"] in ("tcp", "udp"))
+        if not mine:
+            changed.append(kstat)
+            continue
+        changed.append({**kstat, "crtime": kstat["crtime"] + 10 ** 12,
+                        "instance": new if kstat["instance"] == old else kstat["instance"],
+                        "name": kstat["name"].replace(f"z{old}_", f"z{new}_").replace(
+                            f"zone_{old}", f"zone_{new}"),
+                        "data": {**data, **{name: value for name, value in members.items()
+                                            if name in data}}})
+    return changed
+
+
+@pytest.mark.parametrize("victim", ["memory_cap:7:*", "tcp:7:tcp", "caps:7:cpucaps*", "zones:7:*"])
+@pytest.mark.parametrize("new", [33, 7], ids=["under a new id", "under the same id"])
+def test_a_zone_that_reboots_while_it_is_read_is_read_anew(machine: MakeMachine, victim: str,
+                                                           new: int) -> None:
+    one = machine(cpu_budget=None)
+    kstats = one.frame["kstats"]
+    one.zone(WEB01)                                     # the agent runs and has its chain
+    after = rebooted(kstats, LB01, 7, new, rss=4711, inSegs=4712, rbytes64=4713, nsec_user=4714,
+                     nread=4715, usage=4716)
+    one.kernel.write(after, "next")
+    one.kernel.faults(("switch", victim, "next"))
+    page = one.zone(LB01)
+    one.kernel.faults()
+    found = samples(page)
+    assert not down(page)
+    assert found["mem_agg_usage"] == 4711 and found["tcp_segments_in_total"] == 4712
+    assert found["cpu_user_usage"] == 4714 and found["vfs_bytes_read_count"] == 4715
+    assert found["cpucap_cur_usage_percentage"] == 4716
+    assert [value for name, value in found.items() if name.startswith("net_agg_bytes_in")] \
+        == [4713, 4713]
+    assert one.zone(WEB01)
+    clean(one)
+
+
+def test_a_zone_that_goes_while_it_is_read_is_not_found(machine: MakeMachine) -> None:
+    one = machine()
+    one.zone(WEB01)
+    rest = [kstat for kstat in one.frame["kstats"] if kstat["data"].get("zonename") != LB01
+            and (kstat["module"], kstat["instance"]) not in (("tcp", 7), ("udp", 7))]
+    one.kernel.write(rest, "next")
+    one.kernel.faults(("switch", "memory_cap:7:*", "next"))
+    answer = one.get(f"/v1/{LB01}/metrics")
+    assert answer.status == 404 and answer.headers["x-cmon-error"] == "no_such_zone"
+    assert answer.text == f"no zone {LB01} runs on this compute node; / lists those that do\n"
+    assert one.get(f"/vms/{LB01}/metrics").status == 404
+    assert not down(one.zone(WEB01))
+    one.kernel.faults()
+    one.kernel.write(one.frame["kstats"])
+    one.refresh()
+    assert not down(one.zone(LB01)), "it is back"
+    clean(one)
+
+
+def test_a_zone_whose_kstats_are_installed_late_is_found(machine: MakeMachine) -> None:
+    """Created and installed are two steps, and the second one changes no chain id."""
+    one = machine([kstat for kstat in node_kstats() if kstat["data"].get("zonename") != LB01])
+    one.zone(WEB01)
+    opens = one.kernel["opens"]
+    one.kernel.faults(("late", "zones:7:*"))
+    one.kernel.write(node_kstats())
+    assert not down(one.zone(LB01))
+    assert one.kernel["opens"] == opens + 1 and one.kernel["closes"] == opens
+
+
+def test_a_zone_that_is_hidden_costs_no_reopening_for_each_request(machine: MakeMachine) -> None:
+    one = machine()
+    one.zone(WEB01)
+    one.kernel.faults(("hide", "zones:7:*"))
+    one.refresh()
+    for _ in range(20):
+        assert one.get(f"/v1/{LB01}/metrics").status == 404
+    assert one.kernel["opens"] <= 3
+    one.kernel.faults()
+
+    def found() -> bool:
+        one.refresh()
+        return one.get(f"/v1/{LB01}/metrics").status == 200
+    wait_until(found, "what was installed since, after a refresh")
+    clean(one)
+
+
+def test_a_chain_that_changes_at_every_look(machine: MakeMachine) -> None:
+    one = machine()
+    one.kernel.faults(("churn",))
+    for _ in range(25):
+        one.refresh()
+        for zone in (WEB01, LB01, SPARK01):
+            assert not down(one.zone(zone)) and not down(one.node()) - {"zones"}
+    assert one.kernel["stale"] == 0 and one.kernel["rebuilds"] >= 25
+    assert one.kernel["headers"] < 4 * len(one.frame["kstats"]), "headers pile up"
+    clean(one)
+
+
+def node_kstats() -> list[dict[str, Any]]:
+    """The kstats of the recorded node."""
+    kstats: list[dict[str, Any]] = json.loads(NODE.read_text())["frames"][0]["kstats"]
+    return kstats
+
+
+# --- reads that fail, and reads that do not return ------------------------------------------------
+
+@pytest.mark.parametrize("module, collector, errno", [
+    ("zone_vfs:7:*", "zone_vfs", 5), ("tcp:7:tcp", "tcp", 2), ("link:0:z7_net1", "link", 11),
+    ("memory_cap:7:*", "memcap", 22), ("zones:7:*", "zone_misc", 5), ("caps:7:cpu*", "cpucap", 12),
+    ("tcp:7:tcp", "tcp", 4711)])
+def test_a_read_that_fails_costs_its_own_collector(machine: MakeMachine, module: str,
+                                                   collector: str, errno: int) -> None:
+    one = machine()
+    healthy = one.zone(LB01)
+    one.kernel.faults(("fail", module, errno))
+    one.refresh()
+    page = one.zone(LB01)
+    assert down(page) == {collector}
+    assert value(page, f"{collector}_metrics_available_boolean") == 0
+    ages = collectors(page, "cmon_sample_age_seconds")
+    assert collector not in ages and set(collectors(page)) - set(ages) == {collector}
+    assert not down(one.zone(WEB01)), "other zones keep it"
+    one.kernel.faults()
+    one.refresh()
+    assert steady(one.zone(LB01)) == steady(healthy)
+    clean(one)
+
+
+def test_a_kstat_that_has_vanished_is_no_failure(machine: MakeMachine) -> None:
+    """ENXIO: a cap was taken away between look-up and read."""
+    one = machine()
+    one.kernel.faults(("fail", "caps:7:cpucaps*", 6))
+    page = one.zone(LB01)
+    assert not down(page) and "cpucap_limit_percentage" not in page
+    assert value(page, "cpucap_metrics_available_boolean") == 0
+
+
+@pytest.mark.parametrize("rule, text", [
+    (("fail-open", "13"), "kstat_open: permission denied"),
+    (("fail-update", "5"), "kstat_chain_update: input/output error")])
+def test_no_kstats_at_all_is_said_and_heals(machine: MakeMachine, rule: tuple[str, str],
+                                            text: str) -> None:
+    one = machine(start=False)
+    one.kernel.faults(rule)
+    one.start()
+    answer = one.get(f"/v1/{WEB01}/metrics")
+    assert answer.status == 503 and text in answer.text and answer.text.count("\n") == 1
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.headers["x-cmon-error"] == "not_collected"
+    if rule[0] == "fail-open":
+        assert one.get("/-/ready").status == 503
+    one.kernel.faults()
+    one.refresh()
+    assert not down(one.zone(WEB01)) and one.get("/-/ready").status == 200
+    clean(one)
+
+
+def test_a_read_that_blocks_costs_its_own_collector_and_nothing_piles_up(machine: MakeMachine
+                                                                         ) -> None:
+    one = machine()
+    page = one.zone(LB01)
+    one.node()
+    idle = threads_of(one.agent)
+    one.kernel.faults(("block", "tcp:7:tcp"))
+    one.refresh()
+    began = time.monotonic()
+    page = one.zone(LB01, timeout=5.0)
+    assert time.monotonic() - began < 5.0
+    assert down(page) == {"tcp"}
+    ages = collectors(page, "cmon_sample_age_seconds")
+    assert max(age for name, age in ages.items() if name != "zfs") < 2.0 and "tcp" not in ages
+    for _ in range(100):
+        one.refresh()
+        assert down(one.zone(LB01)) == {"tcp"}
+        assert not down(one.zone(WEB01))
+    one.node()
+    assert threads_of(one.agent) <= idle + 2
+    assert one.kernel["opens"] - one.kernel["closes"] == 2
+    assert one.kernel["blocked"] == 1
+    assert one.own("cmon_agent_kstat_blocked_threads") == 1
+    assert 'cmon_agent_kstat_quarantine_seconds{kstat="tcp:7:tcp"}' in one.get("/metrics").text
+    one.kernel.faults()                                 # the read returns
+    wait_until(lambda: one.kernel["opens"] - one.kernel["closes"] == 1)
+    one.refresh()
+    wait_until(lambda: not down(one.zone(LB01)))
+    assert one.own("cmon_agent_kstat_blocked_threads") == 0
+    clean(one)
+
+
+def test_reads_of_many_kstats_that_block_take_three_handles_and_the_page_still_goes_out(
+        machine: MakeMachine) -> None:
+    one = machine()
+    first = one.zone(LB01)
+    one.kernel.faults(("block", "tcp:*:*"), ("block", "zone_vfs:*:*"), ("block", "memory_cap:*:*"),
+                      ("block", "caps:*:*"))
+    wait_until(lambda: collectors(one.zone(LB01, timeout=1.0), "cmon_sample_age_seconds")[
+        "zone_misc"] > 3.0, "values that are no longer fresh")
+    for _ in range(20):
+        page = one.zone(LB01, timeout=1.0)
+        assert value(page, "mem_agg_usage") == value(first, "mem_agg_usage"), "the last values"
+        answer = one.get(f"/v1/{WEB01}/metrics", timeout=1.0)
+        assert answer.status == 503 and "retry-after" in answer.headers
+    assert one.kernel["opens"] - one.kernel["closes"] <= 3 and one.kernel["blocked"] <= 3
+    one.kernel.faults()
+    wait_until(lambda: one.kernel["blocked"] == 0)
+    one.refresh()
+    wait_until(lambda: not down(one.zone(LB01)) and not down(one.zone(WEB01)))
+    clean(one)
+
+
+def test_a_zone_without_values_waits_until_its_deadline_and_is_told_when_to_come_again(
+        machine: MakeMachine) -> None:
+    one = machine()
+    one.kernel.faults(("delay", "memory_cap:5:*", "400"))
+    answer = one.get(f"/v1/{WEB01}/metrics", timeout=0.2)
+    assert answer.status == 503 and int(answer.headers["retry-after"]) > 0
+    assert answer.text == (f"collecting {WEB01} takes longer than this scrape may: try again in "
+                           "some seconds\n")
+    wait_until(lambda: one.get(f"/v1/{WEB01}/metrics").status == 200)
