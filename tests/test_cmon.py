@@ -572,7 +572,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 def paste(command: str, timeout: float = PATIENCE) -> "Done[str]":
     return subprocess.run(["/bin/sh", "-c", command], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout, cwd="/")
+                          stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
 
 
 def test_demo_prints_commands_that_work_when_pasted(running: Running) -> None:
