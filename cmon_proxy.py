@@ -199,8 +199,8 @@ def make_tls(settings: Settings) -> ssl.SSLContext:
 # Every refusal that a client can meet: code, status, and what, why and what next in one line.
 # A container of somebody else has the same line as one that does not exist.
 REFUSALS: Dict[str, Tuple[int, str]] = {
-    "no_certificate": (401, "no client certificate: show the one that `triton profile cmon-certgen` "
-                       "made (curl: --cert and --key)"),
+    "no_certificate": (401, "no client certificate: show the one that `triton profile "
+                       "cmon-certgen` made (curl: --cert and --key)"),
     "bad_certificate": (401, "the client certificate cannot be used: {why}; make a new one with "
                         "`triton profile cmon-certgen`"),
     "weak_signature": (401, "the client certificate is signed with {digest}, which is too weak: "
@@ -224,7 +224,7 @@ REFUSALS: Dict[str, Tuple[int, str]] = {
                      "UUID.SUFFIX for /metrics"),
     "no_own_page": (404, "the service's own name has no /metrics: use /v1/UUID/metrics, or "
                     "UUID.SUFFIX as the host"),
-    "bad_shard": (400, "shard must be k/n with k from 1 to n and n at most {most}"),
+    "bad_shard": (400, "shard must be k/n with k from 1 to n and n at most {most}: shard=1/4"),
     "bad_parameter": (400, "unknown parameter {name}: there are groups and shard"),
     "quota": (429, "more than {limit:g} requests a minute: ask less often, or ask the operator for "
               "more"),
@@ -3208,6 +3208,10 @@ PAGE_JS = """\
     const answer = await fetch('/v1/' + one.uuid + '/metrics');
     if (!answer.ok) return Number(answer.headers.get('Retry-After') || 0) * 1000;
     const values = read(await answer.text()), at = performance.now(), before = one.before;
+    // the agent may have shown the same sample again: not a rate of zero
+    if (before && at - before.at < 20000
+        && values.cpu_user_usage === before.values.cpu_user_usage
+        && values.cpu_sys_usage === before.values.cpu_sys_usage) return 0;
     add(one, 'mem', values.mem_agg_usage, bytes(values.mem_agg_usage)
       + (values.mem_limit ? ' of ' + bytes(values.mem_limit) : ''));
     if (before) {

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The relay's parts: what passes as it came, last copies, a node's queue and breaker."""
+from __future__ import annotations
+
+import gzip
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import cmon_proxy
+from agents import NODE_1, Agent
+from cmon_agent import Refused, Registry, Server, parse
+from cmon_proxy import (
+    MAX_PAGE, AgentSettings, Copies, Copy, Forwarder, Job, Node, Reply, plain_length)
+from support import wait_until
+
+
+@pytest.mark.parametrize("lines, expected", [
+    (b"Content-Type: text/plain\r\nContent-Length: 12\r\n\r\n", 12),
+    (b"content-length:12\r\nVary: Accept-Encoding\r\nContent-Encoding: gzip\r\n\r\n", 12),
+    (b"Content-Type: text/plain\r\n\r\n", -1),
+    (b"Content-Length: 12\r\nContent-Length: 12\r\n\r\n", -1),
+    (b"Content-Length: -1\r\n\r\n", -1), (b"Content-Length: 1e3\r\n\r\n", -1),
+    (b"Content-Length: 9999999999\r\n\r\n", -1),
+    (b"Content-Length: %d\r\n\r\n" % (MAX_PAGE + 1), -1),
+    (b"Content-Length: 12\r\nConnection: close\r\n\r\n", -1),
+    (b"Content-Length: 12\r\nTransfer-Encoding: chunked\r\n\r\n", -1),
+    (b"Content-Length: 12\r\nSet-Cookie: a\r\n\r\n", -1),
+    (b"Content-Length: 12\r\nX-Cmon-Error: x\r\n\r\n", -1),
+    (b"Content-Length: 12\r\n folded\r\n\r\n", -1), (b"garbage\r\n\r\n", -1), (b"", -1),
+])
+def test_which_answers_pass_as_they_came(lines: bytes, expected: int) -> None:
+    assert plain_length(lines) == expected
+
+
+def reply(body: bytes, packed: bool = False) -> Reply:
+    head = b"HTTP/1.1 200 OK\r\n" + (b"Content-Encoding: gzip\r\n" if packed else b"")
+    return Reply(200, head, gzip.compress(body) if packed else body)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_copy_tells_its_age(packed: bool) -> None:
+    copy = Copy("owner", reply(b"x 1\n", packed), 100.0)
+    answer = copy.answer(107.9)
+    head, _, body = answer.plain.partition(b"\r\n\r\n")
+    families = {family.name: family.samples[0].value for family in parse(body.decode())}
+    assert families == {"x": 1, "cmon_quota_limited": 1, "cmon_page_age_seconds": 7}
+    assert b"Age: 7\r\n" in head
+    assert copy.answer(107.95) is answer and copy.answer(108.0) is not answer
+
+
+def test_copies_are_the_owners_and_bounded() -> None:
+    copies = Copies(limit=1000)
+    for number in range(20):
+        copies.keep((str(number), False), Copy("a", reply(bytes(100)), 0.0))
+    assert copies.get("9", False, "a") is None and copies.get("19", False, "a") is not None
+    assert copies.get("19", False, "b") is None and copies.get("19", True, "a") is None
+    copies.keep(("19", False), Copy("a", reply(bytes(1000)), 0.0))
+    assert copies.get("18", False, "a") is None and copies.get("19", False, "a") is not None
+    copies.drop(("19", False))
+    copies.keep(("big", False), Copy("a", reply(bytes(1001)), 0.0))
+    assert copies.get("big", False, "a") is None
+
+
+class Running:
+    """A forwarder in a loop of its own; calls into it are made there."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.server = Server("proxy", Registry())
+        self.forwarder = Forwarder(self.server, AgentSettings(**settings), random.random)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+        self.results: list[Any] = []
+
+    def ask(self, address: Any, seconds: float = 5.0, path: str = "/v1/x/metrics",
+            given_up: bool = False) -> Job:
+        """A request; what becomes of it is put into `results`: a status, or a refusal's code."""
+        def done(found: Any, refusal: Any) -> None:
+            self.results.append(found.status if found else dict(refusal.headers)["X-Cmon-Error"])
+        job = Job(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
+                  self.server.now() + seconds, done)
+        job.given_up = given_up
+
+        def go() -> None:
+            try:
+                self.port(address).ask(job)
+            except Refused as refusal:
+                self.results.append("at once: " + dict(refusal.headers)["X-Cmon-Error"])
+        self.server.call_soon(go)
+        return job
+
+    def port(self, address: Any) -> Any:
+        return self.forwarder.port(Node(NODE_1, "", address))
+
+    def wait(self, count: int) -> list[Any]:
+        wait_until(lambda: len(self.results) >= count)
+        return self.results
+
+    def close(self) -> None:
+        self.server.stop()
+        self.thread.join()
+
+
+@pytest.fixture()
+def agent() -> Iterator[Agent]:
+    made = Agent()
+    yield made
+    made.close()
+
+
+@pytest.fixture()
+def running() -> Iterator[Running]:
+    made = Running(max_in_flight=2)
+    yield made
+    made.close()
+
+
+def test_the_queue_of_a_node_is_bounded(running: Running, agent: Agent, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cmon_proxy, "WAITING_PER_NODE", 3)
+    agent.gate.clear()
+    for _ in range(7):
+        running.ask(agent.address)
+    assert running.wait(2) == ["at once: node_busy"] * 2
+    agent.gate.set()
+    assert running.wait(7)[2:] == [200] * 5
+
+
+def test_those_who_wait_too_long_are_told_and_those_who_left_are_dropped(
+        running: Running, agent: Agent) -> None:
+    agent.modes["/v1/x/metrics"] = "hang"
+    running.ask(agent.address, 30.0)
+    running.ask(agent.address, 30.0)
+    running.ask(agent.address, 0.2)
+    running.ask(agent.address, 30.0, given_up=True)
+    assert running.wait(2) == ["deadline", "deadline"]
+    assert agent.paths() == ["/v1/x/metrics"] * 2
+
+
+def test_a_node_with_another_address_gets_connections_of_its_own(running: Running, agent: Agent
+                                                                 ) -> None:
+    running.ask(agent.address)
+    assert running.wait(1) == [200]
+    other = Agent()
+    running.ask(other.address)
+    assert running.wait(2) == [200, 200] and other.connections == 1
+    other.close()
+
+
+def test_ipv6(running: Running) -> None:
+    try:
+        listening = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    address = listening.getsockname()[:2]
+    running.ask(address)
+    accepted, _ = listening.accept()
+    assert accepted.recv(4096)
+    accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert running.wait(1) == [200]
+    accepted.close()
+    listening.close()
+
+
+def test_an_agent_that_talks_unasked_is_left(running: Running) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    running.ask(listening.getsockname())
+    accepted, _ = listening.accept()
+    accepted.recv(4096)
+    accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert running.wait(1) == [200]
+    accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")
+    wait_until(lambda: accepted.recv(10) == b"")            # ours has been closed
+    running.ask(listening.getsockname())
+    fresh, _ = listening.accept()
+    assert fresh.recv(4096)
+    fresh.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert running.wait(2) == [200, 200]
+    for one in (accepted, fresh, listening):
+        one.close()
+
+
+@pytest.mark.parametrize("raw", [
+    b"HTTP/1.1 200 OK\r\nDate: Fri, 20 Nov 2026 14:00:00 GMT\r\nContent-Length: 2\r\n\r\nlong",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nabc", b"HTTP/9.9 200 OK\r\n\r\n",
+    b"\0" * 100 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n"],
+    ids=lambda raw: str(raw[-20:]))
+def test_what_is_not_http_is_an_error_of_the_node(running: Running, raw: bytes) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    running.ask(listening.getsockname())
+    accepted, _ = listening.accept()
+    accepted.recv(4096)
+    accepted.sendall(raw)
+    assert running.wait(1) == ["node_error"]
+    accepted.close()
+    listening.close()
+
+
+def test_a_node_that_refuses_opens_its_breaker_and_is_asked_no_more(running: Running) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+    wait_until(lambda: (running.ask(address), "at once: node_silent" in running.results)[1])
+    assert set(running.results) == {"node_silent", "at once: node_silent"}
+    families = {family.name: family for family in running.forwarder.families()}
+    assert families["cmon_proxy_node_up"].samples[0].value == 0
+
+
+def test_ports_of_nodes_that_are_gone_are_forgotten(running: Running, agent: Agent) -> None:
+    running.ask(agent.address)
+    running.wait(1)
+    running.server.call_soon(running.forwarder.retain, {})
+    wait_until(lambda: not running.forwarder.ports)
+
+
+def test_idle_connections_do_not_stay_for_ever(running: Running, agent: Agent, monkeypatch: Any
+                                               ) -> None:
+    running.ask(agent.address)
+    running.wait(1)
+    port = running.forwarder.ports[NODE_1]
+    wait_until(lambda: port.idle)
+    monkeypatch.setattr(cmon_proxy, "IDLE_LINK_SECONDS", 0.0)
+    running.server.call_soon(running.forwarder._sweep_idle)
+    wait_until(lambda: not port.idle)
+
+
+def test_without_descriptors_the_node_is_not_blamed(running: Running, agent: Agent,
+                                                    monkeypatch: Any) -> None:
+    def no_more(*_: Any) -> Any:
+        raise OSError(24, "Too many open files")
+    monkeypatch.setattr(cmon_proxy, "Link", no_more)
+    running.ask(agent.address)
+    assert running.wait(1) == ["too_busy"]
+    port = running.forwarder.ports[NODE_1]
+    running.server.call_soon(port.probe)
+    monkeypatch.undo()
+    running.ask(agent.address)
+    assert running.wait(2)[1] == 200 and not port.suspect
