@@ -151,6 +151,7 @@ class Desk:
         self.scraper = agent.Scraper(self.settings, self.host, self.server, self.registry,
                                      agent.Sysinfo(pool="zones"))
         self.scraper.kstats.now = self.clock
+        self.host.vms.absent = True             # nobody listens where vminfod should
         self.routes = agent.Agent(self.scraper, self.registry).routes
 
     def pump(self) -> None:

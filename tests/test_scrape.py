@@ -360,3 +360,164 @@ def test_a_zone_without_values_waits_until_its_deadline_and_is_told_when_to_come
     assert answer.text == (f"collecting {WEB01} takes longer than this scrape may: try again in "
                            "some seconds\n")
     wait_until(lambda: one.get(f"/v1/{WEB01}/metrics").status == 200)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+HANGS = "#!/bin/sh\nexec sleep 1000\n"
+STUBBORN = """#!/usr/bin/env python3
+import os, signal, time
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+if os.fork() == 0 and os.fork() == 0:
+    pass
+open(os.path.dirname(os.path.abspath(__file__)) + "/pids", "a").write(f"{os.getpid()}\\n")
+time.sleep(1000)
+"""
+COLLECTOR_OF = {"zfs": "zfs", "zpool": "zpool", "ntpq": "ntp", "zoneadm": "zones"}
+ENDS = {
+    "exits with 1": ("#!/bin/sh\necho 'no such pool' >&2\nexit 1\n", "no such pool"),
+    "is killed": ("#!/bin/sh\nkill -9 $$\n", ""),
+    "floods": ("#!/bin/sh\nexec yes a b c d e f g h\n", "more than"),
+    "hangs": (HANGS, "does not end in time"),
+    "hangs with its output closed": ("#!/bin/sh\nexec >&- 2>&-\nexec sleep 1000\n",
+                                     "does not end in time"),
+    "hangs in children that ignore signals": (STUBBORN, "does not end in time"),
+    "cannot be run": ("no script, no program\n", ""),
+}
+SHORT = {"collectors": {name: {"timeout": 0.3} for name in COLLECTOR_OF.values()}}
+
+
+@pytest.mark.parametrize("command", list(COLLECTOR_OF))
+@pytest.mark.parametrize("how", list(ENDS))
+def test_a_command_that_fails_costs_its_own_metrics_only(machine: MakeMachine, command: str,
+                                                         how: str) -> None:
+    one = machine(start=False, **SHORT)
+    script, why = ENDS[how]
+    one.script(command, script)
+    one.start()
+    zone = command == "zfs"
+    if command == "ntpq" and how == "floods":
+        why = ""
+    page = one.zone() if zone else one.node()
+    assert down(page) == {COLLECTOR_OF[command]}, one.agent.log
+    assert not down(one.node() if zone else one.zone())
+    log = one.agent.wait_for_log(f"{COLLECTOR_OF[command]} of .* fails: |zfs .*fails: ")
+    assert why in log[0].string
+    pids = one.commands / "pids"
+    if pids.exists():                               # the whole group was killed
+        for pid in map(int, pids.read_text().split()):
+            wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not children_of(one.agent), "no child is left, and no zombie")
+    clean(one)
+
+
+@pytest.mark.parametrize("command", list(COLLECTOR_OF))
+def test_garbage_of_a_command_is_survived(machine: MakeMachine, command: str) -> None:
+    one = machine(start=False)
+    one.script(command, "#!/bin/sh\nhead -c 20000 /dev/urandom\necho\n"
+               "printf 'zones/%s\\t-\\tnan\\tinf\\n' " + WEB01 + "\n")
+    one.start()
+    page = one.zone() if command == "zfs" else one.node()
+    assert down(page) <= {COLLECTOR_OF[command]}
+    clean(one)
+
+
+def test_a_page_does_not_wait_for_a_command_longer_than_it_may(machine: MakeMachine) -> None:
+    one = machine(start=False)
+    one.script("zfs", "#!/bin/sh\necho $$ >> " + str(one.commands / "runs") + "\nexec sleep 1000\n")
+    one.start()
+    page = one.zone(timeout=1.0)
+    assert down(page) == {"zfs"} and len(collectors(page)) > 8
+    ages = collectors(page, "cmon_sample_age_seconds")
+    assert set(collectors(page)) - set(ages) == {"zfs"} and max(ages.values()) < 2.0
+    threads = threads_of(one.agent)
+    for _ in range(100):                # the next ones do not wait again, and start nothing
+        one.refresh()
+        assert down(one.zone(timeout=1.0)) == {"zfs"}
+        assert down(one.zone(LB01, timeout=1.0)) == {"zfs"}
+    assert len((one.commands / "runs").read_text().split()) == 1
+    assert threads_of(one.agent) <= threads + 4
+    clean(one)
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["works", "fails"])
+def test_zfs_is_run_once_for_all_zones(machine: MakeMachine, works: bool) -> None:
+    one = machine(start=False)
+    runs = one.commands / "runs"
+    real = (one.commands / "zfs").rename(one.commands / "zfs-real")
+    one.script("zfs", f"#!/bin/sh\necho \"$*\" >> {runs}\n" + (
+        f'exec {real} "$@"\n' if works else "echo 'cannot open' >&2\nexit 1\n"))
+    one.start()
+    zones = [vm["uuid"] for vm in one.frame["vms"] if vm["state"] == "running"]
+    pages = [one.zone(zone) for zone in zones]
+    assert {value(page, "zfs_metrics_available_boolean") for page in pages} == {int(works)}
+    assert {frozenset(down(page)) for page in pages} == {frozenset() if works else
+                                                         frozenset({"zfs"})}
+    assert len(runs.read_text().splitlines()) == 1
+    clean(one)
+
+
+def test_a_zone_that_is_younger_than_the_list_of_datasets_asks_for_a_new_list(
+        machine: MakeMachine) -> None:
+    one = machine(start=False)
+    desk = Desk(one.config)
+    path = f"/v1/{WEB01}/metrics"
+    full = (one.commands / "zfs").read_text()
+    one.script("zfs", "#!/bin/sh\nprintf 'zones\\t1\\t1\\t1\\t1\\t0\\t1.00\\t1.00\\t1\\t1\\t1\\t0\\n'\n")
+    desk.page(f"/v1/{LB01}/metrics")
+    one.script("zfs", full)
+    desk.pass_by(10.0)
+    assert value(desk.page(path), "zfs_metrics_available_boolean") == 0
+    desk.pass_by(21.0)
+    assert value(desk.page(path), "zfs_metrics_available_boolean") == 1
+    desk.close()
+
+
+def test_an_old_zfs_that_lacks_a_column_is_asked_without_it(machine: MakeMachine) -> None:
+    one = machine(start=False)
+    one.script("zfs", """#!/bin/sh
+case "$*" in
+    *refcompressratio*) echo "bad property list: invalid property 'refcompressratio'" >&2; exit 2;;
+esac
+printf 'zones/%s\\t100\\t200\\t300\\t131072\\t400\\t1.50\\t500\\t600\\t700\\t800\\n' """ + WEB01 + "\n")
+    one.start()
+    page = one.zone()
+    assert not down(page) and value(page, "zfs_metrics_available_boolean") == 1
+    assert "zfs_available" in page and "ref_compress" not in page
+    one.agent.wait_for_log("this zfs has no property refcompressratio")
+
+
+def test_chrony_stands_in_where_ntpq_is_absent(machine: MakeMachine) -> None:
+    one = machine(start=False)
+    one.hide("ntpq")
+    (one.commands / "chronyc").write_text("""#!/bin/sh
+case "$*" in
+    *tracking*) echo "0A140001,10.20.0.1,3,1767225600.5,0.000001,0.000002,0.000003,-1.5,0.1,0.2,0.03,0.004,64.5,Normal";;
+    *) echo "^,*,10.20.0.1,2,6,377,12,0.000010,0.000011,0.000012";;
+esac
+""")
+    (one.commands / "chronyc").chmod(0o755)
+    content = json.loads(one.config.read_text())
+    content["commands"]["chronyc"] = str(one.commands / "chronyc")
+    one.config.write_text(json.dumps(content))
+    one.start()
+    page = one.node()
+    assert not down(page) and value(page, "ntp_stratum_number") == 3
+    assert 'ntp_peer_state{remote="10.20.0.1"} 6' in page
+
+
+def test_commands_get_no_environment_and_no_terminal(machine: MakeMachine) -> None:
+    one = machine(start=False)
+    seen = one.commands / "seen"
+    one.script("zpool", f"#!/bin/sh\n(env; pwd; readlink /proc/self/fd/0; ls /proc/$$/fd) > {seen}\n"
+               "exit 1\n")
+    os.environ["CMON_TEST_SECRET"] = "x"
+    try:
+        one.start()
+    finally:
+        del os.environ["CMON_TEST_SECRET"]
+    one.node()
+    text = seen.read_text()
+    assert "CMON_TEST_SECRET" not in text and "LC_ALL=C" in text and "/dev/null" in text
+    assert "\n/\n" in text
