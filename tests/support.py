@@ -477,10 +477,10 @@ cat "$answer.err" >&2; cat "$answer.out"; exit "$(cat "$answer.status")"
         (self.folder / f"{base}.status").write_text(str(status))
 
 
-def agent_config(folder: Path, kernel: Kernel, commands: Mapping[str, Mapping[str, Any]],
+def agent_config(folder: Path, kernel: Kernel, recorded: Mapping[str, Mapping[str, Any]],
                  **settings: Any) -> Path:
     """A configuration of the agent: that kernel, those commands, no vminfod, no CPU budget."""
-    programs = StandIns(folder / "commands", commands)
+    programs = StandIns(folder / "commands", recorded)
     nowhere = str(folder / "nothing-here")
     path = folder / "agent.json"
     path.write_text(json.dumps({

@@ -2,6 +2,7 @@
 """The recorded node of the examples: what its script makes, and believable."""
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from support import EXAMPLES, NODE
+from support import EXAMPLES, NODE, Program, http_get
 
 COUNTERS = {"nsec_user", "nsec_sys", "nsec_waitrq", "nread", "nwritten", "reads", "writes",
             "cpu_nsec_user", "cpu_nsec_idle", "rbytes64", "obytes64", "ipackets64", "inSegs",
@@ -76,3 +77,13 @@ def test_inventory_matches_the_node(recorded_node: dict[str, Any]) -> None:
         assert all(vms[vm["uuid"]][name] == value for name, value in vm.items())
     assert {vm["owner_uuid"] for vm in vms.values()} <= {a["uuid"] for a in inventory["accounts"]}
     assert [server["uuid"] for server in inventory["servers"]] == [recorded_node["host"]["UUID"]]
+
+
+def test_a_replay_asks_nobody_in_the_recorded_network(recorded_node: dict[str, Any]) -> None:
+    [core] = [vm["uuid"] for vm in recorded_node["frames"][0]["vms"]
+              if vm["customer_metadata"].get("metricPorts")]
+    with Program.agent("--replay", NODE) as agent:
+        opts = {"x-joyent-cmon-opts": base64.b64encode(b'{"isCoreZone":true}').decode()}
+        page = http_get(agent.address, f"/v1/{core}/metrics", opts)
+        assert page.status == 200
+        assert 'cmon_collector_up{collector="triton_core"} 0' not in page.text
