@@ -40,20 +40,19 @@ import errno
 import functools
 import hashlib
 import heapq
-import hmac
 import html
 import http.client
 import http.server
 import json
 import logging
 import logging.handlers
+import marshal
 import math
 import os
 import queue
 import random
 import re
 import resource
-import select
 import selectors
 import signal
 import socket
@@ -67,12 +66,11 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import typing
 import urllib.parse
 import zlib
-from array import array
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import (
     AbstractSet, Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, Mapping,
@@ -759,6 +757,7 @@ class Reader:
         self.doing: Optional[Lane] = None
         self.abandoned = False
         self.job: Optional[Job] = None
+        self.jobs: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="kstat", daemon=True)
 
     # what jobs call
@@ -806,10 +805,13 @@ class Reader:
             self._kstats.forget_names(self.index)
         return changed
 
-    def reopen(self) -> bool:
-        """For a kstat that should be there: close and open, once a chain id and not too often."""
+    def reopen(self, force: bool = False) -> bool:
+        """For a kstat that should be there: close and open, once a chain id and not too often;
+        `force`: an operator asks for it."""
         now, chain_id = self._kstats.now(), self._handle.chain_id
-        if now - self._reopened[0] < REOPEN_SECONDS or chain_id == self._reopened[1]:
+        passed = now - self._reopened[0]
+        if passed < REBUILD_SHARE * self._handle.rebuild_seconds if force else \
+                passed < REOPEN_SECONDS or chain_id == self._reopened[1]:
             return False
         self._reopened = (now, chain_id)
         self.doing = Lane("the chain", now)
@@ -917,44 +919,47 @@ class Kstats:
         self.rebuild_seconds = 0.0
         self.reads = 0
         self.given_up = 0
-        self._jobs: collections.deque[Job] = collections.deque()
         self._readers: List[Reader] = []
         self._active: Optional[Reader] = None
-        self._closing = False
-        self._more = threading.Condition()  # all that follows, and `quarantine`
+        self._lock = threading.Lock()       # the two above, and changes of `quarantine`
 
     def submit(self, job: Job) -> None:
         """Have it done; `job.done` is called from a reader's thread, or from this one."""
-        with self._more:
+        with self._lock:
             if self._active is None:
                 self._start()
             active = self._active
             if active is not None:
-                self._jobs.append(job)
-                self._more.notify()
+                active.jobs.put(job)
         if active is None:
             job.done(KstatError(self._blocked()))
 
     def watch(self) -> None:
         """Give up a reader that is blocked."""
-        failed: List[Job] = []
-        with self._more:
+        waiting: List[Job] = []
+        with self._lock:
             active = self._active
             doing = active.doing if active is not None else None
             if active is None or doing is None or self.now() - doing.since < STUCK_SECONDS:
                 return
+            job = active.job    # read first: what it ends now may be done twice, but is not lost
             active.abandoned = True
             self.given_up += 1
             self.quarantine[doing.what] = doing.since
             log.warning("reading kstat %s does not return; others are read on", doing.what)
-            if active.job is not None:
-                self._jobs.appendleft(active.job)
+            if job is not None:
+                waiting.append(job)
+            while not active.jobs.empty():
+                later = active.jobs.get()
+                if later is not None:
+                    waiting.append(later)
             self._start()
-            if self._active is None:
-                failed = list(self._jobs)
-                self._jobs.clear()
-        for job in failed:
-            job.done(KstatError(self._blocked()))
+            fresh = self._active
+        for job in waiting:
+            if fresh is not None:
+                fresh.jobs.put(job)
+            else:
+                job.done(KstatError(self._blocked()))
 
     def check_quarantine(self, what: str) -> None:
         """Raises KstatError for a kstat that another thread is blocked on."""
@@ -965,17 +970,13 @@ class Kstats:
 
     def next_job(self, reader: Reader) -> Optional[Job]:
         """A reader's next job; None when it is to end."""
-        with self._more:
-            while not self._jobs and not self._closing and not reader.abandoned:
-                self._more.wait()
-            if self._closing or reader.abandoned:
-                return None
-            reader.job = self._jobs.popleft()
-            return reader.job
+        job = None if reader.abandoned else reader.jobs.get()
+        reader.job = job
+        return job
 
     def gone(self, reader: Reader) -> None:
         """A reader ends: what it was blocked on may be read again."""
-        with self._more:
+        with self._lock:
             self._readers.remove(reader)
             if self._active is reader:
                 self._active = None
@@ -1002,14 +1003,14 @@ class Kstats:
     @property
     def blocked(self) -> int:
         """Threads that are blocked in the library."""
-        with self._more:
+        with self._lock:
             return sum(reader.abandoned for reader in self._readers)
 
     def close(self) -> None:
         """Let the readers end; one that is blocked is left to the end of the process."""
-        with self._more:
-            self._closing = True
-            self._more.notify_all()
+        with self._lock:
+            for reader in self._readers:
+                reader.jobs.put(None)
 
     def _start(self) -> None:
         self._active = None
@@ -1559,7 +1560,7 @@ class ZoneContext(NamedTuple):
 class NodeContext(NamedTuple):
     """What the node's page needs beside kstats."""
     page_size: int = 4096
-    vminfo_before: Optional[Kstat] = None   # an earlier unix:0:vminfo, seconds or minutes ago
+    vminfo_before: Tuple[Kstat, ...] = ()   # earlier readings of unix:0:vminfo, oldest first
 
 
 def each(function: Callable[[Kstat], Labels]) -> Label:
@@ -1992,13 +1993,25 @@ PROC = Table("proc", "unix", "system_misc", (
 
 def mean_since(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
     """vminfo adds the present number of pages to its members once a second."""
-    before = context.vminfo_before.data if context.vminfo_before is not None else {}
+    updates = kstat.data.get("updates")
+    before: Mapping[str, Any] = next((one.data for one in reversed(context.vminfo_before)
+                                      if one.data.get("updates") != updates), {})
     found = {member: value - before[member] for member, value in kstat.data.items()
              if isinstance(value, int) and isinstance(before.get(member), int)}
-    updates = found.pop("updates", 0)
-    if updates <= 0 or min(found.values(), default=-1) < 0:
+    seconds = found.pop("updates", 0)
+    if seconds <= 0 or min(found.values(), default=-1) < 0:
         return {}
-    return {member: value * context.page_size // updates for member, value in found.items()}
+    return {member: value * context.page_size // seconds for member, value in found.items()}
+
+
+def vminfo_readings(kstats: Mapping[str, Sequence[Union[Kstat, KstatError]]],
+                    before: Tuple[Kstat, ...]) -> Tuple[Kstat, ...]:
+    """What the next reading is compared with: two, in case it comes within the same second."""
+    last = next((kstat for kstat in kstats.get("unix", ())
+                 if isinstance(kstat, Kstat) and kstat.name == "vminfo"), None)
+    if last is None or before and before[-1].data.get("updates") == last.data.get("updates"):
+        return before
+    return (*before[-1:], last)
 
 
 SWAP = Table("swap", "unix", "vminfo", (
@@ -2037,7 +2050,8 @@ ALLOC = (
           f"{CAPS}, {MEMCAPS}"),
 )
 CPUS_BY_STATE = _made(GAUGE, "cpu_info_cpus", COUNT, "CPUs by state.", "kstats cpu_info:*:*:state")
-ZONES_BY_STATE = _made(GAUGE, "zones_in_state", COUNT, "Zones by state.", "zoneadm list -p -c")
+ZONES_BY_STATE = _made(GAUGE, "zones_in_state", COUNT, "Zones by state, without the global zone.",
+                       "zoneadm list -p -c")
 TIME_OF_DAY = _made(COUNTER, "time_of_day", Unit("milliseconds", whole),
                     "Clock of the node in milliseconds since the epoch.", "clock")
 
@@ -2583,13 +2597,8 @@ def _alloc(kstats: Mapping[str, Sequence[Read]], context: NodeContext) -> List[F
 
 def zone_states(zones: Sequence[ZoneLine]) -> List[Family]:
     """How many zones there are, by state, as parse_zoneadm gives them."""
-    return [_by_state(ZONES_BY_STATE, collections.Counter(zone.state for zone in zones))]
-
-
-def vminfo_of(kstats: Mapping[str, Sequence[Read]]) -> Optional[Kstat]:
-    """The reading of vminfo that the next one is compared with."""
-    return next((kstat for kstat in kstats.get("unix", ())
-                 if isinstance(kstat, Kstat) and kstat.name == "vminfo"), None)
+    return [_by_state(ZONES_BY_STATE, collections.Counter(
+        zone.state for zone in zones if zone.name != "global"))]
 
 
 def time_families(now: float) -> List[Family]:
@@ -3913,8 +3922,10 @@ def _http_date() -> str:
 
 
 def gzip(body: bytes) -> bytes:
-    """The body as a gzip stream (RFC 1952), level 1: a third of level 6's time, 10 % larger."""
-    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    """The body as a gzip stream (RFC 1952): level 2 takes a third of level 6's time and 10 % more
+    bytes. With memLevel 8 zlib's tables are so large that malloc maps them anew for each page,
+    which takes longer than to compress it."""
+    packer = zlib.compressobj(2, zlib.DEFLATED, 31, 7)
     return packer.compress(body) + packer.flush()
 
 
@@ -5770,9 +5781,9 @@ UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}
 PREPARED_SECONDS = 0.1          # how long a whole answer is sent again: its ages are that exact
 LEAST_LIFETIME = 1.0            # seconds; who asks more often gets the same samples
 INTERVAL_SHARE = 0.8            # of the interval at which one asker comes, so that each finds news
-STALE_SECONDS = 300.0           # last values older than that, and than three lifetimes, are left out
+STALE_SECONDS = 300.0           # last values older than this and three lifetimes are left out
 UNKNOWN_SECONDS = 1.0           # how long a zone that is not there is not looked for again
-NEW_DATASET_SECONDS = 30.0      # a zone that is not in a zfs list older than this asks for a new one
+NEW_DATASET_SECONDS = 30.0      # a zone that an older zfs list does not have asks for a new one
 FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
 NODE = "gz"
@@ -5809,10 +5820,15 @@ Results = Dict[str, Union[Outcome, Datasets, str]]  # by collector; a text says 
 
 class Source(NamedTuple):
     """Where some collectors of a page come from, in one piece of work."""
-    key: str                        # two pages with one key share the work
+    name: str
     collectors: Tuple[str, ...]
-    fast: bool                      # its lifetime follows the asker
-    begin: Callable[[Callable[[Results], None]], None]
+    begin: Callable[[Page, Callable[[Results], None]], None]
+    fast: bool = False              # its lifetime follows the asker
+    shared: bool = False            # one piece of work serves all pages
+
+    def key(self, page: Page) -> str:
+        """What is under way at most once."""
+        return self.name if self.shared else f"{self.name} {page.zone}"
 
 
 class Flight:
@@ -5825,28 +5841,50 @@ class Flight:
         self.late = False           # a deadline has passed: later askers do not wait for it
 
 
+class Layout(NamedTuple):
+    """What a page consists of."""
+    sources: Tuple[Source, ...]
+    order: Tuple[Tuple[str, Source], ...]       # the collectors as they stand on the page
+
+
+class Waiting:
+    """Those who wait for a page, and for what."""
+    __slots__ = ("laters", "needed", "fresh")
+
+    def __init__(self) -> None:
+        self.laters: List[Later] = []
+        self.needed: Set[str] = set()           # keys of flights
+        self.fresh: Set[str] = set()            # collectors that have come since
+
+
 class Page:
     """One page: the last outcomes of its collectors, and who waits. Belongs to the server's
     thread."""
-    __slots__ = ("key", "zone", "core", "outcomes", "breakers", "sources", "generation", "waiting",
-                 "needed", "fresh", "prepared", "until", "asked", "used", "failed", "order")
+    __slots__ = ("key", "zone", "core", "outcomes", "breakers", "layout", "generation", "waiting",
+                 "prepared", "until", "asked", "used", "failed", "since")
 
-    def __init__(self, zone: str, core: bool) -> None:
+    def __init__(self, zone: str, core: bool, since: float) -> None:
         self.key = (zone, core)
+        self.since = since                      # when it was asked for first
         self.zone, self.core = zone, core
         self.outcomes: Dict[str, Outcome] = {}
         self.breakers: Dict[str, Breaker] = {}
         self.failed: Dict[str, Failure] = {}    # collectors whose last attempt failed
-        self.sources: Tuple[Source, ...] = ()
-        self.order: Tuple[Tuple[str, Source], ...] = ()     # collectors as they stand on the page
+        self.layout = Layout((), ())            # the same object for all pages of its kind
         self.generation = -1
-        self.waiting: List[Later] = []
-        self.needed: Set[str] = set()           # keys of flights that those wait for
-        self.fresh: Set[str] = set()            # collectors that have come for those who wait
+        self.waiting: Optional[Waiting] = None
         self.prepared: Optional[Prepared] = None
         self.until = 0.0
         self.asked: Dict[str, Tuple[float, float]] = {}     # asker -> last time, interval
         self.used = 0.0
+
+    def has_values(self) -> bool:
+        """Whether there is something to send; of a zone only what its kstats have proved to run."""
+        proofs = [name for source in self.layout.sources if source.fast
+                  for name in source.collectors]
+        if self.zone == NODE or not proofs:
+            return bool(self.outcomes)
+        return any(name in self.outcomes for name in proofs)
 
     def seen(self, asker: str, now: float) -> None:
         """Note that somebody asks, and how often."""
@@ -6032,13 +6070,15 @@ class Scraper:
         self._told: Set[str] = set()            # problems that were logged
         self._lifetimes = dict(LIFETIMES)       # and what plugins say themselves
         self.sysinfo = sysinfo
-        self._vminfo: Optional[Kstat] = None    # of the last node page: it counts by the second
+        self._vminfo: Tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
         self._datasets: Optional[Datasets] = None
         self._zfs_failure: Optional[Failure] = None     # of the last zfs list, for all pages
         self._zfs_breaker = Breaker(server.now)
         self._zfs_columns = ZFS_COLUMNS         # those that this platform knows
         self._debug_ids: Dict[str, int] = {}    # zone -> its debug id, from zoneadm
+        self._rereading = False                 # whether zoneadm is asked for them now
         self.generation = 0                     # of what the pages consist of
+        self._layouts: Dict[Tuple[Any, ...], Layout] = {}
         add = registry.counter
         self.collections = add("cmon_agent_collections_total", "Collections by their result.",
                                "collector", "result")
@@ -6095,15 +6135,20 @@ class Scraper:
     def _reread_zones(self) -> None:
         """Debug ids of bhyve zones, off the scrape path."""
         def read() -> None:
+            found: Dict[str, int] = {}
             try:
-                output = self.host.run("zoneadm", ZONEADM_COMMAND, 20.0)
-                listed = parse_zoneadm(output.stdout)
+                output = self.host.run("zoneadm", ZONEADM_COMMAND, self._timeout("zones"))
+                found = {row.name: row.debug_id for row in parse_zoneadm(output.stdout)
+                         if row.debug_id is not None}
             except (CommandError, CollectError) as error:
                 self.server.call_soon(self.tell, "zoneadm", [str(error)])
-                return
-            found = {row.name: row.debug_id for row in listed if row.debug_id is not None}
-            self.server.call_soon(self._debug_ids.update, found)
-        self._commands.submit(read)
+            self.server.call_soon(take, found)
+
+        def take(found: Mapping[str, int]) -> None:
+            self._debug_ids.update(found)
+            self._rereading = False
+        if not self._rereading:             # however often somebody asks for a refresh
+            self._rereading = self._commands.submit(read)
 
     def tell(self, source: str, problems: Sequence[str]) -> None:
         """Count problems of what others wrote, and log each of them once."""
@@ -6128,21 +6173,23 @@ class Scraper:
         if page is None:
             if self._unknown.get(zone, 0.0) > now:
                 raise self._no_zone(zone)
-            page = self._pages[(zone, core)] = Page(zone, core)
+            page = self._pages[(zone, core)] = Page(zone, core, now)
         page.seen(asker, now)
         if page.prepared is not None and now < page.until:
             return page.prepared
         awaited = self._collect(page, now)
         if not awaited:
-            if not page.outcomes:
+            if not page.has_values():
                 raise Refused(503, f"nothing could be collected of {zone}: "
                               + self._why(page), ("Retry-After", "5"), code="not_collected")
             page.prepared = self._prepare(page, now, frozenset())
             page.until = now + PREPARED_SECONDS
             return page.prepared
         later = Later(deadline, lambda: self._partial(page))
-        page.waiting.append(later)
-        page.needed |= awaited
+        if page.waiting is None:
+            page.waiting = Waiting()
+        page.waiting.laters.append(later)
+        page.waiting.needed |= awaited
         return later
 
     def _no_zone(self, zone: str) -> Refused:
@@ -6156,27 +6203,22 @@ class Scraper:
     def _collect(self, page: Page, now: float) -> Set[str]:
         """Begin what is due; the keys of the work that this page is to wait for."""
         if page.generation != self.generation:
-            page.generation = self.generation
-            page.sources = tuple(self._sources(page))
-            places = NODE_PLACES if page.zone == NODE else ZONE_PLACES
-            page.order = tuple(sorted(
-                ((collector, source) for source in page.sources
-                 for collector in source.collectors),
-                key=lambda pair: (places.get(pair[0], len(places)), pair[0])))
+            page.generation, page.layout = self.generation, self._layout(page)
         awaited: Set[str] = set()
-        for source in page.sources:
-            flight = self._flights.get(source.key)
-            if source.key == "zfs":
+        for source in page.layout.sources:
+            key = source.key(page)
+            flight = self._flights.get(key)
+            if source.name == "zfs":
                 self._share_datasets(page, now)
             if flight is None:
                 if not self._is_due(page, source, now):
                     continue
-                flight = self._flights[source.key] = Flight(now)
-                source.begin(functools.partial(self.server.call_soon, self._arrived, source.key))
+                flight = self._flights[key] = Flight(now)
+                source.begin(page, functools.partial(self.server.call_soon, self._arrived, key))
             if page not in flight.pages:
                 flight.pages.append(page)
-            if source.key in self._flights and not flight.late:
-                awaited.add(source.key)
+            if not flight.late:
+                awaited.add(key)
         return awaited
 
     def lifetime(self, page: Page, source: Source, collector: str, now: float) -> float:
@@ -6218,26 +6260,27 @@ class Scraper:
             self._take_datasets(results["zfs"], now)
         for page in flight.pages:
             self._take(page, key, results, now)
-            page.needed.discard(key)
-            if page.waiting and not page.needed:
-                self._release(page, now)
+            if page.waiting is not None:
+                page.waiting.needed.discard(key)
+                if not page.waiting.needed:
+                    self._release(page, now)
 
     def _take(self, page: Page, key: str, results: Results, now: float) -> None:
         if "" in results:                       # the zone is not there
-            waiting, page.waiting = page.waiting, []
-            page.needed.clear()
+            waiting, page.waiting = page.waiting, None
             self._pages.pop(page.key, None)
             if len(self._unknown) > 1000:
                 self._unknown.clear()
             self._unknown[page.zone] = now + UNKNOWN_SECONDS
             refusal = self._no_zone(page.zone)
-            for later in waiting:
+            for later in waiting.laters if waiting is not None else ():
                 later.finish(text(refusal.status, str(refusal), *refusal.headers))
             return
         for collector, result in results.items():
             if key == "zfs":
                 self._share_datasets(page, now)
-                page.fresh.add(collector)
+                if page.waiting is not None:
+                    page.waiting.fresh.add(collector)
                 continue
             if isinstance(result, str):
                 self._failed(page, collector, result, now)
@@ -6248,7 +6291,8 @@ class Scraper:
                 page.breakers.pop(collector, None)
             assert isinstance(result, Outcome)
             page.outcomes[collector] = result
-            page.fresh.add(collector)
+            if page.waiting is not None:
+                page.waiting.fresh.add(collector)
             self.collections.add(1, collector, "ok")
 
     def _take_datasets(self, result: Union[Outcome, Datasets, str], now: float) -> None:
@@ -6269,11 +6313,14 @@ class Scraper:
         """Give a page its part of the last `zfs list`, unless it has it."""
         shared = self._datasets
         last = page.outcomes.get("zfs")
-        if shared is None or (last is not None and last.at == shared.at):
+        if shared is None:
             return
         row = shared.rows.get(f"{self.pool}/{page.zone}")
-        if row is None and now - shared.at > NEW_DATASET_SECONDS:
-            return                              # a zone that is younger than the list
+        if row is None and shared.at < page.since and now - shared.at > NEW_DATASET_SECONDS:
+            page.outcomes.pop("zfs", None)      # a zone that is younger than the list
+            return
+        if last is not None and last.at == shared.at:
+            return
         made = outcome(zfs_families(row) if row is not None else [], shared.at, shared.at)
         page.outcomes["zfs"] = made._replace(seconds=shared.seconds)
 
@@ -6289,32 +6336,32 @@ class Scraper:
 
     def _release(self, page: Page, now: float) -> None:
         """Answer all who wait for a page, with the same bytes."""
-        waiting, page.waiting = page.waiting, []
-        page.needed.clear()
+        waiting, page.waiting = page.waiting, None
+        if waiting is None:
+            return
         answer: Answer
-        if page.outcomes:
-            answer = self._prepare(page, now, page.fresh)
+        if page.has_values():
+            answer = self._prepare(page, now, waiting.fresh)
         else:
             answer = text(503, f"nothing could be collected of {page.zone}: {self._why(page)}; "
                           "try again in some seconds", ("Retry-After", "5"),
                           ("X-Cmon-Error", "not_collected"))
-        page.fresh = set()
         page.prepared = None
-        for later in waiting:
+        for later in waiting.laters:
             later.finish(answer)
 
     def _partial(self, page: Page) -> Answer:
         """The deadline of somebody has come: what is there goes out to all who wait."""
         now = self.server.now()
-        for source in page.sources:
-            flight = self._flights.get(source.key)
-            if flight is not None and source.key in page.needed:
-                flight.late = True
-        if not page.outcomes:
+        waiting = page.waiting or Waiting()
+        for key in waiting.needed:
+            if key in self._flights:
+                self._flights[key].late = True
+        if not page.has_values():
             return text(503, f"collecting {page.zone} takes longer than this scrape may: "
                         "try again in some seconds", ("Retry-After", "5"),
                         ("X-Cmon-Error", "not_collected"))
-        return self._prepare(page, now, page.fresh)
+        return self._prepare(page, now, waiting.fresh)
 
     def _prepare(self, page: Page, now: float, fresh: AbstractSet[str]) -> Prepared:
         return prepare(Response(200, self.text(page, now, fresh).encode(), PAGE))
@@ -6324,7 +6371,7 @@ class Scraper:
         parts: List[str] = []
         ages: List[str] = [_AGE_HEAD]
         ups: List[str] = [_UP_HEAD]
-        for collector, source in page.order:
+        for collector, source in page.layout.order:
             last = page.outcomes.get(collector)
             if last is not None and now - last.at > STALE_SECONDS and \
                     now - last.at > 3 * self.lifetime(page, source, collector, now):
@@ -6334,7 +6381,7 @@ class Scraper:
                     parts.append(last.part.text())
                 ages.append(f'cmon_sample_age_seconds{{collector="{collector}"}} '
                             f"{round(now - last.at, 3)!r}\n")
-            flight = self._flights.get(source.key)
+            flight = self._flights.get(source.key(page))
             up = last is not None and self._failure(page, collector) is None \
                 and (flight is None or not flight.late)
             ups.append(f'cmon_collector_up{{collector="{collector}"}} {up:d}\n')
@@ -6358,54 +6405,64 @@ class Scraper:
         return own.timeout if own is not None and own.timeout is not None else \
             DEFAULT_TIMEOUTS.get(collector, 10.0)
 
-    def _sources(self, page: Page) -> Iterator[Source]:
+    def _layout(self, page: Page) -> Layout:
         """What a page consists of, in its order."""
-        zone = page.zone
-        if zone == NODE:
-            yield from self._node_sources()
-            plugins = self._plugins["gz"]
+        if page.zone == NODE:
+            plugins, places = self._plugins["gz"], NODE_PLACES
         else:
-            yield from self._zone_sources(page)
+            places = ZONE_PLACES
             plugins = [plugin for plugin in self._plugins["vm"]
-                       if plugin.zones is None or zone in plugin.zones]
-            if self.settings.textfiles and self._enabled("textfile"):
-                yield Source(f"textfile {zone}", ("textfile",), False, functools.partial(
-                    self._submit, self._foreign, "textfile", functools.partial(
-                        self._collect_textfiles, zone)))
-        for plugin in plugins:
-            collector = f"plugin_{plugin.name}"
-            if self._enabled(collector):
-                yield Source(f"{collector} {zone}", (collector,), False, functools.partial(
-                    self._submit, self._foreign, collector, functools.partial(
-                        self._collect_plugin, plugin, zone)))
+                       if plugin.zones is None or page.zone in plugin.zones]
+        kind = (self.generation, page.zone == NODE, page.core, tuple(
+            plugin.name for plugin in plugins))
+        layout = self._layouts.get(kind)
+        if layout is None:
+            sources = [source for source in (
+                self._node_sources() if page.zone == NODE else self._zone_sources(page.core))
+                if source.collectors and (len(source.collectors) > 1
+                                          or self._enabled(source.collectors[0]))]
+            sources += [self._plugin_source(plugin) for plugin in plugins
+                        if self._enabled(f"plugin_{plugin.name}")]
+            order = sorted(((collector, source) for source in sources
+                            for collector in source.collectors),
+                           key=lambda pair: (places.get(pair[0], len(places)), pair[0]))
+            if len(self._layouts) > 100:
+                self._layouts.clear()
+            layout = self._layouts[kind] = Layout(tuple(sources), tuple(order))
+        return layout
 
-    def _zone_sources(self, page: Page) -> Iterator[Source]:
-        zone = page.zone
+    def _plugin_source(self, plugin: Plugin) -> Source:
+        collector = f"plugin_{plugin.name}"
+        return Source(collector, (collector,), lambda page, done: self._submit(
+            self._foreign, collector, lambda: self._collect_plugin(plugin, page.zone), done))
+
+    def _zone_sources(self, core: bool) -> Iterator[Source]:
         names = tuple(one.name for one in ZONE_COLLECTORS if self._enabled(one.name) and (
-            one.source == "kstat" or (one.source == "ports" and not page.core)))
-        yield Source(f"kstats {zone}", names, True,
-                     functools.partial(self._begin_zone, page, names))
-        if page.core and self._enabled("triton_core"):      # empty on the page of another zone
-            yield Source(f"triton_core {zone}", ("triton_core",), False, functools.partial(
-                self._submit, self._foreign, "triton_core", functools.partial(
-                    self._collect_core, zone)))
-        if self._enabled("zfs"):
-            yield Source("zfs", ("zfs",), False, functools.partial(
-                self._submit, self._commands, "zfs", self._collect_zfs))
+            one.source == "kstat" or (one.source == "ports" and not core)))
+        yield Source("kstats", names, functools.partial(self._begin_zone, names), fast=True)
+        if core:                            # on the page of any other zone it is empty
+            yield Source("triton_core", ("triton_core",), lambda page, done: self._submit(
+                self._foreign, "triton_core", lambda: self._collect_core(page.zone), done))
+        yield Source("zfs", ("zfs",), lambda page, done: self._submit(
+            self._commands, "zfs", self._collect_zfs, done), shared=True)
+        if self.settings.textfiles:
+            yield Source("textfile", ("textfile",), lambda page, done: self._submit(
+                self._foreign, "textfile", lambda: self._collect_textfiles(page.zone), done))
 
     def _node_sources(self) -> Iterator[Source]:
         names = tuple(one.name for one in NODE_COLLECTORS if self._enabled(one.name)
                       and one.source == "kstat" and one.name != "alloc")
-        yield Source("kstats", names, True, functools.partial(
-            self._begin_node, names, lambda reader: read_modules(reader, *NODE_MODULES)))
-        if self._enabled("alloc"):
-            yield Source("alloc", ("alloc",), False, functools.partial(
-                self._begin_node, ("alloc",), read_allocation))
-        for collector, collect in (("zones", self._collect_zones), ("zpool", self._collect_zpool),
-                                   ("ntp", self._collect_ntp)):
-            if self._enabled(collector):
-                yield Source(collector, (collector,), False, functools.partial(
-                    self._submit, self._commands, collector, collect))
+        yield Source("kstats", names, functools.partial(
+            self._begin_node, names, lambda reader: read_modules(reader, *NODE_MODULES)), fast=True)
+        yield Source("alloc", ("alloc",), functools.partial(
+            self._begin_node, ("alloc",), read_allocation))
+        yield self._command_source("zones", self._collect_zones)
+        yield self._command_source("zpool", self._collect_zpool)
+        yield self._command_source("ntp", self._collect_ntp)
+
+    def _command_source(self, collector: str, collect: Callable[[], Results]) -> Source:
+        return Source(collector, (collector,), lambda page, done: self._submit(
+            self._commands, collector, collect, done))
 
     def _submit(self, pool: Pool, collector: str, collect: Callable[[], Results],
                 done: Callable[[Results], None]) -> None:
@@ -6425,7 +6482,7 @@ class Scraper:
 
     # kstats of a zone
 
-    def _begin_zone(self, page: Page, names: Tuple[str, ...], done: Callable[[Results], None]
+    def _begin_zone(self, names: Tuple[str, ...], page: Page, done: Callable[[Results], None]
                     ) -> None:
         zone, vm = page.zone, self.host.vms.vms.get(page.zone)
         debug_id = self._debug_ids.get(zone) if vm is None or vm.brand == "bhyve" else None
@@ -6441,6 +6498,8 @@ class Scraper:
             elif isinstance(reading, KstatError):
                 results = dict.fromkeys(names, str(reading))
             else:
+                now = self.server.now()
+                seconds = now - began
                 nics = self._nics(zone, reading.zone_id)
                 context = ZoneContext(reading.zone_id, zone, nics or None, reading.vcpus,
                                       reading.viona)
@@ -6453,7 +6512,7 @@ class Scraper:
                         continue
                     try:
                         families = zone_families(name, reading.kstats, context)
-                        results[name] = outcome(families, began, self.server.now())
+                        results[name] = Outcome(render_part(families), now, seconds)
                     except CollectError as error:
                         results[name] = str(error)
             self._booked.add(time.thread_time() - cpu, "zone")
@@ -6479,7 +6538,7 @@ class Scraper:
 
     # kstats of the compute node
 
-    def _begin_node(self, names: Tuple[str, ...], work: Callable[[Reader], Any],
+    def _begin_node(self, names: Tuple[str, ...], work: Callable[[Reader], Any], _page: Page,
                     done: Callable[[Results], None]) -> None:
         began, before = self.server.now(), self._vminfo
 
@@ -6490,7 +6549,7 @@ class Scraper:
                 results = dict.fromkeys(names, str(read))
             else:
                 context = NodeContext(self.host.page_size, before)
-                self._vminfo = vminfo_of(read) or self._vminfo
+                self._vminfo = vminfo_readings(read, before)
                 for name in names:
                     try:
                         results[name] = outcome(node_families(name, read, context), began,
@@ -6504,7 +6563,7 @@ class Scraper:
     # commands and what others write; these run in pools
 
     def _collect_zfs(self) -> Results:
-        """One `zfs list` for all zones; a column that an old platform lacks is left out for good."""
+        """One `zfs list` for all zones; a column that an old platform lacks is asked for once."""
         began = self.server.now()
         output = self.host.run("zfs", (*zfs_command(self._zfs_columns), self.pool),
                                self._timeout("zfs"))
@@ -6591,7 +6650,8 @@ class Scraper:
         """The metricPorts of a platform zone: each port for itself, no retry, nothing kept open."""
         began = self.server.now()
         vm = self.host.vms.vms.get(zone)
-        if vm is None or not vm.ports or not vm.addresses:
+        if vm is None or not vm.ports or not vm.addresses or self.host.recorded:
+            # (the addresses of a recording are in somebody's network: nothing is asked there)
             return {"triton_core": outcome([], began, began)}
         families: List[Family] = []
         problems: List[str] = []
@@ -6644,7 +6704,7 @@ class Scraper:
     def refresh(self) -> None:
         """What an operator, or the proxy after a change, asks for: everything anew."""
         self._pages = {key: page for key, page in self._pages.items()
-                       if page.zone == NODE or page.waiting}
+                       if page.zone == NODE or page.waiting is not None}
         for page in self._pages.values():
             page.prepared = None
         self._unknown.clear()
@@ -6652,7 +6712,8 @@ class Scraper:
         self._datasets, self._zfs_failure = None, None
         self._zfs_breaker.succeeded()
         self._reread_zones()
-        self.kstats.submit(Job(lambda reader: reader.follow(force=True) or reader.reopen(),
+        self.kstats.submit(Job(lambda reader: (reader.follow(force=True)
+                                               or reader.reopen(force=True)),
                                lambda _result: None))
 
     def pages_of(self, zone: str) -> List[Page]:
@@ -6667,8 +6728,8 @@ class Scraper:
     def texts(self, zones: Iterable[str]) -> Dict[str, str]:
         """The pages of these zones as text, as far as there is anything of them."""
         now = self.server.now()
-        return {zone: self.text(page, now, page.fresh) for zone in zones
-                for page in self.pages_of(zone)[-1:] if page.outcomes}
+        return {zone: self.text(page, now, frozenset()) for zone in zones
+                for page in self.pages_of(zone)[-1:] if page.has_values()}
 
     def _sweep(self) -> None:
         """Let go of answers that are too old to send, and of pages that nobody wants."""
@@ -6676,7 +6737,7 @@ class Scraper:
         for key, page in list(self._pages.items()):
             if page.prepared is not None and now >= page.until:
                 page.prepared = None
-            if now - page.used > FORGET_SECONDS and not page.waiting:
+            if now - page.used > FORGET_SECONDS and page.waiting is None:
                 del self._pages[key]
 
     def _own_families(self) -> List[Family]:
@@ -6694,11 +6755,11 @@ class Scraper:
             return Family(f"cmon_agent_{name}", kind, help_text,
                           [] if value is None else [Sample((), value)])
         return [
-            Family("cmon_agent_collector_breaker_open", GAUGE, "Collectors that are not tried for a "
-                   "while, since they kept failing.", opened),
-            Family("cmon_agent_kstat_quarantine_seconds", GAUGE, "For how long a read of this kstat "
-                   "has not returned.", [Sample((("kstat", what),), now - since) for what, since
-                                         in kstats.quarantine.items()]),
+            Family("cmon_agent_collector_breaker_open", GAUGE, "Collectors that are not tried for "
+                   "a while, since they kept failing.", opened),
+            Family("cmon_agent_kstat_quarantine_seconds", GAUGE, "For how long a read of this "
+                   "kstat has not returned.", [Sample((("kstat", what),), now - since)
+                                               for what, since in kstats.quarantine.items()]),
             one("pages", GAUGE, "Pages that are kept.", len(self._pages)),
             one("collections_running", GAUGE, "Collections under way.", len(self._flights)),
             one("kstat_chain_length", GAUGE, "Kstats in the chain.", kstats.chain_length),
@@ -6900,9 +6961,12 @@ class Agent:
         """Whether kstats can be read."""
         later = Later(self.scraper.server.now() + 5.0, lambda: text(
             503, "not ready: kstats are not read in time", ("X-Cmon-Error", "not_ready")))
-        self.scraper.kstats.submit(Job(lambda reader: reader.index.count, lambda result: later.finish(
-            text(503, f"not ready: {result}", ("X-Cmon-Error", "not_ready"))
-            if isinstance(result, Exception) else text(200, "Container Monitor agent is ready."))))
+
+        def read(result: Any) -> None:
+            later.finish(text(503, f"not ready: {result}", ("X-Cmon-Error", "not_ready"))
+                         if isinstance(result, Exception) else
+                         text(200, "Container Monitor agent is ready."))
+        self.scraper.kstats.submit(Job(lambda reader: reader.index.count, read))
         return later
 
     def overview(self, _request: Request) -> Later:
@@ -7726,8 +7790,42 @@ def capture_command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The agent, or `capture`; returns the exit status."""
+# Argument 1 is this file, 2 the descriptor of its compiled code, which becomes a module.
+_RUN_COMPILED = """
+import marshal, sys, types
+agent = sys.modules["cmon_agent"] = types.ModuleType("cmon_agent")
+agent.__file__ = sys.argv[1]
+with open(int(sys.argv[2]), "rb") as file:
+    code = marshal.load(file)
+sys.argv = [sys.argv[1], *sys.argv[3:]]
+exec(code, vars(agent))
+sys.exit(agent.main())
+"""
+
+
+def drop_syntax_tree(code: types.CodeType, words: Sequence[str]) -> None:
+    """Run this program again from its compiled code; returns where that is not possible.
+
+    CPython keeps the syntax tree of a script as long as the script runs (pyrun_file of
+    pythonrun.c): 17 MB for this one, more than all that the agent knows of 500 zones.
+    """
+    flags = [flag for flag, given in (("-I", sys.flags.isolated), ("-S", sys.flags.no_site),
+                                      ("-E", sys.flags.ignore_environment),
+                                      ("-s", sys.flags.no_user_site),
+                                      ("-Xutf8", sys.flags.utf8_mode)) if given]
+    try:
+        with tempfile.TemporaryFile() as file:
+            marshal.dump(code, file)
+            file.seek(0)
+            os.set_inheritable(file.fileno(), True)
+            os.execv(sys.executable, [sys.executable, *flags, "-c", _RUN_COMPILED, __file__,
+                                      str(file.fileno()), *words])
+    except (OSError, ValueError):
+        return                              # no room in /tmp: it costs the memory, no more
+
+
+def main(argv: Optional[Sequence[str]] = None, code: Optional[types.CodeType] = None) -> int:
+    """The agent, or `capture`; returns the exit status. `code`: what it is run from as a script."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["capture"]:
         return capture(capture_command_line().parse_args(words[1:]))
@@ -7738,10 +7836,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             complain("cmon_agent", [f"{words[1]}: {(error.strerror or str(error)).lower()}"])
             return 1
     arguments = agent_command_line().parse_args(words)
+    if code is not None:
+        drop_syntax_tree(code, words)
     running = Running(arguments)
     return run_daemon("agent", arguments, running.load, running.start, running.reload,
                       running.check)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None, sys._getframe().f_code))
