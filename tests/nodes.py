@@ -2,6 +2,7 @@
 """Compute nodes to order for the agent: whole ones around a process, and one on a test's clock."""
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
@@ -166,16 +167,16 @@ class Desk:
             self.pump()
 
     def ask(self, path: str, address: str = "10.0.0.9", timeout: float | None = None,
-            **headers: str) -> Any:
+            method: str = "GET", **headers: str) -> Any:
         """A request; its answer, or the Later that will have it."""
         fields = {name.lower().replace("_", "-"): text for name, text in headers.items()}
         if timeout is not None:
             fields["x-prometheus-scrape-timeout-seconds"] = repr(timeout)
-        request = agent.Request("GET", path, path, {}, fields, b"", "node", False, True,
+        request = agent.Request(method, path, path, {}, fields, b"", "node", False, True,
                                 agent.Peer(address, "main"))
         return agent.respond(self.routes, request)
 
-    def answer(self, asked: Any, late: bool = True) -> Answer:
+    def answer(self, asked: Any) -> Answer:
         """The answer of what was asked, once it is there or its deadline has passed."""
         if isinstance(asked, agent.Later):
             end = time.monotonic() + PATIENCE
@@ -185,12 +186,7 @@ class Desk:
                     time.sleep(0.0002)
             assert asked.answer is not None, "no answer"
             asked = asked.answer
-        whole = agent.wire(asked)
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            threading.Thread(target=lambda: (ours.sendall(whole), ours.shutdown(1)),
-                             daemon=True).start()
-            return read_answer(theirs.makefile("rb"))
+        return read_answer(io.BytesIO(agent.wire(asked)))
 
     def expire(self, asked: Any) -> Answer:
         """The answer at the deadline of what was asked; the clock stands there then."""

@@ -15,6 +15,7 @@ import pytest
 from nodes import (
     LB01, SPARK01, WEB01, Desk, Machine, Vminfod, children_of, collectors, down, steady,
     threads_of, value)
+import cmon_agent as agent_module
 from support import NODE, Kernel, Program, free_port, http_get, samples, wait_until
 
 MakeKernel = Callable[..., Kernel]
@@ -521,3 +522,303 @@ def test_commands_get_no_environment_and_no_terminal(machine: MakeMachine) -> No
     text = seen.read_text()
     assert "CMON_TEST_SECRET" not in text and "LC_ALL=C" in text and "/dev/null" in text
     assert "\n/\n" in text
+
+
+# --- lifetimes, on a clock of the test's ----------------------------------------------------------
+
+def small(count: int = 0, zone: str = WEB01) -> list[dict[str, Any]]:
+    """A kernel with one zone that has done something `count` times."""
+    common = {"instance": 5, "type": 1, "crtime": 5, "snaptime": 0}
+    return [
+        {**common, "module": "zones", "name": zone[:30], "class": "zone_misc",
+         "data": {"zonename": zone, "nsec_user": count, "boot_time": 1763769600}},
+        {**common, "module": "memory_cap", "name": zone[:30], "class": "zone_memory_cap",
+         "data": {"zonename": zone, "rss": count}}]
+
+
+@pytest.fixture()
+def desk(machine: MakeMachine) -> Iterator[Callable[..., Desk]]:
+    """Makes agents on the test's clock; by default on the small kernel, without commands."""
+    made: list[Desk] = []
+
+    def make(kstats: Any = None, **settings: Any) -> Desk:
+        nothing = {name: {"enabled": False} for name in ("zfs", "zpool", "ntp", "zones")}
+        one = machine(kstats=small() if kstats is None else kstats, start=False,
+                      **{"collectors": nothing, **settings})
+        made.append(Desk(one.config))
+        made[-1].kernel = one.kernel            # type: ignore[attr-defined]
+        made[-1].machine = one                  # type: ignore[attr-defined]
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+        assert one.kernel["overlaps"] == one.kernel["stale"] == 0   # type: ignore[attr-defined]
+
+
+PATH = f"/v1/{WEB01}/metrics"
+
+
+def count_on(desk: Any, path: str = PATH, **more: Any) -> float:
+    """What the page says of `small(count)`."""
+    return value(desk.page(path, **more), "mem_agg_usage")
+
+
+@pytest.mark.parametrize("interval", [10.0, 5.0, 15.0, 60.0, 1.5])
+def test_neighbours_in_time_are_never_one_sample_twice(desk: Callable[..., Desk], interval: float
+                                                       ) -> None:
+    """The original's cache of 10 s made 36 % of the samples of a 10 s scrape a copy."""
+    one: Any = desk()
+    seen = []
+    for number in range(1000 if interval == 10.0 else 60):
+        one.kernel.write(small(number))
+        one.clock.at += interval * (0.985 + 0.03 * ((number * 7919) % 101) / 100)   # some jitter
+        one.pump()
+        seen.append(count_on(one))
+    fresh = seen[3:]                # the first ones of an interval below 8 s do not know it yet
+    assert fresh == [float(number) for number in range(3, len(seen))]
+
+
+def test_one_who_asks_all_the_time_gets_a_new_sample_once_a_second(desk: Callable[..., Desk]
+                                                                   ) -> None:
+    one: Any = desk()
+    seen = []
+    for number in range(100):
+        one.kernel.write(small(number))
+        one.clock.at += 0.1
+        one.pump()
+        seen.append(count_on(one))
+    assert 9 <= len(set(seen)) <= 14
+    before = one.kernel["reads"]
+    for _ in range(50):
+        one.clock.at += 0.001
+        count_on(one)
+    assert one.kernel["reads"] - before <= 3
+
+
+def test_the_interval_is_that_of_one_asker_not_the_time_between_two(desk: Callable[..., Desk]
+                                                                    ) -> None:
+    """Two Prometheus servers at 15 s each, half a second apart, are not one at half a second."""
+    one: Any = desk()
+    collections = []
+    for number in range(20):
+        one.kernel.write(small(number))
+        for address, pause in (("10.0.0.1", 0.5), ("10.0.0.2", 14.5)):
+            before = one.kernel["reads"]
+            first = count_on(one, address=address)
+            collections.append(one.kernel["reads"] - before)
+            one.clock.at += pause
+            one.pump()
+            assert first == number
+    assert all(collections[2::2]) and not any(collections[3::2]), collections
+
+
+def test_the_age_is_shown_and_cached_says_so(desk: Callable[..., Desk]) -> None:
+    one: Any = desk()
+    page = one.page(PATH)
+    assert value(page, 'cmon_sample_age_seconds{collector="memcap"}') == 0
+    assert value(page, "memcap_metrics_cached_boolean") == 0
+    one.clock.at += 5
+    page = one.page(PATH, address="10.0.0.8")           # not the one who asks every 5 s
+    assert value(page, 'cmon_sample_age_seconds{collector="memcap"}') == 5
+    assert value(page, "memcap_metrics_cached_boolean") == 1
+    assert value(page, 'cmon_collector_up{collector="memcap"}') == 1
+    assert value(page, 'cmon_sample_age_seconds{collector="time"}') == 0
+
+
+def test_no_more_often_than_the_operator_allows(desk: Callable[..., Desk]) -> None:
+    one: Any = desk(min_poll_interval=30.0)
+    seen = []
+    for number in range(20):
+        one.kernel.write(small(number))
+        seen.append(count_on(one))
+        one.clock.at += 10.0
+        one.pump()
+    assert seen == [number - number % 3 for number in range(20)]
+
+
+def test_a_lifetime_of_its_own_for_a_collector(desk: Callable[..., Desk]) -> None:
+    one: Any = desk(collectors={**{name: {"enabled": False} for name in ("zfs", "link")},
+                                "memcap": {"ttl": 100}, "zone_misc": {"ttl": 100}})
+    one.page(PATH)
+    assert "link_metrics" not in one.page(PATH), "a collector that does not run is not there"
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0 * 24], ids=["back", "forth"])
+def test_steps_of_the_wall_clock_change_time_of_day_only(desk: Callable[..., Desk], step: float
+                                                         ) -> None:
+    one: Any = desk()
+    wall = [1_763_769_600.0]
+    one.host.time = lambda: wall[0]
+    first = one.page(PATH)
+    wall[0] += step
+    one.clock.at += 2.0
+    second = one.page(PATH, address="10.0.0.8")
+    assert value(second, "time_of_day") - value(first, "time_of_day") == step * 1000
+    assert set(steady(first)) == set(steady(second))
+    assert max(collectors(second, "cmon_sample_age_seconds").values()) == 2.0
+
+
+def test_a_monotonic_clock_that_stands_still_harms_nobody(desk: Callable[..., Desk]) -> None:
+    one: Any = desk()
+    for _ in range(5):
+        one.page(PATH)
+        one.pump()
+
+
+# --- the breaker ----------------------------------------------------------------------------------
+
+def test_a_collector_that_keeps_failing_is_left_alone_and_comes_back(desk: Callable[..., Desk]
+                                                                     ) -> None:
+    one: Any = desk()
+    one.kernel.log_reads()
+    one.kernel.faults(("fail", "memory_cap:5:*", 5))
+    tries = []
+    for _ in range(60):                                 # ten minutes
+        one.page(PATH)
+        tries.append(sum("memory_cap" in read for read in one.kernel.reads()))
+        one.pass_by(10.0, 0.5)
+    assert tries[:3] == [1, 1, 1], "three failures in a row"
+    assert 3 <= sum(tries[3:]) <= 6, "then after 30 s, 60 s, 120 s, 240 s, …"
+    own = agent_page(one)
+    assert 'cmon_agent_collector_breaker_open{collector="memcap",target="%s",reason="memcap: memory_cap:5' \
+        % WEB01 in own
+    page = one.page(PATH)
+    assert down(page) == {"memcap"} and value(page, "cpu_user_usage") == 0
+    one.kernel.faults()
+    one.answer(one.ask("/v1/refresh", method="POST"))
+    assert not down(one.page(PATH)), "a refresh tries at once"
+    assert "breaker_open{" not in agent_page(one)
+
+
+def test_a_breaker_heals_by_itself(desk: Callable[..., Desk]) -> None:
+    one: Any = desk()
+    one.kernel.faults(("fail", "memory_cap:5:*", 5))
+    for _ in range(5):
+        assert down(one.page(PATH)) == {"memcap"}
+        one.pass_by(10.0, 0.5)
+    one.kernel.faults()
+    for _ in range(9):
+        one.pass_by(10.0, 0.5)
+        page = one.page(PATH)
+    assert not down(page)
+
+
+def test_last_values_stay_for_a_while_when_a_collector_fails(desk: Callable[..., Desk]) -> None:
+    one: Any = desk()
+    one.kernel.write(small(7))
+    one.page(PATH)
+    one.kernel.faults(("fail", "memory_cap:5:*", 5))
+    one.pass_by(10.0)
+    page = one.page(PATH)
+    assert down(page) == {"memcap"} and value(page, "mem_agg_usage") == 7
+    assert value(page, 'cmon_sample_age_seconds{collector="memcap"}') >= 10
+    assert value(page, "memcap_metrics_cached_boolean") == 1
+    one.pass_by(400.0, 1.0)
+    page = one.page(PATH)
+    assert "mem_agg_usage" not in page and value(page, "memcap_metrics_available_boolean") == 0
+
+
+# --- the governor ---------------------------------------------------------------------------------
+
+class Cpu:
+    """CPU seconds that a test spends."""
+
+    def __init__(self) -> None:
+        self.used = 0.0
+
+    def __call__(self) -> float:
+        return self.used
+
+
+def test_over_the_budget_less_is_collected_and_afterwards_as_before(desk: Callable[..., Desk]
+                                                                    ) -> None:
+    """Each collection costs 30 ms of a budget of 10 ms a second; scrapes come every second."""
+    one: Any = desk(cpu_budget=0.01)
+    cpu = Cpu()
+    one.scraper.governor = agent_module.Governor(cpu, one.clock)
+    shares = []
+    reads = one.kernel["reads"]
+    for number in range(240):
+        before = cpu.used
+        page = one.page(PATH)
+        cpu.used += 0.015 * (one.kernel["reads"] - reads)   # two reads a page
+        reads = one.kernel["reads"]
+        shares.append(cpu.used - before)
+        one.pass_by(1.0, 0.5)
+        if number == 100:
+            assert value(page, 'cmon_sample_age_seconds{collector="memcap"}') >= 0
+    late = sum(shares[60:240]) / 180
+    assert 0.005 < late < 0.012, late
+    own = agent_page(one)
+    assert value(own, "cmon_agent_lifetime_stretch_ratio") > 1.5
+    assert value(own, "cmon_agent_cpu_budget_ratio") == 0.01
+    assert 0.005 < value(own, "cmon_agent_cpu_usage_ratio") < 0.02
+    for _ in range(120):                            # the load goes away
+        one.pass_by(1.0, 1.0)
+    assert value(agent_page(one), "cmon_agent_lifetime_stretch_ratio") == 1.0
+
+
+def test_without_a_budget_nothing_is_stretched(desk: Callable[..., Desk]) -> None:
+    one: Any = desk(cpu_budget=None)
+    cpu = Cpu()
+    one.scraper.governor = agent_module.Governor(cpu, one.clock)
+    for _ in range(30):
+        cpu.used += 1.0
+        one.pass_by(1.0)
+    own = agent_page(one)
+    assert value(own, "cmon_agent_lifetime_stretch_ratio") == 1.0
+    assert value(own, "cmon_agent_cpu_usage_ratio") > 0.9 and "cpu_budget_ratio" not in own
+
+
+def test_a_throttled_agent_still_tells_a_new_zone(desk: Callable[..., Desk]) -> None:
+    one: Any = desk(cpu_budget=0.0001)
+    cpu = Cpu()
+    one.scraper.governor = agent_module.Governor(cpu, one.clock)
+    for _ in range(30):
+        cpu.used += 1.0
+        one.pass_by(1.0)
+    assert value(agent_page(one), "cmon_agent_lifetime_stretch_ratio") == 64.0
+    assert count_on(one) == 0
+    one.kernel.write(small(5))
+    for _ in range(60):
+        cpu.used += 1.0
+        one.pass_by(1.0)
+    page = one.page(PATH)
+    assert value(page, "mem_agg_usage") == 0, "the last values, and their age"
+    assert value(page, 'cmon_sample_age_seconds{collector="memcap"}') == pytest.approx(60, abs=1)
+    assert not down(page)
+
+
+# --- what blocks for ever, ten thousand times -----------------------------------------------------
+
+def test_ten_thousand_scrapes_beside_a_blocked_read(desk: Callable[..., Desk]) -> None:
+    one: Any = desk()
+    one.page(PATH)
+    idle = threading.active_count()
+    one.kernel.faults(("block", "memory_cap:5:*"))
+    one.clock.at += 10.0
+    asked = one.ask(PATH)
+    wait_until(lambda: one.kernel["blocked"] == 1)
+    one.pass_by(1.0)
+    assert down(one.answer(asked).text) == {"memcap"}
+    reads = one.kernel["reads"]
+    for number in range(10_000):
+        one.clock.at += 10.0
+        if number % 10 == 0:
+            one.pump()
+        answer = one.page(PATH)
+        assert 'cmon_collector_up{collector="memcap"} 0' in answer
+        assert 'cmon_collector_up{collector="zone_misc"} 1' in answer
+    assert one.kernel["reads"] - reads >= 10_000, "the rest was read all the time"
+    assert one.kernel["blocked"] == 1 and one.kernel["opens"] - one.kernel["closes"] == 2
+    assert threading.active_count() <= idle + 1
+    one.kernel.faults()
+    wait_until(lambda: one.kernel["opens"] - one.kernel["closes"] == 1)
+    one.pass_by(1000.0, 10.0)
+    assert not down(one.page(PATH))
+
+
+def agent_page(desk: Any) -> str:
+    """The agent's own metrics."""
+    text: str = desk.answer(desk.ask("/metrics")).text
+    return text
