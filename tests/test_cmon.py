@@ -528,7 +528,7 @@ def test_demo_once_needs_nothing_on_the_path(tmp_path: Path) -> None:
 
 @pytest.fixture()
 def start_demo(tmp_path: Path) -> Iterator[Callable[[], Program]]:
-    """Starts a demo that has its files below `tmp_path`; it ends with the test, its children too."""
+    """Starts a demo with its files below `tmp_path`; it ends with the test, its children too."""
     started: List[Program] = []
 
     def go() -> Program:
