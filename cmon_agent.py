@@ -7794,8 +7794,8 @@ def capture_command_line() -> argparse.ArgumentParser:
     return parser
 
 
-# Argument 1 is this file, 2 the descriptor of its compiled code, which becomes a module. On one line
-# and with the name first, since `ps` and `pgrep -f` of the platform see 80 characters.
+# Argument 1 is this file, 2 the descriptor of its compiled code, which becomes a module. One line,
+# and the name first, since `ps` and `pgrep -f` of the platform see 80 characters.
 _RUN_COMPILED = (
     "'cmon_agent.py'; import marshal, sys, types; "
     "agent = sys.modules['cmon_agent'] = types.ModuleType('cmon_agent'); "
