@@ -903,19 +903,20 @@ class Service:
             answer = self._client.request("GET", self.url + path, {"Accept": "application/json"},
                                           timeout=timeout)
         except ClientError as error:
-            self.errors += 1
-            raise ServiceError(f"{self.name}: {error}") from None
+            raise self.wrong(str(error)) from None
         if answer.status not in allowed:
-            self.errors += 1
-            raise ServiceError(f"{self.name}: {path.partition('?')[0]} answers {answer.status}")
+            raise self.wrong(f"{path.partition('?')[0]} answers {answer.status}")
         if answer.status != 200:
             return answer.status, None      # error bodies are not always the JSON they claim to be
         try:
             return 200, json.loads(answer.body)
         except (ValueError, RecursionError):
-            self.errors += 1
-            raise ServiceError(f"{self.name}: {path.partition('?')[0]} does not answer in JSON"
-                               ) from None
+            raise self.wrong(f"{path.partition('?')[0]} does not answer in JSON") from None
+
+    def wrong(self, what: str) -> ServiceError:
+        """The error to raise, counted."""
+        self.errors += 1
+        return ServiceError(f"{self.name}: {what}")
 
 
 # WebSocket (RFC 6455), the client's side
@@ -983,7 +984,8 @@ class WebSocket:
         self._frames = Frames()
         self._messages: List[bytes] = []
         self._parts: Optional[List[bytes]] = None       # of a message in fragments
-        self.answers_pings = False
+        self.answers_pings = False          # has done so once: silence is then a sign
+        self.heard = time.monotonic()
         try:
             self._upgrade(f"{host}:{port}", path, headers)
         except OSError as error:
@@ -1058,6 +1060,7 @@ class WebSocket:
                 raise ServiceError(f"changefeed: {error}") from None
             if not received:
                 raise ServiceError("changefeed: the connection was closed")
+            self.heard = time.monotonic()
             self._take(received)
         messages, self._messages = self._messages, []
         return messages
@@ -1254,7 +1257,7 @@ def read_account(service: Service, login: str) -> Optional[Account]:
     role = roles.get("role") if isinstance(roles, dict) else None
     found = account_of(record, role.get("members") if isinstance(role, dict) else None)
     if found is None or found.login != login:
-        raise ServiceError(f"mahi: no usable account in the answer for {login!r}")
+        raise service.wrong(f"no usable account in the answer for {login!r}")
     return found
 
 
@@ -1474,17 +1477,13 @@ class TritonSource:
             self._bootstrap(feed)
             pauses.reset()
             self.connected = True
-            silent_since = time.monotonic()
             while not self._server.stopping and not self._again.is_set():
                 for message in feed.receive(min(heartbeat - time.monotonic(), 1.0)):
-                    silent_since = time.monotonic()
                     self._event(message)
                 if time.monotonic() >= heartbeat:
                     heartbeat = time.monotonic() + HEARTBEAT_SECONDS
-                    if feed.answers_pings and time.monotonic() - silent_since > 90:
+                    if feed.answers_pings and time.monotonic() - feed.heard > 3 * HEARTBEAT_SECONDS:
                         raise ServiceError("changefeed: the other side has gone silent")
-                    silent_since = time.monotonic() if feed.answers_pings else silent_since
-                    feed.answers_pings = False
                     feed.send(TEXT_FRAME, b"heartbeat")
                     feed.send(PING_FRAME, b"cmon")
         finally:
@@ -1518,6 +1517,8 @@ class TritonSource:
             vms, owned = self._read_all(feed)
             if len(vms) * 2 >= len(before):
                 break
+            if not vms:
+                raise self._vmapi.wrong("lists no container at all, which is not believed")
             log.warning("vmapi lists %d containers where there were %d: reading again", len(vms),
                         len(before))
             time.sleep(0.5 + self._random())
@@ -1536,7 +1537,7 @@ class TritonSource:
         while True:
             _, records = self._vmapi.get(f"/vms?state=active&limit={PAGE_SIZE}{marker}")
             if not isinstance(records, list):
-                raise ServiceError("vmapi: /vms does not answer with a list")
+                raise self._vmapi.wrong("/vms does not answer with a list")
             if not records:             # not merely a short page: see the service's documents
                 return by_owner(found.values())
             last = records[-1].get("uuid") if isinstance(records[-1], dict) else None
@@ -1546,7 +1547,7 @@ class TritonSource:
                     found[vm.uuid] = vm
             fresh = "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}), safe="")
             if last is None or fresh == marker:
-                raise ServiceError("vmapi: /vms does not go on behind its marker")
+                raise self._vmapi.wrong("/vms does not go on behind its marker")
             marker = fresh
             if time.monotonic() >= heartbeat:
                 heartbeat = time.monotonic() + HEARTBEAT_SECONDS
@@ -1633,10 +1634,13 @@ class TritonSource:
             _, records = self._cnapi.get(
                 f"/servers?setup=true&extras=sysinfo&limit={PAGE_SIZE}&offset={offset}")
             if not isinstance(records, list):
-                raise ServiceError("cnapi: /servers does not answer with a list")
-            found.update(nodes_of(records, self._port))
+                raise self._cnapi.wrong("/servers does not answer with a list")
             if not records:
                 return found
+            fresh = nodes_of(records, self._port)
+            if not fresh.keys() - found.keys():
+                raise self._cnapi.wrong("/servers does not go on behind its offset")
+            found.update(fresh)
             offset += len(records)
 
     # in the snapshot's thread

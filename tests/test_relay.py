@@ -183,6 +183,23 @@ def test_an_agent_that_talks_unasked_is_left(running: Running) -> None:
         one.close()
 
 
+def test_a_request_that_a_closing_connection_took_along_is_sent_once_more(running: Running) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    running.ask(listening.getsockname())
+    first, _ = listening.accept()
+    assert first.recv(4096)
+    first.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    running.wait(1)
+    running.ask(listening.getsockname())
+    assert first.recv(4096)                 # it has the request, and closes without an answer
+    first.close()
+    second, _ = listening.accept()
+    assert second.recv(4096)
+    second.close()                          # a fresh one that does the same is an error
+    assert running.wait(2) == [200, "node_error"]
+    listening.close()
+
+
 @pytest.mark.parametrize("raw", [
     b"HTTP/1.1 200 OK\r\nDate: Fri, 20 Nov 2026 14:00:00 GMT\r\nContent-Length: 2\r\n\r\nlong",
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",

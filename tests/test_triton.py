@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 
+import cmon_proxy
 from agents import (
     ALICE, BOB, BOBS, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, Agent, client_tls, key,
     proxy_config, uuid, vm)
-from cmon_agent import make_certificate, public_key
+from cmon_agent import Later, Refused, Registry, Server, make_certificate, public_key
 from cmon_proxy import (
-    Frames, Pauses, ServiceError, Snapshot, account_of, admin_address, frame_of, nodes_of, vm_of)
+    Frames, InventorySettings, Mahi, Pauses, Proxy, ServiceError, Settings, Snapshot, TlsSettings,
+    TritonSource, account_of, admin_address, frame_of, nodes_of, vm_of)
 from support import Answer, Program, free_port, http_get, samples, wait_until
 
 OWNER = ("old_rsa", "rsa")
@@ -363,6 +366,223 @@ def test_ten_thousand_vms_and_five_hundred_changes_a_second(cloud: Cloud, tmp_pa
         found = admin(program)
         print("CPU per change", (found["process_cpu_seconds_total"] - before)
               / found["cmon_proxy_inventory_reads_total"])
+
+
+def test_a_much_shorter_list_is_read_again_and_an_empty_one_not_believed(
+        running: Program, cloud: Cloud) -> None:
+    cloud.vmapi.order("forget", uuids=[DB, STOPPED, NAT, BOBS, uuid(50), uuid(51)])
+    cloud.vmapi.order("cut")
+    running.wait_for_log("vmapi lists 1 containers where there were 7: reading again", 3)
+    wait_until(lambda: set(listed(running)) == {WEB})
+    cloud.vmapi.order("forget", uuids=[WEB])
+    cloud.vmapi.order("cut")
+    running.wait_for_log("lists no container at all, which is not believed", 2)
+    assert set(listed(running)) == {WEB}
+
+
+def test_a_container_that_cannot_be_read_leads_to_reading_all(running: Program, cloud: Cloud
+                                                              ) -> None:
+    cloud.vmapi.order("fail", status=500)
+    change(cloud, alias="later")
+    running.wait_for_log(f"container {WEB} cannot be read")
+    cloud.vmapi.order("fail", status=0)
+    wait_until(lambda: listed(running)[WEB]["vm_alias"] == "later")
+
+
+# in this process, with shorter times
+
+@pytest.fixture()
+def inside(cloud: Cloud, monkeypatch: Any) -> Iterator[Any]:
+    """The source with its threads and a loop, without the server's sockets."""
+    monkeypatch.setattr(cmon_proxy, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(cmon_proxy, "POLL_NODES_SECONDS", 0.2)
+    settings = Settings(TlsSettings(Path("x"), Path("y")), InventorySettings(
+        vmapi=cloud.vmapi.url, cnapi=cloud.cnapi.url, mahi=cloud.mahi.url))
+    server = Server("proxy", Registry())
+    proxy = Proxy(settings, server, Registry(), random.random)
+    source = TritonSource(settings, proxy, random.random)
+    proxy.source = source
+    loop = threading.Thread(target=server.serve_forever)
+    loop.start()
+    server.call_soon(source.start)
+    wait_until(lambda: proxy.inventory.ready)
+    yield source, proxy
+    server.stop()
+    loop.join()
+
+
+def test_heartbeats_and_pings(inside: Any, cloud: Cloud) -> None:
+    source, _ = inside
+    wait_until(lambda: cloud.vmapi.order("stats")["heartbeats"] > 5)
+    assert source.connected
+    cloud.vmapi.order("silence")            # it takes everything and says nothing more
+    wait_until(lambda: len(cloud.vmapi.order("stats")["registrations"]) > 1)
+
+
+def test_nodes_that_are_gone_twice_are_gone(inside: Any, cloud: Cloud) -> None:
+    _, proxy = inside
+    assert set(proxy.inventory.nodes) == {NODE_1, NODE_2}
+    cloud.cnapi.order("servers", servers=[
+        {"uuid": NODE_1, "hostname": "renamed", "sysinfo": sysinfo("127.0.0.1")}])
+    wait_until(lambda: set(proxy.inventory.nodes) == {NODE_1})
+    assert proxy.inventory.nodes[NODE_1].hostname == "renamed"
+
+
+def test_services_that_answer_nonsense_change_nothing(inside: Any, cloud: Cloud) -> None:
+    source, proxy = inside
+    before = dict(proxy.inventory.vms), dict(proxy.inventory.nodes)
+    for text in ("{", "{}", "7", "[7, null]", '[{"uuid": null}]'):
+        for service in (cloud.vmapi, cloud.cnapi):
+            service.order("nonsense", text=text)
+        errors = source._cnapi.errors, source._vmapi.errors
+        cloud.vmapi.order("cut")
+        wait_until(lambda errors=errors: source._cnapi.errors > errors[0]  # type: ignore[misc]
+                   and source._vmapi.errors > errors[1])
+        assert dict(proxy.inventory.vms) == before[0]
+    for service in (cloud.vmapi, cloud.cnapi):
+        service.order("nonsense", text="")
+    wait_until(lambda: source.connected)
+    assert set(proxy.inventory.vms) == set(before[0])
+
+
+class Clock:
+    """A server for `Mahi`: a clock, and calls that are made at once."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def now(self) -> float:
+        return self.at
+
+    def call_soon(self, function: Any, *args: Any) -> None:
+        function(*args)
+
+
+class Shelf:
+    """A service and a pool: what is asked waits until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.account: Any = {"account": mahi_account(ALICE, "alice", "rsa")}
+        self.fails = False
+        self.full = False
+        self.jobs: list[Any] = []
+        self.asked = 0
+
+    def get(self, path: str, allowed: Any = (200,), timeout: float = 0) -> Any:
+        self.asked += path.startswith("/accounts")
+        if self.fails:
+            raise ServiceError("mahi: down")
+        if path.startswith("/roles"):
+            return 200, {}
+        return (200, self.account) if self.account else (404, None)
+
+    def wrong(self, what: str) -> ServiceError:
+        return ServiceError(what)
+
+    def submit(self, function: Any, *args: Any) -> bool:
+        if not self.full:
+            self.jobs.append((function, args))
+        return not self.full
+
+    def go(self) -> None:
+        jobs, self.jobs = self.jobs, []
+        for function, args in jobs:
+            function(*args)
+
+
+@pytest.fixture()
+def desk() -> Any:
+    shelf, clock = Shelf(), Clock()
+    mahi = Mahi(shelf, clock)  # type: ignore[arg-type]
+    mahi._pool = shelf  # type: ignore[assignment]
+    return mahi, shelf, clock
+
+
+def known(desk: Any) -> Any:
+    """After the first question."""
+    mahi, shelf, _ = desk
+    later = mahi.find("alice")
+    shelf.go()
+    assert later.answer.status == 200
+    return mahi.find("alice")
+
+
+def test_an_account_is_used_refreshed_and_read_anew_by_its_age(desk: Any) -> None:
+    mahi, shelf, clock = desk
+    first = known(desk)
+    assert first.login == "alice" and shelf.asked == 1
+    clock.at = 29.0
+    assert mahi.find("alice") is first and not shelf.jobs
+    clock.at = 31.0
+    assert mahi.find("alice") is first and mahi.find("alice") is first
+    assert len(shelf.jobs) == 1                     # read again behind the request's back, once
+    shelf.go()
+    assert mahi.find("alice") is first              # unchanged: the same object
+    clock.at = 100.0
+    shelf.account = {"account": mahi_account(ALICE, "alice", "ec")}
+    later = mahi.find("alice")                      # too old: the request waits
+    assert isinstance(later, Later) and later.answer is None
+    shelf.go()
+    assert later.answer.status == 200 and mahi.find("alice") is not first
+
+
+def test_a_key_that_was_removed_is_not_believed_for_long(desk: Any) -> None:
+    mahi, shelf, clock = desk
+    known(desk)
+    shelf.account = None
+    clock.at = 61.0
+    later = mahi.find("alice")
+    shelf.go()
+    assert later.answer.status == 200 and mahi.find("alice") is None
+    assert shelf.asked == 2
+    clock.at = 70.0
+    assert mahi.find("alice") is None and shelf.asked == 2      # also what is not there is kept
+    clock.at = 72.0
+    assert isinstance(mahi.find("alice"), Later)
+
+
+def test_while_mahi_is_down_old_accounts_serve_and_then_no_more(desk: Any) -> None:
+    mahi, shelf, clock = desk
+    first = known(desk)
+    shelf.fails = True
+    clock.at = 100.0
+    later = mahi.find("alice")
+    shelf.go()
+    assert later.answer.status == 200               # go on: what is known is young enough
+    assert mahi.find("alice") is first              # and nobody waits for five seconds
+    clock.at = 106.0
+    assert isinstance(mahi.find("alice"), Later)
+    clock.at = 301.0
+    shelf.go()
+    later = mahi.find("alice")
+    shelf.go()
+    assert later.answer.status == 503
+    stranger = mahi.find("bob")
+    shelf.go()
+    assert stranger.answer.status == 503            # never 401: we do not know
+    shelf.fails = False
+    later = mahi.find("alice")
+    shelf.go()
+    assert later.answer.status == 200 and mahi.find("alice") is first
+
+
+def test_questions_to_mahi_are_bounded(desk: Any, monkeypatch: Any) -> None:
+    mahi, shelf, clock = desk
+    assert mahi.find("") is None
+    shelf.full = True
+    with pytest.raises(Refused):
+        mahi.find("alice")
+    shelf.full = False
+    monkeypatch.setattr(cmon_proxy, "KEPT_ACCOUNTS", 3)
+    for number in range(6):
+        mahi.find(f"nobody{number}")
+        shelf.account = None
+        shelf.go()
+    assert len(mahi._known) == 3
+    shelf.account = {"account": mahi_account(BOB, "bob", "rsa")}    # not the one that was asked for
+    later = mahi.find("alice")
+    shelf.go()
+    assert later.answer.status == 503
 
 
 # the parts, without processes

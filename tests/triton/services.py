@@ -42,6 +42,7 @@ class State:
         self.roles: dict[str, dict[str, Any]] = {}      # by login: members of administrator
         self.fail = 0                   # status for everything
         self.delay = 0.0
+        self.nonsense = ""
         self.count: dict[str, int] = {}
         self.feeds: dict[str, Feed] = {}                # by instance
         self.registrations: list[Any] = []
@@ -84,8 +85,11 @@ class Feed:
         self.subresources: set[str] = set()
         self.lock = threading.Lock()
         self.sent = 0
+        self.silent = False
 
     def frame(self, opcode: int, payload: bytes, final: bool = True) -> None:
+        if self.silent:
+            return
         size = len(payload)
         head = bytes([(0x80 if final else 0) | opcode])
         head += bytes([size]) if size < 126 else b"\x7e" + struct.pack(">H", size)
@@ -168,6 +172,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fail:
             code = "ReplicatorNotReady" if state.kind == "mahi" else "ServiceUnavailable"
             self.answer(fail, {"code": code, "message": "not ready"})
+            return
+        if state.nonsense and url.path != "/changefeeds":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(state.nonsense)))
+            self.end_headers()
+            self.wfile.write(state.nonsense.encode())
             return
         with state.lock:
             if url.path == "/changefeeds" and state.kind == "vmapi":
@@ -327,6 +337,11 @@ def control(state: State, order: dict[str, Any]) -> Any:
                 feed.connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+    elif op == "silence":               # the feeds that are there say nothing more
+        for feed in list(state.feeds.values()):
+            feed.silent = True
+    elif op == "nonsense":              # this is what all answers are; "": no more
+        state.nonsense = order["text"]
     elif op == "say":                   # raw text by the feed
         for feed in list(state.feeds.values()):
             feed.send_text(order["text"])
