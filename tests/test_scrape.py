@@ -658,6 +658,21 @@ def test_steps_of_the_wall_clock_change_time_of_day_only(desk: Callable[..., Des
     assert max(collectors(second, "cmon_sample_age_seconds").values()) == 2.0
 
 
+def test_a_bug_in_a_collector_costs_that_collector(desk: Callable[..., Desk],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    one: Any = desk()
+    real = agent_module.zone_families
+
+    def buggy(name: str, *arguments: Any) -> Any:
+        return [][1] if name == "memcap" else real(name, *arguments)
+    monkeypatch.setattr(agent_module, "zone_families", buggy)
+    page = one.page(PATH)
+    assert down(page) == {"memcap"} and value(page, "cpu_user_usage") == 0
+    monkeypatch.setattr(agent_module, "zone_families", real)
+    one.pass_by(2.0)
+    assert not down(one.page(PATH))
+
+
 def test_a_monotonic_clock_that_stands_still_harms_nobody(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     for _ in range(5):
@@ -822,3 +837,272 @@ def agent_page(desk: Any) -> str:
     """The agent's own metrics."""
     text: str = desk.answer(desk.ask("/metrics")).text
     return text
+
+
+# --- vminfod --------------------------------------------------------------------------------------
+
+NET = {"nic_tag": "external", "network_uuid": "5f1e6b2c-8d43-4d1e-8b3a-6c9d7e52a002"}
+OVERLAY = {"nic_tag": "sdc_overlay/5318008", "network_uuid": "ae4c0b7d-3e9f-4b62-a6d1-7f0c8d93a003"}
+
+
+def vm(zone: str = LB01, *nics: dict[str, str], **more: Any) -> dict[str, Any]:
+    """A VM object as vminfod has it."""
+    return {"uuid": zone, "zonename": zone, "alias": "lb01", "brand": "joyent", "state": "running",
+            "zone_state": "running", "nics": [{"interface": f"net{index}", **nic}
+                                              for index, nic in enumerate(nics)], **more}
+
+
+def links(page: str) -> set[str]:
+    """The labels of the links on a page, as they are written."""
+    return {series.partition("{")[2] for series in samples(page)
+            if series.startswith("net_agg_bytes_in")}
+
+
+BARE = {'interface="vnic0"}', 'interface="vnic1"}'}
+LABELLED = {
+    'interface="vnic0",nic_tag="external",network_uuid="%s"}' % NET["network_uuid"],
+    'interface="vnic1",nic_tag="sdc_overlay/5318008",network_uuid="%s"}' % OVERLAY["network_uuid"]}
+
+
+@pytest.fixture()
+def vminfod() -> Iterator[Callable[..., Vminfod]]:
+    """Makes stand-ins for vminfod."""
+    made: list[Vminfod] = []
+
+    def make(*arguments: Any) -> Vminfod:
+        made.append(Vminfod(*arguments))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+MakeVminfod = Callable[..., Vminfod]
+
+
+def test_links_carry_the_labels_that_vminfod_tells(machine: MakeMachine, vminfod: MakeVminfod
+                                                   ) -> None:
+    info = vminfod()
+    info.behave = info.ready([vm(LB01, NET, OVERLAY)])
+    one = machine(vminfod=info.url)
+    wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
+    assert links(one.zone(LB01)) == LABELLED
+    assert info.asked == ["GET /events HTTP/1.1"], "off the scrape path, one stream for all"
+    info.tell({"type": "modify", "zonename": LB01, "uuid": LB01, "changes": [],
+               "vm": vm(LB01, NET, {**OVERLAY, "nic_tag": "other"})})
+
+    def relabelled() -> bool:
+        one.refresh()
+        return any('nic_tag="other"' in link for link in links(one.zone(LB01)))
+    wait_until(relabelled)
+    assert len(info.asked) == 1
+    info.close()                                    # vminfod restarts: what is known stays
+    wait_until(lambda: one.own("cmon_agent_vminfod_up") == 0)
+    one.refresh()
+    assert any('nic_tag="other"' in link for link in links(one.zone(LB01)))
+    clean(one)
+
+
+def test_the_rest_of_vminfods_events(machine: MakeMachine, vminfod: MakeVminfod) -> None:
+    info = vminfod()
+    info.behave = info.ready([])
+    one = machine(vminfod=info.url)
+    wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
+    info.tell({"type": "create", "zonename": LB01, "uuid": LB01, "vm": vm(LB01, NET, OVERLAY)})
+    wait_until(lambda: "lb01" in one.get("/").text)
+    assert links(one.zone(LB01)) == LABELLED
+    info.tell({"type": "something new", "x": 1})
+    info.tell({"type": "delete", "zonename": LB01, "uuid": LB01})
+    wait_until(lambda: "lb01" not in one.get("/").text)
+    one.refresh()
+    assert links(one.zone(LB01)) == LABELLED, "kept for as long as the zone runs"
+    assert one.own("cmon_agent_vminfod_up") == 1
+    clean(one)
+
+
+def test_links_wait_for_a_vminfod_that_does_not_know_their_zone_yet_but_not_for_ever(
+        desk: Callable[..., Desk]) -> None:
+    one: Any = desk(kstats=node_kstats())
+    one.host.vms.absent, one.host.vms.answered = False, True
+    path = f"/v1/{LB01}/metrics"
+    assert down(one.page(path)) == {"link"}
+    one.pass_by(50.0)
+    assert down(one.page(path)) == {"link"}
+    one.pass_by(45.0)
+    page = one.page(path)
+    assert not down(page) and links(page) == BARE
+    one.host.vms.vms = {LB01: agent_module.vm_of(vm(LB01, NET, OVERLAY))}
+    one.pass_by(45.0)
+    assert links(one.page(path)) == BARE, "and so it stays"
+
+
+def test_labels_wait_for_a_vminfod_that_is_slow(machine: MakeMachine, vminfod: MakeVminfod
+                                                ) -> None:
+    """Where somebody listens, links do not go out without labels and get them later."""
+    go = threading.Event()
+    info = vminfod()
+
+    def slow(stream: Any) -> None:
+        info.head(stream)
+        go.wait(30)
+        info.ready([vm(LB01, NET, OVERLAY)])(stream)
+    plain = info.ready([vm(LB01, NET, OVERLAY)])
+
+    def behave(stream: Any) -> None:
+        go.wait(30)
+        plain(stream)
+    info.behave = behave
+    one = machine(vminfod=info.url)
+    for _ in range(3):
+        page = one.zone(LB01, timeout=1.0)
+        assert links(page) == set() and down(page) == {"link"}
+        one.refresh()
+    go.set()
+
+    def there() -> bool:
+        one.refresh()
+        return not down(one.zone(LB01))
+    wait_until(there)
+    assert links(one.zone(LB01)) == LABELLED
+
+
+def test_links_go_out_without_labels_where_nobody_listens_and_stay_so(
+        machine: MakeMachine, vminfod: MakeVminfod) -> None:
+    port = free_port()
+    one = machine(vminfod=f"http://127.0.0.1:{port}")
+    assert links(one.zone(LB01)) == BARE
+    ready = [vm(LB01, NET, OVERLAY), vm(WEB01, NET)]
+    info = vminfod(port)                            # and now somebody does
+    info.behave = info.ready(ready)
+    wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
+    one.refresh()
+    assert links(one.zone(LB01)) == BARE, "as long as the zone runs"
+    assert links(one.zone(WEB01)) == {link for link in LABELLED if "vnic0" in link}
+
+
+GARBAGE: dict[str, Any] = {
+    "no JSON": "this is no JSON",
+    "a number": "7",
+    "a list": [],
+    "ready without VMs": {"type": "ready"},
+    "ready with a number": {"type": "ready", "vms": 7},
+    "ready with JSON that is none": {"type": "ready", "vms": "[{"},
+    "ready with odd objects": {"type": "ready", "vms": json.dumps([
+        None, 7, [], {}, {"zonename": 7}, {"zonename": LB01, "nics": 7, "alias": [], "tags": "x"}])},
+    "modify without a VM": {"type": "modify", "zonename": LB01},
+    "nested deeply": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("event", list(GARBAGE))
+def test_a_vminfod_that_lies_costs_no_page(machine: MakeMachine, vminfod: MakeVminfod, event: str
+                                           ) -> None:
+    info = vminfod()
+
+    def behave(stream: Any) -> None:
+        info.head(stream)
+        info.line(stream, GARBAGE[event])
+    info.behave = behave
+    one = machine(vminfod=info.url)
+    wait_until(lambda: info.asked)
+    page = one.zone(LB01)
+    assert down(page) <= {"link"} and len(collectors(page)) > 8
+    assert links(page) in (set(), {link.split(",")[0] + ',nic_tag="",network_uuid=""}'
+                                   for link in LABELLED})
+    assert not down(one.node())
+    assert one.get("/").status == 200
+    clean(one)
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", b"\xff" * 1000 + b"\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"],
+    ids=["closes", "answers 500", "speaks no HTTP", "ends at once", "bad chunk", "500 headers"])
+def test_a_vminfod_that_speaks_nonsense_costs_no_page(machine: MakeMachine, vminfod: MakeVminfod,
+                                                      raw: bytes) -> None:
+    info = vminfod()
+
+    def behave(stream: Any) -> None:
+        stream.sendall(raw)
+        stream.shutdown(2)
+    info.behave = behave
+    one = machine(vminfod=info.url)
+    wait_until(lambda: info.asked)
+    assert down(one.zone(LB01)) == {"link"}
+    one.agent.wait_for_log("vminfod at .* cannot be followed: ")
+    info.behave = info.ready([vm(LB01, NET, OVERLAY)])
+
+    def healed() -> bool:
+        one.refresh()
+        return links(one.zone(LB01)) == LABELLED
+    wait_until(healed)
+    clean(one)
+
+
+def test_two_links_with_one_number_are_both_there(machine: MakeMachine, vminfod: MakeVminfod
+                                                  ) -> None:
+    kstats = node_kstats()
+    net0 = next(kstat for kstat in kstats if kstat["name"] == "z7_net0")
+    net1 = next(kstat for kstat in kstats if kstat["name"] == "z7_net1")
+    kstats[kstats.index(net1)] = {**net1, "name": "z7_eth0"}
+    info = vminfod()
+    info.behave = info.ready([vm(LB01, NET)])
+    one = machine(kstats, vminfod=info.url)
+    wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
+    found = {series: number for series, number in samples(one.zone(LB01)).items()
+             if series.startswith("net_agg_bytes_in")}
+    assert set(found.values()) == {net0["data"]["rbytes64"], net1["data"]["rbytes64"]}
+    # by name: eth0 comes first, so it has the label that the original gives
+    first = [series for series in found if 'interface="vnic0"' in series]
+    assert [found[series] for series in first] == [net1["data"]["rbytes64"]]
+    assert any('interface="net0"' in series and 'nic_tag="external"' in series for series in found)
+
+
+# --- settings while it runs -----------------------------------------------------------------------
+
+def test_hangup_takes_good_settings_and_keeps_the_old_ones_for_bad(machine: MakeMachine,
+                                                                   tmp_path: Path) -> None:
+    one = machine(cpu_budget=0.5)
+    assert one.own("cmon_agent_cpu_budget_ratio") == 0.5 and "zfs_metrics" in one.zone()
+    one.settings(cpu_budget=0.25, collectors={"zfs": {"enabled": False}})
+    one.agent.signal(1)
+    one.agent.wait_for_log("settings were reread")
+    assert one.own("cmon_agent_cpu_budget_ratio") == 0.25
+    one.refresh()
+    assert "zfs_metrics" not in one.zone()
+    one.settings(cpu_budget="much")
+    one.agent.signal(1)
+    one.agent.wait_for_log("the old settings stay: .*cpu_budget")
+    assert one.own("cmon_agent_cpu_budget_ratio") == 0.25
+    one.config.write_text("{")
+    one.agent.signal(1)
+    one.agent.wait_for_log("the old settings stay: .*not JSON")
+    assert not down(one.zone())
+    one.config.write_text(json.dumps({"libkstat": "/elsewhere"}))
+    one.agent.signal(1)
+    one.agent.wait_for_log("the old settings stay: libkstat.*restart")
+    assert not down(one.zone(LB01))
+    clean(one)
+
+
+def test_a_budget_of_null_is_none(machine: MakeMachine) -> None:
+    one = machine(cpu_budget=None)
+    own = one.get("/metrics").text
+    assert "cmon_agent_cpu_budget_ratio" not in own
+    assert value(own, "cmon_agent_lifetime_stretch_ratio") == 1.0
+
+
+def test_a_running_agent_keeps_its_budget(machine: MakeMachine) -> None:
+    """Not timed: after enough load the lifetimes are stretched, and go back when it is over."""
+    one = machine(cpu_budget=0.002, start=False)
+    one.start()
+    zones = [record["uuid"] for record in one.frame["vms"] if record["state"] == "running"]
+
+    def stretched() -> bool:
+        for zone in zones:
+            one.zone(zone)
+        return one.own("cmon_agent_lifetime_stretch_ratio") > 2
+    wait_until(stretched)
+    assert not down(one.zone()), "answers keep coming, with the last values"
+    clean(one)
