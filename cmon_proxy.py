@@ -239,13 +239,14 @@ REFUSALS: Dict[str, Tuple[int, str]] = {
     "node_busy": (503, "the compute node {node} has too many requests waiting: try again in a few "
                   "seconds"),
     "node_error": (503, "the agent on compute node {node} failed: {why}; try again in a minute"),
+    "node_refused": (503, "the agent on compute node {node} says: {why}"),
     "deadline": (504, "the compute node {node} did not answer in time: raise scrape_timeout if it "
                  "happens often"),
     "too_busy": (503, "too busy: try again in a second"),
 }
 _RETRY = {"inventory_not_ready": "5", "inventory_too_old": "60", "accounts_unreachable": "5",
-          "node_silent": "30", "node_unknown": "30", "node_busy": "5", "node_error": "30",
-          "too_busy": "1"}
+          "node_silent": "30", "node_refused": "5", "node_unknown": "30", "node_busy": "5",
+          "node_error": "30", "too_busy": "1"}
 
 
 def refused(code: str, *headers: Tuple[str, str], **fields: Any) -> Refused:
@@ -1930,6 +1931,27 @@ def plain_length(lines: bytes) -> int:
     return length if length <= MAX_PAGE else -1
 
 
+def passed_head(reader: AnswerReader, length: int) -> bytes:
+    """The head to pass on for one that was read: nothing that is hop by hop."""
+    lines = "".join([f"{name.title()}: {reader.headers[name]}\r\n" for name in PASSED_SLOWLY
+                     if name in reader.headers])
+    return f"HTTP/1.1 {reader.status} OK\r\n{lines}Content-Length: {length}\r\n".encode("latin-1")
+
+
+def sized_head(head: bytes) -> Tuple[int, bytes]:
+    """Body length and head to pass on for a 200 on a connection that stays; else a length of -1."""
+    reader = AnswerReader(max_body=MAX_PAGE)
+    try:
+        reader.feed(head)
+    except ClientError:
+        return -1, b""
+    word = reader.headers.get("content-length", "")
+    if reader.status != 200 or not reader.keep_alive or not word.isdigit() \
+            or "transfer-encoding" in reader.headers:
+        return -1, b""
+    return int(word), passed_head(reader, int(word))
+
+
 class Job:
     """One request to an agent; `done` is called once, in the loop."""
     __slots__ = ("wire", "deadline", "done", "retried", "given_up", "slow")
@@ -1945,7 +1967,7 @@ class Job:
 class Link:
     """One connection to an agent, in the server's selector."""
     __slots__ = ("port", "socket", "job", "since", "connecting", "used", "_pieces", "_missing",
-                 "_end", "_reader")
+                 "_head", "_reader")
 
     def __init__(self, port: Port, job: Job, now: float) -> None:
         self.port, self.since = port, now
@@ -1953,7 +1975,7 @@ class Link:
         self.used = False               # an answer has come by it
         self._pieces: List[bytes] = []
         self._missing = 0
-        self._end = 0
+        self._head = b""
         self._reader: Optional[AnswerReader] = None
         family = socket.AF_INET6 if ":" in port.address[0] else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
@@ -2011,25 +2033,18 @@ class Link:
             self.port.lost(self, "it does not read")
 
     def _first(self, data: bytes) -> None:
-        """The first bytes of an answer; mostly they are all of it, in the form of our agents."""
-        if data.startswith(_PLAIN_START):
-            end = data.find(b"\r\n\r\n") + 4
-            if end > _PLAIN_REST:
-                lengths = self.port.forwarder.lengths
-                lines = data[_PLAIN_REST:end]
-                length = lengths.get(lines)
-                if length is None:
-                    length = plain_length(lines)
-                    if len(lengths) >= 8192:
-                        lengths.clear()
-                    lengths[lines] = length
-                missing = length - (len(data) - end)
-                if length >= 0 and missing == 0:
-                    self.port.answered(self, Reply(200, data[:end - 2], data[end:]))
-                    return
-                if length >= 0 and missing > 0:
-                    self._pieces, self._missing, self._end = [data], missing, end
-                    return
+        """The first bytes of an answer; mostly they are all of it, with a head seen before."""
+        end = data.find(b"\r\n\r\n") + 4
+        if end > _PLAIN_REST:
+            head = data[:end]
+            length, passed = self.port.forwarder.known_head(head)
+            missing = length - (len(data) - end)
+            if length >= 0 and missing == 0:
+                self.port.answered(self, Reply(200, passed or head[:-2], data[end:]))
+                return
+            if length >= 0 and missing > 0:
+                self._pieces, self._missing, self._head = [data[end:]], missing, passed or head[:-2]
+                return
         self._reader = AnswerReader(max_body=MAX_PAGE)
         self._read(data)
 
@@ -2040,9 +2055,8 @@ class Link:
             return
         self._pieces.append(data)
         if not self._missing:
-            whole, end = b"".join(self._pieces), self._end
-            self._pieces = []
-            self.port.answered(self, Reply(200, whole[:end - 2], whole[end:]))
+            body, self._pieces = b"".join(self._pieces), []
+            self.port.answered(self, Reply(200, self._head, body))
 
     def _read(self, data: bytes) -> None:
         """Any other HTTP/1.1: chunks, other header lines, refusals."""
@@ -2060,11 +2074,8 @@ class Link:
         if not done:
             return
         self._reader = None
-        lines = "".join([f"{name.title()}: {reader.headers[name]}\r\n" for name in PASSED_SLOWLY
-                         if name in reader.headers])
-        # what http.client and ours both refuse to send cannot be in there: the reader is strict
-        head = f"HTTP/1.1 {reader.status} OK\r\n{lines}Content-Length: {len(reader.body)}\r\n"
-        reply = Reply(reader.status, head.encode("latin-1"), reader.body)
+        body = reader.body
+        reply = Reply(reader.status, passed_head(reader, len(body)), body)
         self.port.answered(self, reply, reader.keep_alive)
 
     def close(self) -> None:
@@ -2292,7 +2303,8 @@ class Forwarder:
         self.ports: Dict[str, Port] = {}
         self.links: Set[Link] = set()           # those with a request under way
         self.troubled: Set[Port] = set()        # those the sweep must look at
-        self.lengths: Dict[bytes, int] = {}     # of header lines that were seen
+        self._lengths: Dict[bytes, int] = {}    # of header lines that were seen
+        self._heads: Dict[bytes, Tuple[int, bytes]] = {}    # of other agents' heads
         server.every(SWEEP_SECONDS, self._sweep)
         server.every(5.0, self._sweep_idle)
 
@@ -2306,6 +2318,26 @@ class Forwarder:
                 port.close()
             port = self.ports[node.uuid] = Port(self, node.uuid, node.address)
         return port
+
+    def known_head(self, head: bytes) -> Tuple[int, bytes]:
+        """Body length of an answer with this head, or -1 for one that takes the slow path; and the
+        head to pass on, where it is another. Read once for as long as it stays the same."""
+        if head.startswith(_PLAIN_START):       # as our agents write it: all but the date is known
+            lines = head[_PLAIN_REST:]
+            length = self._lengths.get(lines)
+            if length is None:
+                length = plain_length(lines)
+                if len(self._lengths) >= 8192:
+                    self._lengths.clear()
+                self._lengths[lines] = length
+            if length >= 0:
+                return length, b""
+        known = self._heads.get(head)
+        if known is None:
+            if len(self._heads) >= 2048:
+                self._heads.clear()
+            known = self._heads[head] = sized_head(head)
+        return known
 
     def retain(self, nodes: Mapping[str, Node]) -> None:
         """Forget nodes that are gone."""
@@ -2901,6 +2933,8 @@ class Proxy:
         why = words.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
         if reply.status == 404 and isinstance(relay.target, Vm):
             return refused("no_page", uuid=relay.uuid, state="not running on its node just now")
+        if reply.status == 503:         # it is well, and says itself what is the matter
+            return refused("node_refused", node=relay.node.uuid, why=why)
         return refused("node_error", node=relay.node.uuid, why=f"{reply.status} {why}")
 
     def scraped(self, uuid: str, result: str) -> None:

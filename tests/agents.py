@@ -103,11 +103,15 @@ class Agent:
         status, extra = "200 OK", ""
         if mode == "error":
             status, body = "500 Internal Server Error", b"internal error; see the log\nmore\n"
+        if mode == "busy":
+            status, body = "503 Service Unavailable", b"busy: try again in a second\n"
         if mode == "gone":
             status, body = "404 Not Found", b"no such zone\n"
         if "gzip" in headers.get("accept-encoding", "") and mode != "plain":
             body, extra = gzip.compress(body, 1), "Content-Encoding: gzip\r\n"
         date = "Date: Fri, 20 Nov 2026 14:00:00 GMT\r\n"
+        if mode == "other":             # no agent of ours, but good HTTP
+            date = f"Server: nginx\r\n{date}Connection: keep-alive\r\nETag: \"5\"\r\n"
         kind = "Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
         if mode == "partial":
             extra += "X-Cmon-Partial: zfs\r\n"

@@ -227,7 +227,7 @@ def test_answers_tell_expiry_and_quota(shared: Program) -> None:
 
 # relaying
 
-@pytest.mark.parametrize("mode", ["ok", "chunked", "drip", "once", "plain", "partial"])
+@pytest.mark.parametrize("mode", ["ok", "chunked", "drip", "once", "plain", "partial", "other"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_pages_pass_through_as_they_came(shared_agent: Any, mode: str, packed: bool) -> None:
     program, agent = shared_agent
@@ -238,7 +238,8 @@ def test_pages_pass_through_as_they_came(shared_agent: Any, mode: str, packed: b
         assert answer.status == 200 and f'path="{page(WEB)}",core="False"' in answer.text
         assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         assert ("content-encoding" in answer.headers) == (packed and mode != "plain")
-        for hop in ("set-cookie", "keep-alive", "transfer-encoding"):
+        assert answer.headers["connection"] == "close"      # ours
+        for hop in ("set-cookie", "keep-alive", "transfer-encoding", "etag", "server"):
             assert hop not in answer.headers
 
 
@@ -274,7 +275,7 @@ def test_bad_deadlines(shared: Program, word: str) -> None:
 
 @pytest.mark.parametrize("mode, expected, status", [
     ("close", "node_error", 503), ("half", "node_error", 503), ("garbage", "node_error", 503),
-    ("error", "node_error", 503), ("gone", "no_page", 404)])
+    ("error", "node_error", 503), ("busy", "node_refused", 503), ("gone", "no_page", 404)])
 def test_faults_of_an_agent(running: Program, agent: Agent, mode: str, expected: str,
                             status: int) -> None:
     agent.mode = mode
