@@ -10,12 +10,28 @@ from typing import Any, Callable, Union
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from support import Kernel, Program, build_libkstat, node  # noqa: E402  (it needs the path)
 
 # Where this is set, all that tests need has been installed: a skip is then a hole in the net.
 NO_SKIPS = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--units, for the Pythons between the oldest and the newest (tests/run.sh)."""
+    parser.addoption("--units", action="store_true",
+                     help="only the modules that start none of the programs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselected, not skipped: it was asked for."""
+    if config.getoption("--units"):
+        units = [item for item in items if isinstance(item, pytest.Function)
+                 and not hasattr(item.module, "Program") and item.path.parent == HERE]
+        config.hook.pytest_deselected(items=[item for item in items if item not in units])
+        items[:] = units
 
 
 @pytest.hookimpl(hookwrapper=True)

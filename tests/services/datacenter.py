@@ -34,7 +34,8 @@ from support import (
 TLS = ROOT / "tests" / "tls"            # keys and certificates that openssl and ssh-keygen made
 SUFFIX = "cmon.test"
 SERVICE = f"cmon.{SUFFIX}"
-NAME_SERVER = "127.53.0.53"             # resolv.conf has no ports, but loopback has many addresses
+# resolv.conf has no ports, but loopback has many addresses: one for each run of the tests
+NAME_SERVER = f"127.53.{os.getpid() >> 8 & 255}.{os.getpid() & 255 or 1}"
 ALICE_KEYS = ("rsa", "ec", "ec384")     # of TLS
 LOGINS = ("alice", "bob", "carol", "admin")
 
