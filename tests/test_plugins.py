@@ -1,0 +1,572 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Programs of operators, files of tenants, ports of core zones: taken, and nothing else happens."""
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from nodes import CMON0, LB01, WEB01, Machine, Vminfod, children_of, collectors, down, value
+from support import ROOT, Kernel, free_port, samples, wait_until
+
+import cmon_agent as agent
+
+MakeKernel = Callable[..., Kernel]
+MakeMachine = Callable[..., Machine]
+
+
+@pytest.fixture()
+def machine(kernel: MakeKernel, tmp_path: Path, recorded_node: dict[str, Any]
+            ) -> Iterator[MakeMachine]:
+    """Makes machines with folders for plugins: `plugins` holds them, by file name."""
+    made: list[Machine] = []
+
+    def make(gz: Any = (), vm: Any = (), start: bool = True, **settings: Any) -> Machine:
+        frame = recorded_node["frames"][0]
+        folder = tmp_path / f"machine{len(made)}"
+        folders = {kind: write(folder / f"{kind}-plugins", scripts)
+                   for kind, scripts in (("gz", gz), ("vm", vm))}
+        one = Machine(folder, kernel(frame["kstats"]), frame,
+                      plugin_dirs={kind: str(path) for kind, path in folders.items()}, **settings)
+        made.append(one)
+        return one.start() if start else one
+    yield make
+    for one in made:
+        if one.program is not None:
+            one.program.kill()
+            print(one.program.log[-5000:])
+
+
+def write(folder: Path, scripts: Any) -> Path:
+    """A folder of plugins: name -> shell script, or the content of plugin.json."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+    for name, script in dict(scripts).items():
+        path = folder / name
+        if name == "plugin.json":
+            path.write_text(script if isinstance(script, str) else json.dumps(script))
+            path.chmod(0o644)
+        else:
+            path.write_text(f"#!/bin/sh\n{script}\n")
+            path.chmod(0o755)
+    return folder
+
+
+def page_with(one: Machine, collector: str, ask: Callable[[], str] | None = None) -> str:
+    """The page, once the folders have been read and that plugin has run."""
+    def found() -> str:
+        page = (ask or one.node)()
+        return page if f"{collector}_metrics_available_boolean" in page else ""
+    return wait_until(found, collector)
+
+
+# --- what they print ------------------------------------------------------------------------------
+
+TABS = r"""printf 'requests\tcounter\t7\tRequests that were served\n'
+printf 'temperature\tgauge\t-3.5\n\nttl\toption\t30\nttl\toption\t45\n'"""
+PROM = r"""cat <<'END'
+# OPTION ttl 20
+# HELP queue_length Jobs that wait.
+# TYPE queue_length gauge
+queue_length{name="a"} 3
+queue_length{name="b\"\\"} 4
+# TYPE took_seconds histogram
+took_seconds_bucket{le="1"} 1
+took_seconds_bucket{le="+Inf"} 2
+took_seconds_sum 3.5
+took_seconds_count 2
+# TYPE exact counter
+exact 18446744073709551615
+END"""
+
+
+def test_a_plugin_of_the_node_in_both_forms(machine: MakeMachine) -> None:
+    one = machine(gz={"disks.sh": TABS, "jobs.prom.sh": PROM,
+                      "args.py": 'printf "n\\tgauge\\t$#\\t$1\\n"'})
+    page = page_with(one, "plugin_jobs")
+    found = samples(page)
+    assert found["plugin_disks_requests"] == 7 and found["plugin_disks_temperature"] == -3.5
+    assert "# HELP plugin_disks_requests Requests that were served\n" in page
+    assert "# HELP plugin_disks_temperature temperature\n" in page
+    assert "# TYPE plugin_disks_requests counter\n" in page
+    assert found['plugin_jobs_queue_length{name="b\\"\\\\"}'] == 4
+    assert found["plugin_jobs_took_seconds_count"] == 2
+    assert 'plugin_jobs_took_seconds_bucket{le="+Inf"} 2' in page
+    assert "plugin_jobs_exact 18446744073709551615\n" in page
+    assert "# HELP plugin_args_n global\n" in page and found["plugin_args_n"] == 1
+    ups = collectors(page)
+    assert all(ups[name] == 1 for name in ("plugin_disks", "plugin_jobs", "plugin_args"))
+    assert value(page, "plugin_disks_metrics_available_boolean") == 1
+    assert agent.render(agent.parse(page))      # the whole page is a page
+    assert "plugin_" not in one.zone()
+
+
+def test_a_plugin_of_zones_gets_the_zone_and_may_be_for_some_only(machine: MakeMachine) -> None:
+    one = machine(vm={"all.sh": 'printf "x\\tgauge\\t1\\t$1\\n"',
+                      "some.sh": 'printf "x\\tgauge\\t2\\n"',
+                      "plugin.json": {"some.sh": {"vms": [LB01]}}})
+    page = page_with(one, "plugin_some", lambda: one.zone(LB01))
+    assert f"# HELP plugin_all_x {LB01}\n" in page and "plugin_some_x 2" in page
+    page = one.zone(WEB01)
+    assert f"# HELP plugin_all_x {WEB01}\n" in page and "plugin_some" not in page
+    assert "plugin_" not in one.node()
+
+
+BAD_LINES = r"""printf 'good\tgauge\t1\n'
+printf 'no tabs at all\n'
+printf 'two\tfields\n'
+printf 'a\tb\tc\td\te\n'
+printf 'kind\thistogram\t1\n'
+printf 'bad-name\tgauge\t1\n'
+printf '\tgauge\t1\n'
+printf 'value\tgauge\tmany\n'
+printf 'good\tgauge\t2\n'
+printf 'ttl\toption\tnever\n'
+printf 'what\toption\t1\n'
+printf '\377\376\tgauge\t1\n'
+printf 'last\tcounter\t9\t\n'"""
+BAD_PROM = r"""cat <<'END'
+# TYPE good gauge
+good 1
+untyped_thing 5
+good{unclosed="x 3
+good 2
+# TYPE cpu_user_usage counter
+cpu_user_usage 7
+# TYPE two gauge
+# TYPE two counter
+two 1
+good{__name__="cpu_user_usage"} 3
+= = =
+# TYPE last gauge
+last 9
+END"""
+
+
+@pytest.mark.parametrize("name, script", [("p.sh", BAD_LINES), ("p.prom", BAD_PROM)],
+                         ids=["tabs", "prom"])
+def test_a_bad_line_costs_that_line_and_is_counted(machine: MakeMachine, name: str, script: str
+                                                   ) -> None:
+    one = machine(gz={name: script})
+    page = page_with(one, "plugin_p")
+    found = {series: number for series, number in samples(page).items()
+             if series.startswith("plugin_p_") and "_metrics_" not in series}
+    assert found["plugin_p_good"] == 1 and found["plugin_p_last"] == 9
+    assert "\ncpu_user_usage " not in page and not down(page)
+    assert agent.render(agent.parse(page))
+    assert one.own('cmon_agent_input_problems_total{source="plugin_p"}') >= 5
+    assert f"/{name}: line " in one.agent.log
+    assert "Traceback" not in one.agent.log
+
+
+def test_no_plugin_can_break_the_page(machine: MakeMachine) -> None:
+    """Names that run into those of another plugin, or into what the agent says of it."""
+    one = machine(gz={
+        "a.sh": r"printf 'b_x\tgauge\t1\nb_y\tgauge\t1\nok\tgauge\t1\n'",
+        "a_b.sh": r"printf 'x\tgauge\t2\ny\tcounter\t2\nfine\tgauge\t1\n'",
+        "p.sh": r"printf 'metrics_timer_seconds\tgauge\t1\nmetrics_cached_boolean\tgauge\t1\n"
+                r"x_metrics_available_boolean\tgauge\t1\nok\tgauge\t1\n'",
+        "p_x.sh": r"printf 'ok\tgauge\t1\n'"})
+    page = page_with(one, "plugin_p_x")
+    assert not down(page)
+    found = samples(page)
+    assert found["plugin_a_ok"] == found["plugin_a_b_fine"] == found["plugin_p_ok"] == 1
+    assert found["plugin_p_x_ok"] == 1
+    agent.parse(page)                   # strict: no family twice, no series twice
+    types = [line for line in page.splitlines() if line.startswith("# TYPE")]
+    assert len({line.split()[2] for line in types}) == len(types)
+    assert one.own('cmon_agent_input_problems_total{source="plugin_p"}') >= 3
+
+
+FAILS = {
+    "exits with 3": ("echo 'x\tgauge\t1'; echo broken >&2; exit 3", "exit 3: broken"),
+    "is killed": ("kill -9 $$", "exit -9"),
+    "hangs": ("exec sleep 1000", "does not end in time"),
+    "hangs in grandchildren": ("trap '' TERM INT HUP; (sleep 1000 & sleep 1000) & sleep 1000",
+                               "does not end in time"),
+    "writes 500 KiB and more": ("yes 'xxxxxxxxxxxx\tgauge\t1'", "more than 512000 bytes"),
+    "writes to stderr without end": ("yes >&2", "more than 512000 bytes"),
+    "leaves a child that holds its output": ("sleep 1000 & printf 'x\\tgauge\\t1\\n'",
+                                             "does not end in time"),
+}
+
+
+@pytest.mark.parametrize("how", list(FAILS))
+def test_a_plugin_that_fails_costs_its_own_metrics(machine: MakeMachine, how: str) -> None:
+    script, why = FAILS[how]
+    one = machine(gz={"p.sh": script, "good.sh": "printf 'x\\tgauge\\t1\\n'",
+                      "plugin.json": {"p.sh": {"timeout": 300}}})
+    page = page_with(one, "plugin_p")
+    assert down(page) == {"plugin_p"} and "plugin_good_x 1" in page
+    assert value(page, "plugin_p_metrics_available_boolean") == 0
+    one.agent.wait_for_log("plugin_p of gz fails: .*" + why)
+    wait_until(lambda: not children_of(one.agent), "no child and no zombie is left")
+    group = subprocess.run(["ps", "-eo", "pid,ppid,args"], stdout=subprocess.PIPE, text=True,
+                           check=True).stdout
+    assert str(one.config.parent) not in "".join(
+        line for line in group.splitlines() if "cmon_agent" not in line and "pytest" not in line)
+
+
+def test_500_kib_are_allowed(machine: MakeMachine) -> None:
+    one = machine(gz={"p.sh": "i=0; while [ $i -lt 5000 ]; do i=$((i+1)); "
+                      "printf 'x%d\\tgauge\\t1\\t" + "h" * 80 + "\\n' $i; done"})
+    assert "plugin_p_x5000 1\n" in page_with(one, "plugin_p")
+
+
+def test_a_lifetime_by_the_plugins_own_word_wins_over_the_file(machine: MakeMachine) -> None:
+    one = machine(gz={"own.sh": "printf 'x\\tgauge\\t1\\nttl\\toption\\t45\\n'",
+                      "file.sh": "printf 'x\\tgauge\\t1\\n'",
+                      "none.sh": "printf 'x\\tgauge\\t1\\n'",
+                      "plugin.json": {"own.sh": {"ttl": 5}, "file.sh": {"ttl": 7}}})
+    one.start()
+    # lifetimes are looked at directly: waiting for them would take a minute
+    problems: list[str] = []
+    found = {plugin.name: plugin for plugin in agent.find_plugins(
+        str(one.config.parent / "gz-plugins"), problems)}
+    assert (found["own"].ttl, found["file"].ttl, found["none"].ttl) == (5.0, 7.0, 60.0)
+    assert found["none"].timeout == 3.0 and not problems
+    assert agent.plugin_families("own", "ttl\toption\t9\nttl\toption\t45\n", False)[1] == 45.0
+
+
+# --- which files are plugins ----------------------------------------------------------------------
+
+def plugins_in(folder: Path) -> tuple[set[str], list[str]]:
+    """The names of the plugins of a folder, and what is wrong with it."""
+    problems: list[str] = []
+    return {plugin.name for plugin in agent.find_plugins(str(folder), problems)}, problems
+
+
+def test_what_others_can_write_to_does_not_run(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", {"good.sh": "", "group.sh": "", "world.sh": "", "plain.txt": ""})
+    (folder / "group.sh").chmod(0o775)
+    (folder / "world.sh").chmod(0o757)
+    (folder / "plain.txt").chmod(0o644)
+    (folder / "sub").mkdir()
+    (folder / "dangling").symlink_to("/nonexistent")
+    (folder / ".hidden").mkdir()
+    names, problems = plugins_in(folder)
+    assert names == {"good"}
+    assert sorted(problem.split("/")[-1].split(":")[0] for problem in problems) == [
+        "dangling", "group.sh", "world.sh"]
+    folder.chmod(0o777)
+    assert plugins_in(folder) == (set(), [f"{folder}: must be a folder that root owns and nobody "
+                                          "else can write to"])
+    assert plugins_in(tmp_path / "none") == (set(), [])
+    assert plugins_in(folder / "good.sh")[0] == set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_belongs_to_others_does_not_run(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", {"mine.sh": "", "theirs.sh": "", "linked.sh": ""})
+    os.chown(folder / "theirs.sh", 12345, 0)
+    (folder / "linked.sh").unlink()
+    (folder / "linked.sh").symlink_to(folder / "theirs.sh")
+    names, problems = plugins_in(folder)
+    assert names == {"mine"} and len(problems) == 2
+    os.chown(folder, 12345, 0)
+    assert plugins_in(folder)[0] == set()
+
+
+def test_names_and_the_most_that_run(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", {"a-b.c.sh": "", "a_b.c.py": "", "x y.sh": "", "z": ""})
+    names, problems = plugins_in(folder)
+    assert names == {"a_b_c", "z"} and len(problems) == 2
+    many = write(tmp_path / "many", {f"p{number}": "" for number in range(103)})
+    names, problems = plugins_in(many)
+    assert len(names) == 100 and len(problems) == 3 and "more than 100" in problems[0]
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "7", '{"p.sh": 7}', '{"p.sh": {"timeout": 0}}', '{"p.sh": {"timeout": "x"}}',
+    '{"p.sh": {"ttl": -1}}', '{"p.sh": {"vms": "all"}}', '{"p.sh": {"timeout": true}}',
+    '{"p.sh": {"timeout": NaN}}', '{"p.sh": {}, "p.sh": {}}'])
+def test_a_bad_plugin_json_is_told(tmp_path: Path, content: str) -> None:
+    folder = write(tmp_path / "p", {"p.sh": "", "plugin.json": content})
+    _, problems = plugins_in(folder)
+    assert problems and all(str(folder) in problem for problem in problems)
+
+
+def test_plugins_come_and_go_by_hangup(machine: MakeMachine) -> None:
+    one = machine(gz={"a.sh": "printf 'x\\tgauge\\t1\\n'"})
+    page_with(one, "plugin_a")
+    folder = one.config.parent / "gz-plugins"
+    (folder / "a.sh").unlink()
+    write(folder, {"b.sh": "printf 'x\\tgauge\\t2\\n'"})
+    one.agent.signal(1)
+    one.agent.wait_for_log("settings were reread")
+    page = page_with(one, "plugin_b")
+    assert "plugin_b_x 2" in page and "plugin_a" not in page
+
+
+def test_a_plugin_can_be_switched_off_and_at_most_so_many_run_at_once(machine: MakeMachine) -> None:
+    busy = ('echo $$ >> "$0.pids"; n=$(ls -d "$(dirname "$0")"/*.running 2>/dev/null | wc -l); '
+            'touch "$0.running"; echo $n >> "$(dirname "$0")/../counts"; sleep 0.2; '
+            'rm "$0.running"; printf "x\\tgauge\\t1\\n"')
+    one = machine(gz={**{f"p{number}": busy for number in range(8)}, "off": "exit 0"},
+                  max_collections=2, collectors={"plugin_off": {"enabled": False}}, start=False)
+    one.start()
+    page = page_with(one, "plugin_p7")
+    assert not down(page) and "plugin_off" not in page
+    counts = [int(word) for word in (one.config.parent / "counts").read_text().split()]
+    assert len(counts) == 8 and max(counts) <= 1, "besides itself one more"
+
+
+# --- text files of tenants ------------------------------------------------------------------------
+
+GOOD = "# TYPE jobs_total counter\njobs_total{queue=\"a\"} 3\n# TYPE busy gauge\nbusy 1\n"
+
+
+@pytest.fixture()
+def tenant(tmp_path: Path) -> Path:
+    """The root of a zone, with the folder of text files in it."""
+    folder = tmp_path / "zone" / "root" / "var" / "triton" / "metrics"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def textfiles(folder: Path) -> Any:
+    """What the agent's own process reads of a zone's root."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", ROOT / "cmon_agent.py", "textfiles", folder.parents[2]],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    assert b"Traceback" not in done.stderr, done.stderr
+    if done.returncode:
+        return done.stderr.decode().strip()
+    return json.loads(done.stdout)
+
+
+def test_regular_files_are_read(tenant: Path) -> None:
+    (tenant / "app.prom").write_text(GOOD)
+    (tenant / "other.txt").write_text("no metrics")
+    (tenant / "b.prom").write_bytes(b"\xff\xfe\n")
+    assert textfiles(tenant) == {"app.prom": GOOD, "b.prom": "\ufffd\ufffd\n"}
+
+
+def test_no_folder_is_no_file_and_no_zone_is_an_error(tenant: Path) -> None:
+    assert textfiles(tenant) == {}
+    tenant.rmdir()
+    assert textfiles(tenant) == {}
+    tenant.parent.rmdir()
+    tenant.parent.parent.rmdir()
+    assert textfiles(tenant) == {}
+    tenant.parents[2].rmdir()
+    assert "no such file" in textfiles(tenant)
+
+
+def test_what_is_no_regular_file_is_not_opened(tenant: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.prom"
+    secret.write_text("# TYPE secret gauge\nsecret 42\n")
+    (tenant / "link.prom").symlink_to(secret)
+    (tenant / "folder.prom").mkdir()
+    os.mkfifo(tenant / "fifo.prom")
+    with socket.socket(socket.AF_UNIX) as listening:
+        before = os.getcwd()
+        os.chdir(tenant)                # a socket's path must be short
+        listening.bind("socket.prom")
+        os.chdir(before)
+        with open(tenant / "sparse.prom", "wb") as sparse:
+            sparse.truncate(10 << 30)
+        (tenant / "good.prom").write_text(GOOD)
+        found = textfiles(tenant)
+    assert found.pop("good.prom") == GOOD
+    assert set(found) == {"link.prom", "folder.prom", "fifo.prom", "socket.prom", "sparse.prom"}
+    assert all(isinstance(why, list) for why in found.values())
+    assert "larger than" in found["sparse.prom"][0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make devices")
+def test_a_device_is_not_read(tenant: Path) -> None:
+    try:
+        os.mknod(tenant / "zero.prom", 0o20666, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("this machine lets not even root make devices")
+    assert isinstance(textfiles(tenant)["zero.prom"], list)
+
+
+@pytest.mark.parametrize("component", [0, 1, 2], ids=["metrics", "triton", "var"])
+def test_a_link_on_the_way_is_not_followed(tenant: Path, tmp_path: Path, component: int) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    target = [tenant, tenant.parent, tenant.parent.parent][component]
+    target.rename(elsewhere)
+    target.symlink_to(elsewhere)
+    below = elsewhere / Path(*["triton", "metrics"][2 - component:])
+    (below / "x.prom").write_text(GOOD)
+    answer = textfiles(tenant)
+    assert isinstance(answer, str) and "jobs" not in answer
+
+
+def test_another_file_system_is_refused(tenant: Path) -> None:
+    """Below may be an NFS server of the tenant's that never answers."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "none", tenant], stderr=subprocess.PIPE)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        (tenant / "x.prom").write_text(GOOD)
+        assert "another file system" in textfiles(tenant)
+    finally:
+        subprocess.run(["umount", tenant], check=True)
+
+
+def test_more_files_than_allowed(tenant: Path) -> None:
+    for number in range(20):
+        (tenant / f"{number:02}.prom").write_text(GOOD)
+    found = textfiles(tenant)
+    assert sum(isinstance(text, str) for text in found.values()) == 16
+    assert found["16.prom"] == ["more than 16 files"] and len(found) == 17
+
+
+def zone_with_files(machine: MakeMachine, tenant: Path, **settings: Any) -> Machine:
+    """A machine whose web01 has its root in a folder of the test's; a vminfod tells of it."""
+    info = Vminfod()
+    info.behave = info.ready([{"zonename": WEB01, "uuid": WEB01, "alias": "web01", "nics": [],
+                               "zonepath": str(tenant.parents[3])}])
+    one = machine(vminfod=info.url, **settings)
+    wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
+    return one
+
+
+def test_text_files_are_off_unless_asked_for(machine: MakeMachine, tenant: Path) -> None:
+    (tenant / "app.prom").write_text(GOOD)
+    one = zone_with_files(machine, tenant)
+    assert "app_" not in one.zone() and "textfile" not in one.zone()
+
+
+def test_text_files_are_on_the_zones_page(machine: MakeMachine, tenant: Path) -> None:
+    (tenant / "a.prom").write_text(GOOD)
+    (tenant / "b.prom").write_text(
+        "# TYPE jobs_total counter\njobs_total{queue=\"b\"} 4\njobs_total{queue=\"a\"} 99\n"
+        "# TYPE cpu_user_usage counter\ncpu_user_usage 1\nnot a line\n")
+    one = zone_with_files(machine, tenant, textfiles=True)
+    page = one.zone()
+    found = samples(page)
+    assert found['app_jobs_total{queue="a"}'] == 3 and found['app_jobs_total{queue="b"}'] == 4
+    assert found["app_busy"] == 1 and found["app_cpu_user_usage"] == 1
+    assert found["cpu_user_usage"] > 1, "a tenant cannot speak for the kernel"
+    assert not down(page) and agent.render(agent.parse(page))
+    assert one.own('cmon_agent_input_problems_total{source="textfile"}') >= 2
+    assert "app_" not in one.zone(LB01)
+
+
+def test_a_tenants_folder_that_is_a_trap_costs_the_text_files_only(machine: MakeMachine,
+                                                                   tenant: Path) -> None:
+    tenant.rmdir()
+    tenant.symlink_to("/etc")
+    one = zone_with_files(machine, tenant, textfiles=True)
+    page = one.zone()
+    assert down(page) == {"textfile"} and "app_" not in page
+    began = time.monotonic()
+    assert down(one.zone(timeout=1.0)) == {"textfile"} and time.monotonic() - began < 5
+
+
+# --- the platform's own zones ---------------------------------------------------------------------
+
+CORE = base64.b64encode(b'{"isCoreZone": true}').decode()
+OTHER = base64.b64encode(b'{"isCoreZone":false}').decode()
+CORE_PAGE = """# HELP cmon_core_requests Requests.
+# TYPE cmon_core_requests counter
+cmon_core_requests 1
+# HELP http_requests_completed Requests that were answered.
+# TYPE http_requests_completed counter
+http_requests_completed{route="a"} 5
+# TYPE cpu_user_usage counter
+cpu_user_usage 1
+# TYPE vfs_bytes_read summary
+vfs_bytes_read_sum 1
+vfs_bytes_read_count 1
+# TYPE took_seconds histogram
+took_seconds_bucket{le="+Inf"} 2
+took_seconds_sum 3.5
+took_seconds_count 2
+"""
+
+
+class Port:
+    """One of a core zone's metricPorts."""
+
+    def __init__(self, page: str | bytes, status: str = "200 OK", hang: bool = False) -> None:
+        self.page = page.encode() if isinstance(page, str) else page
+        self.status, self.hang = status, hang
+        self.asked: list[bytes] = []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.number = self.socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                accepted, _ = self.socket.accept()
+            except OSError:
+                return
+            with accepted:
+                self.asked.append(accepted.recv(65536))
+                if self.hang:
+                    accepted.recv(1)
+                accepted.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
+                                 % (self.status.encode(), len(self.page), self.page))
+
+
+@pytest.fixture()
+def core(machine: MakeMachine) -> Iterator[Callable[..., Machine]]:
+    """Makes machines whose cmon0 has these ports."""
+    infos: list[Vminfod] = []
+
+    def make(*ports: int, **settings: Any) -> Machine:
+        info = Vminfod()
+        infos.append(info)
+        info.behave = info.ready([{
+            "zonename": CMON0, "uuid": CMON0, "alias": "cmon0", "tags": {"smartdc_role": "cmon"},
+            "owner_uuid": "930896af-bf8c-48d4-885c-6573a94b1853",
+            "nics": [{"interface": "net0", "ip": "127.0.0.1"}],
+            "customer_metadata": {"metricPorts": ",".join(map(str, ports))}}])
+        one = machine(vminfod=info.url, **settings)
+        wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
+        return one
+    yield make
+    for info in infos:
+        info.close()
+
+
+def test_a_core_zones_own_metrics_are_on_its_page(core: Callable[..., Machine]) -> None:
+    port = Port(CORE_PAGE)
+    one = core(port.number)
+    page = one.zone(CMON0, x_joyent_cmon_opts=CORE)
+    found = samples(page)
+    assert found['http_requests_completed{route="a"}'] == 5 and found["took_seconds_count"] == 2
+    assert found["cpu_user_usage"] > 1 and "cmon_core_requests" not in page
+    assert found["vfs_bytes_read_count"] > 1 and "vfs_bytes_read_sum" not in page
+    agent.parse(page)
+    assert not down(page) and value(page, "triton_core_metrics_available_boolean") == 1
+    assert b"GET /metrics HTTP/1.1\r\n" in port.asked[0] and b"Connection: close" in port.asked[0]
+    assert one.own('cmon_agent_input_problems_total{source="triton_core"}') == 3
+    asked = len(port.asked)
+    page = one.zone(CMON0, x_joyent_cmon_opts=OTHER)
+    assert "http_requests_completed" not in page and len(port.asked) == asked, "as the proxy says"
+    assert value(page, "triton_core_metrics_available_boolean") == 0
+    page = one.zone(CMON0)
+    assert "http_requests_completed" in page, "nobody says: by role and owner"
+
+
+def test_a_port_that_fails_costs_that_port(core: Callable[..., Machine]) -> None:
+    good = Port(CORE_PAGE)
+    one = core(free_port(), Port("no page {").number, Port("", "500 Oops").number, good.number)
+    page = one.zone(CMON0)
+    assert "http_requests_completed" in page and not down(page)
+    assert one.own('cmon_agent_input_problems_total{source="triton_core"}') >= 3
+
+
+@pytest.mark.parametrize("port", [Port(b"\xff\xfe"), Port("x" * 3_000_000), Port("a 1\na 2\n"),
+                                  Port("", "302 Found"), Port("", hang=True)],
+                         ids=["no text", "3 MB", "twice", "elsewhere", "hangs"])
+def test_ports_that_all_fail_cost_that_collector(core: Callable[..., Machine], port: Port) -> None:
+    one = core(port.number, collectors={"triton_core": {"timeout": 0.3}})
+    page = one.zone(CMON0)
+    assert down(page) == {"triton_core"} and len(samples(page)) > 50
+    assert down(one.zone(WEB01)) <= {"link"}, "which this vminfod does not tell of"
