@@ -205,7 +205,8 @@ class Later:
             if self._answer is not None:
                 return
             self._answer = answer
-            deliver = self._deliver
+            # not kept: what delivers knows this object, and a circle would wait for the collector
+            deliver, self._deliver = self._deliver, None
         if deliver is not None:
             deliver(answer)
 
@@ -889,7 +890,10 @@ class Reader:
             if self.abandoned:              # what blocked has come back; another did the job
                 break
             kstats.note(self._handle)
-            job.done(result)
+            try:
+                job.done(result)
+            except Exception:               # a bug of ours; without this thread all would stop
+                log.exception("what a kstat job has brought is lost")
         kstats.gone(self)
         if self._handle is not None:
             self._handle.close()
@@ -1396,8 +1400,9 @@ class Recording:
                 data[member] = value + int(self.moved)
             elif loop and first is not None and last is not None \
                     and (kstat.module, member) in COUNTER_MEMBERS and isinstance(value, int):
-                grown = last.data.get(member, 0) - first.data.get(member, 0)
-                data[member] = value + int(loop * max(grown, 0) * self._stretch)
+                ends = (first.data.get(member), last.data.get(member))
+                if isinstance(ends[0], int) and isinstance(ends[1], int):
+                    data[member] = value + int(loop * max(ends[1] - ends[0], 0) * self._stretch)
         return kstat._replace(data=data)
 
 
@@ -1444,6 +1449,7 @@ class RecordedVms(Vms):
     def __init__(self, recording: Recording) -> None:
         super().__init__("")
         self.replace(recording.frames[0].vms)
+        self.absent = not self.vms          # recorded where there was no vminfod
 
     def start(self) -> None:
         """They are there."""
@@ -5782,6 +5788,7 @@ INTERVAL_SHARE = 0.8            # of the interval at which one asker comes, so t
 STALE_SECONDS = 300.0           # last values older than this and three lifetimes are left out
 UNKNOWN_SECONDS = 1.0           # how long a zone that is not there is not looked for again
 NEW_DATASET_SECONDS = 30.0      # a zone that an older zfs list does not have asks for a new one
+NICS_SECONDS = 60.0             # how long links wait for a vminfod that does not know their zone
 FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
 BURST_SECONDS = 30.0            # of the CPU budget may be used at once
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
@@ -5812,6 +5819,10 @@ class Datasets(NamedTuple):
     rows: Mapping[str, Mapping[str, Number]]
     at: float
     seconds: float
+
+
+class Waits(str):
+    """Why a collector has nothing yet although nothing has failed: no breaker opens for it."""
 
 
 Results = Dict[str, Union[Outcome, Datasets, str]]  # by collector; a text says why it failed
@@ -5876,6 +5887,10 @@ class Page:
         self.until = 0.0
         self.asked: Dict[str, Tuple[float, float]] = {}     # asker -> last time, interval
         self.used = 0.0
+
+    def is_stopped(self, collector: str) -> bool:
+        """Whether a breaker keeps a collector from being tried."""
+        return collector in self.breakers and self.breakers[collector].open
 
     def has_values(self) -> bool:
         """Whether there is something to send; of a zone only what its kstats have proved to run."""
@@ -6036,6 +6051,7 @@ _AGE_HEAD = ("# HELP cmon_sample_age_seconds Age of the collector's values.\n"
              "# TYPE cmon_sample_age_seconds gauge\n")
 _UP_HEAD = ("# HELP cmon_collector_up Whether the collector works, 1 or 0.\n"
             "# TYPE cmon_collector_up gauge\n")
+META_NAMES = ("_metrics_available_boolean", "_metrics_cached_boolean", "_metrics_timer_seconds")
 _metas: Dict[str, str] = {}
 
 
@@ -6068,7 +6084,9 @@ class Scraper:
         self._pages: Dict[Tuple[str, bool], Page] = {}
         self._flights: Dict[str, Flight] = {}
         self._unknown: Dict[str, float] = {}    # zones that are not there -> until when
-        self._labels: Dict[Tuple[str, int], bool] = {}  # boots of zones: whether NICs have labels
+        # Boots of zones: labels of their links, None for links that go without.
+        self._labels: Dict[Tuple[str, int], Optional[Mapping[str, Tuple[str, str]]]] = {}
+        self._unlabelled: Dict[Tuple[str, int], float] = {}     # those not decided yet -> since
         self._plugins: Dict[str, List[Plugin]] = {"gz": [], "vm": []}
         self._told: Set[str] = set()            # problems that were logged
         self._lifetimes = dict(LIFETIMES)       # and what plugins say themselves
@@ -6129,6 +6147,9 @@ class Scraper:
         self.tell("plugin", problems)
         if found != self._plugins:
             self._plugins = found
+            for page in self._pages.values():   # a name may be another plugin's now
+                page.outcomes = {collector: last for collector, last in page.outcomes.items()
+                                 if not collector.startswith("plugin_")}
             self._lifetimes = {**LIFETIMES, **{
                 f"plugin_{plugin.name}": plugin.ttl for plugins in found.values()
                 for plugin in plugins}}
@@ -6329,6 +6350,9 @@ class Scraper:
         page.outcomes["zfs"] = made._replace(seconds=shared.seconds)
 
     def _failed(self, page: Page, collector: str, why: str, now: float) -> None:
+        if isinstance(why, Waits):
+            page.failed[collector] = Failure(why, now)
+            return
         self.collections.add(1, collector, "failed")
         if collector not in page.failed:
             log.warning("%s of %s fails: %s", collector, page.zone, why)
@@ -6478,8 +6502,7 @@ class Scraper:
             except (CollectError, CommandError, ClientError, KstatError) as error:
                 results = {collector: str(error)}
             except Exception as error:          # around a collector: a bug of ours costs it alone
-                log.exception("collector %s failed", collector)
-                results = {collector: f"internal error: {type(error).__name__}"}
+                results = {collector: _bug(collector, error)}
             done(results)
         if not pool.submit(work):
             done({collector: "too many collections wait already"})
@@ -6504,41 +6527,48 @@ class Scraper:
             else:
                 now = self.server.now()
                 seconds = now - began
-                nics = self._nics(zone, reading.zone_id)
-                context = ZoneContext(reading.zone_id, zone, nics or None, reading.vcpus,
+                decided, nics = self._nics(zone, reading.zone_id)
+                context = ZoneContext(reading.zone_id, zone, nics, reading.vcpus,
                                       reading.viona)
                 results = {}
                 for name in names:
                     if name in skipped:
                         continue
-                    if name == "link" and nics is None:
-                        results[name] = "vminfod has not told of this zone's NICs yet"
+                    if name == "link" and not decided:
+                        results[name] = Waits("vminfod has not told of this zone's NICs yet")
                         continue
                     try:
                         families = zone_families(name, reading.kstats, context)
                         results[name] = Outcome(render_part(families), now, seconds)
                     except CollectError as error:
                         results[name] = str(error)
+                    except Exception as error:      # a bug of ours costs one collector
+                        results[name] = _bug(name, error)
             self._booked.add(time.thread_time() - cpu, "zone")
             done(results)
         unread = frozenset(KSTATS_OF[name] for name in skipped if name in KSTATS_OF)
         self.kstats.submit(Job(lambda reader: read_zone(reader, zone, debug_id, unread), finish))
 
-    def _nics(self, zone: str, zone_id: int) -> Optional[Mapping[str, Tuple[str, str]]]:
-        """Labels of a zone's links; {}: none, for as long as the zone runs; None: wait for them.
+    def _nics(self, zone: str, zone_id: int
+              ) -> Tuple[bool, Optional[Mapping[str, Tuple[str, str]]]]:
+        """Whether it is decided what labels a zone's links carry, and their labels; None: none.
 
         Decided once for each boot of a zone, since labels that come and go break every rate.
         """
-        vms = self.host.vms
+        vms, key = self.host.vms, (zone, zone_id)
         vm = vms.vms.get(zone)
-        labelled = self._labels.get((zone, zone_id))
-        if labelled is None:
-            if vm is None and not vms.absent and not vms.answered:
-                return None
+        if key not in self._labels:
+            if vm is None and not vms.absent:
+                since = self._unlabelled.setdefault(key, self.server.now())
+                if not vms.answered or self.server.now() - since < NICS_SECONDS:
+                    return False, None
             if len(self._labels) > 20_000:
                 self._labels.clear()
-            labelled = self._labels[(zone, zone_id)] = vm is not None
-        return vm.nics if labelled and vm is not None else {}
+            self._unlabelled.pop(key, None)
+            self._labels[key] = None if vm is None else vm.nics
+        elif vm is not None and vm.nics and self._labels[key] is not None:
+            self._labels[key] = vm.nics     # those of a zone that vminfod has lost stay
+        return True, self._labels[key]
 
     # kstats of the compute node
 
@@ -6560,6 +6590,8 @@ class Scraper:
                                                 self.server.now())
                     except CollectError as error:
                         results[name] = str(error)
+                    except Exception as error:      # a bug of ours costs one collector
+                        results[name] = _bug(name, error)
             self._booked.add(time.thread_time() - cpu, "node")
             done(results)
         self.kstats.submit(Job(work, finish))
@@ -6643,7 +6675,14 @@ class Scraper:
             log.debug("%s: %s", plugin.path, output.stderr[:1000])
         if output.status:
             raise CollectError(f"{plugin.path}: exit {output.status}: {_last_line(output)}")
-        families, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
+        found, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
+        taken = tuple(f"plugin_{other.name}_" for other
+                      in self._plugins["gz" if zone == NODE else "vm"]
+                      if other.name.startswith(plugin.name + "_"))
+        families = [family for family in found
+                    if not family.name.startswith(taken) and not family.name.endswith(META_NAMES)]
+        problems += [f"{family.name} is a name of another plugin's, or of ours" for family in found
+                     if family not in families]
         self.server.call_soon(self.tell, f"plugin_{plugin.name}",
                               [f"{plugin.path}: {problem}" for problem in problems])
         if ttl is not None:
@@ -6671,9 +6710,9 @@ class Scraper:
                 problems.append(f"port {port} of {zone}: {error}")
         if problems and not families:
             raise CollectError("; ".join(problems))
-        kept, more = merge(family for family in families if not is_ours(family.name))
+        kept, more = merge(family for family in families if not is_ours(family))
         problems += [f"{zone}: {family.name} is a name of ours" for family in families
-                     if is_ours(family.name)] + more
+                     if is_ours(family)] + more
         self.server.call_soon(self.tell, "triton_core", problems)
         return {"triton_core": outcome(kept, began, self.server.now())}
 
@@ -6712,7 +6751,6 @@ class Scraper:
         for page in self._pages.values():
             page.prepared = None
         self._unknown.clear()
-        self._labels.clear()
         self._datasets, self._zfs_failure = None, None
         self._zfs_breaker.succeeded()
         self._reread_zones()
@@ -6796,6 +6834,11 @@ def read_allocation(reader: Reader) -> Dict[str, List[Union[Kstat, KstatError]]]
     return read
 
 
+def _bug(collector: str, error: Exception) -> str:
+    log.exception("collector %s failed", collector)
+    return f"internal error: {type(error).__name__}"
+
+
 def _last_line(output: Output) -> str:
     lines = output.stderr.strip().splitlines()
     return lines[-1][:300] if lines else f"exit {output.status} and no word"
@@ -6877,11 +6920,11 @@ HEALTHY = "Container Monitor agent is healthy."
 NAMES_FAMILIES = frozenset(row["name"] for row in metadata())
 
 
-def is_ours(name: str) -> bool:
+def is_ours(family: Family) -> bool:
     """Whether a family of a core zone would run into one of the agent's own."""
-    return name in NAMES_FAMILIES or name.startswith(("cmon_", "plugin_", "app_")) \
-        or name.endswith(("_metrics_available_boolean", "_metrics_cached_boolean",
-                          "_metrics_timer_seconds"))
+    name = family.name
+    return name.startswith(("cmon_", "plugin_", "app_")) or name.endswith(META_NAMES) or any(
+        name + suffix in NAMES_FAMILIES for suffix in ("", "_bucket", "_sum", "_count"))
 
 
 class Agent:
@@ -7035,7 +7078,7 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> s
             f"</td><td class=bad>{escape(', '.join(bad))}</td></tr>")
     broken = [f"<tr><td>{escape(page.zone)}</td><td>{escape(collector)}</td>"
               f"<td>{escape(failure.why)}</td><td class=n>{now - failure.at:.0f} s</td>"
-              f"<td>{'stopped for a while' if page.breakers[collector].open else 'tried on'}</td>"
+              f"<td>{'stopped for a while' if page.is_stopped(collector) else 'tried on'}</td>"
               "</tr>" for page in scraper.all_pages() for collector, failure
               in page.failed.items()]
     budget = scraper.settings.cpu_budget
@@ -7222,7 +7265,7 @@ class _Loader:
                         for index, item in enumerate(value))
         if base is Path and isinstance(value, str) and value:
             return self.folder / value
-        if base is float and type(value) is int:
+        if base is float and type(value) is int and abs(value) < 1 << 63:
             return float(value)
         if type(value) is base and not (base is float and not math.isfinite(value)):
             return value

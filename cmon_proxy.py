@@ -29,6 +29,7 @@ import argparse
 import base64
 import dataclasses
 import functools
+import gc
 import html
 import json
 import os
@@ -836,8 +837,8 @@ class FileSource:
         self._inventory.replace(found.vms, found.owned)
         self._inventory.replace_nodes(found.nodes)
         self._inventory.confirm()
-        if not self._inventory.ready:
-            self._inventory.ready = True
+        self._inventory.ready = True
+        gc.freeze()                 # 10,000 VMs hold no circles: the collector need not walk them
         log.info("inventory: %s accounts, %s compute nodes, %s containers from %s",
                  len(found.accounts), len(found.nodes), len(found.vms), self._path)
 
@@ -1417,6 +1418,7 @@ class TritonSource:
         if epoch != self._epoch:
             return
         self._inventory.replace(vms, owned)
+        gc.freeze()                         # as in FileSource
         self._refresh |= servers
         self._inventory.confirm()
         if any(vm.server and vm.server not in self._inventory.nodes for vm in vms.values()):
@@ -1897,6 +1899,7 @@ SWEEP_SECONDS = 0.05
 SUSPECT_SECONDS = 2.0           # without a byte of an answer: ask the agent whether it is well
 PROBE_SECONDS = 1.0
 KEPT_COPIES_BYTES = 64 << 20    # last pages, for accounts that are over their quota
+KEEP_COPIES_BELOW = 0.9         # of the burst that is left: who is far from the limit needs none
 # Header lines that go from an agent to the tenant as they are; another one takes the slow path,
 # where what is hop by hop is dropped.
 PASSED = frozenset((b"content-type", b"content-encoding", b"vary", b"content-length",
@@ -2592,6 +2595,12 @@ class Asker:
         self.later = Later(deadline, self.expired)
         self.later.on_cancel = self.cancelled
 
+    def finish(self, answer: Answer) -> None:
+        """Give the answer. The circle between the two is broken: the collector has enough to do."""
+        later = self.later
+        del self.later
+        later.finish(answer)
+
     def expired(self) -> Answer:
         """The server's call at the deadline."""
         self.cancelled()
@@ -2619,6 +2628,7 @@ class Relay:
 
     def done(self, reply: Optional[Reply], refusal: Optional[Refused]) -> None:
         """The port's call: an answer has come, or will not."""
+        del self.job.done                   # a circle, too; called once
         self.proxy.relayed(self, reply, refusal)
 
 
@@ -2894,36 +2904,38 @@ class Proxy:
         if self.relays.get(relay.key) is relay:
             del self.relays[relay.key]
         uuid, target = relay.uuid, relay.target
-        vm = isinstance(target, Vm)
         current: Union[Vm, Node, None] = (
-            self.inventory.vms.get(uuid) if vm else self.inventory.nodes.get(uuid))
+            self.inventory.vms.get(uuid) if isinstance(target, Vm) else
+            self.inventory.nodes.get(uuid))
         if reply is not None and reply.status != 200:
             refusal = self._agent_refusal(relay, reply)
+        askers, relay.askers = relay.askers, []
         if reply is None or refusal is not None:
             assert refusal is not None
             code = dict(refusal.headers).get("X-Cmon-Error", "")
             self.scraped(uuid, "timeout" if code == "deadline" else
                          "refused" if code == "no_page" else "unreachable")
             answer: Answer = answer_to(refusal)
-            for asker in relay.askers:
-                asker.later.finish(answer)
+            for asker in askers:
+                asker.finish(answer)
             return
-        owner = target.owner if isinstance(target, Vm) else ""
-        self.copies.keep((uuid, relay.core), Copy(owner, reply, self.server.now()))
-        self.scraped(uuid, "partial" if b"x-cmon-partial:" in reply.head.lower() else "ok")
         head, body = reply.head, reply.body
-        for asker in relay.askers:
+        self.scraped(uuid, "partial" if b"X-Cmon-Partial:" in head else "ok")
+        for asker in askers:
             if current is not target and not (
                     may_see(asker.granted, current, self.manta_owner)
                     and may_see(asker.granted, target, self.manta_owner)):
-                asker.later.finish(answer_to(refused("no_such_target")))
+                asker.finish(answer_to(refused("no_such_target")))
                 continue
             allowance = asker.allowance
             allowance.relays += 1
             allowance.bytes += len(body)
+            if allowance.soft < allowance.terms.burst * KEEP_COPIES_BELOW:
+                self.copies.keep((uuid, relay.core), Copy(
+                    target.owner if isinstance(target, Vm) else "", reply, self.server.now()))
             whole = b"".join((head, asker.granted.identity.header, allowance.header(), b"\r\n",
                               body))
-            asker.later.finish(Prepared(200, whole, whole))
+            asker.finish(Prepared(200, whole, whole))
 
     def _agent_refusal(self, relay: Relay, reply: Reply) -> Refused:
         """What an agent's answer other than 200 means for those who asked."""
