@@ -2454,7 +2454,7 @@ class Copies:
 
 MOST_SHARDS = 1024
 INLINE_ROWS = 200               # larger answers are made by a worker, so that the loop goes on
-KEPT_ANSWERS = 2048             # discovery answers, by account and parameters
+KEPT_ANSWERS_BYTES = 16 << 20   # of discovery answers, by account and parameters
 RELAY_HEADS = 65_536            # prepared request heads
 OWN_NAMES = frozenset(("localhost", ""))
 RESULTS = ("ok", "partial", "timeout", "unreachable", "quota", "refused")
@@ -2656,7 +2656,7 @@ class Proxy:
         self._heads: Dict[Tuple[object, ...], bytes] = {}
         self._given: Dict[str, float] = {}      # seconds for the agent, by the header's text
         self._answers: Dict[Tuple[object, ...], Tuple[object, Prepared]] = {}
-        self._building: Dict[Tuple[object, ...], List[Later]] = {}
+        self._answers_bytes = 0
         self.listener: Optional[Listener] = None
         kept = (("Cache-Control", "max-age=300"), ("X-Content-Type-Options", "nosniff"))
         self._css = prepare(Response(200, PAGE_CSS.encode(), "text/css; charset=utf-8", kept))
@@ -2673,6 +2673,7 @@ class Proxy:
         self.quotas.reload(settings.quota)
         self.forwarder.settings = settings.agent
         self._answers.clear()
+        self._answers_bytes = 0
         self._given.clear()
 
     @property
@@ -3077,9 +3078,14 @@ class Proxy:
         return later
 
     def _keep(self, key: Tuple[object, ...], generation: object, made: Prepared) -> None:
-        if len(self._answers) >= KEPT_ANSWERS:
-            self._answers.clear()
+        old = self._answers.pop(key, None)
+        if old is not None:
+            self._answers_bytes -= len(old[1].plain) + len(old[1].packed)
+        self._answers_bytes += len(made.plain) + len(made.packed)
         self._answers[key] = (generation, made)
+        while self._answers_bytes > KEPT_ANSWERS_BYTES:     # the oldest first
+            _, gone = self._answers.pop(next(iter(self._answers)))
+            self._answers_bytes -= len(gone.plain) + len(gone.packed)
 
     def fleet(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
               ) -> Union[Answer, Later]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import cmon_proxy
 from agents import NODE_1, NODE_2, uuid, vm
 from cmon_agent import (
     Answer, Later, Peer, Refused, Registry, Request, Server, first_certificate, make_certificate,
@@ -209,3 +210,23 @@ def test_discovery_lists_what_may_be_seen_and_nothing_else() -> None:
                 and (holder.groups is None or not holder.groups.isdisjoint(one.groups))}
             assert {row["vm_uuid"] for row in rows} == expected
         world.close()
+
+
+def test_kept_discoveries_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cmon_proxy, "KEPT_ANSWERS_BYTES", 20_000)
+    world = World(1)
+
+    def ask(groups: str) -> None:
+        request = Request("GET", "/v1/discover", "/v1/discover", {"groups": groups}, {}, b"",
+                          "cmon.test", False, True, world.peers[0][0])
+        world.proxy.enter(world.proxy.discover, request, ())
+    for number in range(200):
+        ask(f"group{number}")
+        ask("again")
+        kept = world.proxy._answers.values()
+        assert world.proxy._answers_bytes == sum(
+            len(one.plain) + len(one.packed) for _, one in kept) <= 20_000
+        if number % 20 == 0:
+            world.reload()
+    assert world.proxy._answers
+    world.close()
