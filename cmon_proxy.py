@@ -3185,7 +3185,7 @@ def _is_own_name(host: str) -> bool:
 # reads, one request at a time, never more a minute than the page says in `data-per-minute`. Ten
 # minutes are kept in the browser, nothing here. Nothing is loaded from elsewhere or stands inline.
 
-ROWS_SHOWN = 100                # a row has 300 to 500 bytes, and the page stays below 60 kB
+ROWS_SHOWN = 80                 # a row has 300 to 500 bytes, and the page stays below 60 kB
 POLLS_PER_MINUTE = 60.0         # at the most; never more than a tenth of the account's quota
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -3347,7 +3347,7 @@ def _mark(good: bool, yes: str, no: str) -> str:
 def _row(row: FleetRow, now: float) -> str:
     vm = row.vm
     runs = state_of(vm.state).page
-    name = html.escape(vm.alias[:64] or vm.uuid[:8])
+    name = html.escape(vm.alias[:40] or vm.uuid[:8])
     if runs:
         name = f'<a href="/v1/{vm.uuid}/metrics">{name}</a>'
     last = "never here"
