@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from nodes import (
     LB01, SPARK01, WEB01, Desk, Machine, Vminfod, children_of, collectors, down, steady,
     threads_of, value)
 import cmon_agent as agent_module
-from support import NODE, Kernel, Program, free_port, http_get, samples, wait_until
+from support import NODE, Kernel, free_port, http_get, samples, wait_until
 
 MakeKernel = Callable[..., Kernel]
 MakeMachine = Callable[..., Machine]
@@ -465,7 +464,8 @@ def test_a_zone_that_is_younger_than_the_list_of_datasets_asks_for_a_new_list(
     desk = Desk(one.config)
     path = f"/v1/{WEB01}/metrics"
     full = (one.commands / "zfs").read_text()
-    one.script("zfs", "#!/bin/sh\nprintf 'zones\\t1\\t1\\t1\\t1\\t0\\t1.00\\t1.00\\t1\\t1\\t1\\t0\\n'\n")
+    one.script("zfs", "#!/bin/sh\nprintf 'zones\\t1\\t1\\t1\\t1\\t0\\t1.00\\t1.00\\t1\\t1\\t1\\t0\\n'"
+               "\n")
     desk.page(f"/v1/{LB01}/metrics")
     one.script("zfs", full)
     desk.pass_by(10.0)
@@ -481,7 +481,8 @@ def test_an_old_zfs_that_lacks_a_column_is_asked_without_it(machine: MakeMachine
 case "$*" in
     *refcompressratio*) echo "bad property list: invalid property 'refcompressratio'" >&2; exit 2;;
 esac
-printf 'zones/%s\\t100\\t200\\t300\\t131072\\t400\\t1.50\\t500\\t600\\t700\\t800\\n' """ + WEB01 + "\n")
+printf 'zones/%s\\t100\\t200\\t300\\t131072\\t400\\t1.50\\t500\\t600\\t700\\t800\\n' \\
+""" + WEB01 + "\n")
     one.start()
     page = one.zone()
     assert not down(page) and value(page, "zfs_metrics_available_boolean") == 1
@@ -494,7 +495,8 @@ def test_chrony_stands_in_where_ntpq_is_absent(machine: MakeMachine) -> None:
     one.hide("ntpq")
     (one.commands / "chronyc").write_text("""#!/bin/sh
 case "$*" in
-    *tracking*) echo "0A140001,10.20.0.1,3,1767225600.5,0.000001,0.000002,0.000003,-1.5,0.1,0.2,0.03,0.004,64.5,Normal";;
+    *tracking*) echo "0A140001,10.20.0.1,3,1767225600.5,0.000001,0.000002,0.000003,-1.5,0.1,0.2,\
+0.03,0.004,64.5,Normal";;
     *) echo "^,*,10.20.0.1,2,6,377,12,0.000010,0.000011,0.000012";;
 esac
 """)
@@ -511,8 +513,7 @@ esac
 def test_commands_get_no_environment_and_no_terminal(machine: MakeMachine) -> None:
     one = machine(start=False)
     seen = one.commands / "seen"
-    one.script("zpool", f"#!/bin/sh\n(env; pwd; readlink /proc/self/fd/0; ls /proc/$$/fd) > {seen}\n"
-               "exit 1\n")
+    one.script("zpool", f"#!/bin/sh\n(env; pwd; readlink /proc/self/fd/0) > {seen}\nexit 1\n")
     os.environ["CMON_TEST_SECRET"] = "x"
     try:
         one.start()
@@ -695,8 +696,8 @@ def test_a_collector_that_keeps_failing_is_left_alone_and_comes_back(desk: Calla
     assert tries[:3] == [1, 1, 1], "three failures in a row"
     assert 3 <= sum(tries[3:]) <= 6, "then after 30 s, 60 s, 120 s, 240 s, …"
     own = agent_page(one)
-    assert 'cmon_agent_collector_breaker_open{collector="memcap",target="%s",reason="memcap: memory_cap:5' \
-        % WEB01 in own
+    assert ('cmon_agent_collector_breaker_open{collector="memcap",target="%s",reason="memcap: '
+            'memory_cap:5' % WEB01) in own
     page = one.page(PATH)
     assert down(page) == {"memcap"} and value(page, "cpu_user_usage") == 0
     one.kernel.faults()
@@ -988,7 +989,8 @@ GARBAGE: dict[str, Any] = {
     "ready with a number": {"type": "ready", "vms": 7},
     "ready with JSON that is none": {"type": "ready", "vms": "[{"},
     "ready with odd objects": {"type": "ready", "vms": json.dumps([
-        None, 7, [], {}, {"zonename": 7}, {"zonename": LB01, "nics": 7, "alias": [], "tags": "x"}])},
+        None, 7, [], {}, {"zonename": 7},
+        {"zonename": LB01, "nics": 7, "alias": [], "tags": "x"}])},
     "modify without a VM": {"type": "modify", "zonename": LB01},
     "nested deeply": "[" * 100_000,
 }

@@ -1,0 +1,571 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The agent as a program: its routes, its command line, captures and what replays make of them."""
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from nodes import LB01, SPARK01, STOPPED, WEB01, Clock, Machine, collectors, down, steady
+from support import NODE, ROOT, Connection, Kernel, Program, http_get, node, samples, wait_until
+
+import cmon_agent as agent
+
+RUNNING = [vm["uuid"] for vm in node()["frames"][0]["vms"] if vm["state"] == "running"]
+
+
+@pytest.fixture(scope="module")
+def replay() -> Iterator[Program]:
+    """An agent that replays the recorded node."""
+    with Program.agent("--replay", NODE) as program:
+        yield program
+
+
+def opts(content: Any) -> dict[str, str]:
+    """The proxy's header."""
+    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return {"x-joyent-cmon-opts": base64.b64encode(raw).decode()}
+
+
+# --- routes ---------------------------------------------------------------------------------------
+
+UNKNOWN = "11111111-2222-4333-8444-555555555555"
+MISSING = f"no zone {UNKNOWN} runs on this compute node; / lists those that do\n"
+ROUTES = [
+    ("GET", f"/v1/{WEB01}/metrics", {}, 200, "# HELP cpucap_"),
+    ("GET", f"/vms/{WEB01}/metrics", {}, 200, "# HELP cpucap_"),
+    ("GET", "/v1/gz/metrics", {}, 200, "# HELP "),
+    ("GET", "/v1/zones/metrics", {}, 200, "# HELP "),
+    ("GET", f"/v1/{WEB01}/metrics", opts({"isCoreZone": False}), 200, "# HELP "),
+    ("GET", f"/v1/{WEB01}/metrics", opts({"isCoreZone": True}), 200, "# HELP "),
+    ("GET", f"/v1/{WEB01}/metrics", opts({"isCoreZone": True, "more": 1}), 200, "# HELP "),
+    ("POST", "/v1/refresh", {}, 200, ""),
+    ("GET", "/metrics", {}, 200, "# HELP "),
+    ("GET", "/v1/metadata", {}, 200, "["),
+    ("GET", "/-/healthy", {}, 200, "Container Monitor agent is healthy.\n"),
+    ("GET", "/-/ready", {}, 200, "Container Monitor agent is ready.\n"),
+    ("GET", "/", {}, 200, "<!doctype html>"),
+    ("GET", f"/v1/{UNKNOWN}/metrics", {}, 404, MISSING),
+    ("GET", f"/vms/{UNKNOWN}/metrics", {}, 404, MISSING),
+    ("GET", f"/v1/{STOPPED}/metrics", {}, 404, f"no zone {STOPPED} runs"),
+    ("GET", f"/v1/{WEB01.upper()}/metrics", {}, 404, "zones go by their UUID"),
+    ("GET", "/v1/global/metrics", {}, 404, "zones go by their UUID"),
+    ("GET", "/v1/../metrics", {}, 404, ""),
+    ("GET", "/vms/gz/metrics", {}, 404, "zones go by their UUID"),
+    ("GET", "/nothing", {}, 404, ""),
+    ("GET", f"/v1/{WEB01}", {}, 404, ""),
+    ("GET", f"/v1/{WEB01}/metrics/", {}, 404, ""),
+    ("GET", f"/v1/{WEB01}/metrics", {"x-joyent-cmon-opts": "!!!"}, 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts(b"{"), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts([]), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts({}), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts({"isCoreZone": 1}), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts({"isCoreZone": "true"}), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts({"isCoreZone": None}), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts(b"[" * 5000), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", opts(b"\xff\xfe"), 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", {"x-joyent-cmon-opts": ""}, 400, "x-joyent-cmon-opts must"),
+    ("GET", "/v1/gz/metrics", {"x-joyent-cmon-opts": "?"}, 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", {"X-Prometheus-Scrape-Timeout-Seconds": "soon"}, 400,
+     "X-Prometheus-Scrape-Timeout-Seconds is not"),
+    ("GET", f"/v1/{WEB01}/metrics", {"X-Prometheus-Scrape-Timeout-Seconds": "-1"}, 400,
+     "X-Prometheus-Scrape-Timeout-Seconds is not"),
+    ("GET", "/v1/gz/metrics", {"X-Prometheus-Scrape-Timeout-Seconds": "nan"}, 400,
+     "X-Prometheus-Scrape-Timeout-Seconds is not"),
+]
+
+
+@pytest.mark.parametrize("method, path, headers, status, text", ROUTES,
+                         ids=[f"{row[0]} {row[1].replace(WEB01, 'ZONE')} {row[3]} {number}"
+                              for number, row in enumerate(ROUTES)])
+def test_a_request_has_its_answer(replay: Program, method: str, path: str, headers: Any,
+                                  status: int, text: str) -> None:
+    answer = http_get(replay.address, path, headers, method)
+    assert (answer.status, answer.text[:len(text)]) == (status, text)
+    if status == 200 and "/metrics" in path:
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    if status >= 400:
+        assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        assert answer.text.count("\n") == 1, "a refusal is one line"
+
+
+ALLOW = {path: "GET, HEAD" for path in (
+    f"/v1/{WEB01}/metrics", "/v1/gz/metrics", "/v1/zones/metrics", "/metrics", "/v1/metadata",
+    "/-/healthy", "/-/ready", "/")}
+ALLOW["/v1/refresh"] = "POST"
+
+
+@pytest.mark.parametrize("path", list(ALLOW))
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+def test_a_method_that_is_not_there_is_refused_with_those_that_are(replay: Program, path: str,
+                                                                   method: str) -> None:
+    if method in ALLOW[path]:
+        return
+    answer = http_get(replay.address, path, method=method)
+    assert answer.status == 405 and answer.headers["allow"] == ALLOW[path]
+    assert answer.text.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", [path for path in ALLOW if path != "/v1/refresh"])
+def test_head_is_get_without_the_body(replay: Program, path: str) -> None:
+    with Connection(replay.address) as connection:
+        head = connection.request(path, method="HEAD")
+        get = connection.request(path)
+        assert connection.request("/-/healthy").status == 200, "nothing was left on the way"
+    assert head.status == get.status == 200 and head.body == b"" and get.body
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+
+
+def test_a_page_is_sent_with_gzip_to_those_who_take_it(replay: Program) -> None:
+    path = f"/v1/{WEB01}/metrics"
+    packed = http_get(replay.address, path, {"Accept-Encoding": "gzip"})
+    assert packed.headers["content-encoding"] == "gzip"
+    assert int(packed.headers["content-length"]) < len(packed.body) / 3
+    assert steady(packed.text) == steady(http_get(replay.address, path).text)
+    assert "content-encoding" not in http_get(
+        replay.address, path, {"Accept-Encoding": "gzip;q=0, identity"}).headers
+
+
+def test_the_old_path_is_the_same_page(replay: Program) -> None:
+    assert steady(http_get(replay.address, f"/vms/{LB01}/metrics").text) \
+        == steady(http_get(replay.address, f"/v1/{LB01}/metrics").text)
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pages(replay: Program) -> dict[str, str]:
+    """All pages that the agent has."""
+    found = {zone: http_get(replay.address, f"/v1/{zone}/metrics").text for zone in RUNNING}
+    found["gz"] = http_get(replay.address, "/v1/gz/metrics").text
+    found["own"] = http_get(replay.address, "/metrics").text
+    found["all"] = http_get(replay.address, "/v1/zones/metrics").text
+    return found
+
+
+def test_pages_are_strict_and_their_families_stand_together(pages: dict[str, str]) -> None:
+    for name, page in pages.items():
+        families = agent.parse(page)            # refuses what comes twice or apart
+        assert len({family.name for family in families}) == len(families), name
+        heads = [line.split()[2] for line in page.splitlines() if line.startswith("# TYPE ")]
+        assert len(heads) == len(set(heads)) == len(families), name
+        assert page.endswith("\n") and "\r" not in page
+        assert all(family.help for family in families), name
+
+
+def test_promtool_reads_every_page(pages: dict[str, str]) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed")
+    for name, page in pages.items():
+        done = subprocess.run(["promtool", "check", "metrics"], input=page.encode(),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        # 3: it dislikes some names, which are the original's; 1: it cannot read the page
+        assert done.returncode in (0, 3), (name, done.stdout.decode()[-2000:])
+
+
+def test_everything_of_a_healthy_node_is_up(pages: dict[str, str]) -> None:
+    for name, page in pages.items():
+        if name != "own":
+            assert not re.search(r"^cmon_collector_up.* 0$", page, re.M), name
+            assert not down(page)
+
+
+def test_every_collector_says_how_it_is(pages: dict[str, str]) -> None:
+    for name in (WEB01, "gz"):
+        page = pages[name]
+        ups, ages = collectors(page), collectors(page, "cmon_sample_age_seconds")
+        assert list(ups) == list(ages) and "time" in ups
+        for collector in ups:
+            for form in ("available_boolean", "cached_boolean", "timer_seconds"):
+                assert f"\n# TYPE {collector}_metrics_{form} gauge\n" in page
+    for one in ("cpucap", "link", "memcap", "tcp", "triton_core", "zfs", "zone_misc", "zone_vfs"):
+        assert one in collectors(pages[WEB01])
+    for one in ("arcstats", "cpu_info", "cpu_util", "ntp", "zpool"):
+        assert one in collectors(pages["gz"])
+
+
+def test_the_page_of_all_zones_is_their_pages_with_their_names(pages: dict[str, str]) -> None:
+    together: dict[str, str] = {}
+    for line in pages["all"].splitlines():
+        if not line.startswith("#"):
+            series, _, number = line.rpartition(" ")
+            together[series] = number
+    expected: dict[str, str] = {}
+    for zone in RUNNING:
+        for line in pages[zone].splitlines():
+            if not line.startswith("#"):
+                series, _, number = line.rpartition(" ")
+                name, brace, labels = series.partition("{")
+                expected[f'{name}{{zonename="{zone}"' + ("," + labels if brace else "}")] = number
+    assert set(together) == set(expected)
+    changing = re.compile("time_of_day|_age_seconds|_timer_seconds|_cached_boolean|boot_time")
+    different = {series for series in expected if together[series] != expected[series]
+                 and not changing.match(series.partition("{")[0]) and not
+                 changing.search(series.partition("{")[0])}
+    # the recording goes on every 15 s, so between the pages a frame may have begun
+    assert len(different) == 0 or not different - {
+        series for series in expected if float(together[series]) >= float(expected[series])}
+
+
+def test_metadata_is_of_all_that_is_on_the_pages_and_of_nothing_else(replay: Program,
+                                                                     pages: dict[str, str]) -> None:
+    rows = json.loads(http_get(replay.address, "/v1/metadata").text)
+    told = {(row["scope"], row["name"]): row for row in rows}
+    assert len(told) == len(rows)
+    shown: dict[tuple[str, str], agent.Family] = {}
+    for zone in RUNNING:
+        shown.update({("zone", family.name): family for family in agent.parse(pages[zone])})
+    shown.update({("node", family.name): family for family in agent.parse(pages["gz"])})
+    assert set(shown) <= set(told), set(shown) - set(told)
+    for key, family in shown.items():
+        assert told[key]["type"] == family.kind, key
+    # what is told and not shown must be what this node has no values for
+    absent = {name for scope, name in set(told) - set(shown)}
+    quiet = re.compile(r"(swap_|textfile_|ntp_|arcstats_|mem_locked|cpucap_|app_)")
+    assert not {name for name in absent if not quiet.match(name)}, sorted(absent)
+
+
+def test_the_agents_own_metrics_are_not_on_pages_of_zones(pages: dict[str, str]) -> None:
+    for zone in RUNNING:
+        assert not re.search("^(process_|cmon_agent_)", pages[zone], re.M)
+    assert "process_cpu_seconds_total" in pages["own"]
+    assert re.search(r'^cmon_agent_build_info{version="[0-9.]+".*} 1$', pages["own"], re.M)
+
+
+# --- the page for people --------------------------------------------------------------------------
+
+class Elements(HTMLParser):
+    """Tags, links and text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_landing_page_lists_zones_and_needs_nothing_from_elsewhere(replay: Program) -> None:
+    answer = http_get(replay.address, "/")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    page = Elements(answer.text)
+    links = [attributes["href"] or "" for tag, attributes in page.tags if tag == "a"]
+    assert {f"/v1/{zone}/metrics" for zone in RUNNING} <= set(links)
+    assert all(link.startswith("/") and not link.startswith("//") for link in links)
+    for link in links:
+        assert http_get(replay.address, link).status == 200, link
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "link", "object", "form"}
+    assert not [attributes for _, attributes in page.tags
+                if any(name.startswith("on") or name == "src" for name in attributes)]
+    for alias in ("web01", "db01", "spark01", "jump"):
+        assert alias in page.text
+    assert "old-web" not in page.text and "cn07" in page.text
+
+
+def test_aliases_cannot_write_html(tmp_path: Path) -> None:
+    content = node()
+    for frame in content["frames"]:
+        for vm in frame["vms"]:
+            vm["alias"] = "<script>alert('&')</script>"
+            vm["brand"] = "<b>"
+    capture = tmp_path / "capture.json"
+    capture.write_text(json.dumps(content))
+    with Program.agent("--replay", capture) as program:
+        page = http_get(program.address, "/").text
+        assert "<script" not in page and "<b>" not in page
+        assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;" in page
+
+
+# --- captures and replays -------------------------------------------------------------------------
+
+def test_what_was_captured_replays_as_the_same_pages(kernel: Callable[..., Kernel], tmp_path: Path,
+                                                     recorded_node: dict[str, Any]) -> None:
+    """C library, capture of it, and the recorded node that both come from."""
+    frame = recorded_node["frames"][0]
+    sysinfo = tmp_path / "sysinfo.json"
+    sysinfo.write_text(json.dumps(recorded_node["host"]))
+    one = Machine(tmp_path / "m", kernel(frame["kstats"]), frame, sysinfo_file=str(sysinfo))
+    capture = tmp_path / "capture.json"
+    done = subprocess.run([sys.executable, "-I", ROOT / "cmon_agent.py", "capture", capture,
+                           "--config", one.config, "--frames", "1"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 frames" in done.stdout and "confidential" in done.stdout
+    content = json.loads(capture.read_text())
+    assert content["format"] == 1 and set(content) == {"format", "host", "frames"}
+    assert content["host"]["Hostname"] == "cn07"
+    assert not {"Manufacturer", "Boot Parameters"} & set(content["host"])
+    # the recorded one without what the capture has no source for: vminfod did not run
+    bare = {**recorded_node, "frames": [{**frame, "vms": []}]}
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    one.start()
+    with one.agent, Program.agent("--replay", capture) as again, \
+            Program.agent("--replay", tmp_path / "bare.json") as recorded:
+        for path in (f"/v1/{WEB01}/metrics", f"/v1/{LB01}/metrics", f"/v1/{SPARK01}/metrics",
+                     "/v1/gz/metrics"):
+            def settled(program: Program, path: str = path) -> list[str]:
+                """When zoneadm has told which guest is whose."""
+                text = wait_until(lambda: (lambda page: page if path.find(SPARK01) < 0 or
+                                           "vcpu_seconds_total" in page else "")(
+                    (http_get(program.address, "/v1/refresh", method="POST"),
+                     http_get(program.address, path).text)[1]))
+                return [line for line in steady(text) if not line.startswith("swap_")]
+            pages = [settled(program) for program in (one.agent, again, recorded)]
+            assert len(pages[0]) > 100
+            assert pages[1] == pages[2], path
+            assert pages[0] == pages[1], path
+
+
+def test_a_capture_of_a_replay_is_that_replay(tmp_path: Path) -> None:
+    """What is kept is what collectors read; nothing is added by capturing."""
+    recording = agent.RecordedHost(str(NODE), agent.Settings())
+    frame = agent.capture_frame(recording, agent.Settings())
+    kept = {(k["module"], k["instance"], k["name"], k["crtime"]): k["data"]
+            for k in frame["kstats"]}
+    for kstat in node()["frames"][0]["kstats"]:
+        module = "disk" if kstat["class"] == "disk" else kstat["module"]
+        key = (module, kstat["instance"], kstat["name"], kstat["crtime"])
+        alike = (kstat["module"], *key[1:])
+        if key in kept or alike in kept:
+            data = kept.get(key) or kept[alike]
+            same = {name for name in kstat["data"] if name != "boot_time"}
+            assert {name: data[name] for name in same} == {
+                name: kstat["data"][name] for name in same}
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_counters_keep_growing_across_the_seam(tmp_path: Path, frames: int) -> None:
+    content = node()
+    content["frames"] = content["frames"][:frames]
+    path = tmp_path / "capture.json"
+    path.write_text(json.dumps(content))
+    clock = Clock()
+    recording = agent.Recording(str(path), clock)
+    before: dict[Any, Any] = {}
+    grown: dict[Any, list[int]] = {}
+    for _ in range(4 * frames + 1):
+        loop, place = recording.place()
+        for ref in [ref for refs in recording.frames[place].chain.zones.values() for ref in refs]:
+            kstat = recording.kstat(ref.address, place, loop)
+            for member, number in kstat.data.items():
+                if (kstat.module, member) in agent.COUNTER_MEMBERS and isinstance(number, int):
+                    key = (kstat.module, kstat.instance, kstat.name, member)
+                    assert number >= before.get(key, 0), key
+                    grown.setdefault(key, []).append(number - before.get(key, number))
+                    before[key] = number
+        clock.at += 15.0
+    if frames > 1:
+        busy = [steps[1:] for key, steps in grown.items() if key[3] in ("nsec_user", "inSegs")
+                and sum(steps) > 1000]
+        assert len(busy) > 5
+        for steps in busy:              # at the seam they grow about as much as elsewhere
+            assert max(steps) < 20 * (sum(steps) / len(steps)), steps
+
+
+def test_a_replay_has_the_time_of_now(replay: Program) -> None:
+    found = samples(http_get(replay.address, f"/v1/{WEB01}/metrics").text)
+    import time
+    assert abs(found["time_of_day"] / 1000 - time.time()) < 60
+    assert found["boot_time_seconds"] < time.time()
+
+
+BAD_CAPTURES = {
+    "": "not JSON", "[]": "not a capture", "{}": "not a capture", '{"host": {}}': "not a capture",
+    '{"format": 2, "host": {}, "frames": []}': "format 2 is not known",
+    '{"format": 1, "host": {}, "frames": []}': "not a capture",
+    '{"format": 1, "host": {}, "frames": [{"at": "x"}]}': "not a capture",
+    '{"format": 1, "host": {}, "frames": [7]}': "not a capture",
+    '{"format": 1, "host": {}, "frames": [{"at": 1, "kstats": [{}], "commands": {}, "vms": []}]}':
+        "not a capture",
+    '{"format": 1, "host": {}, "frames": [{"at": 2, "kstats": [], "commands": {}, "vms": []}, '
+    '{"at": 1, "kstats": [], "commands": {}, "vms": []}]}': "times do not ascend",
+}
+
+
+@pytest.mark.parametrize("content", list(BAD_CAPTURES))
+def test_a_bad_capture_is_one_line_and_no_start(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "capture.json"
+    path.write_text(content)
+    done = run("--replay", path, "--listen", "127.0.0.1:0")
+    assert done.returncode == 2 and done.stdout == ""
+    assert BAD_CAPTURES[content] in done.stderr and str(path) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_capture_of_a_node_where_nothing_runs_serves(tmp_path: Path) -> None:
+    path = tmp_path / "capture.json"
+    path.write_text('{"format": 1, "host": 7, "frames": [{"at": 1, "kstats": [], "commands": {}, '
+                    '"vms": []}]}')
+    with Program.agent("--replay", path) as program:
+        assert http_get(program.address, "/v1/gz/metrics").status in (200, 503)
+        assert http_get(program.address, f"/v1/{WEB01}/metrics").status == 404
+        assert http_get(program.address, "/v1/zones/metrics").text == ""
+        assert http_get(program.address, "/").status == 200
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+def run(*arguments: str | Path, cwd: Path | None = None) -> Any:
+    """Run the agent to its end."""
+    return subprocess.run([sys.executable, "-I", ROOT / "cmon_agent.py", *arguments],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, timeout=60, cwd=cwd)
+
+
+def test_without_libkstat_one_line_names_the_replay() -> None:
+    done = run("--listen", "127.0.0.1:0")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("cmon_agent: cannot use libkstat.so.1: ")
+    assert "--replay FILE serves a recorded node" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_file_alone_in_an_empty_folder_serves(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "cmon_agent.py", tmp_path)
+    with Program(sys.executable, "-I", "-S", tmp_path / "cmon_agent.py", "--replay", NODE,
+                 "--listen", "127.0.0.1:0", "--log-format", "text", cwd=tmp_path) as program:
+        assert not down(http_get(program.address, f"/v1/{WEB01}/metrics").text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cmon_agent.py"]
+
+
+@pytest.mark.parametrize("arguments, status", [
+    (["--nonsense"], 2), (["capture"], 2), (["capture", "x", "--frames", "0"], 2),
+    (["--listen", "nowhere"], 2), (["--config", "/nonexistent.json"], 2),
+    (["--replay", "/nonexistent.json"], 2), (["--log-level", "loud"], 2)])
+def test_a_bad_command_line_is_status_2(arguments: list[str], status: int) -> None:
+    done = run(*arguments)
+    assert done.returncode == status and "Traceback" not in done.stderr and done.stderr
+
+
+def test_version_and_help() -> None:
+    done = run("--version")
+    assert done.returncode == 0 and done.stdout == f"cmon_agent.py {agent.__version__}\n"
+    done = run("--help")
+    assert done.returncode == 0
+    for flag in ("--config", "--listen", "--replay", "--libkstat", "--log-level", "--log-format",
+                 "--check-config", "--smf", "--version"):
+        assert flag in done.stdout
+    assert "FILE" in run("capture", "--help").stdout
+
+
+def test_check_config_reads_what_it_can(kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
+    done = run("--check-config", "--config", one.config)
+    assert (done.returncode, done.stdout) == (0, "cmon_agent: the settings are good\n"), done.stderr
+    one.kernel.faults(("fail-open", "13"))
+    done = run("--check-config", "--config", one.config)
+    assert done.returncode == 2 and "kstat_open: permission denied" in done.stderr
+    done = run("--check-config")
+    assert done.returncode == 2 and "--replay" in done.stderr
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    folder.chmod(0o777)
+    one.kernel.faults()
+    one.settings(plugin_dirs={"gz": str(folder)})
+    done = run("--check-config", "--config", one.config)
+    assert done.returncode == 2 and "must be a folder that root owns" in done.stderr
+
+
+def test_a_port_that_is_taken_is_one_line(replay: Program) -> None:
+    done = run("--replay", NODE, "--listen", "%s:%d" % replay.address)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "cannot listen on" in done.stderr and "address already in use" in done.stderr
+
+
+def test_smf_returns_when_it_listens_and_the_child_ends_by_signal(tmp_path: Path) -> None:
+    from support import free_port
+    port = free_port()
+    log = open(tmp_path / "log", "wb")
+    done = subprocess.run([sys.executable, "-I", ROOT / "cmon_agent.py", "--smf", "--replay", NODE,
+                           "--listen", f"127.0.0.1:{port}"], stdin=subprocess.DEVNULL, stdout=log,
+                          stderr=log, timeout=60)
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    assert http_get(("127.0.0.1", port), "/-/healthy").status == 200, "at once, no waiting"
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert lines and all(line["name"] == "cmon-agent" or line["pid"] for line in lines)
+    child = lines[-1]["pid"]
+    os.kill(child, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or
+               "State:\tZ" in Path(f"/proc/{child}/status").read_text())
+
+
+def test_smf_gets_96_for_bad_settings(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"listen": 7, "unknown": 1}')
+    done = run("--smf", "--config", bad)
+    assert done.returncode == 96 and done.stderr.count("\n") == 2
+    done = run("--smf", "--listen", "127.0.0.1:0")
+    assert done.returncode == 96 and "--replay" in done.stderr
+
+
+def test_term_ends_it_with_what_is_in_flight(kernel: Callable[..., Kernel], tmp_path: Path
+                                             ) -> None:
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
+    one.kernel.faults(("block", "memory_cap:5:*"))
+    one.start()
+    with Connection(one.agent.address) as connection:
+        connection.send(f"GET /v1/{WEB01}/metrics HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        wait_until(lambda: one.kernel["blocked"] == 1)
+        one.agent.signal(signal.SIGTERM)
+        answer = connection.answer()
+    assert answer.status == 200 and answer.headers["connection"] == "close"
+    assert one.agent.wait() == 0
+
+
+def test_term_ends_it_while_a_read_is_blocked(kernel: Callable[..., Kernel], tmp_path: Path
+                                              ) -> None:
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
+    one.kernel.faults(("block", "memory_cap:5:*"))
+    one.start()
+    assert down(one.zone()) == {"memcap"}
+    assert one.agent.stop() == 0
+
+
+def test_where_it_listens_when_nobody_says(tmp_path: Path) -> None:
+    settings = agent.Settings()
+    host = agent.RecordedHost(str(NODE), settings)
+    info, problem = agent.read_sysinfo(host)
+    assert (info.admin_ip, info.pool, info.hostname, info.cpus) == ("10.20.0.7", "zones", "cn07", 8)
+    assert info.memory_bytes == 64 << 30 and problem == ""
+    assert agent.address_of(settings, host, info, "") == ("127.0.0.1", 9163), "a replay is local"
+
+    class Real:
+        recorded = False
+    assert agent.address_of(settings, Real(), info, "") == ("10.20.0.7", 9163)  # type: ignore
+    assert agent.address_of(settings, Real(), agent.Sysinfo(), "x") == (        # type: ignore
+        "127.0.0.1", 9163)
+
+
+def test_on_the_platform_there_is_no_silent_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Real:
+        recorded = False
+    monkeypatch.setattr(sys, "platform", "sunos5")
+    with pytest.raises(agent.ConfigError) as caught:
+        agent.address_of(agent.Settings(), Real(), agent.Sysinfo(), "no sysinfo")   # type: ignore
+    assert "the admin IP is not known (no sysinfo): give listen" in str(caught.value)
+
+
+def test_gzip_is_what_gzip_reads(replay: Program) -> None:
+    with Connection(replay.address) as connection:
+        connection.send(f"GET /v1/{WEB01}/metrics HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip\r\n"
+                        "Connection: close\r\n\r\n".encode())
+        raw = connection._reader.read()
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert b"Content-Encoding: gzip" in head and b"# HELP" in gzip.decompress(body)
