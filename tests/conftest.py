@@ -20,7 +20,9 @@ NO_SKIPS = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--units, for the Pythons between the oldest and the newest (tests/run.sh)."""
+    """--units, for the Pythons between the oldest and the newest (tests/run.sh), and --rewrite."""
+    parser.addoption("--rewrite", action="store_true",
+                     help="write tests/golden anew (make golden); then read the diff")
     parser.addoption("--units", action="store_true",
                      help="only the modules that start none of the programs")
 
@@ -29,7 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselected, not skipped: it was asked for."""
     if config.getoption("--units"):
         units = [item for item in items if isinstance(item, pytest.Function)
-                 and not hasattr(item.module, "Program") and item.path.parent == HERE]
+                 and not {"Program", "Machine"} & set(vars(item.module))
+                 and item.path.parent == HERE]
         config.hook.pytest_deselected(items=[item for item in items if item not in units])
         items[:] = units
 
