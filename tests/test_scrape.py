@@ -67,7 +67,8 @@ def test_a_page_costs_one_read_for_each_kstat_and_no_walk(machine: MakeMachine) 
     reads = one.kernel.reads()
     after = one.kernel.counters()
     assert len(reads) == len(set(reads)) == after["reads"] - before["reads"]
-    assert sorted(reads) == sorted([
+    # the names of guests are read once after a refresh, for all zones
+    assert sorted(read for read in reads if not read.startswith("vmm:")) == sorted([
         "caps:7:cpucaps_zone_7", "caps:7:lockedmem_zone_7", "caps:7:nprocs_zone_7",
         "caps:7:swapresv_zone_7", f"zones:7:{LB01[:30]}",
         f"memory_cap:7:{LB01[:30]}", f"zone_vfs:7:{LB01[:30]}", "link:0:z7_net0", "link:0:z7_net1",
