@@ -13,7 +13,7 @@ ROOT=$(pwd)
 ENVS=${CMON_TEST_ENVS:-$ROOT/.test-envs}    # virtual environments, one for each Python
 COVERAGE_LEAST=95
 PACKAGES="ca-certificates chromium curl dnsmasq-base gcc iproute2 libc6-dev libxml2-utils mount
-libnss3-tools nginx-light openssh-client openssl procps prometheus python3-venv"
+libnss3-tools nginx-light openssh-client openssl procps prometheus python3-venv victoria-metrics"
 
 say() { printf '\n=== %s\n' "$*"; }
 

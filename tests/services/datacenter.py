@@ -200,6 +200,13 @@ class DataCenter:
             *addresses)).wait_for_log("started|failed|cannot")
         (self.folder / "resolv.conf").write_text(f"nameserver {NAME_SERVER}\n")
 
+    def with_our_names(self, *command: str) -> Program:
+        """A program that asks our name server alone."""
+        need_root()
+        inside = 'mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
+        return Program(tool("unshare"), "-m", "sh", "-c", inside, "sh",
+                       self.folder / "resolv.conf", *command)
+
     def start_prometheus(self, jobs: list[dict[str, Any]], name: str = "prometheus") -> Prometheus:
         """Debian's Prometheus, which sees only our names."""
         need_root()
@@ -251,9 +258,7 @@ class Prometheus:
                        stdout=subprocess.PIPE)
         self.folder = folder
         self.address = ("127.0.0.1", free_port())
-        inside = ('mount --bind "$1" /etc/resolv.conf && shift && exec "$@"')
-        self.program = center.keep(Program(
-            tool("unshare"), "-m", "sh", "-c", inside, "sh", center.folder / "resolv.conf",
+        self.program = center.keep(center.with_our_names(
             tool("prometheus"), f"--config.file={folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address={self.address[0]}:{self.address[1]}", "--log.level=warn"))

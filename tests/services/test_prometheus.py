@@ -132,75 +132,115 @@ def test_rates_of_a_replay_look_right_across_its_seam(center: DataCenter) -> Non
 
 # --- faults: the target count never falls ---
 
-def test_target_count_never_falls(served: DataCenter, tmp_path: Path) -> None:
-    port = free_port()
-    served.proxy.stop()
-    served.start_proxy(f"127.0.0.1:{port}", quota={"per_minute": 100000, "burst": 100000})
-    prometheus = served.start_prometheus([served.job("alice")])
+def another_proxy(served: DataCenter, name: str, port: int = 0, **settings: Any) -> Program:
+    """One more proxy over the same agents, with an inventory file of its own."""
+    (served.folder / f"{name}.inventory.json").write_text(json.dumps(served.inventory))
+    config = served.folder / f"{name}.json"
+    config.write_text(json.dumps({**served.settings, "quota": {"per_minute": 1e6, "burst": 1e6},
+                                  "inventory": {"file": f"{name}.inventory.json"}, **settings}))
+    proxy = served.keep(Program.proxy(config, "--listen", f"127.0.0.1:{port}"))
+    proxy.addresses(2)
+    return proxy
+
+
+def status(served: DataCenter, proxy: Program) -> int:
+    """What alice's Prometheus is answered when it wants to discover."""
+    return http_get(proxy.address, "/v1/discover", {"Host": SERVICE}, server_name=SERVICE,
+                    tls=served.credentials["alice"].context()).status
+
+
+def test_target_count_never_falls(served: DataCenter) -> None:
+    """Six proxies, a job of one Prometheus for each, and a fault for each, all at once."""
+    names = ("key removed", "bad inventory", "killed", "restarted with nothing", "over quota",
+             "node hangs")
     count = len(served.vms("alice"))
-    prometheus.wait_for_up("alice", count)
+    proxies = {name: another_proxy(served, name.replace(" ", "-")) for name in names}
+    jobs = []
+    for name, proxy in proxies.items():
+        job = served.job("alice", port=proxy.address[1])
+        job["job_name"] = name
+        jobs.append(job)
+    prometheus = served.start_prometheus(jobs)
+    for name in names:
+        prometheus.wait_for_up(name, count)
+
+    def inventory_of(name: str) -> Path:
+        return served.folder / f"{name.replace(' ', '-')}.inventory.json"
 
     def refreshed() -> float:
         own = http_get(prometheus.address, "/metrics").text.replace(" NaN", " 0")
         return samples(own)['prometheus_sd_refresh_duration_seconds_count{mechanism="triton"}']
 
-    def hold(what: str) -> None:
-        """The targets stay through refreshes, and longer than the 5 s for which Prometheus
-        gathers news of its discoveries. Time must pass: it is what does not happen that counts."""
-        before, end = refreshed(), time.monotonic() + 5.5
-        while time.monotonic() < end or refreshed() < before + 3:
-            assert len(prometheus.targets("alice")) == count, what
-            time.sleep(0.2)
-
-    [alice] = [a for a in served.inventory["accounts"] if a["login"] == "alice"]
-    keys, alice["keys"] = alice["keys"], []
-    served.write_inventory()
-    wait_until(lambda: served.get("/v1/discover").status == 401)
-    hold("401: the key is gone")
-    alice["keys"] = keys
-    served.write_inventory()
-    prometheus.wait_for_up("alice", count)
-
-    (served.folder / "inventory.json").write_text('{"accounts": [')
-    hold("a broken inventory file")
-    served.write_inventory()
-
-    served.proxy.kill()
-    hold("the proxy is gone")
-    bad = dict(served.settings, inventory={"file": "not-there.json"})
-    (served.folder / "broken.json").write_text(json.dumps(bad))
-    with_none = Program.proxy(served.folder / "broken.json", "--listen", f"127.0.0.1:{port}")
+    # the faults
+    without = json.loads(json.dumps(served.inventory))
+    for account in without["accounts"]:
+        account["keys"] = []
+    inventory_of("key removed").write_text(json.dumps(without))
+    inventory_of("bad inventory").write_text('{"accounts": [')
+    proxies["killed"].kill()
+    nothing = proxies["restarted with nothing"]
+    port = nothing.address[1]
+    assert nothing.stop() == 0
+    config = served.folder / "restarted-with-nothing.json"
+    settings = json.loads(config.read_text())
+    settings["inventory"] = {"file": "not-there.json"}
+    config.write_text(json.dumps(settings))
+    proxies["restarted with nothing"] = served.keep(
+        Program.proxy(config, "--listen", f"127.0.0.1:{port}"))
+    proxies["restarted with nothing"].addresses(2)
+    config = served.folder / "over-quota.json"
+    settings = json.loads(config.read_text())
+    settings["quota"] = {"per_minute": 0, "burst": 1, "over_quota": "refuse", "hard_per_minute": 0}
+    config.write_text(json.dumps(settings))
+    proxies["over quota"].signal(signal.SIGHUP)
+    proxies["over quota"].wait_for_log("settings were reread")
+    for name, wanted in (("key removed", 401), ("bad inventory", 200),
+                         ("restarted with nothing", 503), ("over quota", 429), ("node hangs", 200)):
+        wait_until(lambda name=name, wanted=wanted:     # type: ignore[misc]
+                   status(served, proxies[name]) == wanted, f"{wanted}: {name}")
+    served.agents[0].signal(signal.SIGSTOP)
     try:
-        with_none.addresses(2)
-        served.address = with_none.address
-        assert served.get("/v1/discover").status == 503
-        hold("503: no inventory yet")
-    except AssertionError as error:
-        # refusing to start without an inventory file is as good: nothing answers, targets stay
-        if with_none.process.poll() is None:
-            raise
-        assert "not-there.json" in with_none.log + str(error)
-        hold("no proxy without an inventory")
+        # longer than the 5 s for which Prometheus gathers news of its discoveries
+        before, end = refreshed(), time.monotonic() + 7
+        while time.monotonic() < end or refreshed() < before + 3 * len(names):
+            found = {name: len(prometheus.targets(name)) for name in names}
+            assert found == dict.fromkeys(names, count)
+            time.sleep(0.2)     # time must pass: it is what does not happen that counts
     finally:
-        with_none.kill()
+        served.agents[0].signal(signal.SIGCONT)
+    # and all comes back
+    for name in ("key removed", "bad inventory"):
+        inventory_of(name).write_text(json.dumps(served.inventory))
+    for name in ("key removed", "bad inventory", "node hangs"):
+        prometheus.wait_for_up(name, count)
 
-    served.start_proxy(f"127.0.0.1:{port}", quota={
-        "per_minute": 0, "burst": 1, "over_quota": "refuse", "hard_per_minute": 0})
-    wait_until(lambda: served.get("/v1/discover").status == 429, "429")
-    hold("429: over quota")
-    served.proxy.stop()
-    served.start_proxy(f"127.0.0.1:{port}")
-    prometheus.wait_for_up("alice", count)
-    served.proxy.signal(signal.SIGHUP)
-    served.proxy.wait_for_log("settings were reread")
-    for agent in served.agents:
-        agent.signal(signal.SIGSTOP)
-    try:
-        hold("the node hangs")
-    finally:
-        for agent in served.agents:
-            agent.signal(signal.SIGCONT)
-    prometheus.wait_for_up("alice", count)
+
+# --- vmagent, which has no Triton discovery ---
+
+def test_vmagent_scrapes_by_http_discovery(served: DataCenter) -> None:
+    folder = served.folder / "vmagent"
+    folder.mkdir()
+    job = served.http_job("alice")
+    (folder / "scrape.yml").write_text(json.dumps({
+        "global": {"scrape_interval": "1s"}, "scrape_configs": [
+            {**job, "http_sd_configs": [{name: value for name, value in one.items()
+                                         if name != "refresh_interval"}
+                                        for one in job["http_sd_configs"]]}]}))
+    port = free_port()
+    served.keep(served.with_our_names(
+        tool("vmagent"), f"-promscrape.config={folder / 'scrape.yml'}",
+        f"-httpListenAddr=127.0.0.1:{port}", "-promscrape.httpSDCheckInterval=1s",
+        f"-remoteWrite.tmpDataPath={folder}", "-remoteWrite.url=http://127.0.0.1:9/write"))
+    mine = {vm["uuid"] for vm in served.vms("alice")}
+
+    def up() -> set[str]:
+        try:
+            found = json.loads(http_get(("127.0.0.1", port), "/api/v1/targets").body)
+        except OSError:
+            return set()
+        return {target["labels"]["instance"] for target in found["data"]["activeTargets"]
+                if target["health"] == "up"}
+    wait_until(lambda: up() == mine, "vmagent's targets")
 
 
 # --- promtool ---
