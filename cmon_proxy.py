@@ -808,8 +808,8 @@ class FileSource:
         mark = self._look()
         if mark != self._mark and not self._reading:
             self._reading = self._server.spawn(self._read, mark)
-        elif not self.problems:
-            self._inventory.confirm()
+        elif self._inventory.ready:
+            self._inventory.confirm()   # a file is the truth for as long as there is no better one
 
     def _read(self, mark: object) -> None:
         """In a worker: reading 10,000 VMs takes a tenth of a second."""
@@ -1893,7 +1893,7 @@ class Quotas:
 
 READ_BYTES = 65536              # most pages come in one read
 MAX_PAGE = 16 << 20             # bytes of a page, as it comes
-WAITING_PER_NODE = 256          # requests that wait for one of max_in_flight; more are refused
+WAITING_PER_NODE = 512          # requests that wait for others to end, half of them one account's
 IDLE_LINK_SECONDS = 120.0       # shorter than the 360 s of agents
 SWEEP_SECONDS = 0.05
 SUSPECT_SECONDS = 2.0           # without a byte of an answer: ask the agent whether it is well
@@ -1957,11 +1957,13 @@ def sized_head(head: bytes) -> Tuple[int, bytes]:
 
 class Job:
     """One request to an agent; `done` is called once, in the loop."""
-    __slots__ = ("wire", "deadline", "done", "retried", "given_up", "slow")
+    __slots__ = ("wire", "deadline", "done", "owner", "retried", "given_up", "slow")
 
     def __init__(self, wire: bytes, deadline: float,
-                 done: Callable[[Optional[Reply], Optional[Refused]], None]) -> None:
+                 done: Callable[[Optional[Reply], Optional[Refused]], None],
+                 owner: str = "") -> None:
         self.wire, self.deadline, self.done = wire, deadline, done
+        self.owner = owner              # the account that it is for; "": ourselves
         self.retried = False
         self.given_up = False           # nobody waits for it any more
         self.slow = False               # its node was asked whether it is well
@@ -2018,10 +2020,8 @@ class Link:
             return
         self.connecting = False
         self.port.forwarder.server.watch(self.socket, selectors.EVENT_READ, self.ready)
-        if self.job is not None:
+        if self.job is not None:                # a link without one has been closed
             self.send(self.job)
-        else:
-            self.port.free(self)
 
     def send(self, job: Job) -> None:
         """Send a request; it is shorter than any socket's buffer."""
@@ -2094,7 +2094,8 @@ class Port:
         self.forwarder, self.uuid, self.address = forwarder, uuid, address
         self.host = f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%d" % address
         self.idle: List[Link] = []              # the last used at the end: it is used next
-        self.busy = 0
+        self.busy = 0                           # requests under way
+        self.load: Dict[str, int] = {}          # of these, by account
         self.waiting: List[Job] = []
         self.breaker = Breaker(forwarder.now, forwarder.random, 3, first=5.0, longest=60.0)
         self.suspect = False                    # something has failed since the last answer
@@ -2107,16 +2108,26 @@ class Port:
         node is known to be silent or too much waits."""
         if self.breaker.open:
             raise self.silent()
-        if self.busy >= self.forwarder.settings.max_in_flight:
-            if len(self.waiting) >= WAITING_PER_NODE:
-                raise refused("node_busy", node=self.uuid)
-            self.waiting.append(job)
-            self.forwarder.troubled.add(self)
+        if self._admits(job):
+            self._start(job)
             return
-        self._start(job)
+        waiting = len(self.waiting)
+        if waiting >= WAITING_PER_NODE or (waiting >= WAITING_PER_NODE // 2 and sum(
+                one.owner == job.owner for one in self.waiting) >= WAITING_PER_NODE // 2):
+            raise refused("node_busy", node=self.uuid)
+        self.waiting.append(job)
+        self.forwarder.troubled.add(self)
+
+    def _admits(self, job: Job) -> bool:
+        """Whether it may be sent now. An account whose containers are slow does not get the last
+        quarter of what a node answers at once: that is for the others."""
+        most = self.forwarder.settings.max_in_flight
+        return self.busy < most and (
+            self.load.get(job.owner, 0) < most - most // 4 or not job.owner)
 
     def _start(self, job: Job) -> None:
         self.busy += 1
+        self.load[job.owner] = self.load.get(job.owner, 0) + 1
         if self.idle:
             link = self.idle.pop()
             self.forwarder.links.add(link)
@@ -2128,7 +2139,7 @@ class Port:
         try:
             self.forwarder.links.add(Link(self, job, self.forwarder.now()))
         except OSError as error:                # out of descriptors: not the node's fault
-            self.busy -= 1
+            self._release(job)
             log.warning("cannot open a connection to %s: %s", self.host, error)
             job.done(None, refused("too_busy"))
 
@@ -2148,30 +2159,38 @@ class Port:
         if link is self.probing:
             self._probed(link, None)
             return
+        self._release(job)
         if self.suspect:
             self._well()
         if keep:
-            self.free(link)
+            link.since = self.forwarder.now()
+            self.idle.append(link)
         else:
-            self.busy -= 1
             link.close()
+        if self.waiting:
             self._next()
         if job is not None:
             job.done(reply, None)
 
-    def free(self, link: Link) -> None:
-        """Its connection can take the next request."""
-        self.busy -= 1
-        link.since = self.forwarder.now()
-        self.idle.append(link)
-        if self.waiting:
-            self._next()
+    def _release(self, job: Optional[Job]) -> None:
+        """A request is no longer under way."""
+        if job is not None:
+            self.busy -= 1
+            left = self.load[job.owner] - 1
+            if left:
+                self.load[job.owner] = left
+            else:
+                del self.load[job.owner]
 
     def _next(self) -> None:
-        while self.waiting and self.busy < self.forwarder.settings.max_in_flight:
-            job = self.waiting.pop(0)
-            if not job.given_up:
-                self._start(job)
+        """Send what waits, in turn for those who have the least under way."""
+        self.waiting = [job for job in self.waiting if not job.given_up]
+        while self.waiting:
+            at = min(range(len(self.waiting)),
+                     key=lambda index: self.load.get(self.waiting[index].owner, 0))
+            if not self._admits(self.waiting[at]):
+                return
+            self._start(self.waiting.pop(at))
 
     def lost(self, link: Link, why: str) -> None:
         """A connection has ended; a request that an idle one took with it is sent once more."""
@@ -2189,7 +2208,7 @@ class Port:
             job.retried = True
             self._connect(job)
             return
-        self.busy -= 1
+        self._release(job)
         self._ill(f"{why}")
         job.done(None, self.silent() if self.breaker.open else
                  refused("node_error", node=self.uuid, why=why))
@@ -2203,7 +2222,7 @@ class Port:
         if link is self.probing:
             self._probed(link, why)
             return
-        self.busy -= 1
+        self._release(job)
         self._ill(why)
         if job is not None:
             job.done(None, self.silent())
@@ -2214,7 +2233,7 @@ class Port:
         job, link.job = link.job, None
         link.close()
         self.forwarder.links.discard(link)
-        self.busy -= 1
+        self._release(job)
         if job is not None:
             job.done(None, refused("deadline", node=self.uuid))
         self.probe()
@@ -2620,11 +2639,11 @@ class Relay:
     __slots__ = ("proxy", "key", "uuid", "target", "node", "core", "askers", "job")
 
     def __init__(self, proxy: Proxy, key: Tuple[object, ...], uuid: str, target: Union[Vm, Node],
-                 node: Node, core: bool, wire: bytes, deadline: float) -> None:
+                 node: Node, core: bool, wire: bytes, deadline: float, owner: str) -> None:
         self.proxy, self.key, self.uuid, self.target = proxy, key, uuid, target
         self.node, self.core = node, core
         self.askers: List[Asker] = []
-        self.job = Job(wire, deadline, self.done)
+        self.job = Job(wire, deadline, self.done, owner)
 
     def done(self, reply: Optional[Reply], refusal: Optional[Refused]) -> None:
         """The port's call: an answer has come, or will not."""
@@ -2857,7 +2876,8 @@ class Proxy:
         else:
             port = self.forwarder.port(node)
             relay = Relay(self, key, uuid, target, node, core,
-                          self._head(key, port, isinstance(target, Node)), deadline)
+                          self._head(key, port, isinstance(target, Node)), deadline,
+                          granted.account.uuid)
             self.relays[key] = relay
             try:
                 asker = Asker(relay, granted, allowance, deadline)

@@ -77,12 +77,12 @@ class Running:
         self.results: list[Any] = []
 
     def ask(self, address: Any, seconds: float = 5.0, path: str = "/v1/x/metrics",
-            given_up: bool = False) -> Job:
+            given_up: bool = False, owner: str = "a") -> Job:
         """A request; what becomes of it is put into `results`: a status, or a refusal's code."""
         def done(found: Any, refusal: Any) -> None:
             self.results.append(found.status if found else dict(refusal.headers)["X-Cmon-Error"])
         job = Job(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
-                  self.server.now() + seconds, done)
+                  self.server.now() + seconds, done, owner)
         job.given_up = given_up
 
         def go() -> None:
@@ -120,13 +120,38 @@ def running() -> Iterator[Running]:
 
 
 def test_the_queue_of_a_node_is_bounded(running: Running, agent: Agent, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cmon_proxy, "WAITING_PER_NODE", 3)
+    monkeypatch.setattr(cmon_proxy, "WAITING_PER_NODE", 4)
     agent.gate.clear()
-    for _ in range(7):
-        running.ask(agent.address)
-    assert running.wait(2) == ["at once: node_busy"] * 2
+    for owner in "aaaaaabbbb":              # two under way, two of a's and two of b's wait
+        running.ask(agent.address, owner=owner)
+    assert running.wait(4) == ["at once: node_busy"] * 4
     agent.gate.set()
-    assert running.wait(7)[2:] == [200] * 5
+    assert running.wait(10)[4:] == [200] * 6
+
+
+def test_one_account_does_not_take_all_of_a_node(agent: Agent) -> None:
+    running = Running(max_in_flight=4)
+    agent.modes["/slow"] = "hang"
+    for _ in range(10):
+        running.ask(agent.address, 30.0, "/slow", owner="a")
+    wait_until(lambda: len(agent.paths()) == 3)             # the last quarter is for others
+    for _ in range(20):
+        running.ask(agent.address, owner="b")
+    assert running.wait(20) == [200] * 20
+    port = running.forwarder.ports[NODE_1]
+    assert port.load == {"a": 3} and port.busy == 3 and len(port.waiting) == 7
+    running.close()
+
+
+def test_those_who_wait_are_served_in_turn(running: Running, agent: Agent) -> None:
+    agent.gate.clear()
+    for path, owner in [("/a1", "a"), ("/a2", "a"), ("/a3", "a"), ("/a4", "a"), ("/b1", "b")]:
+        running.ask(agent.address, path=path, owner=owner)
+    wait_until(lambda: len(agent.paths()) == 2)
+    agent.gate.set()
+    assert running.wait(5) == [200] * 5
+    assert agent.paths().index("/b1") == 2                  # before a's third
+    wait_until(lambda: not running.forwarder.ports[NODE_1].load)
 
 
 def test_those_who_wait_too_long_are_told_and_those_who_left_are_dropped(
