@@ -815,35 +815,60 @@ class Reader:
                 passed < REOPEN_SECONDS or chain_id == self._reopened[1]:
             return False
         self._reopened = (now, chain_id)
+        handle, self._handle = self._handle, None   # should it fail, the next job opens a new one
         self.doing = Lane("the chain", now)
         try:
-            self._handle.reopen()
+            handle.reopen()
+            self._handle = handle
             return True
         finally:
             self.doing = None
 
     def zone_id(self, zone: str) -> Optional[int]:
-        """The id of a running zone; names that are alike in 30 characters are told apart."""
+        """The id of a running zone; names that are alike in 30 characters are told apart. Raises
+        KstatError when that cannot be told, since a zone that is not found is said not to run."""
+        problem: Optional[KstatError] = None
         for zone_id in self.index.by_prefix.get(zone[:KSTAT_STRLEN - 1], ()):
-            if self.zone_name(zone_id) == zone:
-                return zone_id
+            try:
+                if self.zone_name(zone_id) == zone:
+                    return zone_id
+            except KstatError as error:
+                problem = error
+        if problem is not None:
+            raise problem
         return None
 
     def zone_name(self, zone_id: int) -> Optional[str]:
-        """The whole name of a zone, read once for each boot of it."""
-        ref = self.zone_ref(zone_id)
-        if ref is None:
+        """The whole name of a zone, read once for each boot of it; raises KstatError."""
+        own = self.zone_ref(zone_id)
+        if own is None:
             return None
-        key = (zone_id, ref.name, ref.crtime)
+        key = (zone_id, own.name, own.crtime)
         name = self._kstats.names.get(key)
         if name is None:
             try:
-                found = self.read(ref).data.get("zonename")
-            except KstatError:
-                return None
-            name = found if isinstance(found, str) and found else ref.name
+                found = self.read(own).data.get("zonename")
+                name = found if isinstance(found, str) and found else own.name
+            except KstatError as error:
+                if error.vanished:
+                    return None
+                name = self._name_elsewhere(zone_id)
+                if name is None:
+                    raise
             self._kstats.names[key] = name
         return name
+
+    def _name_elsewhere(self, zone_id: int) -> Optional[str]:
+        """A zone's name, by other kstats of it: its own one cannot be read."""
+        for ref in self.index.zones.get(zone_id, ()):
+            if ref.module in ("memory_cap", "zone_vfs"):
+                try:
+                    found = self.read(ref).data.get("zonename")
+                except KstatError:
+                    continue
+                if isinstance(found, str) and found:
+                    return found
+        return None
 
     def guest(self, name: str) -> Optional[int]:
         """The minor number of a bhyve guest by its name in vmm; each name is read once."""
@@ -886,8 +911,7 @@ class Reader:
             except Exception as error:      # around a collector: a bug of ours costs one job
                 log.exception("a kstat job failed")
                 result = KstatError(f"internal error: {error}")
-            self.job = None
-            if self.abandoned:              # what blocked has come back; another did the job
+            if not kstats.is_done(self):    # what blocked has come back; another did the job
                 break
             kstats.note(self._handle)
             try:
@@ -946,7 +970,7 @@ class Kstats:
             doing = active.doing if active is not None else None
             if active is None or doing is None or self.now() - doing.since < STUCK_SECONDS:
                 return
-            job = active.job    # read first: what it ends now may be done twice, but is not lost
+            job = active.job    # what it ends now may be done twice, but is not lost
             active.abandoned = True
             self.given_up += 1
             self.quarantine[doing.what] = doing.since
@@ -957,6 +981,7 @@ class Kstats:
                 later = active.jobs.get()
                 if later is not None:
                     waiting.append(later)
+            active.jobs.put(None)           # it may have come back just now, and wait for a job
             self._start()
             fresh = self._active
         for job in waiting:
@@ -975,8 +1000,19 @@ class Kstats:
     def next_job(self, reader: Reader) -> Optional[Job]:
         """A reader's next job; None when it is to end."""
         job = None if reader.abandoned else reader.jobs.get()
-        reader.job = job
-        return job
+        with self._lock:
+            if not reader.abandoned:
+                reader.job = job
+                return job
+        if job is not None:                 # given up just now: another one does it
+            self.submit(job)
+        return None
+
+    def is_done(self, reader: Reader) -> bool:
+        """A reader has done its job; False when it was given up, and another one has the job."""
+        with self._lock:                    # `watch` sees all of this, or nothing
+            reader.job = None
+            return not reader.abandoned
 
     def gone(self, reader: Reader) -> None:
         """A reader ends: what it was blocked on may be read again."""
@@ -1104,7 +1140,10 @@ def read_zones(reader: Reader, *modules: str) -> Tuple[Dict[int, str], Dict[str,
     zones: Dict[int, str] = {}
     found: Dict[str, List[Kstat]] = {module: [] for module in modules}
     for zone_id, refs in index.zones.items():
-        name = reader.zone_name(zone_id)
+        try:
+            name = reader.zone_name(zone_id)
+        except KstatError:
+            continue                        # its own page tells
         if name is None:
             continue
         zones[zone_id] = name
@@ -3751,18 +3790,27 @@ class Pool:
                 self.idle -= 1
                 if job is not None:
                     self.waiting -= 1
+                elif self.threads > self.size:
+                    self.threads -= 1
+                    return
             if job is None:
-                return
+                continue
             function, args = job
             try:
                 function(*args)
             except Exception:               # a job answers for itself; this is a bug of ours
                 log.exception("job %s failed", getattr(function, "__qualname__", function))
 
+    def resize(self, size: int) -> None:
+        """Another number of threads from now on; those beyond it end when they come to it."""
+        with self._lock:
+            self.size, excess = size, self.threads - size
+        for _ in range(excess):
+            self._jobs.put(None)
+
     def close(self) -> None:
         """Let the threads end when the queue is empty."""
-        for _ in range(self.size):
-            self._jobs.put(None)
+        self.resize(0)
 
 # --- HTTP [kit] -----------------------------------------------------------------------------------
 
@@ -4030,7 +4078,7 @@ class Router:
             if match is not None:
                 allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
         if allowed:
-            shown = ", ".join(allowed)
+            shown = ", ".join(dict.fromkeys(allowed))
             raise Refused(405, f"{request.method} is not for this path; it takes {shown}",
                           ("Allow", shown), code="method_not_allowed")
         raise Refused(404, f"no such path; {self._listed}", code="no_such_path")
@@ -5859,11 +5907,12 @@ class Layout(NamedTuple):
 
 class Waiting:
     """Those who wait for a page, and for what."""
-    __slots__ = ("laters", "needed", "fresh")
+    __slots__ = ("askers", "fresh")
 
     def __init__(self) -> None:
-        self.laters: List[Later] = []
-        self.needed: Set[str] = set()           # keys of flights
+        # Each for keys of flights of its own: one that came after a flight was found to be late
+        # is not to wait for it, and one that has more time than others is.
+        self.askers: Dict[Later, Set[str]] = {}
         self.fresh: Set[str] = set()            # collectors that have come since
 
 
@@ -5894,11 +5943,18 @@ class Page:
 
     def has_values(self) -> bool:
         """Whether there is something to send; of a zone only what its kstats have proved to run."""
-        proofs = [name for source in self.layout.sources if source.fast
-                  for name in source.collectors]
-        if self.zone == NODE or not proofs:
-            return bool(self.outcomes)
-        return any(name in self.outcomes for name in proofs)
+        proofs = self._proofs()
+        return bool(self.outcomes) if not proofs else any(name in self.outcomes for name in proofs)
+
+    def is_proved(self) -> bool:
+        """Whether its zone runs, as far as that can be told; before that, nothing is run for it."""
+        proofs = self._proofs()
+        return not proofs or any(name in self.outcomes for name in proofs)
+
+    def _proofs(self) -> List[str]:
+        """Collectors that bring something only where the zone runs."""
+        return [name for source in self.layout.sources if source.fast and self.zone != NODE
+                for name in source.collectors if name != "triton_core"]
 
     def seen(self, asker: str, now: float) -> None:
         """Note that somebody asks, and how often."""
@@ -6125,8 +6181,13 @@ class Scraper:
     def use(self, settings: Settings) -> None:
         """Other settings from now on."""
         self.settings = settings
-        self._foreign.size = settings.max_collections
+        self._foreign.resize(settings.max_collections)
         self.host.commands_of = dict(settings.commands)
+        for page in self._pages.values():       # what failed may be what was mended
+            page.breakers.clear()
+            page.failed.clear()
+        self._zfs_failure = None
+        self._zfs_breaker.succeeded()
         self._renew()
         self._reread_plugins()
 
@@ -6208,11 +6269,10 @@ class Scraper:
             page.prepared = self._prepare(page, now, frozenset())
             page.until = now + PREPARED_SECONDS
             return page.prepared
-        later = Later(deadline, lambda: self._partial(page))
+        later = Later(deadline, lambda: self._partial(page, later))
         if page.waiting is None:
             page.waiting = Waiting()
-        page.waiting.laters.append(later)
-        page.waiting.needed |= awaited
+        page.waiting.askers[later] = awaited
         return later
 
     def _no_zone(self, zone: str) -> Refused:
@@ -6234,7 +6294,8 @@ class Scraper:
             if source.name == "zfs":
                 self._share_datasets(page, now)
             if flight is None:
-                if not self._is_due(page, source, now):
+                if not self._is_due(page, source, now) or not (
+                        source.fast or source.shared or page.is_proved()):
                     continue
                 flight = self._flights[key] = Flight(now)
                 source.begin(page, functools.partial(self.server.call_soon, self._arrived, key))
@@ -6263,7 +6324,8 @@ class Scraper:
             last = page.outcomes.get(collector)
             failed = self._failure(page, collector)
             if failed is not None:
-                if now - failed.at >= LEAST_LIFETIME * self.governor.stretch:
+                if now - failed.at >= max(LEAST_LIFETIME * self.governor.stretch,
+                                          self.settings.min_poll_interval):
                     return True
             elif last is None or now - last.at >= self.lifetime(page, source, collector, now):
                 return True
@@ -6284,11 +6346,13 @@ class Scraper:
         if key == "zfs":
             self._take_datasets(results["zfs"], now)
         for page in flight.pages:
+            proved = page.is_proved()
             self._take(page, key, results, now)
-            if page.waiting is not None:
-                page.waiting.needed.discard(key)
-                if not page.waiting.needed:
-                    self._release(page, now)
+            if not proved and page.is_proved() and page.waiting is not None:
+                more = self._collect(page, now)     # its plugins, its files, its ports
+                for needed in page.waiting.askers.values():
+                    needed |= more
+            self._release(page, key, now)
 
     def _take(self, page: Page, key: str, results: Results, now: float) -> None:
         if "" in results:                       # the zone is not there
@@ -6298,7 +6362,7 @@ class Scraper:
                 self._unknown.clear()
             self._unknown[page.zone] = now + UNKNOWN_SECONDS
             refusal = self._no_zone(page.zone)
-            for later in waiting.laters if waiting is not None else ():
+            for later in waiting.askers if waiting is not None else ():
                 later.finish(text(refusal.status, str(refusal), *refusal.headers))
             return
         for collector, result in results.items():
@@ -6362,11 +6426,20 @@ class Scraper:
             breaker = page.breakers[collector] = Breaker(self.server.now)
         breaker.failed(why)
 
-    def _release(self, page: Page, now: float) -> None:
-        """Answer all who wait for a page, with the same bytes."""
-        waiting, page.waiting = page.waiting, None
+    def _release(self, page: Page, key: str, now: float) -> None:
+        """Answer those who waited for nothing but this, with the same bytes."""
+        waiting = page.waiting
         if waiting is None:
             return
+        for needed in waiting.askers.values():
+            needed.discard(key)
+        ready = [later for later, needed in waiting.askers.items() if not needed]
+        if not ready:
+            return
+        for later in ready:
+            del waiting.askers[later]
+        if not waiting.askers:
+            page.waiting = None
         answer: Answer
         if page.has_values():
             answer = self._prepare(page, now, waiting.fresh)
@@ -6375,21 +6448,29 @@ class Scraper:
                           "try again in some seconds", ("Retry-After", "5"),
                           ("X-Cmon-Error", "not_collected"))
         page.prepared = None
-        for later in waiting.laters:
+        for later in ready:
             later.finish(answer)
 
-    def _partial(self, page: Page) -> Answer:
-        """The deadline of somebody has come: what is there goes out to all who wait."""
-        now = self.server.now()
-        waiting = page.waiting or Waiting()
-        for key in waiting.needed:
+    def give_up(self, page: Page, later: Later) -> AbstractSet[str]:
+        """Somebody waits no longer: what was waited for is late. What has come since, by then."""
+        waiting = page.waiting
+        if waiting is None or later not in waiting.askers:
+            return frozenset()
+        for key in waiting.askers.pop(later):
             if key in self._flights:
                 self._flights[key].late = True
+        if not waiting.askers:
+            page.waiting = None
+        return waiting.fresh
+
+    def _partial(self, page: Page, later: Later) -> Answer:
+        """The deadline of somebody has come: what is there goes out."""
+        now, fresh = self.server.now(), self.give_up(page, later)
         if not page.has_values():
             return text(503, f"collecting {page.zone} takes longer than this scrape may: "
                         "try again in some seconds", ("Retry-After", "5"),
                         ("X-Cmon-Error", "not_collected"))
-        return self._prepare(page, now, waiting.fresh)
+        return self._prepare(page, now, fresh)
 
     def _prepare(self, page: Page, now: float, fresh: AbstractSet[str]) -> Prepared:
         return prepare(Response(200, self.text(page, now, fresh).encode(), PAGE))
@@ -6669,8 +6750,10 @@ class Scraper:
 
     def _collect_plugin(self, plugin: Plugin, zone: str) -> Results:
         began = self.server.now()
-        output = self.host.run_plugin(plugin.path, "global" if zone == NODE else zone,
-                                      plugin.timeout, PLUGIN_OUTPUT)
+        own = self.settings.collectors.get(f"plugin_{plugin.name}")
+        output = self.host.run_plugin(
+            plugin.path, "global" if zone == NODE else zone, plugin.timeout
+            if own is None or own.timeout is None else own.timeout, PLUGIN_OUTPUT)
         if output.stderr:
             log.debug("%s: %s", plugin.path, output.stderr[:1000])
         if output.status:
@@ -6849,7 +6932,7 @@ class AllZones:
 
     def __init__(self, scraper: Scraper, zones: Sequence[str], later: Later) -> None:
         self._scraper, self._zones, self._later = scraper, zones, later
-        self._open: Set[Later] = set()
+        self._open: Dict[Later, str] = {}   # what has not come yet -> its zone
         self._begun = self._joined = False
 
     def begin(self) -> None:
@@ -6864,7 +6947,7 @@ class AllZones:
             except Refused:
                 continue                    # it has just gone, or nothing of it can be read
             if isinstance(answer, Later):
-                self._open.add(answer)
+                self._open[answer] = zone
                 answer.attach(functools.partial(self._has_soon, answer))
         self._begun = True
         server.call_later(max(end - server.now(), 0.0), self._join)
@@ -6875,7 +6958,7 @@ class AllZones:
 
     def _has(self, answer: Optional[Later]) -> None:
         if answer is not None:
-            self._open.discard(answer)
+            self._open.pop(answer, None)
         if self._begun and not self._open:
             self._join()
 
@@ -6884,6 +6967,9 @@ class AllZones:
         if self._joined:
             return
         self._joined = True
+        for later, zone in self._open.items():
+            for page in self._scraper.pages_of(zone):
+                self._scraper.give_up(page, later)
         pages = self._scraper.texts(self._zones)
 
         def work() -> None:
