@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Whole pages of recorded nodes, byte for byte; `make golden` rewrites them, a person reads the diff.
+"""Whole pages of recorded nodes, byte for byte; `make golden` writes them, a person reads the diff.
 
 A golden proves that output has not changed, not that it is right: that is for the other tests.
 """

@@ -78,6 +78,26 @@ def test_a_page_costs_one_read_for_each_kstat_and_no_walk(machine: MakeMachine) 
     clean(one)
 
 
+def test_the_chain_is_walked_only_when_it_has_changed(
+        desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = []
+    real = agent_module.Handle._build
+
+    def build(handle: Any) -> Any:
+        walks.append(handle)
+        return real(handle)
+    monkeypatch.setattr(agent_module.Handle, "_build", build)
+    one: Any = desk(kstats=node_kstats())
+    for _ in range(20):
+        one.page(PATH)
+        one.page(f"/v1/{LB01}/metrics")
+        one.pass_by(10.0, 1.0)
+    assert len(walks) == 1
+    one.kernel.write(node_kstats()[:-1])
+    one.page(PATH)
+    assert len(walks) == 2 and one.kernel["opens"] == 1
+
+
 def test_fifty_askers_at_once_cost_one_collection_and_get_one_answer(machine: MakeMachine) -> None:
     one = machine(start=False)
     one.kernel.log_reads()
@@ -465,8 +485,8 @@ def test_a_zone_that_is_younger_than_the_list_of_datasets_asks_for_a_new_list(
     desk = Desk(one.config)
     path = f"/v1/{WEB01}/metrics"
     full = (one.commands / "zfs").read_text()
-    one.script("zfs", "#!/bin/sh\nprintf 'zones\\t1\\t1\\t1\\t1\\t0\\t1.00\\t1.00\\t1\\t1\\t1\\t0\\n'"
-               "\n")
+    one.script("zfs", "#!/bin/sh\n"
+               "printf 'zones\\t1\\t1\\t1\\t1\\t0\\t1.00\\t1.00\\t1\\t1\\t1\\t0\\n'\n")
     desk.page(f"/v1/{LB01}/metrics")
     one.script("zfs", full)
     desk.pass_by(10.0)
