@@ -6,7 +6,6 @@ import json
 import random
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -202,8 +201,10 @@ def test_duplicates_cost_one_reading(running: Program, cloud: Cloud) -> None:
            customer_metadata={"k": "v"})
     wait_until(lambda: WEB not in listed(running))
     wait_until(lambda: admin(running)["cmon_proxy_changefeed_events_total"] >= 5)
-    time.sleep(0.7)                                         # a third reading would have begun
-    assert cloud.vmapi.order("stats")["count"]["/vms/UUID"] - before <= 2
+    cloud.vmapi.order("delay", seconds=0)
+    cloud.vmapi.order("put", vms=[{"uuid": DB, "alias": "last"}])
+    wait_until(lambda: listed(running)[DB]["vm_alias"] == "last")
+    assert cloud.vmapi.order("stats")["count"]["/vms/UUID"] - before <= 3
 
 
 def test_a_new_vm_comes_with_its_first_change_and_its_agent_is_told(running: Program, cloud: Cloud
@@ -234,7 +235,6 @@ def test_a_flapping_feed_settles(running: Program, cloud: Cloud) -> None:
     for number in range(4):
         cloud.vmapi.order("cut")
         change(cloud, alias=f"flap{number}")
-        time.sleep(0.05)
     wait_until(lambda: listed(running)[WEB]["vm_alias"] == "flap3")
     wait_until(lambda: admin(running)["cmon_proxy_changefeed_connected"] == 1)
 
@@ -256,7 +256,6 @@ def test_cold_start_with_a_service_down(cloud: Cloud, tmp_path: Path, kind: str,
     else:
         service.order("fail", status=503)
     with start(cloud, tmp_path) as program:
-        time.sleep(0.3)
         answer = get(program, "/v1/discover")
         assert answer.status == 503 and answer.headers["content-type"].startswith("text/plain")
         assert answer.headers["retry-after"]
@@ -305,7 +304,7 @@ def test_a_vmapi_that_forgets_everything_does_not_empty_discovery(running: Progr
                                                                   ) -> None:
     cloud.vmapi.order("fail", status=200)                   # an answer of the wrong shape
     cloud.vmapi.order("cut")
-    time.sleep(0.5)
+    running.wait_for_log("changefeed: the upgrade is answered b'HTTP/1.1 200 OK'")
     assert set(listed(running)) == {WEB, DB}
 
 
@@ -355,17 +354,11 @@ def test_ten_thousand_vms_and_five_hundred_changes_a_second(cloud: Cloud, tmp_pa
         # at most 60 MB resident; nothing of it per request
         assert admin(program)["process_resident_memory_bytes"] < 90e6
         assert len(listed(program)) > 1000
-        before = admin(program)["process_cpu_seconds_total"]
         cloud.vmapi.order("churn", rate=500, seconds=3)
         statuses = set()
-        end = time.monotonic() + 3
-        while time.monotonic() < end:
+        while admin(program)["cmon_proxy_inventory_reads_total"] < 1000:
             statuses.add(get(program, page(uuid(0x10000))).status)
         assert statuses == {200}
-        wait_until(lambda: admin(program)["cmon_proxy_changefeed_events_total"] >= 1000)
-        found = admin(program)
-        print("CPU per change", (found["process_cpu_seconds_total"] - before)
-              / found["cmon_proxy_inventory_reads_total"])
 
 
 def test_a_much_shorter_list_is_read_again_and_an_empty_one_not_believed(
@@ -396,6 +389,7 @@ def inside(cloud: Cloud, monkeypatch: Any) -> Iterator[Any]:
     """The source with its threads and a loop, without the server's sockets."""
     monkeypatch.setattr(cmon_proxy, "HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(cmon_proxy, "POLL_NODES_SECONDS", 0.2)
+    monkeypatch.setattr(cmon_proxy, "Pauses", lambda chance: Pauses(chance, 0.02, 0.1))
     settings = Settings(TlsSettings(Path("x"), Path("y")), InventorySettings(
         vmapi=cloud.vmapi.url, cnapi=cloud.cnapi.url, mahi=cloud.mahi.url))
     server = Server("proxy", Registry())
