@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from nodes import LB01, SPARK01, STOPPED, WEB01, Clock, Machine, collectors, down, steady
+from nodes import (
+    LB01, SPARK01, STOPPED, WEB01, Clock, Machine, Vminfod, collectors, down, steady)
 from support import NODE, ROOT, Connection, Kernel, Program, http_get, node, samples, wait_until
 
 import cmon_agent as agent
@@ -332,6 +333,53 @@ def test_what_was_captured_replays_as_the_same_pages(kernel: Callable[..., Kerne
             assert len(pages[0]) > 100
             assert pages[1] == pages[2], path
             assert pages[0] == pages[1], path
+
+
+def test_pages_from_c_are_the_golden_ones(kernel: Callable[..., Kernel], tmp_path: Path,
+                                          recorded_node: dict[str, Any]) -> None:
+    frame = recorded_node["frames"][0]
+    sysinfo = tmp_path / "sysinfo.json"
+    sysinfo.write_text(json.dumps(recorded_node["host"]))
+    info = Vminfod()
+    info.behave = info.ready(frame["vms"])
+    one = Machine(tmp_path / "m", kernel(frame["kstats"]), frame, sysinfo_file=str(sysinfo),
+                  vminfod=info.url).start()
+    with one.agent:
+        wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
+        wait_until(lambda: (one.refresh(), "vcpu_seconds_total" in one.zone(SPARK01))[1])
+        for target, golden in ((WEB01, "node-web01"), (LB01, "node-lb01-two-nics"),
+                               (SPARK01, "node-spark01-bhyve"), ("gz", "node-gz")):
+            text = (ROOT / "tests" / "golden" / f"{golden}.prom").read_text()
+            page = one.get(f"/v1/{target}/metrics").text
+            assert steady(page) == steady(text), target
+            assert [line for line in page.splitlines() if line.startswith("boot_time_seconds")] \
+                == [line for line in text.splitlines() if line.startswith("boot_time_seconds")]
+    info.close()
+
+
+def test_all_zones_at_once_are_exactly_their_pages(kernel: Callable[..., Kernel], tmp_path: Path
+                                                   ) -> None:
+    """On a kernel whose values stand still."""
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"])).start()
+    with one.agent:
+        expected = set()
+        for zone in RUNNING:
+            for line in steady(one.zone(zone)):
+                if not line.startswith("#"):
+                    series, _, number = line.rpartition(" ")
+                    name, brace, labels = series.partition("{")
+                    expected.add(f'{name}{{zonename="{zone}"' + ("," + labels if brace else "}")
+                                 + " " + number)
+        answer = one.get("/v1/zones/metrics")
+        assert {line for line in steady(answer.text) if not line.startswith("#")} == expected
+        assert len(expected) > 100 * len(RUNNING)
+        one.kernel.faults(("block", "memory_cap:7:*"), ("block", "tcp:5:*"))
+        one.refresh()
+        answer = one.get("/v1/zones/metrics", timeout=4.0)
+        assert answer.status == 200, "what is late does not keep the rest"
+        assert 'cmon_collector_up{zonename="%s",collector="memcap"} 0' % LB01 in answer.text
+        assert 'cmon_collector_up{zonename="%s",collector="memcap"} 1' % WEB01 in answer.text
+        agent.parse(answer.text)
 
 
 def test_a_capture_of_a_replay_is_that_replay(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from nodes import CMON0, LB01, WEB01, Machine, Vminfod, children_of, collectors, down, value
+from nodes import (
+    CMON0, LB01, WEB01, Desk, Machine, Vminfod, children_of, collectors, down, value)
 from support import ROOT, Kernel, free_port, samples, wait_until
 
 import cmon_agent as agent
@@ -234,6 +235,25 @@ def test_a_lifetime_by_the_plugins_own_word_wins_over_the_file(machine: MakeMach
     assert (found["own"].ttl, found["file"].ttl, found["none"].ttl) == (5.0, 7.0, 60.0)
     assert found["none"].timeout == 3.0 and not problems
     assert agent.plugin_families("own", "ttl\toption\t9\nttl\toption\t45\n", False)[1] == 45.0
+
+
+def test_a_plugin_runs_as_often_as_its_lifetime_says(machine: MakeMachine) -> None:
+    one = machine(gz={"own.sh": "echo >> $0.runs; printf 'x\\tgauge\\t1\\nttl\\toption\\t45\\n'",
+                      "file.prom.sh": "echo >> $0.runs; printf '# TYPE x gauge\\nx 1\\n'",
+                      "plugin.json": {"own.sh": {"ttl": 5}, "file.prom.sh": {"ttl": 7}}},
+                  start=False)
+    desk = Desk(one.config)
+    desk.scraper._reread_plugins()
+    wait_until(lambda: (desk.pump(), desk.scraper._plugins["gz"])[1])
+    seen = []
+    for _ in range(12):                                 # two minutes
+        assert "plugin_own_x 1" in desk.page("/v1/gz/metrics")
+        seen.append(tuple(len((one.config.parent / "gz-plugins" / f"{name}.runs").read_bytes())
+                          for name in ("own.sh", "file.prom.sh")))
+        desk.pass_by(10.0, 1.0)
+    desk.close()
+    assert [own for own, _ in seen] == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
+    assert [file for _, file in seen] == list(range(1, 13))
 
 
 # --- which files are plugins ----------------------------------------------------------------------
