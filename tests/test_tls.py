@@ -175,8 +175,9 @@ def made_with(tmp_path: Path, subject: str, extensions: str) -> Any:
     config = tmp_path / "config"
     config.write_text(f"[req]\ndistinguished_name=d\nprompt=no\nx509_extensions=e\n[d]\n{subject}\n"
                       f"[e]\n{extensions}\n", encoding="utf-8")
-    made = subprocess.run(["openssl", "req", "-x509", "-utf8", "-new", "-key", FILES / "ec.key",
-                           "-config", config, "-outform", "DER"], check=True, stdout=subprocess.PIPE)
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-utf8", "-new", "-key", FILES / "ec.key", "-config", config,
+         "-outform", "DER"], check=True, stdout=subprocess.PIPE)
     return certificate(made.stdout)
 
 
@@ -229,8 +230,9 @@ def test_made_chain_is_verified_by_openssl_strictly(tmp_path: Path) -> None:
                             purposes=(SERVER_PURPOSE,), days=1)
     (tmp_path / "ca").write_bytes(ca)
     (tmp_path / "leaf").write_bytes(leaf)
-    subprocess.run(["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname",
-                    "host.example", "-CAfile", tmp_path / "ca", tmp_path / "leaf"], check=True)
+    subprocess.run(
+        ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname",
+         "host.example", "-CAfile", tmp_path / "ca", tmp_path / "leaf"], check=True)
 
 
 @pytest.mark.parametrize("arguments, problem", [
