@@ -580,6 +580,7 @@ STUCK_SECONDS = 0.5             # a kstat_read that takes longer is taken to be 
 MAX_HANDLES = 3                 # chains that are open at once, those of blocked threads included
 REOPEN_SECONDS = 10.0           # between two attempts to see what was created but not installed
 REBUILD_SHARE = 20              # an index that took 1 s of CPU is not renewed within 20 s
+FORCED_SHARE = 4                # … not even for a zone that is asked for and not there
 MAX_OUTPUT = 8 << 20            # bytes of a command: a zfs list of 10,000 datasets is 2 MB
 SYSINFO_MEMBERS = (             # what a capture keeps; boot parameters may hold secrets
     "Live Image", "System Type", "Boot Time", "Datacenter Name", "UUID", "Hostname",
@@ -793,8 +794,11 @@ class Reader:
     def follow(self, force: bool = False) -> bool:
         """Bring the chain up to date, not too often; True when it is new."""
         now = self._kstats.now()
-        pause = max(0.1, REBUILD_SHARE * self._handle.rebuild_seconds)
-        if not force and now - self._updated < pause:
+        rebuild = self._handle.rebuild_seconds
+        pause = max(0.1, REBUILD_SHARE * rebuild)
+        if force:                       # for a zone that is not there: cheap, or not too often
+            pause = FORCED_SHARE * rebuild if rebuild > 0.01 else 0.0
+        if now - self._updated < pause:
             return False
         self._updated = now
         self.doing = Lane("the chain", now)
@@ -6251,8 +6255,7 @@ class Scraper:
         are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
         if core is None:
-            vm = self.host.vms.vms.get(zone)
-            core = vm is not None and vm.core
+            core = self._is_core(zone)
         page = self._pages.get((zone, core))
         if page is None:
             if self._unknown.get(zone, 0.0) > now:
@@ -6274,6 +6277,10 @@ class Scraper:
             page.waiting = Waiting()
         page.waiting.askers[later] = awaited
         return later
+
+    def _is_core(self, zone: str) -> bool:
+        vm = self.host.vms.vms.get(zone)
+        return vm is not None and vm.core
 
     def _no_zone(self, zone: str) -> Refused:
         return Refused(404, f"no zone {zone} runs on this compute node; / lists those that do",
@@ -6853,8 +6860,9 @@ class Scraper:
     def texts(self, zones: Iterable[str]) -> Dict[str, str]:
         """The pages of these zones as text, as far as there is anything of them."""
         now = self.server.now()
-        return {zone: self.text(page, now, frozenset()) for zone in zones
-                for page in self.pages_of(zone)[-1:] if page.has_values()}
+        pages = ((zone, self._pages.get((zone, self._is_core(zone)))) for zone in zones)
+        return {zone: self.text(page, now, frozenset()) for zone, page in pages
+                if page is not None and page.has_values()}
 
     def _sweep(self) -> None:
         """Let go of answers that are too old to send, and of pages that nobody wants."""

@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 import pytest
 from nodes import (
-    LB01, SPARK01, STOPPED, WEB01, Clock, Machine, Vminfod, collectors, down, steady)
+    LB01, SPARK01, STOPPED, WEB01, Clock, Desk, Machine, Vminfod, collectors, down, steady)
 from support import NODE, ROOT, Connection, Kernel, Program, http_get, node, samples, wait_until
 
 import cmon_agent as agent
@@ -617,3 +617,18 @@ def test_gzip_is_what_gzip_reads(replay: Program) -> None:
         raw = connection._reader.read()
     head, _, body = raw.partition(b"\r\n\r\n")
     assert b"Content-Encoding: gzip" in head and b"# HELP" in gzip.decompress(body)
+
+
+def test_all_zones_at_once_has_the_page_that_vminfod_decides(kernel: Callable[..., Kernel],
+                                                             tmp_path: Path) -> None:
+    """Not the one that somebody has asked for with the proxy's header, long ago perhaps."""
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
+    desk = Desk(one.config)
+    desk.page(f"/v1/{WEB01}/metrics", x_joyent_cmon_opts=opts({"isCoreZone": True})[
+        "x-joyent-cmon-opts"])
+    desk.pass_by(100.0, 1.0)
+    page = desk.page("/v1/zones/metrics")
+    ages = re.findall(r'^cmon_sample_age_seconds{zonename="%s",collector="memcap"} (\S+)$' % WEB01,
+                      page, re.M)
+    assert ages == ["0.0"]
+    desk.close()

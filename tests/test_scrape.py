@@ -260,6 +260,33 @@ def test_a_chain_that_changes_at_every_look(machine: MakeMachine) -> None:
     clean(one)
 
 
+def test_zones_that_are_not_there_cost_no_walk_of_a_long_chain_each(desk: Callable[..., Desk]
+                                                                    ) -> None:
+    """A Prometheus with old targets, and a chain that changes all the time."""
+    one: Any = desk(kstats=())
+    one.kernel.synthesise(10, 30_000)
+    one.kernel.faults(("churn",))
+    for number in range(30):
+        path = f"/v1/{number:08x}-1111-4222-8333-444444444444/metrics"
+        assert one.answer(one.ask(path)).status == 404
+    assert one.kernel["rebuilds"] <= 4
+    one.pass_by(60.0, 1.0)
+    assert value(agent_page(one), "cmon_agent_pages") == 0, "nothing is kept of them"
+
+
+def test_a_zone_that_is_not_there_is_looked_for_once_a_second(desk: Callable[..., Desk]) -> None:
+    one: Any = desk()
+    missing = f"/v1/{LB01}/metrics"
+    assert one.answer(one.ask(missing)).status == 404
+    before = one.kernel["updates"]
+    for _ in range(50):
+        assert one.answer(one.ask(missing)).status == 404
+    assert one.kernel["updates"] == before
+    one.kernel.write(small(3, LB01))
+    one.pass_by(1.2)
+    assert count_on(one, missing) == 3
+
+
 def node_kstats() -> list[dict[str, Any]]:
     """The kstats of the recorded node."""
     kstats: list[dict[str, Any]] = json.loads(NODE.read_text())["frames"][0]["kstats"]
