@@ -642,10 +642,15 @@ class Directory:
             raise refused("inventory_not_ready")
         return self.accounts.get(login)
 
+    def merged(self, accounts: Dict[str, Account]) -> Dict[str, Account]:
+        """These accounts; one that has not changed stays the same object. For any thread."""
+        known = self.accounts
+        return {login: kept if (kept := known.get(login)) == account else account
+                for login, account in accounts.items()}
+
     def replace(self, accounts: Dict[str, Account]) -> None:
-        """All at once; an account that has not changed stays the same object."""
-        self.accounts = {login: kept if (kept := self.accounts.get(login)) == account else account
-                         for login, account in accounts.items()}
+        """All at once."""
+        self.accounts = accounts
         self._ready = True
 
 
@@ -817,6 +822,7 @@ class FileSource:
         problems: List[str] = []
         try:
             found = read_inventory(self._path, self._port)
+            found = found._replace(accounts=self._directory.merged(found.accounts))
         except ConfigError as error:
             problems = error.problems
         self._server.soon(self._apply, mark, found, problems)
@@ -2652,6 +2658,7 @@ class Relay:
 
 
 Action = Callable[..., Union[Answer, Later]]
+Look = Tuple[int, Callable[[], Any]]    # how many there are, and what makes JSON of them, anywhere
 
 
 class Proxy:
@@ -3009,90 +3016,94 @@ class Proxy:
                  ) -> Union[Answer, Later]:
         """The original's list of containers."""
         selection = Selection.of(request.query)
-        count, pick = self._listed(granted, selection)
 
-        def build() -> bytes:
-            return json.dumps({"containers": [container_row(*row) for row in pick()]},
-                              separators=(",", ":"), ensure_ascii=False).encode()
+        def look() -> Look:
+            count, pick = self._listed(granted, selection)
+            return count, lambda: {"containers": [container_row(*row) for row in pick()]}
         return self._built(("discover", granted.account.uuid, granted.groups, selection),
                            (self.inventory.generation(granted.account.uuid), self.manta_owner),
-                           count, build, JSON, granted, allowance)
+                           look, granted, allowance)
 
     def targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
                 ) -> Union[Answer, Later]:
         """The same for Prometheus' HTTP service discovery: everything by the one name."""
         selection = Selection.of(request.query)
-        count, pick = self._listed(granted, selection)
         address = request.headers.get("host", "")
 
-        def build() -> bytes:
-            return json.dumps([{"targets": [address], "labels": container_labels(*row)}
-                               for row in pick()],
-                              separators=(",", ":"), ensure_ascii=False).encode()
+        def look() -> Look:
+            count, pick = self._listed(granted, selection)
+            return count, lambda: [{"targets": [address], "labels": container_labels(*row)}
+                                   for row in pick()]
         return self._built(("sd", granted.account.uuid, granted.groups, selection, address),
                            (self.inventory.generation(granted.account.uuid), self.manta_owner),
-                           count, build, JSON, granted, allowance)
+                           look, granted, allowance)
 
-    def _nodes(self, granted: Grant, query: Mapping[str, str]
-               ) -> Tuple[Selection, int, Callable[[], List[Node]]]:
-        selection = Selection.of(query)         # groups mean nothing here, as in the original
-        nodes = list(self.inventory.nodes.values())
+    def _nodes(self, granted: Grant, query: Mapping[str, str]) -> Tuple[Selection, List[Node]]:
+        """Which nodes an operator asks for, and those there are; raises Refused for others."""
         if not (granted.account.operator and granted.groups is None):
             raise refused("not_operator")
-
-        def pick() -> List[Node]:
-            return sorted(node for node in nodes
-                          if may_see(granted, node) and selection.takes(node.uuid))
-        return selection._replace(groups=frozenset()), len(nodes), pick
+        # groups mean nothing here, as in the original
+        selection = Selection.of(query)._replace(groups=frozenset())
+        return selection, [node for node in self.inventory.nodes.values()
+                           if may_see(granted, node)]
 
     def discover_nodes(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
                        ) -> Union[Answer, Later]:
         """The original's list of compute nodes."""
-        selection, count, pick = self._nodes(granted, request.query)
+        selection, nodes = self._nodes(granted, request.query)
 
-        def build() -> bytes:
-            return json.dumps({"cns": [
-                {"server_uuid": node.uuid, "server_hostname": node.hostname} for node in pick()]},
-                separators=(",", ":"), ensure_ascii=False).encode()
-        return self._built(("gz", selection), self.inventory.node_generation, count, build, JSON,
-                           granted, allowance)
+        def look() -> Look:
+            return len(nodes), lambda: {"cns": [
+                {"server_uuid": node.uuid, "server_hostname": node.hostname}
+                for node in sorted(nodes) if selection.takes(node.uuid)]}
+        return self._built(("gz", selection), self.inventory.node_generation, look, granted,
+                           allowance)
 
     def node_targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
                      ) -> Union[Answer, Later]:
         """The same for HTTP service discovery."""
-        selection, count, pick = self._nodes(granted, request.query)
+        selection, nodes = self._nodes(granted, request.query)
         address = request.headers.get("host", "")
 
-        def build() -> bytes:
-            return json.dumps([{"targets": [address], "labels": node_labels(node)}
-                               for node in pick()],
-                              separators=(",", ":"), ensure_ascii=False).encode()
-        return self._built(("gz/sd", selection, address), self.inventory.node_generation, count,
-                           build, JSON, granted, allowance)
+        def look() -> Look:
+            return len(nodes), lambda: [{"targets": [address], "labels": node_labels(node)}
+                                        for node in sorted(nodes) if selection.takes(node.uuid)]
+        return self._built(("gz/sd", selection, address), self.inventory.node_generation, look,
+                           granted, allowance)
 
-    def _built(self, key: Tuple[object, ...], generation: object, rows: int,
-               build: Callable[[], bytes], content_type: str, granted: Grant,
-               allowance: Allowance) -> Union[Answer, Later]:
+    def _built(self, key: Tuple[object, ...], generation: object, look: Callable[[], Look],
+               granted: Grant, allowance: Allowance) -> Union[Answer, Later]:
         """An answer that is kept until the inventory changes; large ones are made by a worker."""
         extra = granted.identity.header + allowance.header()
         kept = self._answers.get(key)
         if kept is not None and kept[0] == generation:
             return with_headers(kept[1], extra)
+        rows, make = look()
+
+        def build() -> Prepared:
+            return prepare(Response(200, json.dumps(
+                make(), separators=(",", ":"), ensure_ascii=False).encode(), JSON))
         if rows <= INLINE_ROWS:
-            made = prepare(Response(200, build(), content_type))
+            made = build()
             self._keep(key, generation, made)
             return with_headers(made, extra)
+
+        def build_and_keep() -> Prepared:
+            made = build()
+            self.server.call_soon(self._keep, key, generation, made)
+            return with_headers(made, extra)
+        return self._by_worker(build_and_keep)
+
+    def _by_worker(self, build: Callable[[], Answer]) -> Later:
+        """An answer that takes too long for the loop; raises Refused when too much waits."""
         later = Later(self.server.now() + 9.0, lambda: answer_to(refused("too_busy")))
-        finish = later.finish
 
         def work() -> None:
             try:
-                made = prepare(Response(200, build(), content_type))
-                self.server.call_soon(self._keep, key, generation, made)
-                finish(with_headers(made, extra))
+                later.finish(build())
             except Exception:
-                log.exception("making %s failed", key[0])
-                finish(text(500, "internal error; see the log", ("X-Cmon-Error", "internal")))
+                log.exception("making an answer failed")
+                later.finish(text(500, "internal error; see the log", ("X-Cmon-Error", "internal")))
         if not self.server.spawn(work):
             raise refused("too_busy")
         return later
@@ -3116,19 +3127,7 @@ class Proxy:
         def build() -> Prepared:
             page = render(fleet_families(rows, granted, allowance)).encode()
             return with_headers(prepare(Response(200, page, PAGE)), extra)
-        if len(rows) <= INLINE_ROWS // 4:
-            return build()
-        later = Later(self.server.now() + 9.0, lambda: answer_to(refused("too_busy")))
-
-        def work() -> None:
-            try:
-                later.finish(build())
-            except Exception:
-                log.exception("making the fleet page failed")
-                later.finish(text(500, "internal error; see the log", ("X-Cmon-Error", "internal")))
-        if not self.server.spawn(work):
-            raise refused("too_busy")
-        return later
+        return build() if len(rows) <= INLINE_ROWS // 4 else self._by_worker(build)
 
     def fleet_rows(self, granted: Grant, selection: Selection) -> List[FleetRow]:
         """The containers of an account with all that is known of them."""

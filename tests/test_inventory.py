@@ -189,7 +189,8 @@ def test_accounts_that_stay_the_same_stay_the_same_object() -> None:
     directory = Directory()
     first = {"a": Account("1", "a", {}), "b": Account("2", "b", {})}
     directory.replace(first)
-    directory.replace({"a": Account("1", "a", {}), "b": Account("2", "b", {}, True)})
+    directory.replace(directory.merged(
+        {"a": Account("1", "a", {}), "b": Account("2", "b", {}, True)}))
     assert directory.find("a") is first["a"] and directory.find("b") is not first["b"]
     assert directory.find("c") is None
 
