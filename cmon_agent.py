@@ -29,6 +29,7 @@ Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import bisect
 import collections
@@ -43,6 +44,7 @@ import heapq
 import html
 import http.client
 import http.server
+import itertools
 import json
 import logging
 import logging.handlers
@@ -612,7 +614,8 @@ class Commands:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._hanging: Dict[str, Tuple[subprocess.Popen[bytes], float]] = {}
-        self._lock = threading.Lock()       # _hanging
+        self._running: Set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()       # the two above
 
     def run(self, key: str, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
         """Wait for a command, `timeout` seconds at the most; raises CommandError."""
@@ -631,9 +634,13 @@ class Commands:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise CommandError(f"{argv[0]}: {reason.lower()}") from None
+        with self._lock:
+            self._running.add(process)
         try:
             stdout, stderr, problem = self._read(process, began + timeout, limit)
         finally:
+            with self._lock:
+                self._running.discard(process)
             self._end(process)
         if process.poll() is None:
             with self._lock:
@@ -652,6 +659,15 @@ class Commands:
         """How many could not be killed and have not gone yet."""
         with self._lock:
             return sum(process.poll() is None for process, _ in self._hanging.values())
+
+    def kill(self) -> None:
+        """Kill what runs: without us nobody would do it at its deadline."""
+        with self._lock:
+            for process in self._running:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    continue
 
     def _read(self, process: subprocess.Popen[bytes], end: float, limit: int
               ) -> Tuple[bytes, bytes, str]:
@@ -1313,8 +1329,9 @@ class Host:
         self.vms.start()
 
     def stop(self) -> None:
-        """End it."""
+        """End it, and all that was started."""
         self.vms.stop()
+        self._commands.kill()
 
     def open_kstats(self) -> Handle:
         """A kstat handle, for one thread; raises KstatError."""
@@ -7336,11 +7353,12 @@ class _Loader:
 
     def __init__(self, origin: str, folder: Path) -> None:
         self.origin, self.folder = origin, folder
+        self.flags: AbstractSet[str] = frozenset()      # settings that the command line gives
         self.problems: List[str] = []
 
     def wrong(self, where: str, what: str) -> None:
-        self.problems.append(f"{self.origin}: {where}: {what}" if where else
-                             f"{self.origin}: {what}")
+        origin = "command line" if where in self.flags else self.origin
+        self.problems.append(f"{origin}: {where}: {what}" if where else f"{origin}: {what}")
 
     def convert(self, value: Any, wanted: Any, where: str) -> Any:
         """The value as the type that the field is annotated with."""
@@ -7384,7 +7402,9 @@ class _Loader:
             count = len(self.problems)
             found[key] = self.convert(item, kinds[key], path)
             check = fields[key].metadata.get("check")
-            problem = check(found[key]) if check and len(self.problems) == count else None
+            # what is wrong inside a table does not hide a key that it cannot have
+            problem = check(found[key]) if check and found[key] is not None and (
+                len(self.problems) == count or isinstance(found[key], dict)) else None
             if problem:
                 self.wrong(path, f"{problem}, not {json.dumps(item)[:60]}")
         for name, field in fields.items():
@@ -7440,8 +7460,9 @@ def load_settings(wanted: Type[S], path: Optional[str], flags: Mapping[str, Any]
     if path is not None:
         content = read_json(path)
     loader = _Loader(path or "settings", Path(path).resolve().parent if path else Path.cwd())
+    given = {key: value for key, value in flags.items() if value is not None}
     if isinstance(content, dict):
-        content = {**content, **{key: value for key, value in flags.items() if value is not None}}
+        content, loader.flags = {**content, **given}, given.keys()
     loaded = loader.record(wanted, content, "")
     problems += loader.problems
     if problems:
@@ -7563,8 +7584,8 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
     def on_hangup(*_: object) -> None:
         try:
             fresh = load()
-            start_logging(program, getattr(fresh, "log_level"), getattr(fresh, "log_format"))
             reload(fresh)
+            start_logging(program, getattr(fresh, "log_level"), getattr(fresh, "log_format"))
             log.info("settings were reread")
         except ConfigError as error:
             for problem in error.problems:
@@ -7607,8 +7628,8 @@ class CollectorSettings:
 def known_keys(known: Mapping[str, str]) -> Check:
     """A check for tables whose keys are fixed."""
     def check(value: Mapping[str, str]) -> Optional[str]:
-        odd = sorted(set(value) - set(known))
-        return f"{odd[0]!r} is not one of {', '.join(known)}" if odd else None
+        odd = ", ".join(map(repr, sorted(set(value) - set(known))))
+        return f"{odd} is not one of {', '.join(known)}" if odd else None
     return check
 
 
@@ -7616,8 +7637,8 @@ def known_collectors(value: Mapping[str, CollectorSettings]) -> Optional[str]:
     """A check for the names of collectors."""
     names = {one.name for one in ZONE_COLLECTORS + NODE_COLLECTORS} - {"time"}
     odd = [name for name in value if name not in names and not name.startswith("plugin_")]
-    return f"{odd[0]!r} is no collector; there are {', '.join(sorted(names))} and plugin_NAME" \
-        if odd else None
+    return f"{', '.join(map(repr, odd))} is no collector; there are " \
+        f"{', '.join(sorted(names))} and plugin_NAME" if odd else None
 
 
 def is_http(value: str) -> Optional[str]:
@@ -7737,6 +7758,7 @@ class Running:
             log.warning("the node's name and pool are not known: %s", problem)
         scraper.start()
         self._scraper, self._settings = scraper, settings
+        atexit.register(host.stop)
         return server
 
     def reload(self, settings: Settings) -> None:
@@ -7784,20 +7806,10 @@ def capture(arguments: argparse.Namespace) -> int:
 
 def capture_frame(host: Union[Host, RecordedHost], settings: Settings) -> Dict[str, Any]:
     """One frame of a capture; raises KstatError."""
-    handle = host.open_kstats()
-    try:
-        kstats = []
-        index = handle.index
-        refs = [ref for refs in (*index.modules.values(), *index.zones.values()) for ref in refs]
-        for ref in refs:
-            try:
-                kstat = handle.read(ref)
-            except KstatError:
-                continue                    # it has gone, or is of a kind that is not read
-            kstats.append({**kstat._asdict(), "class": kstat.klass, "data": dict(kstat.data)})
-            del kstats[-1]["klass"]
-    finally:
-        handle.close()
+    kstats = []
+    for kstat in _captured_kstats(host):
+        kstats.append({**kstat._asdict(), "class": kstat.klass, "data": dict(kstat.data)})
+        del kstats[-1]["klass"]
     sysinfo, _ = read_sysinfo(host)
     pool = settings.pool or sysinfo.pool or "zones"
     commands: Dict[str, Dict[str, Any]] = {}
@@ -7814,6 +7826,31 @@ def capture_frame(host: Union[Host, RecordedHost], settings: Settings) -> Dict[s
     _captured(host, "ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()), commands)
     return {"at": host.time(), "kstats": kstats, "commands": commands, "vms": _captured_vms(
         settings) if not host.recorded else []}
+
+
+def _captured_kstats(host: Union[Host, RecordedHost]) -> List[Kstat]:
+    """All kstats that the collectors read; one that blocks is left out, as when serving."""
+    def work(reader: Reader) -> List[Kstat]:
+        index, read = reader.index, []
+        for ref in itertools.chain(*index.modules.values(), *index.zones.values()):
+            try:
+                read.append(reader.read(ref))
+            except KstatError:
+                continue                    # it has gone, or is of a kind that is not read
+        return read
+    readers = Kstats(host.open_kstats)
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    readers.submit(Job(work, done.put))
+    while True:
+        try:
+            result: Union[List[Kstat], Exception] = done.get(timeout=0.1)
+            break
+        except queue.Empty:
+            readers.watch()
+    readers.close()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _captured(host: Union[Host, RecordedHost], name: str, argv: Sequence[str],
@@ -7915,6 +7952,13 @@ def agent_command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def _seconds(word: str) -> float:
+    """A flag's pause; argparse says what is wrong with it."""
+    if not 0 < float(word) <= 86400:
+        raise ValueError
+    return float(word)
+
+
 def capture_command_line() -> argparse.ArgumentParser:
     """The flags of `capture`."""
     parser = argparse.ArgumentParser(
@@ -7924,7 +7968,7 @@ def capture_command_line() -> argparse.ArgumentParser:
     add("file", metavar="FILE", help="file to write")
     add("--frames", type=int, default=2, choices=range(1, 101), metavar="N",
         help="how often to read everything (2)")
-    add("--interval", type=float, default=5.0, metavar="SECONDS", help="between two frames (5)")
+    add("--interval", type=_seconds, default=5.0, metavar="SECONDS", help="between two frames (5)")
     add("--config", metavar="FILE", help="settings as JSON")
     add("--libkstat", metavar="PATH", help="the library that kstats are read with")
     parser.set_defaults(listen=None, log_level=None, log_format=None, replay=None)
