@@ -843,8 +843,9 @@ class FileSource:
         self._inventory.replace(found.vms, found.owned)
         self._inventory.replace_nodes(found.nodes)
         self._inventory.confirm()
+        if not self._inventory.ready:
+            gc.freeze()             # 10,000 VMs hold no circles: the collector need not walk them
         self._inventory.ready = True
-        gc.freeze()                 # 10,000 VMs hold no circles: the collector need not walk them
         log.info("inventory: %s accounts, %s compute nodes, %s containers from %s",
                  len(found.accounts), len(found.nodes), len(found.vms), self._path)
 
@@ -1424,7 +1425,8 @@ class TritonSource:
         if epoch != self._epoch:
             return
         self._inventory.replace(vms, owned)
-        gc.freeze()                         # as in FileSource
+        if not self._inventory.ready:
+            gc.freeze()                     # as in FileSource
         self._refresh |= servers
         self._inventory.confirm()
         if any(vm.server and vm.server not in self._inventory.nodes for vm in vms.values()):
@@ -2543,15 +2545,12 @@ def node_labels(node: Node) -> Dict[str, str]:
             "__metrics_path__": f"/v1/{node.uuid}/metrics"}
 
 
-def with_headers(prepared: Prepared, extra: bytes) -> Prepared:
-    """A prepared answer with more header lines, which are the asker's own."""
-    if not extra:
-        return prepared
-
-    def put(whole: bytes) -> bytes:
-        at = whole.index(b"\r\n") + 2
-        return whole[:at] + extra + whole[at:]
-    return Prepared(prepared.status, put(prepared.plain), put(prepared.packed))
+def with_headers(prepared: Prepared, extra: bytes, packed: bool) -> Prepared:
+    """A prepared answer, as this asker takes it, with header lines that are the asker's own."""
+    whole = prepared.packed if packed else prepared.plain
+    at = whole.index(b"\r\n") + 2
+    whole = b"".join((whole[:at], extra, memoryview(whole)[at:]))
+    return Prepared(prepared.status, whole, whole)
 
 
 class LastScrape(NamedTuple):
@@ -2851,10 +2850,10 @@ class Proxy:
         else:
             node = target
         if standing == OVER and allowance.terms.over != "allow":
-            return self._copy(allowance, granted, uuid, core, target, now)
+            return self._copy(request, allowance, granted, uuid, core, target, now)
         return self._relay(request, granted, allowance, uuid, target, node, core, now)
 
-    def _copy(self, allowance: Allowance, granted: Grant, uuid: str, core: bool,
+    def _copy(self, request: Request, allowance: Allowance, granted: Grant, uuid: str, core: bool,
               target: Union[Vm, Node], now: float) -> Answer:
         """Over the quota: the last copy, which costs no node anything."""
         owner = target.owner if isinstance(target, Vm) else ""
@@ -2865,7 +2864,7 @@ class Proxy:
         allowance.stale += 1
         answer = copy.answer(now)
         allowance.bytes += len(answer.packed)
-        return with_headers(answer, granted.identity.header + allowance.header())
+        return with_headers(answer, granted.identity.header + allowance.header(), request.gzip)
 
     def _relay(self, request: Request, granted: Grant, allowance: Allowance, uuid: str,
                target: Union[Vm, Node], node: Node, core: bool, now: float) -> Later:
@@ -3022,7 +3021,7 @@ class Proxy:
             return count, lambda: {"containers": [container_row(*row) for row in pick()]}
         return self._built(("discover", granted.account.uuid, granted.groups, selection),
                            (self.inventory.generation(granted.account.uuid), self.manta_owner),
-                           look, granted, allowance)
+                           look, request.gzip, granted, allowance)
 
     def targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
                 ) -> Union[Answer, Later]:
@@ -3036,7 +3035,7 @@ class Proxy:
                                    for row in pick()]
         return self._built(("sd", granted.account.uuid, granted.groups, selection, address),
                            (self.inventory.generation(granted.account.uuid), self.manta_owner),
-                           look, granted, allowance)
+                           look, request.gzip, granted, allowance)
 
     def _nodes(self, granted: Grant, query: Mapping[str, str]) -> Tuple[Selection, List[Node]]:
         """Which nodes an operator asks for, and those there are; raises Refused for others."""
@@ -3056,8 +3055,8 @@ class Proxy:
             return len(nodes), lambda: {"cns": [
                 {"server_uuid": node.uuid, "server_hostname": node.hostname}
                 for node in sorted(nodes) if selection.takes(node.uuid)]}
-        return self._built(("gz", selection), self.inventory.node_generation, look, granted,
-                           allowance)
+        return self._built(("gz", selection), self.inventory.node_generation, look, request.gzip,
+                           granted, allowance)
 
     def node_targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
                      ) -> Union[Answer, Later]:
@@ -3069,15 +3068,15 @@ class Proxy:
             return len(nodes), lambda: [{"targets": [address], "labels": node_labels(node)}
                                         for node in sorted(nodes) if selection.takes(node.uuid)]
         return self._built(("gz/sd", selection, address), self.inventory.node_generation, look,
-                           granted, allowance)
+                           request.gzip, granted, allowance)
 
     def _built(self, key: Tuple[object, ...], generation: object, look: Callable[[], Look],
-               granted: Grant, allowance: Allowance) -> Union[Answer, Later]:
+               packed: bool, granted: Grant, allowance: Allowance) -> Union[Answer, Later]:
         """An answer that is kept until the inventory changes; large ones are made by a worker."""
         extra = granted.identity.header + allowance.header()
         kept = self._answers.get(key)
         if kept is not None and kept[0] == generation:
-            return with_headers(kept[1], extra)
+            return with_headers(kept[1], extra, packed)
         rows, make = look()
 
         def build() -> Prepared:
@@ -3086,12 +3085,12 @@ class Proxy:
         if rows <= INLINE_ROWS:
             made = build()
             self._keep(key, generation, made)
-            return with_headers(made, extra)
+            return with_headers(made, extra, packed)
 
         def build_and_keep() -> Prepared:
             made = build()
             self.server.call_soon(self._keep, key, generation, made)
-            return with_headers(made, extra)
+            return with_headers(made, extra, packed)
         return self._by_worker(build_and_keep)
 
     def _by_worker(self, build: Callable[[], Answer]) -> Later:
@@ -3126,7 +3125,7 @@ class Proxy:
 
         def build() -> Prepared:
             page = render(fleet_families(rows, granted, allowance)).encode()
-            return with_headers(prepare(Response(200, page, PAGE)), extra)
+            return with_headers(prepare(Response(200, page, PAGE)), extra, request.gzip)
         return build() if len(rows) <= INLINE_ROWS // 4 else self._by_worker(build)
 
     def fleet_rows(self, granted: Grant, selection: Selection) -> List[FleetRow]:
