@@ -1057,8 +1057,10 @@ class Kstats:
     def note(self, handle: Any) -> None:
         """A reader's figures for /metrics."""
         if handle is not None:
-            self.chain_length, self.rebuilds = handle.index.count, handle.rebuilds
-            self.rebuild_seconds, self.reads = handle.rebuild_seconds, handle.calls
+            self.chain_length, self.rebuild_seconds = handle.index.count, handle.rebuild_seconds
+            self.rebuilds += handle.rebuilds    # handles come and go, what is counted stays
+            self.reads += handle.calls
+            handle.rebuilds = handle.calls = 0
 
     @property
     def blocked(self) -> int:
@@ -6128,6 +6130,12 @@ _AGE_HEAD = ("# HELP cmon_sample_age_seconds Age of the collector's values.\n"
              "# TYPE cmon_sample_age_seconds gauge\n")
 _UP_HEAD = ("# HELP cmon_collector_up Whether the collector works, 1 or 0.\n"
             "# TYPE cmon_collector_up gauge\n")
+def unknown_column(output: Output, columns: Sequence[str]) -> Optional[str]:
+    """The property that a `zfs list` has refused, if that was its trouble."""
+    return next((name for name in columns if output.status and re.search(
+        rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
+
+
 META_NAMES = ("_metrics_available_boolean", "_metrics_cached_boolean", "_metrics_timer_seconds")
 _metas: Dict[str, str] = {}
 
@@ -6709,8 +6717,7 @@ class Scraper:
         output = self.host.run("zfs", (*zfs_command(self._zfs_columns), self.pool),
                                self._timeout("zfs"))
         while output.status and not output.stdout:
-            unknown = next((name for name in self._zfs_columns if re.search(
-                rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
+            unknown = unknown_column(output, self._zfs_columns)
             if unknown is None:
                 raise CollectError(f"zfs list: {_last_line(output)}")
             log.warning("this zfs has no property %s", unknown)
@@ -7636,7 +7643,7 @@ def known_keys(known: Mapping[str, str]) -> Check:
 def known_collectors(value: Mapping[str, CollectorSettings]) -> Optional[str]:
     """A check for the names of collectors."""
     names = {one.name for one in ZONE_COLLECTORS + NODE_COLLECTORS} - {"time"}
-    odd = [name for name in value if name not in names and not name.startswith("plugin_")]
+    odd = sorted(name for name in value if name not in names and not name.startswith("plugin_"))
     return f"{', '.join(map(repr, odd))} is no collector; there are " \
         f"{', '.join(sorted(names))} and plugin_NAME" if odd else None
 
@@ -7790,7 +7797,8 @@ def capture(arguments: argparse.Namespace) -> int:
         content = {"format": 1, "host": {name: raw[name] for name in SYSINFO_MEMBERS
                                          if isinstance(raw, dict) and name in raw},
                    "frames": frames}
-        with open(arguments.file, "w", encoding="utf-8") as file:
+        with open(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w",
+                  encoding="utf-8") as file:
             json.dump(content, file, separators=(",", ":"))
             file.write("\n")
     except ConfigError as error:
@@ -7814,7 +7822,12 @@ def capture_frame(host: Union[Host, RecordedHost], settings: Settings) -> Dict[s
     pool = settings.pool or sysinfo.pool or "zones"
     commands: Dict[str, Dict[str, Any]] = {}
     peer = None
-    for name, argv in (("zfs", (*zfs_command(ZFS_COLUMNS), pool)), ("zpool", ZPOOL_COMMAND),
+    columns: Optional[Tuple[str, ...]] = ZFS_COLUMNS
+    while columns:                          # an old platform lacks some
+        output = _captured(host, "zfs", (*zfs_command(columns), pool), commands)
+        unknown = None if output is None else unknown_column(output, columns)
+        columns = tuple(name for name in columns if name != unknown) if unknown else None
+    for name, argv in (("zpool", ZPOOL_COMMAND),
                        ("zoneadm", ZONEADM_COMMAND), ("ntpq", APEERS_COMMAND),
                        ("chronyc", TRACKING_COMMAND), ("chronyc", SOURCES_COMMAND)):
         output = _captured(host, name, argv, commands)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: MPL-2.0
+"""How the agent behaves towards those who wait, towards what it starts, and when it stops."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from nodes import STOPPED, WEB01, Machine, down
+from support import NODE, ROOT, wait_until
+
+import cmon_agent as agent
+
+MakeMachine = Callable[..., Machine]
+FOREVER = "#!/bin/sh\nexec sleep 1000\n"
+PATH = f"/v1/{WEB01}/metrics"
+
+
+@pytest.fixture()
+def machine(kernel: Callable[..., Any], tmp_path: Path, recorded_node: dict[str, Any]
+            ) -> Iterator[MakeMachine]:
+    """Makes machines with the recorded node's kernel."""
+    made: list[Machine] = []
+
+    def make(**settings: Any) -> Machine:
+        frame = recorded_node["frames"][0]
+        made.append(Machine(tmp_path / f"machine{len(made)}", kernel(frame["kstats"]), frame,
+                            **settings))
+        return made[-1]
+    yield make
+    for one in made:
+        if one.program is not None:
+            one.program.kill()
+            print(one.program.log[-5000:])
+
+
+def plugin(folder: Path, text: str) -> str:
+    """A folder with one plugin."""
+    folder.mkdir(mode=0o755)
+    (folder / "note.sh").write_text("#!/bin/sh\n" + text)
+    (folder / "note.sh").chmod(0o755)
+    return str(folder)
+
+
+# -- those who wait
+
+@pytest.mark.parametrize("path", [PATH, "/v1/zones/metrics"])
+def test_only_the_first_scrape_waits_for_a_command_that_hangs(machine: MakeMachine, path: str
+                                                              ) -> None:
+    one = machine()
+    one.script("zfs", FOREVER)
+    one.start()
+    assert one.get(path, timeout=1.0).status == 200
+    for _ in range(2):
+        time.sleep(1.1)                     # kstats are due again
+        began = time.monotonic()
+        answer = one.get(path, timeout=8.0)
+        assert answer.status == 200 and time.monotonic() - began < 2.0
+    assert down(one.zone()) == {"zfs"}
+
+
+def test_one_who_has_more_time_goes_on_waiting(machine: MakeMachine) -> None:
+    one = machine()
+    slow = (one.commands / "zfs").read_text().replace("#!/bin/sh\n", "#!/bin/sh\nsleep 2\n")
+    one.script("zfs", slow)
+    one.start()
+    address = one.agent.address
+    script = ("import sys; sys.path[:0] = sys.argv[1:3]; import support; sys.stdout.write("
+              "support.http_get((sys.argv[3], int(sys.argv[4])), sys.argv[5]).text)")
+    patient = subprocess.Popen(
+        [sys.executable, "-c", script, str(ROOT / "tests"), str(ROOT), address[0],
+         str(address[1]), PATH], stdout=subprocess.PIPE, text=True)
+    time.sleep(0.5)
+    assert down(one.zone(timeout=0.3)) == {"zfs"}
+    page, _ = patient.communicate(timeout=30)
+    assert patient.returncode == 0 and down(page) == set() and "zfs_used" in page
+
+
+# -- zones
+
+def test_nothing_is_run_for_a_zone_that_does_not_run(machine: MakeMachine, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    folder = plugin(tmp_path / "vm", f"echo $1 >> {ran}\nprintf 'x\\tgauge\\t1\\n'\n")
+    one = machine(plugin_dirs={"vm": folder}).start()
+    wait_until(lambda: "plugin_note_x 1" in one.zone())
+    assert one.get(f"/v1/{STOPPED}/metrics").status == 404
+    assert one.get("/v1/00000000-0000-4000-8000-000000000000/metrics").status == 404
+    assert set(ran.read_text().split()) == {WEB01}
+
+
+def test_a_first_page_has_what_plugins_say(machine: MakeMachine, tmp_path: Path) -> None:
+    folder = plugin(tmp_path / "vm", "sleep 0.3; printf 'x\\tgauge\\t1\\n'\n")
+    one = machine(plugin_dirs={"vm": folder}).start()
+    own = "cmon_agent_collections_total"
+    one.zone()
+    wait_until(lambda: own in one.get("/metrics").text)
+    assert "plugin_note_x 1" in one.zone("181b6f5a-ecc7-4176-8952-19ae87ffa08e")
+
+
+@pytest.mark.parametrize("fault", [("fail", "zones:5:*", 5), ("block", "zones:5:*")])
+def test_a_zone_whose_own_kstat_cannot_be_read_is_not_said_to_be_gone(
+        machine: MakeMachine, fault: tuple[str, ...]) -> None:
+    one = machine()
+    one.kernel.faults(fault)
+    one.start()
+    page = one.zone()
+    assert down(page) == {"zone_misc"} and "mem_agg_usage" in page
+    one.kernel.faults(fault, ("fail", "memory_cap:5:*", 5), ("fail", "zone_vfs:5:*", 5))
+    one.refresh()
+    assert one.get(PATH).status in (200, 503)       # by now its name may be known
+    assert one.get(f"/v1/{STOPPED}/metrics").status == 404
+
+
+def test_a_zone_that_cannot_be_told_from_others_is_not_said_to_be_gone(machine: MakeMachine
+                                                                       ) -> None:
+    one = machine()
+    one.kernel.faults(("fail", "*:5:7e39*", 5))
+    one.start()
+    answer = one.get(PATH)
+    assert answer.status == 503 and "input/output error" in answer.text
+
+
+def test_a_chain_that_cannot_be_opened_again_heals(machine: MakeMachine) -> None:
+    one = machine().start()
+    one.zone()
+    one.kernel.faults(("fail-open", 24))
+    assert one.get(f"/v1/{STOPPED}/metrics").status == 503      # it closes, and cannot open
+    assert one.get("/-/ready").status == 503
+    one.kernel.faults()
+    wait_until(lambda: one.get("/-/ready").status == 200)
+    one.refresh()
+    assert down(one.zone()) == set()
+
+
+# -- settings while it runs
+
+def test_fewer_collections_at_once_from_hangup_on(machine: MakeMachine, tmp_path: Path) -> None:
+    folder = tmp_path / "gz"
+    folder.mkdir(mode=0o755)
+    for number in range(4):
+        path = folder / f"p{number}"
+        path.write_text("#!/bin/sh\nsleep 0.4\nprintf 'x\\tgauge\\t1\\nttl\\toption\\t1\\n'\n")
+        path.chmod(0o755)
+    one = machine(plugin_dirs={"gz": str(folder)}, max_collections=4).start()
+    wait_until(lambda: "plugin_p3_x 1" in one.node())
+
+    def takes(most: int) -> float:
+        one.settings(max_collections=most)
+        times = one.agent.log.count("settings were reread")
+        one.agent.signal(signal.SIGHUP)
+        one.agent.wait_for_log("settings were reread", times + 1)
+        time.sleep(1.1)
+        began = time.monotonic()
+        assert down(one.node()) == set()
+        return time.monotonic() - began
+    assert takes(1) > 1.5
+    assert takes(4) < 1.5
+
+
+def test_mended_settings_count_at_once(machine: MakeMachine) -> None:
+    one = machine()
+    one.hide("zfs")
+    one.start()
+    for _ in range(3):
+        one.zone()
+        time.sleep(1.1)                     # three failures open a breaker for 30 s
+    one.settings(commands={**json.loads(one.config.read_text())["commands"],
+                           "zfs": str(one.commands / "zfs")})
+    one.agent.signal(signal.SIGHUP)
+    one.agent.wait_for_log("settings were reread")
+    assert down(one.zone()) == set()
+
+
+def test_a_timeout_of_the_settings_is_that_of_a_plugin(machine: MakeMachine, tmp_path: Path
+                                                       ) -> None:
+    folder = plugin(tmp_path / "gz", "sleep 100\n")
+    one = machine(plugin_dirs={"gz": folder}, collectors={"plugin_note": {"timeout": 0.2}}).start()
+    wait_until(lambda: "plugin_note" in one.node())
+    wait_until(lambda: "plugin_note of gz fails" in one.agent.log, timeout=2.0)
+
+
+def test_what_fails_is_tried_no_more_often_than_the_operator_allows(machine: MakeMachine) -> None:
+    one = machine(min_poll_interval=60)
+    one.kernel.faults(("fail", "tcp:5:tcp", 5))
+    one.start()
+    one.zone()
+    before = one.own("cmon_agent_kstat_reads_total")
+    time.sleep(1.2)
+    one.zone()
+    assert one.own("cmon_agent_kstat_reads_total") == before
+
+
+def test_all_that_is_wrong_is_told_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "agent.json"
+    path.write_text(json.dumps({"collectors": {"zfs": {"ttl": -1}, "zsf": {}, "mem": {}},
+                                "commands": {"zfss": "x", "npt": 5}, "cpu_budget": 0}))
+    ended = subprocess.run(
+        [sys.executable, "-I", str(ROOT / "cmon_agent.py"), "--config", str(path), "--replay",
+         str(NODE), "--listen", "nowhere"], stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    for words in (f"{path}: collectors.zfs.ttl: ", "'mem', 'zsf' is no collector",
+                  "'npt', 'zfss' is not one of", "commands.npt: must be a text",
+                  f"{path}: cpu_budget: ", "command line: listen: "):
+        assert words in ended.stderr
+
+
+# -- what it starts, and its end
+
+def alive(file: Path) -> bool:
+    """Whether the process whose number is in a file lives (and is more than a zombie)."""
+    try:
+        return "Z" not in Path(f"/proc/{file.read_text().strip()}/stat").read_text().split()[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_nothing_that_it_started_outlives_it(machine: MakeMachine, tmp_path: Path) -> None:
+    one, pid = machine(), tmp_path / "pid"
+    one.script("zfs", f"#!/bin/sh\ntrap '' TERM\necho $$ > {pid}.new\nmv {pid}.new {pid}\n"
+                      "sleep 1000\nsleep 1000\n")
+    one.start()
+    assert one.get(PATH, timeout=1.0).status == 200
+    assert alive(pid)
+    assert one.agent.stop() == 0
+    wait_until(lambda: not alive(pid))
+
+
+def test_a_capture_goes_without_what_blocks(machine: MakeMachine, tmp_path: Path) -> None:
+    one, path = machine(), tmp_path / "capture.json"
+    one.kernel.faults(("block", "tcp:5:tcp"), ("fail", "memory_cap:5:*", 5))
+    ended = subprocess.run(
+        [sys.executable, "-I", str(ROOT / "cmon_agent.py"), "capture", str(path), "--config",
+         str(one.config), "--frames", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, timeout=60, check=False)
+    assert ended.returncode == 0 and "tcp:5:tcp does not return" in ended.stderr
+    names = {(kstat["module"], kstat["instance"]) for kstat
+             in json.loads(path.read_text())["frames"][0]["kstats"]}
+    assert ("zone_vfs", 5) in names and ("tcp", 7) in names
+    assert not {("tcp", 5), ("memory_cap", 5)} & names
+
+
+@pytest.mark.parametrize("interval", ["-1", "0", "nan", "soon"])
+def test_a_capture_refuses_absurd_pauses(interval: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        agent.main(["capture", os.devnull, "--interval", interval])
+    assert ended.value.code == 2
+
+
+# -- a reader that is given up just as it comes back
+
+class Handle:
+    """A handle of nothing."""
+    index, rebuild_seconds = agent.Index(), 0.0
+    calls = rebuilds = 0
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def test_no_job_is_lost_when_a_reader_is_given_up_between_two() -> None:
+    readers = agent.Kstats(Handle)
+    done: list[int] = []
+    readers.submit(agent.Job(lambda reader: 0, done.append))
+    wait_until(lambda: done)
+    # It idles, but `watch` has seen it busy: it is given up, and must end nevertheless.
+    old = readers._active
+    assert old is not None
+    old.doing = agent.Lane("tcp:5:tcp", readers.now() - 1.0)
+    readers.watch()
+    readers.submit(agent.Job(lambda reader: 1, done.append))
+    wait_until(lambda: done == [0, 1])
+    wait_until(lambda: not readers.blocked)
+    readers.close()
+
+
+def test_pools_shrink_and_grow() -> None:
+    pool, done = agent.Pool("test", 4), []
+    for _ in range(20):
+        pool.submit(time.sleep, 0.01)
+    wait_until(lambda: pool.idle == pool.threads > 1)
+    pool.resize(1)
+    wait_until(lambda: pool.threads == 1)
+    pool.resize(2)
+    for number in range(20):
+        pool.submit(done.append, number)
+    wait_until(lambda: len(done) == 20)
+    pool.close()
+    wait_until(lambda: pool.threads == 0)
