@@ -5986,7 +5986,7 @@ class Page:
         if last is None:
             if len(self.asked) >= 16:
                 self.asked = {who: seen for who, seen in self.asked.items()
-                              if now - seen[0] <= 4 * seen[1] + 5}
+                              if seen[1] < math.inf and now - seen[0] <= 4 * seen[1] + 5}
                 if len(self.asked) >= 16:
                     self.asked.clear()
             self.asked[asker] = (now, math.inf)

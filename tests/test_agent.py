@@ -632,3 +632,109 @@ def test_all_zones_at_once_has_the_page_that_vminfod_decides(kernel: Callable[..
                       page, re.M)
     assert ages == ["0.0"]
     desk.close()
+
+
+def captured(one: Machine, path: Path, *arguments: str) -> Any:
+    """Run `capture` on a machine."""
+    return subprocess.run([sys.executable, "-I", ROOT / "cmon_agent.py", "capture", path,
+                           "--config", one.config, *arguments], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120)
+
+
+SECRETS = {"customer_metadata": {"root_authorized_keys": "ssh-rsa SECRET", "metricPorts": "8881",
+                                 "user-script": "SECRET"},
+           "internal_metadata": {"passwords": "SECRET"}, "cmdline": "SECRET",
+           "nics": [{"interface": "net0", "nic_tag": "admin", "network_uuid": "n", "ip": "10.0.0.1",
+                     "mac": "SECRET"}]}
+
+
+class Answers:
+    """A vminfod that answers /vms."""
+
+    def __init__(self, body: str, status: str = "200 OK") -> None:
+        self.info = Vminfod()
+
+        def behave(stream: Any) -> None:
+            stream.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n"
+                           f"Connection: close\r\n\r\n{body}".encode())
+            stream.close()
+        self.info.behave = behave
+
+
+def test_a_capture_keeps_what_collectors_need_and_no_secrets(kernel: Callable[..., Kernel],
+                                                             tmp_path: Path) -> None:
+    info = Answers(json.dumps([{"uuid": WEB01, "zonename": WEB01, "alias": "web01", **SECRETS}, 7]))
+    sysinfo = tmp_path / "sysinfo.json"
+    sysinfo.write_text(json.dumps({"Hostname": "cn07", "Zpool": "zones", "Boot Parameters":
+                                   {"root_shadow": "SECRET"}, "Manufacturer": "SECRET"}))
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]), sysinfo_file=str(sysinfo),
+                  vminfod=info.info.url)
+    path = tmp_path / "capture.json"
+    done = captured(one, path, "--frames", "2", "--interval", "0.01")
+    assert done.returncode == 0, done.stderr
+    text = path.read_text()
+    assert "SECRET" not in text and path.stat().st_mode & 0o077 == 0
+    content = json.loads(text)
+    assert content["host"] == {"Hostname": "cn07", "Zpool": "zones"}
+    [vm] = content["frames"][1]["vms"]
+    assert vm == {"uuid": WEB01, "zonename": WEB01, "alias": "web01",
+                  "customer_metadata": {"metricPorts": "8881"},
+                  "nics": [{"interface": "net0", "nic_tag": "admin", "network_uuid": "n",
+                            "ip": "10.0.0.1"}]}
+    assert content["frames"][1]["at"] > content["frames"][0]["at"]
+    with Program.agent("--replay", path) as program:
+        page = http_get(program.address, f"/v1/{WEB01}/metrics").text
+        assert 'interface="vnic0",nic_tag="admin",network_uuid="n"' in page
+    info.info.close()
+
+
+@pytest.mark.parametrize("body, status", [("no JSON", "200 OK"), ("[]", "500 Oops"),
+                                          ("{}", "200 OK")])
+def test_a_capture_goes_without_vms_that_cannot_be_had(kernel: Callable[..., Kernel],
+                                                       tmp_path: Path, body: str, status: str
+                                                       ) -> None:
+    info = Answers(body, status)
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]), vminfod=info.info.url)
+    done = captured(one, tmp_path / "capture.json", "--frames", "1")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "capture.json").read_text())["frames"][0]["vms"] == []
+    assert "goes without" in done.stderr, "there is no sysinfo here"
+    info.info.close()
+
+
+def test_a_capture_beside_a_blocked_kstat_and_one_that_fails(kernel: Callable[..., Kernel],
+                                                             tmp_path: Path) -> None:
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
+    one.kernel.faults(("block", "tcp:7:tcp"), ("fail", "zone_vfs:7:*", "5"))
+    done = captured(one, tmp_path / "capture.json", "--frames", "1")
+    assert done.returncode == 0, done.stderr
+    names = {(k["module"], k["instance"]) for k in json.loads(
+        (tmp_path / "capture.json").read_text())["frames"][0]["kstats"]}
+    assert ("tcp", 5) in names and ("memory_cap", 7) in names
+    assert ("tcp", 7) not in names and ("zone_vfs", 7) not in names
+
+
+def test_a_capture_that_cannot_be_made_is_one_line(kernel: Callable[..., Kernel], tmp_path: Path
+                                                   ) -> None:
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
+    done = captured(one, tmp_path / "nowhere" / "x.json", "--frames", "1")
+    assert done.returncode == 1 and "cannot capture: No such file" in done.stderr
+    one.kernel.faults(("fail-open", "13"))
+    done = captured(one, tmp_path / "x.json", "--frames", "1")
+    assert done.returncode == 1 and "cannot capture: kstat_open: permission denied" in done.stderr
+    assert run("capture", tmp_path / "x.json").returncode == 2, "no libkstat"
+
+
+def test_a_capture_of_an_old_zfs_replays(kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
+    one.script("zfs", """#!/bin/sh
+case "$*" in
+    *refcompressratio*) echo "bad property list: invalid property 'refcompressratio'" >&2; exit 2;;
+esac
+printf 'zones/%s\\t100\\t200\\t300\\t131072\\t400\\t1.50\\t500\\t600\\t700\\t800\\n' \\
+""" + WEB01 + "\n")
+    done = captured(one, tmp_path / "capture.json", "--frames", "1")
+    assert done.returncode == 0, done.stderr
+    with Program.agent("--replay", tmp_path / "capture.json") as program:
+        page = http_get(program.address, f"/v1/{WEB01}/metrics").text
+        assert "\nzfs_used 200\n" in page and not down(page)

@@ -43,8 +43,10 @@ def machine(kernel: MakeKernel, tmp_path: Path, recorded_node: dict[str, Any]
     yield make
     for one in made:
         if one.program is not None:
+            status = one.program.stop()
             one.program.kill()
             print(one.program.log[-5000:])
+            assert status == 0
 
 
 def write(folder: Path, scripts: Any) -> Path:
@@ -226,9 +228,7 @@ def test_a_lifetime_by_the_plugins_own_word_wins_over_the_file(machine: MakeMach
     one = machine(gz={"own.sh": "printf 'x\\tgauge\\t1\\nttl\\toption\\t45\\n'",
                       "file.sh": "printf 'x\\tgauge\\t1\\n'",
                       "none.sh": "printf 'x\\tgauge\\t1\\n'",
-                      "plugin.json": {"own.sh": {"ttl": 5}, "file.sh": {"ttl": 7}}})
-    one.start()
-    # lifetimes are looked at directly: waiting for them would take a minute
+                      "plugin.json": {"own.sh": {"ttl": 5}, "file.sh": {"ttl": 7}}}, start=False)
     problems: list[str] = []
     found = {plugin.name: plugin for plugin in agent.find_plugins(
         str(one.config.parent / "gz-plugins"), problems)}

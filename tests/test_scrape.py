@@ -36,8 +36,10 @@ def machine(kernel: MakeKernel, tmp_path: Path, recorded_node: dict[str, Any]
     yield make
     for one in made:
         if one.program is not None:
+            status = one.program.stop()
             one.program.kill()
             print(one.program.log[-10_000:])
+            assert status == 0
             assert one.kernel["overlaps"] == 0, "two threads in one handle of libkstat"
             assert one.kernel["stale"] == 0, "a pointer was used after its chain had gone"
 
@@ -659,6 +661,42 @@ def test_the_interval_is_that_of_one_asker_not_the_time_between_two(desk: Callab
             one.pump()
             assert first == number
     assert all(collections[2::2]) and not any(collections[3::2]), collections
+
+
+def test_many_askers_are_forgotten_and_the_one_who_comes_often_is_not(desk: Callable[..., Desk]
+                                                                       ) -> None:
+    one: Any = desk()
+    seen = []
+    for number in range(100):
+        one.kernel.write(small(number))
+        for stranger in range(20 if number == 50 else 1):
+            one.page(PATH, address=f"10.1.{number}.{stranger}")
+        seen.append(count_on(one))
+        one.clock.at += 5.0
+        one.pump()
+    assert len(set(seen)) >= 95
+
+
+def test_a_zone_is_found_while_its_own_kstat_cannot_be_read(desk: Callable[..., Desk]) -> None:
+    """Its name is told by others of its kstats, too."""
+    one: Any = desk()
+    one.kernel.faults(("fail", "*:5:*", 5))
+    answer = one.answer(one.ask(PATH))
+    assert answer.status == 503 and "retry-after" in answer.headers
+    one.kernel.faults(("fail", "zones:5:*", 5))
+    one.pass_by(2.0)
+    page = one.page(PATH)
+    assert down(page) == {"zone_misc"} and value(page, "mem_agg_usage") == 0
+    one.kernel.faults()
+    one.pass_by(2.0)
+    assert not down(one.page(PATH))
+
+
+def test_the_kstat_thread_outlives_a_bug_in_what_it_calls(desk: Callable[..., Desk]) -> None:
+    one: Any = desk()
+    one.scraper.kstats.submit(agent_module.Job(lambda reader: 1, lambda result: [][1]))
+    one.scraper.kstats.submit(agent_module.Job(lambda reader: [][1], lambda result: None))
+    assert not down(one.page(PATH))
 
 
 def test_the_age_is_shown_and_cached_says_so(desk: Callable[..., Desk]) -> None:
