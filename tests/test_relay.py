@@ -150,7 +150,8 @@ def test_those_who_wait_are_served_in_turn(running: Running, agent: Agent) -> No
     wait_until(lambda: len(agent.paths()) == 2)
     agent.gate.set()
     assert running.wait(5) == [200] * 5
-    assert agent.paths().index("/b1") == 2                  # before a's third
+    # sent as the third; it may arrive together with the fourth, on another connection
+    assert agent.paths().index("/b1") in (2, 3)
     wait_until(lambda: not running.forwarder.ports[NODE_1].load)
 
 
