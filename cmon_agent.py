@@ -1192,6 +1192,9 @@ class Vm(NamedTuple):
     zonepath: str
 
 
+ADMIN_TAG = re.compile(r"admin(_rack_[a-z0-9_-]+)?", re.IGNORECASE)     # as triton-netconfig
+
+
 def vm_of(record: Any) -> Optional[Vm]:
     """A VM object as far as it can be used; None without a zone name."""
     if not isinstance(record, dict):
@@ -1202,9 +1205,11 @@ def vm_of(record: Any) -> Optional[Vm]:
         return sys.intern(value) if isinstance(value, str) else ""
     zone = word("zonename") or word("uuid")
     nics = record.get("nics")
-    addresses = tuple(ip.split("/")[0] for nic in (nics if isinstance(nics, list) else ())
-                      if isinstance(nic, dict) for ip in (nic.get("ip"),)
-                      if isinstance(ip, str) and _is_ip(ip.split("/")[0]))
+    found = [(ADMIN_TAG.fullmatch(str(nic.get("nic_tag"))) is None, ip.split("/")[0])
+             for nic in (nics if isinstance(nics, list) else ()) if isinstance(nic, dict)
+             for ip in (nic.get("ip"),) if isinstance(ip, str) and _is_ip(ip.split("/")[0])]
+    found.sort(key=lambda pair: pair[0])    # platform services answer on the admin network
+    addresses = tuple(address for _, address in found)
     if not zone:
         return None
     return Vm(zone, word("alias"), word("brand"), word("zone_state") or word("state"),
@@ -6258,7 +6263,7 @@ class Scraper:
             self.server.call_soon(take, found)
 
         def take(found: Mapping[str, int]) -> None:
-            self._debug_ids.update(found)
+            self._debug_ids = dict(found) or self._debug_ids
             self._rereading = False
         if not self._rereading:             # however often somebody asks for a refresh
             self._rereading = self._commands.submit(read)
@@ -6812,10 +6817,11 @@ class Scraper:
             return {"triton_core": outcome([], began, began)}
         families: List[Family] = []
         problems: List[str] = []
+        address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
         for port in vm.ports:
             try:
                 answer = self._client.request(
-                    "GET", f"http://{vm.addresses[0]}:{port}/metrics", {"Connection": "close"},
+                    "GET", f"http://{address}:{port}/metrics", {"Connection": "close"},
                     timeout=self._timeout("triton_core"))
                 if answer.status != 200:
                     raise CollectError(f"answers {answer.status}")
@@ -6864,6 +6870,8 @@ class Scraper:
                        if page.zone == NODE or page.waiting is not None}
         for page in self._pages.values():
             page.prepared = None
+            if page.zone != NODE:
+                page.breakers.clear()
         self._unknown.clear()
         self._datasets, self._zfs_failure = None, None
         self._zfs_breaker.succeeded()

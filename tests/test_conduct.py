@@ -293,3 +293,19 @@ def test_pools_shrink_and_grow() -> None:
     wait_until(lambda: len(done) == 20)
     pool.close()
     wait_until(lambda: pool.threads == 0)
+
+
+# -- core zones
+
+@pytest.mark.parametrize(("nics", "expected"), [
+    ([{"ip": "10.99.0.4", "nic_tag": "external"}, {"ip": "10.20.0.4", "nic_tag": "admin"}],
+     ("10.20.0.4", "10.99.0.4")),
+    ([{"ip": "10.99.0.4", "nic_tag": "x"}, {"ip": "10.20.0.4", "nic_tag": "admin_rack_A1"}],
+     ("10.20.0.4", "10.99.0.4")),
+    ([{"ip": "dhcp", "nic_tag": "admin"}, {"ip": "10.99.0.4"}, {"ip": "fd00::1"}, 7],
+     ("10.99.0.4", "fd00::1")),
+    ([{"ip": "10.99.0.4", "nic_tag": "sysadmin"}, {"ip": "10.99.0.5", "nic_tag": None}],
+     ("10.99.0.4", "10.99.0.5"))])
+def test_a_core_zone_is_asked_on_the_admin_network(nics: Any, expected: tuple[str, ...]) -> None:
+    vm = agent.vm_of({"uuid": WEB01, "nics": nics})
+    assert vm is not None and vm.addresses == expected
