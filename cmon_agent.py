@@ -6135,6 +6135,7 @@ _AGE_HEAD = ("# HELP cmon_sample_age_seconds Age of the collector's values.\n"
              "# TYPE cmon_sample_age_seconds gauge\n")
 _UP_HEAD = ("# HELP cmon_collector_up Whether the collector works, 1 or 0.\n"
             "# TYPE cmon_collector_up gauge\n")
+_DOWN = re.compile(r'^cmon_collector_up\{collector="(\w+)"\} 0$', re.MULTILINE | re.ASCII)
 def unknown_column(output: Output, columns: Sequence[str]) -> Optional[str]:
     """The property that a `zfs list` has refused, if that was its trouble."""
     return next((name for name in columns if output.status and re.search(
@@ -6510,7 +6511,11 @@ class Scraper:
         return self._prepare(page, now, fresh)
 
     def _prepare(self, page: Page, now: float, fresh: AbstractSet[str]) -> Prepared:
-        return prepare(Response(200, self.text(page, now, fresh).encode(), PAGE))
+        shown = self.text(page, now, fresh)
+        # the proxy tells its tenant which scrapes were whole without reading the page
+        down = _DOWN.findall(shown, shown.rfind(_UP_HEAD))
+        headers = (("X-Cmon-Partial", ",".join(down)),) if down else ()
+        return prepare(Response(200, shown.encode(), PAGE, headers))
 
     def text(self, page: Page, now: float, fresh: AbstractSet[str]) -> str:
         """The page as text: each collector's part with its meta-metrics, then time and ages."""

@@ -19,6 +19,7 @@ import pytest
 from agents import (
     ALICE, BOBS, CORE, DB, NODE_1, NODE_2, STOPPED, STRANGE, TLS, WEB, Agent, client_tls, inventory,
     key, proxy, proxy_config, uuid, vm, write_inventory)
+from nodes import WEB01, Machine
 from support import Answer, Connection, Program, http_get, samples, wait_until
 
 OWNER = ("old_rsa", "rsa")
@@ -596,3 +597,24 @@ def test_sigterm_finishes_what_is_under_way(folder: Path, agent: Agent) -> None:
         threading.Timer(0.2, agent.gate.set).start()
         assert answer.result().status == 200
         assert program.wait() == 0
+
+
+def test_a_page_that_is_not_whole_is_told_from_kernel_to_fleet_page(
+        tmp_path: Path, kernel: Callable[..., Any], recorded_node: Any) -> None:
+    machine = Machine(tmp_path / "node", kernel(recorded_node["frames"][0]["kstats"])).start()
+    content = inventory("%s:%d" % machine.agent.address)
+    content["vms"] = [vm(WEB01, ALICE)]
+    write_inventory(tmp_path, content)
+    with machine.agent, proxy(tmp_path) as program:
+        def result() -> set[str]:
+            found = samples(get(program, "/v1/fleet/metrics").text)
+            return {name for name in ("ok", "partial") if found.get(
+                f'cmon_instance_last_scrape_result{{instance="{WEB01}",result="{name}"}}') == 1}
+        answer = get(program, page(WEB01))
+        assert answer.status == 200 and "x-cmon-partial" not in answer.headers
+        assert result() == {"ok"}
+        machine.kernel.faults(("fail", "memory_cap:*:*", 5))
+        machine.refresh()
+        answer = get(program, page(WEB01))
+        assert answer.status == 200 and answer.headers["x-cmon-partial"] == "memcap"
+        assert result() == {"partial"}
