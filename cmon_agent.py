@@ -3977,7 +3977,8 @@ def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise Refused(400, "X-Prometheus-Scrape-Timeout-Seconds is not a number of seconds above 0")
+        raise Refused(400, "X-Prometheus-Scrape-Timeout-Seconds is not a number of seconds above 0",
+                      code="bad_timeout")
     seconds = min(seconds, 3600.0)
     if "x-joyent-cmon-opts" in request.headers:
         return now + seconds
@@ -5948,7 +5949,7 @@ class Page:
     """One page: the last outcomes of its collectors, and who waits. Belongs to the server's
     thread."""
     __slots__ = ("key", "zone", "core", "outcomes", "breakers", "layout", "generation", "waiting",
-                 "prepared", "until", "asked", "used", "failed", "since")
+                 "prepared", "until", "asked", "used", "failed", "since", "checked")
 
     def __init__(self, zone: str, core: bool, since: float) -> None:
         self.key = (zone, core)
@@ -5964,6 +5965,7 @@ class Page:
         self.until = 0.0
         self.asked: Dict[str, Tuple[float, float]] = {}     # asker -> last time, interval
         self.used = 0.0
+        self.checked = since                    # when it was last sure that the zone runs
 
     def is_stopped(self, collector: str) -> bool:
         """Whether a breaker keeps a collector from being tried."""
@@ -6179,7 +6181,7 @@ class Scraper:
         self._labels: Dict[Tuple[str, int], Optional[Mapping[str, Tuple[str, str]]]] = {}
         self._unlabelled: Dict[Tuple[str, int], float] = {}     # those not decided yet -> since
         self._plugins: Dict[str, List[Plugin]] = {"gz": [], "vm": []}
-        self._told: Set[str] = set()            # problems that were logged
+        self._told: Dict[str, Set[str]] = {}    # problems that were logged, by their source
         self._lifetimes = dict(LIFETIMES)       # and what plugins say themselves
         self.sysinfo = sysinfo
         self._vminfo: Tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
@@ -6274,8 +6276,9 @@ class Scraper:
         if problems:
             self.problems.add(len(problems), source)
         for problem in problems:
-            if len(self._told) < 1000 and problem not in self._told:
-                self._told.add(problem)
+            told = self._told.setdefault(source, set())
+            if len(told) < 100 and problem not in told:
+                told.add(problem)
                 log.warning("%s", problem)
 
     # asking for a page
@@ -6300,6 +6303,7 @@ class Scraper:
             if not page.has_values():
                 raise Refused(503, f"nothing could be collected of {zone}: "
                               + self._why(page), ("Retry-After", "5"), code="not_collected")
+            self._check_that_it_runs(page, now)
             page.prepared = self._prepare(page, now, frozenset())
             page.until = now + PREPARED_SECONDS
             return page.prepared
@@ -6312,6 +6316,22 @@ class Scraper:
     def _is_core(self, zone: str) -> bool:
         vm = self.host.vms.vms.get(zone)
         return vm is not None and vm.core
+
+    def _check_that_it_runs(self, page: Page, now: float) -> None:
+        """Lifetimes may be long by settings or by the governor: drop the page of a zone that has
+        stopped all the same. It takes no read of a kstat."""
+        if page.zone == NODE or now - page.checked < KSTAT_SECONDS:
+            return
+        page.checked = now
+
+        def look(reader: Reader) -> Optional[int]:
+            reader.follow()
+            return reader.zone_id(page.zone)
+
+        def drop(zone_id: Any) -> None:
+            if zone_id is None and page.waiting is None:
+                self._pages.pop(page.key, None)
+        self.kstats.submit(Job(look, lambda zone_id: self.server.call_soon(drop, zone_id)))
 
     def _no_zone(self, zone: str) -> Refused:
         return Refused(404, f"no zone {zone} runs on this compute node; / lists those that do",
@@ -7352,7 +7372,8 @@ def at_least(lowest: float) -> Check:
 
 def one_of(*words: str) -> Check:
     """A check for words."""
-    return lambda value: None if value in words else f"must be one of {', '.join(words)}"
+    return lambda value: None if value in words else "must be one of " + ", ".join(
+        word or '""' for word in words)
 
 
 def is_address(value: str) -> Optional[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from nodes import STOPPED, WEB01, Machine, down
+from nodes import STOPPED, WEB01, Desk, Machine, down
 from support import NODE, ROOT, wait_until
 
 import cmon_agent as agent
@@ -309,3 +309,18 @@ def test_pools_shrink_and_grow() -> None:
 def test_a_core_zone_is_asked_on_the_admin_network(nics: Any, expected: tuple[str, ...]) -> None:
     vm = agent.vm_of({"uuid": WEB01, "nics": nics})
     assert vm is not None and vm.addresses == expected
+
+
+def test_a_stopped_zone_is_gone_soon_even_with_long_lifetimes(
+        machine: MakeMachine, recorded_node: dict[str, Any]) -> None:
+    one = machine(min_poll_interval=3600.0)
+    desk = Desk(one.config)
+    desk.page(PATH)
+    one.kernel.write([kstat for kstat in recorded_node["frames"][0]["kstats"]
+                      if kstat["data"].get("zonename") != WEB01])
+    desk.clock.at += 5.0
+    assert desk.answer(desk.ask(PATH)).status == 200        # its values are not old yet
+    desk.clock.at += 5.0
+    desk.page(PATH)                                         # and this one looks for the zone
+    wait_until(lambda: desk.pump() or desk.answer(desk.ask(PATH)).status == 404)
+    desk.close()
