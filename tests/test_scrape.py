@@ -276,6 +276,20 @@ def test_zones_that_are_not_there_cost_no_walk_of_a_long_chain_each(desk: Callab
     assert value(agent_page(one), "cmon_agent_pages") == 0, "nothing is kept of them"
 
 
+def test_the_chain_is_opened_anew_once_for_each_state_of_it(desk: Callable[..., Desk]) -> None:
+    """However long a zone that is not there is asked for."""
+    one: Any = desk()
+    missing = f"/v1/{LB01}/metrics"
+    for _ in range(60):
+        assert one.answer(one.ask(missing)).status == 404
+        one.pass_by(2.0, 1.0)
+    assert one.kernel["opens"] == 2
+    one.kernel.faults(("late", "zones:5:*"))
+    one.kernel.write(small(3, LB01))
+    one.pass_by(2.0, 1.0)
+    assert count_on(one, missing) == 3 and one.kernel["opens"] == 3
+
+
 def test_a_zone_that_is_not_there_is_looked_for_once_a_second(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     missing = f"/v1/{LB01}/metrics"
@@ -506,6 +520,27 @@ def test_zfs_is_run_once_for_all_zones(machine: MakeMachine, works: bool) -> Non
                                                          frozenset({"zfs"})}
     assert len(runs.read_text().splitlines()) == 1
     clean(one)
+
+
+def test_a_zfs_that_keeps_failing_is_left_alone_for_all_zones_together(machine: MakeMachine
+                                                                        ) -> None:
+    one = machine(start=False)
+    runs = one.commands / "runs"
+    works = (one.commands / "zfs").read_text()
+    one.script("zfs", f"#!/bin/sh\necho >> {runs}\necho 'cannot open' >&2\nexit 1\n")
+    desk = Desk(one.config)
+    for _ in range(60):                                 # ten minutes
+        for zone in (WEB01, LB01, SPARK01):
+            assert down(desk.page(f"/v1/{zone}/metrics")) == {"zfs"}
+        desk.pass_by(10.0, 1.0)
+    assert 5 <= len(runs.read_text()) <= 10, "3, then after 30 s, 60 s, 120 s, 240 s"
+    assert 'cmon_agent_collector_breaker_open{collector="zfs",target="all"' in agent_page(desk)
+    one.script("zfs", works)
+    for _ in range(50):
+        pages = [desk.page(f"/v1/{zone}/metrics") for zone in (WEB01, LB01, SPARK01)]
+        desk.pass_by(10.0, 1.0)
+    assert not any(map(down, pages)), "it came back by itself"
+    desk.close()
 
 
 def test_a_zone_that_is_younger_than_the_list_of_datasets_asks_for_a_new_list(
