@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -573,6 +574,33 @@ printf 'zones/%s\\t100\\t200\\t300\\t131072\\t400\\t1.50\\t500\\t600\\t700\\t800
     assert not down(page) and value(page, "zfs_metrics_available_boolean") == 1
     assert "zfs_available" in page and "ref_compress" not in page
     one.agent.wait_for_log("this zfs has no property refcompressratio")
+
+
+def test_a_command_that_cannot_be_killed_is_not_started_again(
+        desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits in the kernel for a dead disk: thousands of scrapes start nothing beside it."""
+    one: Any = desk(collectors={"zfs": {"timeout": 0.2}})
+    one.machine.script("zfs", f"#!/bin/sh\necho $$ >> {one.machine.commands}/runs\nexec sleep 60\n")
+    monkeypatch.setattr(os, "killpg", lambda *_: None)  # the kernel does not deliver it
+    asked = one.ask(PATH)
+    assert down(one.answer(asked).text) == {"zfs"}
+    idle = threading.active_count()
+    for _ in range(4000):
+        assert down(one.page(PATH)) == {"zfs"}
+        one.pass_by(5.0, 5.0)
+    assert threading.active_count() <= idle + 6
+    [pid] = (one.machine.commands / "runs").read_text().split()
+    assert value(agent_page(one), "cmon_agent_commands_hanging") == 1
+    with pytest.raises(agent_module.CommandError, match="an earlier one hangs for .* be killed"):
+        one.host.run("zfs", ["list"], 1.0)
+    monkeypatch.undo()
+    os.killpg(int(pid), signal.SIGKILL)                 # the disk is back
+    one.machine.script("zfs", f"#!/bin/sh\nprintf 'zones/{WEB01}" + "\\t1" * 11 + "\\n'\n")
+    wait_until(lambda: value(agent_page(one), "cmon_agent_commands_hanging") == 0)
+    for _ in range(100):
+        one.pass_by(10.0, 1.0)
+        page = one.page(PATH)
+    assert not down(page) and value(page, "zfs_metrics_available_boolean") == 1
 
 
 def test_chrony_stands_in_where_ntpq_is_absent(machine: MakeMachine) -> None:
