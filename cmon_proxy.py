@@ -2636,7 +2636,10 @@ class Asker:
         relay = self.relay
         if self in relay.askers:
             relay.askers.remove(self)
-        relay.job.given_up = not relay.askers
+        if not relay.askers:                # it may be dropped now, so nobody may join it
+            relay.job.given_up = True
+            if relay.proxy.relays.get(relay.key) is relay:
+                del relay.proxy.relays[relay.key]
 
 
 class Relay:
@@ -2878,7 +2881,6 @@ class Proxy:
         if relay is not None and relay.target is target:
             self.shared += 1
             relay.job.deadline = max(relay.job.deadline, deadline)
-            relay.job.given_up = False
         else:
             port = self.forwarder.port(node)
             relay = Relay(self, key, uuid, target, node, core,
