@@ -618,22 +618,3 @@ def test_a_page_that_is_not_whole_is_told_from_kernel_to_fleet_page(
         answer = get(program, page(WEB01))
         assert answer.status == 200 and answer.headers["x-cmon-partial"] == "memcap"
         assert result() == {"partial"}
-
-
-def test_a_page_that_nobody_waits_for_any_more_can_be_asked_for_again(folder: Path, agent: Agent
-                                                                      ) -> None:
-    content = inventory(agent.text)
-    content["vms"] += [vm(uuid(100 + n), ALICE) for n in range(3)]
-    write_inventory(folder, content)
-    agent.gate.clear()
-    with proxy(folder, agent={"max_in_flight": 1}) as program, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(get, program, page(uuid(100)))
-        wait_until(agent.paths)
-        with connect(program) as leaving:
-            leaving.send(f"GET {page(WEB)} HTTP/1.1\r\nHost: cmon.test\r\n\r\n".encode())
-            wait_until(lambda: admin(program)["cmon_proxy_relays_in_flight"] == 2)
-        wait_until(lambda: admin(program)["cmon_proxy_relays_in_flight"] == 1)
-        agent.gate.set()
-        assert first.result().status == 200
-        assert get(program, page(WEB)).status == 200
-        assert admin(program)["cmon_proxy_relays_in_flight"] == 0

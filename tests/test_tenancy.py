@@ -230,3 +230,44 @@ def test_kept_discoveries_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) 
             world.reload()
     assert world.proxy._answers
     world.close()
+
+
+def test_nobody_joins_a_relay_that_everybody_has_left() -> None:
+    world = World(2)
+    number = next(one.uuid for one in world.proxy.inventory.vms.values()
+                  if one.owner == world.accounts[0][0].uuid and one.state == "running"
+                  and not one.hidden)
+
+    def ask() -> Later:
+        request = Request("GET", "", "", {}, {}, b"", "cmon.test", False, True, world.peers[0][0])
+        later = world.proxy.enter(world.proxy.page, request, (number,))
+        assert isinstance(later, Later) and later.on_cancel is not None
+        return later
+    left, joined = ask(), ask()
+    assert len(world.port.jobs) == 1
+    for later in (left, joined):
+        assert later.on_cancel is not None and not world.port.jobs[0].given_up
+        later.on_cancel()
+    assert world.port.jobs[0].given_up      # the port may drop it without a word
+    fresh = ask()
+    assert len(world.port.jobs) == 2
+    body = b"page"
+    world.port.jobs[1].done(Reply(200, b"HTTP/1.1 200 OK\r\n", body), None)
+    assert fresh.answer is not None and fresh.answer.status == 200
+    world.port.jobs[0].done(Reply(200, b"HTTP/1.1 200 OK\r\n", body), None)
+    assert left.answer is None and not world.proxy.relays
+    world.close()
+
+
+def test_a_deadline_that_passes_leaves_the_others_waiting() -> None:
+    world = World(2)
+    number = next(one.uuid for one in world.proxy.inventory.vms.values()
+                  if one.owner == world.accounts[0][0].uuid and one.state == "running"
+                  and not one.hidden)
+    request = Request("GET", "", "", {}, {}, b"", "cmon.test", False, True, world.peers[0][0])
+    first, second = (world.proxy.enter(world.proxy.page, request, (number,)) for _ in range(2))
+    assert isinstance(first, Later) and isinstance(second, Later)
+    assert first.expired().status == 504 and not world.port.jobs[0].given_up
+    world.port.jobs[0].done(Reply(200, b"HTTP/1.1 200 OK\r\n", b"page"), None)
+    assert first.answer is None and second.answer is not None
+    world.close()
