@@ -331,7 +331,7 @@ class Identity:
     The account, its key and the dates are looked at again on every request: see `grant`.
     """
     __slots__ = ("login", "key_id", "cert", "dated", "strong", "refusal", "header", "granted",
-                 "_signed")
+                 "policy", "_signed")
 
     def __init__(self, der: Optional[bytes]) -> None:
         self.login = self.key_id = ""
@@ -341,6 +341,7 @@ class Identity:
         self.refusal: Optional[Refused] = None
         self.header = b""                       # F18: told in every answer
         self.granted: Optional[Grant] = None    # the last one; good while its account is the same
+        self.policy: Optional[Policy] = None    # and the settings that it was judged by
         self._signed: Dict[PublicKey, bool] = {}
         if der is None:
             self.refusal = refused("no_certificate")
@@ -404,9 +405,9 @@ def grant(identity: Identity, account: Optional[Account], policy: Policy, now: f
     if identity.dated or policy.by_ca:
         check_dates(cert, now)
     granted = identity.granted
-    if granted is not None and granted.account is account:
+    if granted is not None and granted.account is account and identity.policy is policy:
         return granted
-    identity.granted = None
+    identity.granted, identity.policy = None, policy
     if not identity.strong and not policy.allow_sha1:
         raise refused("weak_signature", digest=(cert.digest or cert.signature).upper())
     holder: Optional[Holder] = None
@@ -2776,7 +2777,8 @@ class Proxy:
         if isinstance(account, Later):          # is being looked up; comes back here
             return self._after(account, action, request, args)
         granted = identity.granted
-        if granted is None or granted.account is not account or identity.dated or self.policy.by_ca:
+        if granted is None or granted.account is not account or identity.dated \
+                or identity.policy is not self.policy or self.policy.by_ca:
             granted = grant(identity, account, self.policy, self.clock())
         allowance = self.quotas.of(granted.account)
         standing = allowance.take(self.server.now())

@@ -77,6 +77,16 @@ def test_sha1_is_taken_where_the_settings_say_so() -> None:
     assert verdict("new_sha1", account("ec"), policy) == "unknown_key"
 
 
+def test_new_settings_hold_for_open_connections() -> None:
+    shown, who = identity("old_sha1"), account("rsa", approved=False)
+    lax = Policy(allow_sha1=True)
+    assert grant(shown, who, lax, NOW).account is who
+    for strict in (Policy(), Policy(allow_sha1=True, require_approved=True)):
+        with pytest.raises(Refused):
+            grant(shown, who, strict, NOW)
+    assert grant(shown, who, lax, NOW).account is who
+
+
 def test_approval_is_asked_for_where_the_settings_say_so() -> None:
     waiting = account("rsa", approved=False)
     assert verdict("old_rsa", waiting) == "ok"
@@ -99,8 +109,9 @@ def test_garbage_is_refused(der: bytes, why: str) -> None:
 
 def test_a_key_removed_or_a_date_passed_counts_on_the_next_request() -> None:
     who, shown = account("rsa"), identity("new_rsa")
-    first = grant(shown, who, Policy(), NOW)
-    assert grant(shown, who, Policy(), NOW) is first
+    policy = Policy()
+    first = grant(shown, who, policy, NOW)
+    assert grant(shown, who, policy, NOW) is first
     with pytest.raises(Refused):
         grant(shown, account("ec"), Policy(), NOW)
     again = grant(shown, who, Policy(), NOW)
