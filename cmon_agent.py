@@ -2447,7 +2447,7 @@ ZONE_COLLECTORS = (             # in page order
     Collector("link", "kstat", KSTAT_SECONDS, (LINK,)),
     Collector("memcap", "kstat", KSTAT_SECONDS, (MEMCAP,)),
     Collector("tcp", "kstat", KSTAT_SECONDS, (TCP,)),
-    Collector("textfile", "textfile", KSTAT_SECONDS),
+    Collector("textfile", "textfile", PLUGIN_SECONDS),
     Collector("triton_core", "ports", CORE_SECONDS),
     Collector("vcpu", "kstat", KSTAT_SECONDS, (VCPU,)),
     Collector("viona", "kstat", KSTAT_SECONDS, (VIONA,)),
@@ -6288,6 +6288,26 @@ class Scraper:
         """The page of a zone, or NODE's: at once, or later. `core`: whether the zone's own ports
         are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
+        page = self._asked(zone, core, asker, now)
+        if page.prepared is not None and now < page.until:
+            return page.prepared
+        later = self._awaited(page, now, deadline)
+        if later is not None:
+            return later
+        if not page.has_values():
+            raise Refused(503, f"nothing could be collected of {zone}: " + self._why(page),
+                          ("Retry-After", "5"), code="not_collected")
+        self._check_that_it_runs(page, now)
+        page.prepared = self._prepare(page, now, frozenset())
+        page.until = now + PREPARED_SECONDS
+        return page.prepared
+
+    def bring(self, zone: str, deadline: float) -> Optional[Later]:
+        """As `ask`, for the page of all zones: what is to be waited for, if anything."""
+        now = self.server.now()
+        return self._awaited(self._asked(zone, None, "all zones", now), now, deadline)
+
+    def _asked(self, zone: str, core: Optional[bool], asker: str, now: float) -> Page:
         if core is None:
             core = self._is_core(zone)
         page = self._pages.get((zone, core))
@@ -6296,17 +6316,13 @@ class Scraper:
                 raise self._no_zone(zone)
             page = self._pages[(zone, core)] = Page(zone, core, now)
         page.seen(asker, now)
-        if page.prepared is not None and now < page.until:
-            return page.prepared
+        return page
+
+    def _awaited(self, page: Page, now: float, deadline: float) -> Optional[Later]:
+        """Begin what is due; what comes when it has come, None when nothing is awaited."""
         awaited = self._collect(page, now)
         if not awaited:
-            if not page.has_values():
-                raise Refused(503, f"nothing could be collected of {zone}: "
-                              + self._why(page), ("Retry-After", "5"), code="not_collected")
-            self._check_that_it_runs(page, now)
-            page.prepared = self._prepare(page, now, frozenset())
-            page.until = now + PREPARED_SECONDS
-            return page.prepared
+            return None
         later = Later(deadline, lambda: self._partial(page, later))
         if page.waiting is None:
             page.waiting = Waiting()
@@ -6993,55 +7009,68 @@ def _last_line(output: Output) -> str:
 
 
 class AllZones:
-    """The page of all running zones: each zone's own page, with its name as one more label."""
+    """The page of all running zones: each zone's own page, with its name as one more label.
+
+    The server's thread does it a few zones at a time, so that others are answered in between.
+    """
+    AT_ONCE = 20
 
     def __init__(self, scraper: Scraper, zones: Sequence[str], later: Later) -> None:
         self._scraper, self._zones, self._later = scraper, zones, later
+        self._server = scraper.server
+        left = max(later.deadline - self._server.now(), 0.0)
+        self._end = later.deadline - min(0.2 * left, 1.0)
         self._open: Dict[Later, str] = {}   # what has not come yet -> its zone
         self._begun = self._joined = False
+        self._pages: Dict[str, str] = {}
 
-    def begin(self) -> None:
+    def begin(self, start: int = 0) -> None:
         """Ask for every zone's page; join them when the last has come, or shortly before the
         deadline: what is late goes out with its last values."""
-        server = self._scraper.server
-        left = max(self._later.deadline - server.now(), 0.0)
-        end = self._later.deadline - min(0.2 * left, 1.0)
-        for zone in self._zones:
+        for zone in self._zones[start:start + self.AT_ONCE]:
             try:
-                answer = self._scraper.ask(zone, None, "all zones", end)
+                later = self._scraper.bring(zone, self._end)
             except Refused:
-                continue                    # it has just gone, or nothing of it can be read
-            if isinstance(answer, Later):
-                self._open[answer] = zone
-                answer.attach(functools.partial(self._has_soon, answer))
+                continue                    # it has just gone
+            if later is not None:
+                self._open[later] = zone
+                later.attach(functools.partial(self._has_soon, later))
+        if start + self.AT_ONCE < len(self._zones):
+            self._server.call_soon(self.begin, start + self.AT_ONCE)
+            return
         self._begun = True
-        server.call_later(max(end - server.now(), 0.0), self._join)
+        self._server.call_later(max(self._end - self._server.now(), 0.0), self._end_waiting)
         self._has(None)
 
     def _has_soon(self, later: Later, _answer: Answer) -> None:
-        self._scraper.server.soon(self._has, later)
+        self._server.soon(self._has, later)
 
-    def _has(self, answer: Optional[Later]) -> None:
-        if answer is not None:
-            self._open.pop(answer, None)
+    def _has(self, later: Optional[Later]) -> None:
+        if later is not None:
+            self._open.pop(later, None)
         if self._begun and not self._open:
-            self._join()
+            self._end_waiting()
 
-    def _join(self) -> None:
-        """In a worker: a thousand zones take a tenth of a second."""
+    def _end_waiting(self) -> None:
         if self._joined:
             return
         self._joined = True
         for later, zone in self._open.items():
             for page in self._scraper.pages_of(zone):
                 self._scraper.give_up(page, later)
-        pages = self._scraper.texts(self._zones)
+        self._gather(0)
 
-        def work() -> None:
-            self._later.finish(prepare(Response(200, join_pages(pages).encode(), PAGE)))
-        if not self._scraper.server.spawn(work):
+    def _gather(self, start: int) -> None:
+        self._pages.update(self._scraper.texts(self._zones[start:start + self.AT_ONCE]))
+        if start + self.AT_ONCE < len(self._zones):
+            self._server.call_soon(self._gather, start + self.AT_ONCE)
+        elif not self._server.spawn(self._join):
             self._later.finish(text(503, "too busy; try again in some seconds",
                                     ("Retry-After", "5"), ("X-Cmon-Error", "too_busy")))
+
+    def _join(self) -> None:
+        """In a worker: a thousand zones take a tenth of a second."""
+        self._later.finish(prepare(Response(200, join_pages(self._pages).encode(), PAGE)))
 
 
 def join_pages(pages: Mapping[str, str]) -> str:
