@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,12 @@ from support import Kernel, Program, build_libkstat, node  # noqa: E402  (it nee
 
 # Where this is set, all that tests need has been installed: a skip is then a hole in the net.
 NO_SKIPS = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def pytest_configure() -> None:
+    """A shell lets what runs in its background ignore SIGINT, and so would all that we start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
