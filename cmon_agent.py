@@ -1010,6 +1010,13 @@ class Kstats:
             else:
                 job.done(KstatError(self._blocked()))
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is a reader to watch."""
+        with self._lock:
+            return self._active is not None and (self._active.job is not None
+                                                 or not self._active.jobs.empty())
+
     def check_quarantine(self, what: str) -> None:
         """Raises KstatError for a kstat that another thread is blocked on."""
         since = self.quarantine.get(what)
@@ -3885,8 +3892,9 @@ def _header_fields(head: bytes, start: int, count: int) -> Dict[str, str]:
             line = head[position:position + 60].split(b"\r\n")[0]
             raise Refused(400, f"bad request: {line!r} is not a header line")
         position = match.end()
-        name = match.group(1).decode("ascii").lower()
-        value = match.group(2).decode("latin-1")
+        # interned: the heads that are remembered differ in little
+        name = sys.intern(match.group(1).decode("ascii").lower())
+        value = sys.intern(match.group(2).decode("latin-1"))
         if name in headers:
             if name in ("host", "content-length", "transfer-encoding"):
                 raise Refused(400, f"bad request: {name} stands twice")
@@ -4500,7 +4508,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _enter(self, state: int) -> None:
         self._state = state
         self._since = self._server.now()
-        self._server.pressing.add(self)
+        self._server.press(self)
 
     def _wait_for(self, events: int) -> None:
         if events != self._events:
@@ -4538,7 +4546,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.now = now
         self.listeners: List[Listener] = []
         self.connections: set[Connection] = set()
-        self.pressing: set[Connection] = set()      # those with a limit of seconds
+        self._pressing: set[Connection] = set()     # those with a limit of seconds
         self.stopping = False
         self._selector = selectors.DefaultSelector()
         self._parked: set[Connection] = set()
@@ -4555,13 +4563,12 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._workers = Pool(f"{program}-worker", limits.workers)
         self._shakers = Pool(f"{program}-tls", limits.handshakes, limits.connections)
         self._done = threading.Event()
-        self._ticking = False
+        self._ticking = self._sweeping = False      # whether these timers are set
         self._program = program
         self._refusals: Dict[str, int] = {}
         self._handshakes: Dict[str, int] = {}
         self._accepted = 0
         registry.collect(self._families)
-        self.every(0.25, self._sweep_pressing)
         self.every(5.0, self._sweep_idle)
 
     # set-up
@@ -4778,7 +4785,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Whether it was still open."""
         known = connection in self.connections
         self.connections.discard(connection)
-        self.pressing.discard(connection)
+        self._pressing.discard(connection)
         self._parked.discard(connection)
         return known
 
@@ -4818,12 +4825,22 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self._ticking:
             self.call_later(TICK_SECONDS, self._tick)
 
+    def press(self, connection: Connection) -> None:
+        """Look at a connection several times a second until its limit is kept or over."""
+        self._pressing.add(connection)
+        if not self._sweeping:
+            self._sweeping = True
+            self.call_later(0.25, self._sweep_pressing)
+
     def _sweep_pressing(self) -> None:
         now = self.now()
-        for connection in list(self.pressing):
+        for connection in list(self._pressing):
             connection.overdue(now)
             if connection.state in (IDLE, BUSY):
-                self.pressing.discard(connection)
+                self._pressing.discard(connection)
+        self._sweeping = bool(self._pressing)
+        if self._sweeping:
+            self.call_later(0.25, self._sweep_pressing)
 
     def _sweep_idle(self) -> None:
         now = self.now()
@@ -5860,6 +5877,7 @@ def server_context(certificate_file: str, key_file: str,
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 PREPARED_SECONDS = 0.1          # how long a whole answer is sent again: its ages are that exact
+WATCH_SECONDS = 0.1             # how often readers of kstats are looked at while they work
 LEAST_LIFETIME = 1.0            # seconds; who asks more often gets the same samples
 INTERVAL_SHARE = 0.8            # of the interval at which one asker comes, so that each finds news
 STALE_SECONDS = 300.0           # last values older than this and three lifetimes are left out
@@ -6201,9 +6219,25 @@ class Scraper:
         self._booked = add("cmon_agent_collection_cpu_seconds_total", "CPU time of reading and "
                            "rendering kstats in seconds.", "scope")
         registry.collect(self._own_families)
-        server.every(0.1, self.kstats.watch)
+        self._watching = False                  # whether the timer for `_watch` is set
         server.every(1.0, lambda: self.governor.look(self.settings.cpu_budget))
         server.every(1.0, self._sweep)
+
+    def submit(self, job: Job) -> None:
+        """From any thread: have a reader of kstats do it, and watch it while it does."""
+        self.kstats.submit(job)
+        self.server.soon(self._begin_watching)
+
+    def _begin_watching(self) -> None:
+        if not self._watching:
+            self._watching = True
+            self.server.call_later(WATCH_SECONDS, self._watch)
+
+    def _watch(self) -> None:
+        self.kstats.watch()
+        self._watching = bool(self._flights) or self.kstats.busy
+        if self._watching:
+            self.server.call_later(WATCH_SECONDS, self._watch)
 
     # settings and what changes by itself
 
@@ -6347,7 +6381,7 @@ class Scraper:
         def drop(zone_id: Any) -> None:
             if zone_id is None and page.waiting is None:
                 self._pages.pop(page.key, None)
-        self.kstats.submit(Job(look, lambda zone_id: self.server.call_soon(drop, zone_id)))
+        self.submit(Job(look, lambda zone_id: self.server.call_soon(drop, zone_id)))
 
     def _no_zone(self, zone: str) -> Refused:
         return Refused(404, f"no zone {zone} runs on this compute node; / lists those that do",
@@ -6706,7 +6740,7 @@ class Scraper:
             self._booked.add(time.thread_time() - cpu, "zone")
             done(results)
         unread = frozenset(KSTATS_OF[name] for name in skipped if name in KSTATS_OF)
-        self.kstats.submit(Job(lambda reader: read_zone(reader, zone, debug_id, unread), finish))
+        self.submit(Job(lambda reader: read_zone(reader, zone, debug_id, unread), finish))
 
     def _nics(self, zone: str, zone_id: int
               ) -> Tuple[bool, Optional[Mapping[str, Tuple[str, str]]]]:
@@ -6753,7 +6787,7 @@ class Scraper:
                         results[name] = _bug(name, error)
             self._booked.add(time.thread_time() - cpu, "node")
             done(results)
-        self.kstats.submit(Job(work, finish))
+        self.submit(Job(work, finish))
 
     # commands and what others write; these run in pools
 
@@ -6786,7 +6820,7 @@ class Scraper:
     def _wait_for(self, work: Callable[[Reader], Any]) -> Any:
         """In a pool: kstats that belong to what a command says."""
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.kstats.submit(Job(work, done.put))
+        self.submit(Job(work, done.put))
         try:
             result = done.get(timeout=5.0)
         except queue.Empty:
@@ -6917,7 +6951,7 @@ class Scraper:
         self._datasets, self._zfs_failure = None, None
         self._zfs_breaker.succeeded()
         self._reread_zones()
-        self.kstats.submit(Job(lambda reader: (reader.follow(force=True)
+        self.submit(Job(lambda reader: (reader.follow(force=True)
                                                or reader.reopen(force=True)),
                                lambda _result: None))
 
@@ -7168,7 +7202,7 @@ class Agent:
                 return
             zones = sorted(name for name in result[0].values() if UUID.fullmatch(name))
             server.call_soon(AllZones(self.scraper, zones, later).begin)
-        self.scraper.kstats.submit(Job(read_zones, listed))
+        self.scraper.submit(Job(read_zones, listed))
         return later
 
     def refresh(self, _request: Request) -> Answer:
@@ -7193,7 +7227,7 @@ class Agent:
             later.finish(text(503, f"not ready: {result}", ("X-Cmon-Error", "not_ready"))
                          if isinstance(result, Exception) else
                          text(200, "Container Monitor agent is ready."))
-        self.scraper.kstats.submit(Job(lambda reader: reader.index.count, read))
+        self.scraper.submit(Job(lambda reader: reader.index.count, read))
         return later
 
     def overview(self, _request: Request) -> Later:
@@ -7207,7 +7241,7 @@ class Agent:
             problem = str(result) if isinstance(result, Exception) else ""
             scraper.server.call_soon(lambda: later.finish(Response(
                 200, overview_page(scraper, zones, problem).encode(), HTML, PAGE_HEADERS)))
-        scraper.kstats.submit(Job(read_zones, listed))
+        scraper.submit(Job(read_zones, listed))
         return later
 
 
