@@ -505,6 +505,7 @@ def test_interrupt_is_quiet(files: Files) -> None:
         with subprocess.Popen([sys.executable, str(CMON), "discover", *connection(url, files)],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             accepted, _ = silent.accept()
+            assert accepted.recv(1)             # its hello: now it waits for ours
             process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE) == 130
             assert process.stdout is not None and process.stdout.read() == b""
