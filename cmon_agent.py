@@ -97,8 +97,8 @@ __all__ = [
     "render", "render_part", "Request", "respond", "Response", "Route", "Router", "run_daemon", "S",
     "Sample", "scrape_deadline", "Server", "server_context", "SERVER_PURPOSE", "setting",
     "signed_by", "SMF_EXIT_ERR_CONFIG", "ssh_public_key", "start_logging", "stop_logging",
-    "SUFFIXES", "SUMMARY", "TEXT", "text", "TICK_SECONDS", "TokenBucket", "UNTYPED", "V",
-    "valid_label_name", "valid_metric_name", "wire", "WRITING",
+    "SUFFIXES", "SUMMARY", "TEXT", "text", "TICK_SECONDS", "UNTYPED", "V", "valid_label_name",
+    "valid_metric_name", "wire", "WRITING",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -2442,10 +2442,6 @@ class Collector(NamedTuple):
     metrics: Tuple[Metric, ...] = ()        # beside those of the tables
 
 
-def _of(name: str, tables: Sequence[Table]) -> Tuple[Table, ...]:
-    return tuple(table for table in tables if table.collector == name)
-
-
 KSTAT_SECONDS, CORE_SECONDS, PLUGIN_SECONDS = 8.0, 5.0, 60.0
 TIME = Collector("time", "clock", 0.0, metrics=(TIME_OF_DAY,))
 ZONE_COLLECTORS = (             # in page order
@@ -2566,7 +2562,7 @@ def _families(rows: Sequence[_Row], found: Found) -> List[Family]:
 
 _ROWS: Dict[int, Tuple[_Row, ...]] = {id(table): _rows(table.metrics, table)
                                       for table in ZONE_TABLES + NODE_TABLES}
-_ALLOC_ROWS, _ZFS_ROWS, _ZPOOL_ROWS = _rows(ALLOC), _rows(ZFS), _rows(ZPOOL)
+_ZFS_ROWS, _ZPOOL_ROWS = _rows(ZFS), _rows(ZPOOL)
 _PEER_ROWS, _SYSTEM_PEER_ROWS, _NTP_ROWS = _rows(NTP_PEER), _rows(NTP_SYSTEM_PEER), _rows(NTP)
 _ZONE_TABLES = {one.name: one.tables for one in ZONE_COLLECTORS}
 _NODE_TABLES = {one.name: one.tables for one in NODE_COLLECTORS}
@@ -3755,31 +3751,6 @@ class Breaker:
     def retry_seconds(self) -> float:
         """How long until the next try; 0 when closed."""
         return max(self._until - self._now(), 0.0) if self.open else 0.0
-
-
-class TokenBucket:
-    """So many a second, and a burst at once. Not locked: its owner is one thread."""
-    __slots__ = ("rate", "burst", "level", "_at", "_now")
-
-    def __init__(self, rate_per_second: float, burst: float,
-                 now: Callable[[], float] = time.monotonic) -> None:
-        self.rate, self.burst, self.level = rate_per_second, burst, burst
-        self._now = now
-        self._at = now()
-
-    def refill(self) -> None:
-        """Bring the level up to now; a clock that went back adds nothing."""
-        at = self._now()
-        self.level = min(self.burst, self.level + max(at - self._at, 0.0) * self.rate)
-        self._at = at
-
-    def take(self, amount: float = 1.0) -> float:
-        """0.0 when admitted, else the seconds until `amount` would be there (inf: never)."""
-        self.refill()
-        if self.level >= amount:
-            self.level -= amount
-            return 0.0
-        return (amount - self.level) / self.rate if self.rate > 0 else math.inf
 
 
 class Pool:

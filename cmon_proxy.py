@@ -278,7 +278,6 @@ def utc(seconds: float) -> str:
 CLOCK_SKEW_SECONDS = 300.0      # certgen does not date back, and clocks differ
 STRONG_DIGESTS = frozenset(("sha224", "sha256", "sha384", "sha512", "sha3-256", "sha3-384",
                             "sha3-512"))
-EXPIRES_SOON_SECONDS = 30 * 86400
 _MD5_BASE64 = re.compile(r"MD5:([A-Za-z0-9+/]{22})(?:==)?")
 _MD5_HEX = re.compile(r"(?:MD5:)?([0-9A-Fa-f]{2}(?::?[0-9A-Fa-f]{2}){15})")
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Cache, breaker, token bucket, pool and own metrics: small lives with a clock of the test's."""
+"""Cache, breaker, pool and own metrics: small lives with a clock of the test's."""
 from __future__ import annotations
 
-import math
 import threading
 
 import pytest
 
 from cmon_agent import (
-    Breaker, Cache, Pool, Registry, TokenBucket, parse, register_process_metrics, render)
+    Breaker, Cache, Pool, Registry, parse, register_process_metrics, render)
 
 
 class Clock:
@@ -106,20 +105,6 @@ def test_breakers_that_open_together_do_not_try_together() -> None:
         breaker.failed("x")
         waits.add(round(breaker.retry_seconds, 2))
     assert waits == {27.0, 30.0, 32.94}
-
-
-def test_a_token_bucket_admits_its_rate_and_says_when() -> None:
-    clock = Clock()
-    bucket = TokenBucket(2.0, 4.0, clock)
-    assert [bucket.take() for _ in range(4)] == [0.0] * 4
-    assert bucket.take() == pytest.approx(0.5)
-    clock.at += 0.5
-    assert bucket.take() == 0.0 and bucket.take() > 0
-    clock.at += 3600
-    assert sum(bucket.take() == 0.0 for _ in range(10)) == 4
-    clock.at -= 100                                         # a clock that steps back costs nothing
-    assert bucket.take() == pytest.approx(0.5)
-    assert TokenBucket(0.0, 0.0, clock).take() == math.inf
 
 
 def test_a_pool_is_bounded_in_threads_and_queue_and_survives_a_failing_job() -> None:
