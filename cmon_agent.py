@@ -6384,16 +6384,17 @@ class Scraper:
                 awaited.add(key)
         return awaited
 
-    def lifetime(self, page: Page, source: Source, collector: str, now: float) -> float:
-        """For how long this page uses this collector's values."""
+    def lifetime(self, collector: str, interval: Optional[float]) -> float:
+        """For how long a collector's values are used; `interval`: of a fast one's askers."""
         own = self.settings.collectors.get(collector)
         configured = own.ttl if own is not None and own.ttl is not None else \
             self._lifetimes.get(collector, PLUGIN_SECONDS)
-        if source.fast:
-            configured = max(min(configured, INTERVAL_SHARE * page.interval(now)), LEAST_LIFETIME)
+        if interval is not None:
+            configured = max(min(configured, INTERVAL_SHARE * interval), LEAST_LIFETIME)
         return max(configured * self.governor.stretch, self.settings.min_poll_interval)
 
     def _is_due(self, page: Page, source: Source, now: float) -> bool:
+        interval = page.interval(now) if source.fast else None
         for collector in source.collectors:
             breaker = self._zfs_breaker if collector == "zfs" else page.breakers.get(collector)
             if breaker is not None and breaker.retry_seconds > 0:
@@ -6406,7 +6407,7 @@ class Scraper:
                 if now - failed.at >= max(LEAST_LIFETIME * self.governor.stretch,
                                           self.settings.min_poll_interval):
                     return True
-            elif last is None or now - last.at >= self.lifetime(page, source, collector, now):
+            elif last is None or now - last.at >= self.lifetime(collector, interval):
                 return True
         return False
 
@@ -6566,7 +6567,8 @@ class Scraper:
         for collector, source in page.layout.order:
             last = page.outcomes.get(collector)
             if last is not None and now - last.at > STALE_SECONDS and \
-                    now - last.at > 3 * self.lifetime(page, source, collector, now):
+                    now - last.at > 3 * self.lifetime(
+                        collector, page.interval(now) if source.fast else None):
                 last = None
             if last is not None:
                 if last.part.heads:
