@@ -47,8 +47,7 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
-        CMON_PURPOSE, CertificateError, Client, ClientError, ClientResponse, ExpositionError,
-        Sample, __version__, make_certificate, make_key, parse, public_key, ssh_public_key,
+        Client, ClientError, ClientResponse, ExpositionError, Sample, __version__, parse,
     )
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
@@ -356,6 +355,7 @@ class Demo:
 
     def start(self) -> None:
         """Make the certificates, start the agent and then the proxy."""
+        from cmon_proxy import CertificateError     # no other command needs the proxy's code
         recording, inventory = example("node.json"), example("inventory.json")
         for program, port in self._wanted.items():
             require_free(program, port)
@@ -429,6 +429,8 @@ class Demo:
     def _certificates(self) -> None:
         """A CA with the proxy's certificate; and for each account a key and, signed by it, the
         certificate that `triton profile cmon-certgen` would make."""
+        from cmon_proxy import (
+            CMON_PURPOSE, make_certificate, make_key, public_key, ssh_public_key)
         ca_key, server_key = make_key(), make_key()
         ca = make_certificate(ca_key, "Container Monitor demo CA", days=30, is_ca=True)
         names = ("localhost", SUFFIX, f"*.{SUFFIX}", LOOPBACK)

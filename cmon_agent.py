@@ -21,7 +21,6 @@ Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
     cache and throttle [kit]
     HTTP [kit]
     client [kit]
-    TLS and certificates [kit]
     scraping and routes
     logging and settings [kit]
     main
@@ -39,7 +38,6 @@ import datetime
 import difflib
 import errno
 import functools
-import hashlib
 import heapq
 import html
 import http.client
@@ -72,33 +70,29 @@ import types
 import typing
 import urllib.parse
 import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    AbstractSet, Any, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, Mapping,
-    NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar, Union,
-)
+from typing import Any, Callable, Generic, NamedTuple, Optional, TypeVar, Union
 
 __version__ = "1.0.0"
 __all__ = [
-    "ACCEPTS", "Answer", "AnswerReader", "ask_for_any_certificate", "at_least", "BACKLOG",
-    "Breaker", "BunyanFormatter", "BUSY", "Cache", "call", "Certificate", "certificate",
-    "CertificateError", "Check", "check_any_certificate", "Client", "CLIENT_PURPOSE", "ClientError",
-    "ClientResponse", "CMON_PURPOSE", "command_line", "complain", "ConfigError", "Connection",
-    "COUNTER", "Counter", "cpu_seconds", "DURATIONS", "escape_label", "EXIT_USAGE",
-    "ExpositionError", "Fallback", "Family", "first_certificate", "GAUGE", "Gauge", "gunzip",
-    "gzip", "Handler", "HANDSHAKE", "HEADS", "HISTOGRAM", "Histogram", "HTML", "IDLE", "is_address",
-    "JSON", "K", "KINDS", "LABEL_NAME", "label_text", "Labels", "Later", "LEVELS", "Limits",
-    "Listener", "load_settings", "log", "LOG_QUEUE", "make_certificate", "make_key", "MAX_BODY",
-    "MAX_HEAD", "MAX_JSON_BYTES", "merge", "METRIC_NAME", "Number", "number", "one_of", "PACK_FROM",
-    "PAGE", "parse", "parse_address", "parse_head", "parse_lines", "Part", "Peer", "Pool",
-    "prepare", "Prepared", "private_key", "public_key", "PublicKey", "raise_descriptor_limit",
-    "read_json", "READ_SIZE", "READING", "Refused", "register_process_metrics", "Registry",
-    "render", "render_part", "Request", "respond", "Response", "Route", "Router", "run_daemon", "S",
-    "Sample", "scrape_deadline", "Server", "server_context", "SERVER_PURPOSE", "setting",
-    "signed_by", "SMF_EXIT_ERR_CONFIG", "ssh_public_key", "start_logging", "stop_logging",
-    "SUFFIXES", "SUMMARY", "TEXT", "text", "TICK_SECONDS", "UNTYPED", "V", "valid_label_name",
-    "valid_metric_name", "wire", "WRITING",
+    "ACCEPTS", "Answer", "AnswerReader", "at_least", "BACKLOG", "Breaker", "BunyanFormatter",
+    "BUSY", "Cache", "call", "Check", "Client", "ClientError", "ClientResponse", "command_line",
+    "complain", "ConfigError", "Connection", "COUNTER", "Counter", "cpu_seconds", "DURATIONS",
+    "escape_label", "EXIT_USAGE", "ExpositionError", "Fallback", "Family", "GAUGE", "Gauge",
+    "gunzip", "gzip", "Handler", "HANDSHAKE", "HEADS", "HISTOGRAM", "Histogram", "HTML", "IDLE",
+    "is_address", "JSON", "K", "KINDS", "LABEL_NAME", "label_text", "Labels", "Deferred", "LEVELS",
+    "Limits", "Listener", "load_settings", "log", "LOG_QUEUE", "MAX_BODY", "MAX_HEAD",
+    "MAX_JSON_BYTES", "merge", "METRIC_NAME", "Number", "number", "one_of", "PACK_FROM", "PAGE",
+    "parse", "parse_address", "parse_head", "parse_lines", "Part", "Peer", "Pool", "prepare",
+    "Prepared", "raise_descriptor_limit", "read_json", "READ_SIZE", "READING", "Refused",
+    "register_process_metrics", "Registry", "render", "render_part", "Request", "respond",
+    "Response", "Route", "Router", "run_daemon", "S", "Sample", "scrape_deadline", "Server",
+    "setting", "SMF_EXIT_ERR_CONFIG", "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
+    "TEXT", "text", "TICK_SECONDS", "UNTYPED", "V", "valid_label_name", "valid_metric_name", "wire",
+    "WRITING",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -107,7 +101,7 @@ log = logging.getLogger("cmon")
 
 Number = Union[int, float]
 COUNTER, GAUGE, HISTOGRAM, SUMMARY, UNTYPED = "counter", "gauge", "histogram", "summary", "untyped"
-Labels = Tuple[Tuple[str, str], ...]
+Labels = tuple[tuple[str, str], ...]
 
 
 class Sample(NamedTuple):
@@ -135,7 +129,7 @@ class Peer:
     """Who is at the other end of a connection; lives as long as the connection."""
     __slots__ = ("address", "certificate", "identity", "listener")
 
-    def __init__(self, address: str, listener: str, certificate: Optional[bytes] = None) -> None:
+    def __init__(self, address: str, listener: str, certificate: bytes | None = None) -> None:
         self.address = address              # IP address in text
         self.listener = listener            # name of the listener that it came by
         self.certificate = certificate      # DER, as TLS has proved; None without
@@ -161,7 +155,7 @@ class Response(NamedTuple):
     status: int
     body: bytes
     content_type: str = TEXT
-    headers: Tuple[Tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -177,14 +171,14 @@ Answer = Union[Response, Prepared]
 class Refused(Exception):
     """A handler's refusal: whose fault it is says the status, the text is for the client."""
 
-    def __init__(self, status: int, message: str, *headers: Tuple[str, str], code: str = ""
+    def __init__(self, status: int, message: str, *headers: tuple[str, str], code: str = ""
                  ) -> None:
         super().__init__(message)
         self.status = int(status)
         self.headers = headers + ((("X-Cmon-Error", code),) if code else ())
 
 
-class Later:
+class Deferred:
     """An answer that comes later: the connection is parked and no thread waits.
 
     `finish` may be called from any thread, the first call wins. When the deadline (monotonic
@@ -196,9 +190,9 @@ class Later:
     def __init__(self, deadline: float, expired: Callable[[], Answer]) -> None:
         self.deadline = deadline
         self.expired = expired
-        self.on_cancel: Optional[Callable[[], None]] = None
-        self._answer: Optional[Answer] = None
-        self._deliver: Optional[Callable[[Answer], None]] = None
+        self.on_cancel: Callable[[], None] | None = None
+        self._answer: Answer | None = None
+        self._deliver: Callable[[Answer], None] | None = None
         self._lock = threading.Lock()       # _answer and _deliver; the loop and one finisher
 
     def finish(self, answer: Answer) -> None:
@@ -221,12 +215,12 @@ class Later:
             deliver(answer)
 
     @property
-    def answer(self) -> Optional[Answer]:
+    def answer(self) -> Answer | None:
         """What was given to `finish`, or None so far."""
         return self._answer
 
 
-Handler = Callable[..., Union[Answer, Later]]
+Handler = Callable[..., Union[Answer, Deferred]]
 
 
 class Route(NamedTuple):
@@ -237,7 +231,7 @@ class Route(NamedTuple):
     blocking: bool = False                  # True: run by a worker, not by the server's own thread
 
 
-def text(status: int, message: str, *headers: Tuple[str, str]) -> Response:
+def text(status: int, message: str, *headers: tuple[str, str]) -> Response:
     """A plain answer of one line."""
     return Response(int(status), (message + "\n").encode(), TEXT, headers)
 
@@ -256,19 +250,19 @@ UNCAPPED = 2 ** 64 - 1                      # the kernel's "no cap"; JavaScript 
 FSCALE = 256                                # <sys/param.h>: load averages are fixed point
 
 
-def whole(value: Any) -> Optional[Number]:
+def whole(value: Any) -> Number | None:
     """A number as it is, exactly."""
     return value if isinstance(value, (int, float)) else None
 
 
-def cap(value: Any) -> Optional[Number]:
+def cap(value: Any) -> Number | None:
     """A cap, unless it says that there is none: zero or all ones."""
     return None if not isinstance(value, int) or value in (0, UNCAPPED, 2 ** 64) else value
 
 
 def scaled(divisor: int) -> Convert:
     """A number divided; exact where nothing is lost."""
-    def convert(value: Any) -> Optional[Number]:
+    def convert(value: Any) -> Number | None:
         return value / divisor if isinstance(value, (int, float)) else None
     return convert
 
@@ -397,7 +391,7 @@ class Libkstat:
         self.read.restype = ctypes.c_int
 
 
-_names: Dict[bytes, str] = {}       # member and kstat names as they stand in C -> text
+_names: dict[bytes, str] = {}       # member and kstat names as they stand in C -> text
 _NAMES_LIMIT = 20_000
 
 
@@ -411,10 +405,10 @@ def _text(raw: bytes) -> str:
     return name
 
 
-def decode_named(raw: bytes, count: int, base: int) -> Dict[str, Any]:
+def decode_named(raw: bytes, count: int, base: int) -> dict[str, Any]:
     """The members of a named kstat. `base` is the address that `raw` was copied from, since a
     string is a pointer into the same block; one that points elsewhere is no member."""
-    data: Dict[str, Any] = {}
+    data: dict[str, Any] = {}
     end = count * NAMED_ENTRY.size
     if end > len(raw):
         raise KstatError(f"{count} members do not fit into {len(raw)} bytes")
@@ -443,7 +437,7 @@ def decode_named(raw: bytes, count: int, base: int) -> Dict[str, Any]:
     return data
 
 
-def decode(ref: Ref, raw: bytes, count: int, base: int) -> Dict[str, Any]:
+def decode(ref: Ref, raw: bytes, count: int, base: int) -> dict[str, Any]:
     """What was copied of a kstat as values by member; raises KstatError."""
     if ref.type == NAMED:
         return decode_named(raw, count, base)
@@ -469,9 +463,9 @@ class Index:
     """
 
     def __init__(self) -> None:
-        self.modules: Dict[str, List[Ref]] = {}     # of the compute node itself
-        self.zones: Dict[int, List[Ref]] = {}       # by zone id: what belongs to that zone
-        self.by_prefix: Dict[str, List[int]] = {}   # first 30 characters of a name -> zone ids
+        self.modules: dict[str, list[Ref]] = {}     # of the compute node itself
+        self.zones: dict[int, list[Ref]] = {}       # by zone id: what belongs to that zone
+        self.by_prefix: dict[str, list[int]] = {}   # first 30 characters of a name -> zone ids
         self.count = 0                              # length of the chain
 
     def add(self, raw: bytes, address: int) -> int:
@@ -613,8 +607,8 @@ class Commands:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._hanging: Dict[str, Tuple[subprocess.Popen[bytes], float]] = {}
-        self._running: Set[subprocess.Popen[bytes]] = set()
+        self._hanging: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()       # the two above
 
     def run(self, key: str, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
@@ -670,10 +664,10 @@ class Commands:
                     continue
 
     def _read(self, process: subprocess.Popen[bytes], end: float, limit: int
-              ) -> Tuple[bytes, bytes, str]:
+              ) -> tuple[bytes, bytes, str]:
         """Both outputs, until they are closed, too long or too late."""
         assert process.stdout is not None and process.stderr is not None
-        pieces: Dict[int, List[bytes]] = {}
+        pieces: dict[int, list[bytes]] = {}
         size = 0
         with selectors.DefaultSelector() as selector:
             for pipe in (process.stdout, process.stderr):
@@ -758,7 +752,7 @@ def parse_sysinfo(content: Any) -> Sysinfo:
                    word("Zpool"), count("MiB of Memory") << 20, count("CPU Count"))
 
 
-class Lane(NamedTuple):
+class PendingCall(NamedTuple):
     """What a lane is doing: which call of the library, since when."""
     what: str
     since: float
@@ -767,15 +761,15 @@ class Lane(NamedTuple):
 class Reader:
     """One thread with one kstat handle: everything that may block in the library happens here."""
 
-    def __init__(self, kstats: Kstats) -> None:
+    def __init__(self, kstats: KstatThreads) -> None:
         self._kstats = kstats
         self._handle: Any = None            # a Handle, or a RecordedHandle
         self._updated = -math.inf
         self._reopened = (-math.inf, -1)    # when, and at which chain id
-        self.doing: Optional[Lane] = None
+        self.doing: PendingCall | None = None
         self.abandoned = False
-        self.job: Optional[Job] = None
-        self.jobs: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
+        self.job: Job | None = None
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="kstat", daemon=True)
 
     # what jobs call
@@ -790,14 +784,14 @@ class Reader:
         """One kstat; raises KstatError."""
         what = f"{ref.module}:{ref.instance}:{ref.name}"
         self._kstats.check_quarantine(what)
-        self.doing = Lane(what, self._kstats.now())
+        self.doing = PendingCall(what, self._kstats.now())
         try:
             kstat: Kstat = self._handle.read(ref)
             return kstat
         finally:
             self.doing = None
 
-    def read_into(self, ref: Ref, into: List[Union[Kstat, KstatError]]) -> None:
+    def read_into(self, ref: Ref, into: list[Kstat | KstatError]) -> None:
         """As `read`; a failure is put in its place, but one that has vanished is none: a cap was
         taken away, a link was renamed."""
         try:
@@ -817,7 +811,7 @@ class Reader:
         if now - self._updated < pause:
             return False
         self._updated = now
-        self.doing = Lane("the chain", now)
+        self.doing = PendingCall("the chain", now)
         try:
             changed = bool(self._handle.update())
         finally:
@@ -836,7 +830,7 @@ class Reader:
             return False
         self._reopened = (now, chain_id)
         handle, self._handle = self._handle, None   # should it fail, the next job opens a new one
-        self.doing = Lane("the chain", now)
+        self.doing = PendingCall("the chain", now)
         try:
             handle.reopen()
             self._handle = handle
@@ -844,10 +838,10 @@ class Reader:
         finally:
             self.doing = None
 
-    def zone_id(self, zone: str) -> Optional[int]:
+    def zone_id(self, zone: str) -> int | None:
         """The id of a running zone; names that are alike in 30 characters are told apart. Raises
         KstatError when that cannot be told, since a zone that is not found is said not to run."""
-        problem: Optional[KstatError] = None
+        problem: KstatError | None = None
         for zone_id in self.index.by_prefix.get(zone[:KSTAT_STRLEN - 1], ()):
             try:
                 if self.zone_name(zone_id) == zone:
@@ -858,7 +852,7 @@ class Reader:
             raise problem
         return None
 
-    def zone_name(self, zone_id: int) -> Optional[str]:
+    def zone_name(self, zone_id: int) -> str | None:
         """The whole name of a zone, read once for each boot of it; raises KstatError."""
         own = self.zone_ref(zone_id)
         if own is None:
@@ -878,7 +872,7 @@ class Reader:
             self._kstats.names[key] = name
         return name
 
-    def _name_elsewhere(self, zone_id: int) -> Optional[str]:
+    def _name_elsewhere(self, zone_id: int) -> str | None:
         """A zone's name, by other kstats of it: its own one cannot be read."""
         for ref in self.index.zones.get(zone_id, ()):
             if ref.module in ("memory_cap", "zone_vfs"):
@@ -890,7 +884,7 @@ class Reader:
                     return found
         return None
 
-    def guest(self, name: str) -> Optional[int]:
+    def guest(self, name: str) -> int | None:
         """The minor number of a bhyve guest by its name in vmm; each name is read once."""
         guests = self._kstats.guests
         for ref in self.index.modules.get("vmm", ()):
@@ -905,7 +899,7 @@ class Reader:
                     return ref.instance
         return None
 
-    def zone_ref(self, zone_id: int) -> Optional[Ref]:
+    def zone_ref(self, zone_id: int) -> Ref | None:
         """Where a zone's zone_misc is."""
         return next((ref for ref in self.index.zones.get(zone_id, ()) if ref.module == "zones"),
                     None)
@@ -920,7 +914,7 @@ class Reader:
                 break
             try:
                 if self._handle is None:
-                    self.doing = Lane("kstat_open", kstats.now())
+                    self.doing = PendingCall("kstat_open", kstats.now())
                     try:
                         self._handle = kstats.open_handle()
                     finally:
@@ -949,7 +943,7 @@ class Job(NamedTuple):
     done: Callable[[Any], None]             # with the result, a KstatError or NoSuchZone
 
 
-class Kstats:
+class KstatThreads:
     """The readers of kstats: one at work, and those that are blocked in the library.
 
     `watch` is to be called several times a second: it gives up a thread that is blocked, keeps
@@ -959,16 +953,16 @@ class Kstats:
     def __init__(self, open_handle: Callable[[], Any], now: Callable[[], float] = time.monotonic
                  ) -> None:
         self.open_handle, self.now = open_handle, now
-        self.names: Dict[Tuple[int, str, int], str] = {}    # (id, short name, birth) -> zone name
-        self.guests: Dict[Tuple[int, int], str] = {}        # (minor, birth) -> name of a VM
-        self.quarantine: Dict[str, float] = {}      # what a blocked thread reads -> since when
+        self.names: dict[tuple[int, str, int], str] = {}    # (id, short name, birth) -> zone name
+        self.guests: dict[tuple[int, int], str] = {}        # (minor, birth) -> name of a VM
+        self.quarantine: dict[str, float] = {}      # what a blocked thread reads -> since when
         self.chain_length = 0
         self.rebuilds = 0
         self.rebuild_seconds = 0.0
         self.reads = 0
         self.given_up = 0
-        self._readers: List[Reader] = []
-        self._active: Optional[Reader] = None
+        self._readers: list[Reader] = []
+        self._active: Reader | None = None
         self._lock = threading.Lock()       # the two above, and changes of `quarantine`
 
     def submit(self, job: Job) -> None:
@@ -984,7 +978,7 @@ class Kstats:
 
     def watch(self) -> None:
         """Give up a reader that is blocked."""
-        waiting: List[Job] = []
+        waiting: list[Job] = []
         with self._lock:
             active = self._active
             doing = active.doing if active is not None else None
@@ -1024,7 +1018,7 @@ class Kstats:
             raise KstatError(f"{what}: a read of it has not returned for "
                              f"{self.now() - since:.0f} s")
 
-    def next_job(self, reader: Reader) -> Optional[Job]:
+    def next_job(self, reader: Reader) -> Job | None:
         """A reader's next job; None when it is to end."""
         job = None if reader.abandoned else reader.jobs.get()
         with self._lock:
@@ -1095,12 +1089,12 @@ class Kstats:
 class ZoneReading(NamedTuple):
     """All that was read of one zone, surely of that zone and of one boot of it."""
     zone_id: int
-    kstats: List[Union[Kstat, KstatError]]
-    vcpus: List[Kstat]
-    viona: List[Kstat]
+    kstats: list[Kstat | KstatError]
+    vcpus: list[Kstat]
+    viona: list[Kstat]
 
 
-def read_zone(reader: Reader, zone: str, debug_id: Optional[int] = None,
+def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
               unread: AbstractSet[str] = frozenset()) -> ZoneReading:
     """Read a zone's kstats, each once; raises NoSuchZone, or KstatError when it cannot be had.
 
@@ -1115,7 +1109,7 @@ def read_zone(reader: Reader, zone: str, debug_id: Optional[int] = None,
             if reader.follow(force=True) or reader.reopen():
                 continue
             raise NoSuchZone(zone)
-        read: List[Union[Kstat, KstatError]] = []
+        read: list[Kstat | KstatError] = []
         for ref in reader.index.zones[zone_id]:
             if ref is not own and ref.module not in unread:
                 reader.read_into(ref, read)
@@ -1136,11 +1130,11 @@ def read_zone(reader: Reader, zone: str, debug_id: Optional[int] = None,
 GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest by its zone's debug id
 
 
-def _read_guest(reader: Reader, debug_id: int) -> Tuple[List[Kstat], List[Kstat]]:
+def _read_guest(reader: Reader, debug_id: int) -> tuple[list[Kstat], list[Kstat]]:
     """vCPUs and network of a bhyve zone: the kernel makes 32 or more vCPUs for every guest; those
     that were never run are left out."""
     minor = reader.guest(GUEST_NAME.format(debug_id))
-    read: List[Union[Kstat, KstatError]] = []
+    read: list[Kstat | KstatError] = []
     for module, prefix in (("vmm", "vcpu"), ("viona", "viona_stat")):
         for ref in reader.index.modules.get(module, ()) if minor is not None else ():
             if ref.instance == minor and ref.name.startswith(prefix):
@@ -1151,10 +1145,10 @@ def _read_guest(reader: Reader, debug_id: int) -> Tuple[List[Kstat], List[Kstat]
             [kstat for kstat in kstats if kstat.module == "viona"])
 
 
-def read_modules(reader: Reader, *modules: str) -> Dict[str, List[Union[Kstat, KstatError]]]:
+def read_modules(reader: Reader, *modules: str) -> dict[str, list[Kstat | KstatError]]:
     """The compute node's own kstats of these modules."""
     reader.follow()
-    found: Dict[str, List[Union[Kstat, KstatError]]] = {}
+    found: dict[str, list[Kstat | KstatError]] = {}
     for module in modules:
         read = found[module] = []
         for ref in reader.index.modules.get(module, ()):
@@ -1162,12 +1156,12 @@ def read_modules(reader: Reader, *modules: str) -> Dict[str, List[Union[Kstat, K
     return found
 
 
-def read_zones(reader: Reader, *modules: str) -> Tuple[Dict[int, str], Dict[str, List[Kstat]]]:
+def read_zones(reader: Reader, *modules: str) -> tuple[dict[int, str], dict[str, list[Kstat]]]:
     """The running zones by id, and these kstats of all of them; what fails is left out."""
     reader.follow()
     index = reader.index
-    zones: Dict[int, str] = {}
-    found: Dict[str, List[Kstat]] = {module: [] for module in modules}
+    zones: dict[int, str] = {}
+    found: dict[str, list[Kstat]] = {module: [] for module in modules}
     for zone_id, refs in index.zones.items():
         try:
             name = reader.zone_name(zone_id)
@@ -1192,17 +1186,17 @@ class Vm(NamedTuple):
     brand: str
     state: str
     owner: str
-    nics: Mapping[str, Tuple[str, str]]     # link in the zone -> nic_tag, network_uuid
+    nics: Mapping[str, tuple[str, str]]     # link in the zone -> nic_tag, network_uuid
     core: bool                              # carries a role of the platform
-    ports: Tuple[int, ...]                  # metricPorts of a core zone
-    addresses: Tuple[str, ...]
+    ports: tuple[int, ...]                  # metricPorts of a core zone
+    addresses: tuple[str, ...]
     zonepath: str
 
 
 ADMIN_TAG = re.compile(r"admin(_rack_[a-z0-9_-]+)?", re.IGNORECASE)     # as triton-netconfig
 
 
-def vm_of(record: Any) -> Optional[Vm]:
+def vm_of(record: Any) -> Vm | None:
     """A VM object as far as it can be used; None without a zone name."""
     if not isinstance(record, dict):
         return None
@@ -1236,12 +1230,12 @@ class Vms:
 
     def __init__(self, url: str, random_source: Callable[[], float] = random.random) -> None:
         self._url, self._random = url, random_source
-        self.vms: Dict[str, Vm] = {}
+        self.vms: dict[str, Vm] = {}
         self.answered = False
         self.absent = False
         self.problem = ""                   # why it is not followed now
         self._stopping = threading.Event()
-        self._socket: Optional[socket.socket] = None
+        self._socket: socket.socket | None = None
 
     def start(self) -> None:
         """Follow it from now on; the first attempt is over when this returns, or goes on."""
@@ -1392,9 +1386,9 @@ class Host:
 class _Frame(NamedTuple):
     at: float                               # seconds since the first frame
     chain: Index
-    kstats: List[Kstat]
+    kstats: list[Kstat]
     commands: Mapping[str, Output]
-    vms: List[Any]
+    vms: list[Any]
 
 
 class Recording:
@@ -1432,7 +1426,7 @@ class Recording:
     @staticmethod
     def _frame(frame: Mapping[str, Any], first: float) -> _Frame:
         index = Index()
-        kstats: List[Kstat] = []
+        kstats: list[Kstat] = []
         for record in frame["kstats"]:
             ref = ref_of(str(record["module"]), int(record["instance"]), str(record["name"])
                          [:KSTAT_STRLEN - 1], str(record["class"]), int(record["type"]),
@@ -1448,11 +1442,11 @@ class Recording:
         return _Frame(float(frame["at"]) - first, index, kstats, commands, list(frame["vms"]))
 
     @staticmethod
-    def _keyed(frame: _Frame) -> Iterator[Tuple[Tuple[str, int, str, int], Kstat]]:
+    def _keyed(frame: _Frame) -> Iterator[tuple[tuple[str, int, str, int], Kstat]]:
         for kstat in frame.kstats:
             yield (kstat.module, kstat.instance, kstat.name, kstat.crtime), kstat
 
-    def place(self) -> Tuple[int, int]:
+    def place(self) -> tuple[int, int]:
         """The loop and the frame that it is now."""
         elapsed = max(self._now() - self._began, 0.0)
         loop = int(elapsed // self._period)
@@ -1605,7 +1599,7 @@ def counter(name: str, member: str, unit: Unit, help_text: str, **labels: str) -
     return Metric(COUNTER, name, member, unit, help_text, "", tuple(labels.items()))
 
 
-Label = Callable[[Sequence[Kstat], Any], List[Labels]]
+Label = Callable[[Sequence[Kstat], Any], list[Labels]]
 
 
 class Table(NamedTuple):
@@ -1613,10 +1607,10 @@ class Table(NamedTuple):
     collector: str
     module: str
     names: str                              # of the kstats, as in HELP; a * at the end stands open
-    metrics: Tuple[Metric, ...]
-    label_names: Tuple[str, ...] = ()
-    labels: Optional[Label] = None          # of all kstats found; None: the first one, no labels
-    values: Optional[Callable[[Kstat, Any], Mapping[str, Any]]] = None    # None: the kstat's data
+    metrics: tuple[Metric, ...]
+    label_names: tuple[str, ...] = ()
+    labels: Label | None = None          # of all kstats found; None: the first one, no labels
+    values: Callable[[Kstat, Any], Mapping[str, Any]] | None = None    # None: the kstat's data
 
     def has(self, name: str) -> bool:
         """Whether a kstat of the module is one of this table's, by its name."""
@@ -1629,40 +1623,40 @@ class ZoneContext(NamedTuple):
     """What a zone's page needs beside the kstats that carry the zone's id."""
     zone_id: int
     zone: str                               # its name, which is its UUID
-    nics: Optional[Mapping[str, Tuple[str, str]]] = None
+    nics: Mapping[str, tuple[str, str]] | None = None
     # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod
-    vcpus: Sequence[Union[Kstat, KstatError]] = ()      # of its virtual machine
-    viona: Sequence[Union[Kstat, KstatError]] = ()      # of its virtual machine
+    vcpus: Sequence[Kstat | KstatError] = ()      # of its virtual machine
+    viona: Sequence[Kstat | KstatError] = ()      # of its virtual machine
 
 
 class NodeContext(NamedTuple):
     """What the node's page needs beside kstats."""
     page_size: int = 4096
-    vminfo_before: Tuple[Kstat, ...] = ()   # earlier readings of unix:0:vminfo, oldest first
+    vminfo_before: tuple[Kstat, ...] = ()   # earlier readings of unix:0:vminfo, oldest first
 
 
 def each(function: Callable[[Kstat], Labels]) -> Label:
     """Labels that are made of one kstat alone."""
-    def label(kstats: Sequence[Kstat], _context: Any) -> List[Labels]:
+    def label(kstats: Sequence[Kstat], _context: Any) -> list[Labels]:
         return [function(kstat) for kstat in kstats]
     return label
 
 
 # Conversions that only these tables need.
 
-def link_is_up(value: Any) -> Optional[Number]:
+def link_is_up(value: Any) -> Number | None:
     """link_state_t of <sys/mac.h>: down 0, up 1; unknown is -1, or all ones."""
     return value if value in (0, 1) and isinstance(value, int) else None
 
 
-def bytes_of_bits(value: Any) -> Optional[Number]:
+def bytes_of_bits(value: Any) -> Number | None:
     """A link's speed; zero is a link that has none."""
     if not isinstance(value, int) or value <= 0:
         return None
     return value // 8 if value % 8 == 0 else value / 8
 
 
-def cpus_of_percent(value: Any) -> Optional[Number]:
+def cpus_of_percent(value: Any) -> Number | None:
     """Hundredths of a CPU as CPUs, exact where they are whole."""
     if not isinstance(value, (int, float)):
         return None
@@ -1718,14 +1712,14 @@ LIMITS = (
 )
 
 
-def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> List[Labels]:
+def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> list[Labels]:
     """z7_net0 is vnic0, as the original says. Of two links with one number the first by name has
     that label, and the other keeps its name inside the zone."""
     prefix = f"z{context.zone_id}_"
     named = [kstat.name[len(prefix):] if kstat.name.startswith(prefix) else kstat.name
              for kstat in kstats]
-    holder: Dict[str, str] = {}             # interface label -> link that has it
-    shown: Dict[str, str] = {}
+    holder: dict[str, str] = {}             # interface label -> link that has it
+    shown: dict[str, str] = {}
     for name in sorted(named):
         match = LINK_NUMBER.fullmatch(name)
         label = "vnic" + match.group(1) if match else name
@@ -1733,7 +1727,7 @@ def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> List[Labels]:
     nics = context.nics
     if nics is None:
         return [(("interface", shown[name]),) for name in named]
-    labels: List[Labels] = []
+    labels: list[Labels] = []
     for name in named:
         tag, network = nics.get(name) or _nic_by_number(name, nics)
         labels.append((("interface", shown[name]), ("nic_tag", tag), ("network_uuid", network)))
@@ -1743,7 +1737,7 @@ def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> List[Labels]:
 LINK_NUMBER = re.compile(r"[A-Za-z_]+([0-9]+)")
 
 
-def _nic_by_number(name: str, nics: Mapping[str, Tuple[str, str]]) -> Tuple[str, str]:
+def _nic_by_number(name: str, nics: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
     """An LX zone's eth0 is net0 to vmadm on some platforms."""
     match = LINK_NUMBER.fullmatch(name)
     return nics.get("net" + match.group(1), ("", "")) if match else ("", "")
@@ -1818,7 +1812,7 @@ VCPU = Table("vcpu", "vmm", "vcpu*", tuple(
 ), ("vcpu",), each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.name[4:]))),)))
 
 
-def device_labels(kstats: Sequence[Kstat], _context: Any) -> List[Labels]:
+def device_labels(kstats: Sequence[Kstat], _context: Any) -> list[Labels]:
     """Virtual network cards by their order: the kernel tells no name, and numbers change."""
     order = sorted(kstat.instance for kstat in kstats)
     return [(("device", str(order.index(kstat.instance))),) for kstat in kstats]
@@ -2082,8 +2076,8 @@ def mean_since(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
     return {member: value * context.page_size // seconds for member, value in found.items()}
 
 
-def vminfo_readings(kstats: Mapping[str, Sequence[Union[Kstat, KstatError]]],
-                    before: Tuple[Kstat, ...]) -> Tuple[Kstat, ...]:
+def vminfo_readings(kstats: Mapping[str, Sequence[Kstat | KstatError]],
+                    before: tuple[Kstat, ...]) -> tuple[Kstat, ...]:
     """What the next reading is compared with: two, in case it comes within the same second."""
     last = next((kstat for kstat in kstats.get("unix", ())
                  if isinstance(kstat, Kstat) and kstat.name == "vminfo"), None)
@@ -2138,7 +2132,7 @@ TIME_OF_DAY = _made(COUNTER, "time_of_day", Unit("milliseconds", whole),
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?")
 
 
-def word(value: Any) -> Optional[Number]:
+def word(value: Any) -> Number | None:
     """A number in a command's output; "-" and all else is none."""
     match = _DECIMAL.fullmatch(value) if isinstance(value, str) else None
     if match is None:
@@ -2151,7 +2145,7 @@ def word(value: Any) -> Optional[Number]:
 
 def word_scaled(factor: int, divisor: int) -> Convert:
     """A number in a command's output, in another unit."""
-    def convert(value: Any) -> Optional[Number]:
+    def convert(value: Any) -> Number | None:
         found = word(value)
         if found is None:
             return None
@@ -2161,21 +2155,21 @@ def word_scaled(factor: int, divisor: int) -> Convert:
 
 def stripped(end: str) -> Convert:
     """A number in a command's output that may have a mark behind it."""
-    def convert(value: Any) -> Optional[Number]:
+    def convert(value: Any) -> Number | None:
         return word(value[:-1] if isinstance(value, str) and value.endswith(end) else value)
     return convert
 
 
-def place_in(words: Sequence[str], other: Optional[Number] = -1) -> Convert:
+def place_in(words: Sequence[str], other: Number | None = -1) -> Convert:
     """A word as its place in a list."""
     places = {one: index for index, one in enumerate(words)}
 
-    def convert(value: Any) -> Optional[Number]:
+    def convert(value: Any) -> Number | None:
         return places.get(value, other) if isinstance(value, str) else None
     return convert
 
 
-def present(value: Optional[Number]) -> Optional[Number]:
+def present(value: Number | None) -> Number | None:
     """Sizes are not negative."""
     return None if value is None or value < 0 else value
 
@@ -2183,7 +2177,7 @@ def present(value: Optional[Number]) -> Optional[Number]:
 HEALTH = place_in(("ONLINE", "DEGRADED", "FAULTED", "OFFLINE", "REMOVED", "UNAVAIL"))
 
 
-def health(value: Any) -> Optional[Number]:
+def health(value: Any) -> Number | None:
     """A pool's state as the original numbers it; a "-" says nothing."""
     return None if value == "-" else HEALTH(value)
 
@@ -2235,7 +2229,7 @@ _STAMP = re.compile(r"(?:0x)?([0-9a-fA-F]{1,8})\.([0-9a-fA-F]{1,8})")
 _SPANS = {"m": 60, "h": 3600, "d": 86400}
 
 
-def ntp_time(value: Any) -> Optional[Number]:
+def ntp_time(value: Any) -> Number | None:
     """Seconds since 1900 of a hexadecimal fixed point number; "(no time)" is 0."""
     text_ = value.strip() if isinstance(value, str) else ""
     if text_.startswith("(no time)"):
@@ -2247,7 +2241,7 @@ def ntp_time(value: Any) -> Optional[Number]:
     return int(match.group(1), 16) + fraction / 2 ** 32
 
 
-def span(value: Any) -> Optional[Number]:
+def span(value: Any) -> Number | None:
     """Seconds of "33", "5h" or "2d"."""
     if not isinstance(value, str):
         return None
@@ -2255,14 +2249,14 @@ def span(value: Any) -> Optional[Number]:
     return None if found is None else found * _SPANS.get(value[-1:], 1)
 
 
-def failed_polls(value: Any) -> Optional[Number]:
+def failed_polls(value: Any) -> Number | None:
     """How many of the 8 bits of an octal number are not set."""
     if not isinstance(value, str) or not re.fullmatch(r"[0-7]{1,4}", value):
         return None
     return 8 - bin(int(value, 8) & 0xFF).count("1")
 
 
-def refid(value: Any) -> Optional[Number]:
+def refid(value: Any) -> Number | None:
     """0 for an address, in hexadecimal too, 1 and more for a known code, or -1."""
     if not isinstance(value, str):
         return None
@@ -2272,12 +2266,12 @@ def refid(value: Any) -> Optional[Number]:
     return CODES.index(code) + 1 if code in CODES else -1
 
 
-def leap(value: Any) -> Optional[Number]:
+def leap(value: Any) -> Number | None:
     """Two binary digits."""
     return int(value, 2) if isinstance(value, str) and re.fullmatch(r"[01]{1,2}", value) else None
 
 
-def flag(value: Any) -> Optional[Number]:
+def flag(value: Any) -> Number | None:
     """Whether a number, hexadecimal too, is not zero."""
     if not isinstance(value, str) or not re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", value):
         return None
@@ -2438,8 +2432,8 @@ class Collector(NamedTuple):
     name: str
     source: str                             # "kstat", or what the page's builder has to ask
     lifetime: float                         # seconds that a value is used for at the most
-    tables: Tuple[Table, ...] = ()
-    metrics: Tuple[Metric, ...] = ()        # beside those of the tables
+    tables: tuple[Table, ...] = ()
+    metrics: tuple[Metric, ...] = ()        # beside those of the tables
 
 
 KSTAT_SECONDS, CORE_SECONDS, PLUGIN_SECONDS = 8.0, 5.0, 60.0
@@ -2479,7 +2473,7 @@ LIFETIMES: Mapping[str, float] = {one.name: one.lifetime
                                   for one in ZONE_COLLECTORS + NODE_COLLECTORS}
 
 
-def _source(metric: Metric, table: Optional[Table]) -> str:
+def _source(metric: Metric, table: Table | None) -> str:
     if metric.source:
         return metric.source
     if table is not None:
@@ -2493,17 +2487,17 @@ def _source(metric: Metric, table: Optional[Table]) -> str:
 
 # A family's head with its cells; made once, since a page has a hundred and they never change.
 # name, type, HELP, member, conversion (None: an integer stays as it is), labels, further cells
-_Cell = Tuple[Labels, str, Optional[Convert]]
-_Row = Tuple[str, str, str, str, Optional[Convert], Labels, Tuple[_Cell, ...]]
+_Cell = tuple[Labels, str, Optional[Convert]]
+_Row = tuple[str, str, str, str, Optional[Convert], Labels, tuple[_Cell, ...]]
 
 
-def help_of(metric: Metric, table: Optional[Table] = None) -> str:
+def help_of(metric: Metric, table: Table | None = None) -> str:
     """What HELP says: the sentence, and where the value comes from."""
     return f"{metric.help[:-1]} ({_source(metric, table)})."
 
 
-def _rows(metrics: Sequence[Metric], table: Optional[Table] = None) -> Tuple[_Row, ...]:
-    rows: List[_Row] = []
+def _rows(metrics: Sequence[Metric], table: Table | None = None) -> tuple[_Row, ...]:
+    rows: list[_Row] = []
     for metric in metrics:
         convert = None if metric.unit.convert is whole else metric.unit.convert
         if rows and rows[-1][0] == metric.name:
@@ -2515,21 +2509,21 @@ def _rows(metrics: Sequence[Metric], table: Optional[Table] = None) -> Tuple[_Ro
     return tuple(rows)
 
 
-Found = Sequence[Tuple[Labels, Mapping[str, Any]]]
+Found = Sequence[tuple[Labels, Mapping[str, Any]]]
 _make = tuple.__new__           # a third of what Family(...) takes, 200 times a page
 
 
-def _value_of(data: Mapping[str, Any], member: str, convert: Optional[Convert]
-              ) -> Optional[Number]:
+def _value_of(data: Mapping[str, Any], member: str, convert: Convert | None
+              ) -> Number | None:
     value = data.get(member)
     if convert is None:
         return value if type(value) is int else whole(value)
     return None if value is None else convert(value)
 
 
-def _families(rows: Sequence[_Row], found: Found) -> List[Family]:
+def _families(rows: Sequence[_Row], found: Found) -> list[Family]:
     """The families of a table from the things found: labels, and values by member."""
-    families: List[Family] = []
+    families: list[Family] = []
     add = families.append
     if len(found) == 1:
         labels, data = found[0]
@@ -2560,7 +2554,7 @@ def _families(rows: Sequence[_Row], found: Found) -> List[Family]:
     return families
 
 
-_ROWS: Dict[int, Tuple[_Row, ...]] = {id(table): _rows(table.metrics, table)
+_ROWS: dict[int, tuple[_Row, ...]] = {id(table): _rows(table.metrics, table)
                                       for table in ZONE_TABLES + NODE_TABLES}
 _ZFS_ROWS, _ZPOOL_ROWS = _rows(ZFS), _rows(ZPOOL)
 _PEER_ROWS, _SYSTEM_PEER_ROWS, _NTP_ROWS = _rows(NTP_PEER), _rows(NTP_SYSTEM_PEER), _rows(NTP)
@@ -2570,10 +2564,10 @@ _FAILED = re.compile(r"([^:]*):(-?[0-9]+):(.*): ")      # of a KstatError: which
 Read = Union[Kstat, KstatError]
 
 
-def _chosen(table: Table, kstats: Sequence[Read], zone: Optional[str]) -> List[Kstat]:
+def _chosen(table: Table, kstats: Sequence[Read], zone: str | None) -> list[Kstat]:
     """The kstats of a table; one that could not be read is the collector's failure."""
     module = table.module
-    chosen: List[Kstat] = []
+    chosen: list[Kstat] = []
     for kstat in kstats:
         if isinstance(kstat, KstatError):
             match = _FAILED.match(str(kstat))
@@ -2585,11 +2579,11 @@ def _chosen(table: Table, kstats: Sequence[Read], zone: Optional[str]) -> List[K
     return chosen
 
 
-def _table_families(table: Table, kstats: List[Kstat], context: Any) -> List[Family]:
+def _table_families(table: Table, kstats: list[Kstat], context: Any) -> list[Family]:
     if not kstats:
         return []
     if table.labels is None:
-        labels: List[Labels] = [()]
+        labels: list[Labels] = [()]
         del kstats[1:]
     else:
         labels = table.labels(kstats, context)
@@ -2609,9 +2603,9 @@ def _ran(kstat: Read) -> bool:
         kstat.data.get(row.member) for row in VCPU.metrics)
 
 
-def zone_families(collector: str, kstats: Sequence[Read], context: ZoneContext) -> List[Family]:
+def zone_families(collector: str, kstats: Sequence[Read], context: ZoneContext) -> list[Family]:
     """What one collector sends of a zone, from all that was read of it; raises CollectError."""
-    families: List[Family] = []
+    families: list[Family] = []
     for table in _ZONE_TABLES.get(collector, ()):
         read = kstats
         if table is VCPU:
@@ -2623,11 +2617,11 @@ def zone_families(collector: str, kstats: Sequence[Read], context: ZoneContext) 
 
 
 def node_families(collector: str, kstats: Mapping[str, Sequence[Read]], context: NodeContext
-                  ) -> List[Family]:
+                  ) -> list[Family]:
     """What one collector sends of the node, from what was read, by module; raises CollectError."""
     if collector == "alloc":
         return _alloc(kstats, context)
-    families: List[Family] = []
+    families: list[Family] = []
     for table in _NODE_TABLES.get(collector, ()):
         chosen = _chosen(table, kstats.get(table.module, ()), None)
         if table is CPU_INFO:
@@ -2643,14 +2637,14 @@ def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
                   [Sample((("state", state),), counts[state]) for state in sorted(counts)])
 
 
-def _alloc(kstats: Mapping[str, Sequence[Read]], context: NodeContext) -> List[Family]:
+def _alloc(kstats: Mapping[str, Sequence[Read]], context: NodeContext) -> list[Family]:
     """What zones may use at the most, beside what there is."""
-    def values(module: str, begin: str, member: str) -> List[Optional[Number]]:
+    def values(module: str, begin: str, member: str) -> list[Number | None]:
         return [cap(kstat.data.get(member)) for kstat in kstats.get(module, ())
                 if isinstance(kstat, Kstat) and kstat.name.startswith(begin)
                 and kstat.instance != 0 and kstat.data.get("zonename") != "global"]
 
-    def of_node(name: str, member: str) -> Optional[Number]:
+    def of_node(name: str, member: str) -> Number | None:
         return next((whole(kstat.data.get(member)) for kstat in kstats.get("unix", ())
                      if isinstance(kstat, Kstat) and kstat.name == name), None)
 
@@ -2660,7 +2654,7 @@ def _alloc(kstats: Mapping[str, Sequence[Read]], context: NodeContext) -> List[F
     pages = of_node("system_pages", "physmem")
     uncapped = {"cpu": max(0, len(memory_caps) - len(cpu_caps)),
                 "memory": len(memory_caps) - len(capped)}
-    made: List[Tuple[Metric, Optional[Number]]] = [
+    made: list[tuple[Metric, Number | None]] = [
         (ALLOC[0], of_node("system_misc", "ncpus")), (ALLOC[1], cpus_of_percent(sum(cpu_caps))),
         (ALLOC[2], None if pages is None else pages * context.page_size), (ALLOC[3], sum(capped))]
     return [Family(metric.name, metric.kind, help_of(metric), [Sample((), value)])
@@ -2669,13 +2663,13 @@ def _alloc(kstats: Mapping[str, Sequence[Read]], context: NodeContext) -> List[F
                [Sample((("resource", name),), count) for name, count in uncapped.items()])]
 
 
-def zone_states(zones: Sequence[ZoneLine]) -> List[Family]:
+def zone_states(zones: Sequence[ZoneLine]) -> list[Family]:
     """How many zones there are, by state, as parse_zoneadm gives them."""
     return [_by_state(ZONES_BY_STATE, collections.Counter(
         zone.state for zone in zones if zone.name != "global"))]
 
 
-def time_families(now: float) -> List[Family]:
+def time_families(now: float) -> list[Family]:
     """The clock, in the original's milliseconds."""
     return [Family(TIME_OF_DAY.name, TIME_OF_DAY.kind, help_of(TIME_OF_DAY),
                    [Sample((), int(now * 1000))])]
@@ -2686,19 +2680,19 @@ def time_families(now: float) -> List[Family]:
 MAX_LINES = 100_000
 
 
-def _lines(output: str) -> List[str]:
+def _lines(output: str) -> list[str]:
     return output.split("\n", MAX_LINES)[:MAX_LINES]
 
 
-def zfs_command(columns: Sequence[str]) -> Tuple[str, ...]:
+def zfs_command(columns: Sequence[str]) -> tuple[str, ...]:
     """Arguments that ask for these columns of all datasets at once, less the pool's name."""
     return ("list", "-Hp", "-t", "filesystem,volume", "-o", ",".join(("name", *columns)), "-r")
 
 
 def parse_zfs_list(output: str, columns: Sequence[str] = ZFS_COLUMNS
-                   ) -> Dict[str, Dict[str, Number]]:
+                   ) -> dict[str, dict[str, Number]]:
     """Numbers by column by dataset, of `zfs list` with the arguments of `zfs_command`."""
-    datasets: Dict[str, Dict[str, Number]] = {}
+    datasets: dict[str, dict[str, Number]] = {}
     rows = [row for row in ZFS if row.member in columns]
     for line in _lines(output):
         name, *words = line.split("\t")
@@ -2714,14 +2708,14 @@ _ZFS_READ = tuple((name, kind, text_, member, None, own, cells)
                   for name, kind, text_, member, _, own, cells in _ZFS_ROWS)
 
 
-def zfs_families(row: Mapping[str, Number]) -> List[Family]:
+def zfs_families(row: Mapping[str, Number]) -> list[Family]:
     """A zone's dataset as parse_zfs_list gives it."""
     return _families(_ZFS_READ, [((), row)])
 
 
-def parse_zpool_list(output: str) -> List[Tuple[str, Dict[str, str]]]:
+def parse_zpool_list(output: str) -> list[tuple[str, dict[str, str]]]:
     """Pools with their words by column, of `zpool list` with the arguments ZPOOL_COMMAND."""
-    pools: Dict[str, Dict[str, str]] = {}
+    pools: dict[str, dict[str, str]] = {}
     for line in _lines(output):
         name, *words = line.split("\t")
         if len(words) == len(ZPOOL):
@@ -2731,8 +2725,8 @@ def parse_zpool_list(output: str) -> List[Tuple[str, Dict[str, str]]]:
     return list(pools.items())
 
 
-def zpool_families(pools: Sequence[Tuple[str, Mapping[str, str]]], kstats: Sequence[Read]
-                   ) -> List[Family]:
+def zpool_families(pools: Sequence[tuple[str, Mapping[str, str]]], kstats: Sequence[Read]
+                   ) -> list[Family]:
     """Pools as parse_zpool_list gives them, with the kstats of their metaslab groups."""
     context = NodeContext()
     return _table_families(METASLAB, _chosen(METASLAB, kstats, None), context) + \
@@ -2743,17 +2737,17 @@ class NtpPeer(NamedTuple):
     """A line of apeers."""
     remote: str
     assid: str
-    words: Dict[str, str]
+    words: dict[str, str]
 
 
 _APEER_COLUMNS = ("st", "t", "when", "poll", "reach", "delay", "offset", "jitter")
 _ASSID = re.compile(r"(?:.*[ )])?([0-9]{1,5})")
 
 
-def parse_apeers(output: str) -> List[NtpPeer]:
+def parse_apeers(output: str) -> list[NtpPeer]:
     """The peers; neither blanks nor columns alone tell its fields apart, so both are used:
     columns for the tally and the remote, the last eight words, and what is left between."""
-    peers: List[NtpPeer] = []
+    peers: list[NtpPeer] = []
     taken: set[str] = set()
     for line in _lines(output):
         words = line[16:].rsplit(None, len(_APEER_COLUMNS))
@@ -2773,7 +2767,7 @@ def parse_apeers(output: str) -> List[NtpPeer]:
     return peers
 
 
-def system_peer(peers: Sequence[NtpPeer]) -> Optional[str]:
+def system_peer(peers: Sequence[NtpPeer]) -> str | None:
     """The association that readvar is to be asked for."""
     return next((peer.assid for peer in peers
                  if peer.words["state"] in ("*", "o") and peer.assid), None)
@@ -2781,8 +2775,8 @@ def system_peer(peers: Sequence[NtpPeer]) -> Optional[str]:
 
 class NtpDetails(NamedTuple):
     """The second command's words: of ntpd, and of the system peer."""
-    system: Dict[str, str]
-    peer: Dict[str, str]
+    system: dict[str, str]
+    peer: dict[str, str]
 
 
 _UNMARKED = re.compile(r"(calibration interval)\s+(\S+)")       # the one line without a colon
@@ -2810,7 +2804,7 @@ def parse_ntp_details(output: str) -> NtpDetails:
     return details
 
 
-def ntp_families(peers: Sequence[NtpPeer], details: NtpDetails) -> List[Family]:
+def ntp_families(peers: Sequence[NtpPeer], details: NtpDetails) -> list[Family]:
     """The clock's synchronisation by ntpd; raises CollectError when it said nothing."""
     if not peers and not details.system:
         raise CollectError("ntp: ntpq prints nothing; ntpd may not run")
@@ -2826,11 +2820,11 @@ _CHRONY_LEAP = {"Normal": 0, "Insert second": 1, "Delete second": 2, "Not synchr
 _CHRONY_STATES = {"*": 6, "+": 4, "-": 3, "?": 0, "x": 1, "~": 1}
 
 
-def chrony_families(tracking: str, sources: str) -> List[Family]:
+def chrony_families(tracking: str, sources: str) -> list[Family]:
     """The same metrics from chronyd, as far as it knows them; raises CollectError."""
-    values: Dict[str, List[Sample]] = {}
+    values: dict[str, list[Sample]] = {}
 
-    def add(name: str, value: Optional[Number], labels: Labels = ()) -> None:
+    def add(name: str, value: Number | None, labels: Labels = ()) -> None:
         if value is not None and all(one.labels != labels for one in values.get(name, ())):
             values.setdefault(name, []).append(Sample(labels, value))
 
@@ -2866,22 +2860,22 @@ MAX_SOURCES = 200
 
 class ZoneLine(NamedTuple):
     """A line of `zoneadm list -p -c`."""
-    zone_id: Optional[int]                  # None: it does not run
+    zone_id: int | None                  # None: it does not run
     name: str
     state: str
     zonepath: str
     uuid: str
     brand: str
     ip_type: str
-    debug_id: Optional[int]                 # Joyent's; "SYSbhyve-<debug id>" is its machine
+    debug_id: int | None                 # Joyent's; "SYSbhyve-<debug id>" is its machine
 
 
 _FIELDS = re.compile(r"((?:[^:\\]|\\.)*)(?::|$)")
 
 
-def parse_zoneadm(output: str) -> List[ZoneLine]:
+def parse_zoneadm(output: str) -> list[ZoneLine]:
     """The zones; a colon within a field is behind a backslash, and bad lines are left out."""
-    zones: List[ZoneLine] = []
+    zones: list[ZoneLine] = []
     for line in _lines(output):
         fields = [re.sub(r"\\(.)", r"\1", field) for field in _FIELDS.findall(line)] \
             if "\\" in line else line.split(":")
@@ -2906,14 +2900,14 @@ _NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_:]")
 _OPTION = re.compile(r"#\s*OPTION\s+ttl\s+(\S+)\s*")
 
 
-def _foreign(prefix: str, content: str, limit: int) -> Tuple[List[Family], List[str]]:
+def _foreign(prefix: str, content: str, limit: int) -> tuple[list[Family], list[str]]:
     """Families of a page that someone else wrote, under a prefix, and what is wrong with it."""
     lines = content.split("\n", MAX_FOREIGN_LINES)
     problems = [] if len(lines) <= MAX_FOREIGN_LINES else [
         f"more than {MAX_FOREIGN_LINES} lines; the rest is left out"]
     families, found = parse_lines("\n".join(lines[:MAX_FOREIGN_LINES]), max_samples=limit)
     problems += found
-    kept: List[Family] = []
+    kept: list[Family] = []
     for family in families:
         if family.kind == UNTYPED:
             problems.append(f"{family.name} has no TYPE")
@@ -2930,13 +2924,13 @@ def _foreign(prefix: str, content: str, limit: int) -> Tuple[List[Family], List[
     return kept, problems
 
 
-def _ttl(value: str) -> Optional[float]:
+def _ttl(value: str) -> float | None:
     seconds = word(value.strip())
     return None if seconds is None or not 0 <= seconds <= MAX_TTL else float(seconds)
 
 
 def plugin_families(plugin: str, output: str, prom: bool
-                    ) -> Tuple[List[Family], Optional[float], List[str]]:
+                    ) -> tuple[list[Family], float | None, list[str]]:
     """What a plugin printed as families `plugin_<plugin>_…`, its own lifetime if it gave one, and
     the problems in words; a bad line costs that line."""
     prefix = f"plugin_{_NOT_IN_NAMES.sub('_', plugin)}_"
@@ -2944,7 +2938,7 @@ def plugin_families(plugin: str, output: str, prom: bool
         families, problems = _foreign(prefix, output, MAX_FOREIGN_SAMPLES)
         option = _OPTION.fullmatch(output.split("\n", 1)[0])
         return families, _ttl(option.group(1)) if option else None, problems
-    ttl: Optional[float] = None
+    ttl: float | None = None
     problems, made = [], {}
     for index, line in enumerate(output.split("\n", MAX_FOREIGN_LINES)[:MAX_FOREIGN_LINES], 1):
         line = line.rstrip("\r")
@@ -2980,7 +2974,7 @@ def plugin_families(plugin: str, output: str, prom: bool
     return list(made.values()), ttl, problems
 
 
-def textfile_families(name: str, content: str) -> Tuple[List[Family], List[str]]:
+def textfile_families(name: str, content: str) -> tuple[list[Family], list[str]]:
     """A file that an application in a zone wrote, as families `app_…`, and the problems."""
     families, problems = _foreign("app_", content, MAX_TEXTFILE_SAMPLES)
     return families, [f"{name}: {problem}" for problem in problems]
@@ -2997,10 +2991,10 @@ def _label(value: Any) -> str:
     return value[:256].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
-def nic_labels(vm: Any) -> Dict[str, Tuple[str, str]]:
+def nic_labels(vm: Any) -> dict[str, tuple[str, str]]:
     """Link inside the zone -> nic_tag and network_uuid, "" where it does not say."""
     nics = _members(vm).get("nics")
-    labels: Dict[str, Tuple[str, str]] = {}
+    labels: dict[str, tuple[str, str]] = {}
     for nic in nics if isinstance(nics, list) else []:
         interface = _members(nic).get("interface")
         if isinstance(interface, str):
@@ -3011,12 +3005,12 @@ def nic_labels(vm: Any) -> Dict[str, Tuple[str, str]]:
 MAX_PORTS = 16
 
 
-def metric_ports(vm: Any) -> List[int]:
+def metric_ports(vm: Any) -> list[int]:
     """The ports that a core zone's own metrics are at: customer_metadata.metricPorts."""
     ports = _members(_members(vm).get("customer_metadata")).get("metricPorts")
     if isinstance(ports, int) and not isinstance(ports, bool):
         ports = str(ports) if abs(ports) < 65536 else ""
-    found: List[int] = []
+    found: list[int] = []
     for text_ in re.split(r"[\s,]+", ports)[:1000] if isinstance(ports, str) else []:
         port = int(text_) if re.fullmatch(r"[0-9]{1,5}", text_) else 0
         if 0 < port < 65536 and port not in found:
@@ -3072,9 +3066,9 @@ class Use(NamedTuple):
     """What to look at first: for one resource, how busy, how long the queue, how many errors."""
     scope: str
     resource: str
-    utilisation: Tuple[str, ...]
-    saturation: Tuple[str, ...] = ()
-    errors: Tuple[str, ...] = ()
+    utilisation: tuple[str, ...]
+    saturation: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 USE = (                         # https://www.brendangregg.com/usemethod.html
@@ -3130,8 +3124,8 @@ OWN_LABELLED = (
 )
 
 
-def _use_cells() -> Dict[Tuple[str, str], str]:
-    cells: Dict[Tuple[str, str], str] = {}
+def _use_cells() -> dict[tuple[str, str], str]:
+    cells: dict[tuple[str, str], str] = {}
     for use in USE:
         for column in ("utilisation", "saturation", "errors"):
             for name in getattr(use, column):
@@ -3143,16 +3137,16 @@ _LABELLED = ((NTP_PEER, "remote"), (ZPOOL, "pool"), ((CPUS_BY_STATE, ZONES_BY_ST
              (ALLOC[4:], "resource"))
 
 
-def _label_names(metric: Metric, table: Optional[Table]) -> List[str]:
+def _label_names(metric: Metric, table: Table | None) -> list[str]:
     if table is None:
         return [name for metrics, name in _LABELLED if metric in metrics]
     return [*table.label_names, *(name for name, _ in metric.labels)]
 
 
-def metadata() -> List[Dict[str, Any]]:
+def metadata() -> list[dict[str, Any]]:
     """A row for each metric of the pages, for /v1/metadata and the documents."""
     cells = _use_cells()
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for scope, collectors in (("zone", ZONE_COLLECTORS), ("node", NODE_COLLECTORS)):
         for collector in collectors:
             listed = [(row, table) for table in collector.tables for row in table.metrics]
@@ -3182,7 +3176,7 @@ def metadata() -> List[Dict[str, Any]]:
 
 
 # Which members only grow: a replay lets them go on growing when it starts again.
-COUNTER_MEMBERS: frozenset[Tuple[str, str]] = frozenset(
+COUNTER_MEMBERS: frozenset[tuple[str, str]] = frozenset(
     (table.module, row.member) for table in ZONE_TABLES + NODE_TABLES for row in table.metrics
     if row.kind == COUNTER and row.member != "hdr_size") | frozenset(
     ("unix", member) for member in VMINFO_MEMBERS) | {("zfs", "l2_read_bytes")}
@@ -3239,7 +3233,7 @@ def label_text(labels: Labels) -> str:
     return "{" + ",".join([f'{name}="{escape_label(value)}"' for name, value in labels]) + "}"
 
 
-_heads: Dict[Tuple[str, str, str], str] = {}    # (name, kind, help) -> their two lines
+_heads: dict[tuple[str, str, str], str] = {}    # (name, kind, help) -> their two lines
 
 
 def _head(name: str, kind: str, help_text: str) -> str:
@@ -3272,7 +3266,7 @@ def render(families: Iterable[Family]) -> str:
 
 class Part(NamedTuple):
     """A rendered part of a page, to be kept: what all zones have in common is there once."""
-    heads: Tuple[str, ...]
+    heads: tuple[str, ...]
     lines: str                  # of each family's samples, an empty line between two families
 
     def text(self) -> str:
@@ -3281,14 +3275,14 @@ class Part(NamedTuple):
                         in zip(self.heads, self.lines.split("\n\n"))])
 
 
-_shapes: Dict[Tuple[str, ...], Tuple[str, ...]] = {}
+_shapes: dict[tuple[str, ...], tuple[str, ...]] = {}
 _SHAPE_LIMIT = 1024
 
 
 def render_part(families: Iterable[Family]) -> Part:
     """As `render`, in a third of the memory."""
-    heads: List[str] = []
-    lines: List[str] = []
+    heads: list[str] = []
+    lines: list[str] = []
     for name, kind, help_text, samples in families:
         if samples:
             heads.append(_head(name, kind, help_text))
@@ -3321,9 +3315,9 @@ def _unescape(value: str) -> str:
     return re.sub(r'\\[\\"n]', lambda match: _UNESCAPE[match.group()], value)
 
 
-def _labels(line: str, start: int) -> Tuple[Labels, int]:
+def _labels(line: str, start: int) -> tuple[Labels, int]:
     """The labels that begin after the brace before `start`; also where the value begins."""
-    labels: List[Tuple[str, str]] = []
+    labels: list[tuple[str, str]] = []
     position = start
     while True:
         match = _LABEL.match(line, position)
@@ -3343,7 +3337,7 @@ def _labels(line: str, start: int) -> Tuple[Labels, int]:
     return tuple(labels), len(line) - len(rest) + 1
 
 
-def _sample(line: str) -> Tuple[str, Sample]:
+def _sample(line: str) -> tuple[str, Sample]:
     """Name and sample of one line; a timestamp is checked and dropped (staleness needs none)."""
     match = METRIC_NAME.match(line)
     if match is None:
@@ -3368,10 +3362,10 @@ class _Parser:
     """Lines in, families out; a line either changes the state as a whole or raises."""
 
     def __init__(self, max_samples: int) -> None:
-        self.kinds: Dict[str, str] = {}
-        self.helps: Dict[str, str] = {}
-        self.samples: Dict[str, List[Sample]] = {}      # in order of first appearance
-        self.seen: set[Tuple[str, str, Labels]] = set()
+        self.kinds: dict[str, str] = {}
+        self.helps: dict[str, str] = {}
+        self.samples: dict[str, list[Sample]] = {}      # in order of first appearance
+        self.seen: set[tuple[str, str, Labels]] = set()
         self.max_samples = max_samples
 
     def line(self, line: str) -> None:
@@ -3400,7 +3394,7 @@ class _Parser:
             raise ExpositionError(f"TYPE of {name} comes twice or behind its samples")
         self.kinds[name] = kind
 
-    def _family_of(self, name: str) -> Tuple[str, str]:
+    def _family_of(self, name: str) -> tuple[str, str]:
         if name in self.kinds:
             return name, ""
         for kind, suffixes in SUFFIXES.items():
@@ -3423,12 +3417,12 @@ class _Parser:
         self.seen.add(key)
         self.samples.setdefault(family, []).append(sample._replace(suffix=suffix))
 
-    def families(self) -> List[Family]:
+    def families(self) -> list[Family]:
         return [Family(name, self.kinds.get(name, UNTYPED), self.helps.get(name, ""), samples)
                 for name, samples in self.samples.items()]
 
 
-def parse(page: str, *, max_samples: int = 100_000) -> List[Family]:
+def parse(page: str, *, max_samples: int = 100_000) -> list[Family]:
     """A whole page as families; raises ExpositionError that names the first bad line."""
     parser = _Parser(max_samples)
     if page and not page.endswith("\n"):
@@ -3441,10 +3435,10 @@ def parse(page: str, *, max_samples: int = 100_000) -> List[Family]:
     return parser.families()
 
 
-def parse_lines(page: str, *, max_samples: int = 10_000) -> Tuple[List[Family], List[str]]:
+def parse_lines(page: str, *, max_samples: int = 10_000) -> tuple[list[Family], list[str]]:
     """What can be read of a page; a bad line costs that line and is told in the second list."""
     parser = _Parser(max_samples)
-    problems: List[str] = []
+    problems: list[str] = []
     for index, line in enumerate(page.split("\n"), 1):
         try:
             parser.line(line)
@@ -3453,13 +3447,13 @@ def parse_lines(page: str, *, max_samples: int = 10_000) -> Tuple[List[Family], 
     return parser.families(), problems
 
 
-def merge(families: Iterable[Family]) -> Tuple[List[Family], List[str]]:
+def merge(families: Iterable[Family]) -> tuple[list[Family], list[str]]:
     """Families of one name made one, in order of first appearance; a series that is already there,
     a type that differs and a name that would run into a histogram's are left out and told."""
-    merged: Dict[str, Family] = {}
-    seen: Dict[str, set[Tuple[str, Labels]]] = {}
-    taken: Dict[str, str] = {}              # each name that begins a line -> its family
-    problems: List[str] = []
+    merged: dict[str, Family] = {}
+    seen: dict[str, set[tuple[str, Labels]]] = {}
+    taken: dict[str, str] = {}              # each name that begins a line -> its family
+    problems: list[str] = []
     for family in families:
         present = merged.get(family.name)
         names = [family.name + suffix for suffix in SUFFIXES.get(family.kind, ("",))]
@@ -3471,7 +3465,7 @@ def merge(families: Iterable[Family]) -> Tuple[List[Family], List[str]]:
             problems.append(f"{family.name}: {family.kind}, but it is already a {present.kind}")
             continue
         known = seen.setdefault(family.name, set())
-        fresh: List[Sample] = []
+        fresh: list[Sample] = []
         for sample in family.samples:
             key = (sample.suffix, tuple(sorted(sample.labels)))
             if key in known:
@@ -3492,7 +3486,7 @@ class Counter:
     def __init__(self, name: str, help_text: str, label_names: Sequence[str], kind: str) -> None:
         self.name, self.help, self.kind = name, help_text, kind
         self.label_names = tuple(label_names)
-        self.values: Dict[Tuple[str, ...], Number] = {} if label_names else {(): 0}
+        self.values: dict[tuple[str, ...], Number] = {} if label_names else {(): 0}
         self._lock = threading.Lock()       # values: any thread adds, the scrape copies
 
     def add(self, amount: Number = 1, *label_values: str) -> None:
@@ -3528,7 +3522,7 @@ class Histogram:
                  label_names: Sequence[str]) -> None:
         self.name, self.help, self.bounds = name, help_text, tuple(bounds)
         self.label_names = tuple(label_names)
-        self._series: Dict[Tuple[str, ...], List[Number]] = {}
+        self._series: dict[tuple[str, ...], list[Number]] = {}
         self._lock = threading.Lock()       # _series: any thread observes, the scrape copies
 
     def observe(self, value: float, *label_values: str) -> None:
@@ -3544,7 +3538,7 @@ class Histogram:
         """What a scrape sees of it: cumulative buckets, sum and count."""
         with self._lock:
             copies = [(labels, list(series)) for labels, series in self._series.items()]
-        samples: List[Sample] = []
+        samples: list[Sample] = []
         for values, series in copies:
             labels = tuple(zip(self.label_names, values))
             total = 0
@@ -3560,7 +3554,7 @@ class Registry:
     """A program's own metrics, in the order in which they were made."""
 
     def __init__(self) -> None:
-        self._sources: List[Callable[[], Iterable[Family]]] = []
+        self._sources: list[Callable[[], Iterable[Family]]] = []
 
     def counter(self, name: str, help_text: str, *label_names: str) -> Counter:
         """A new counter; its name ends in `_total`."""
@@ -3581,7 +3575,7 @@ class Registry:
         """Add families that are made when they are asked for."""
         self._sources.append(function)
 
-    def families(self) -> List[Family]:
+    def families(self) -> list[Family]:
         """All of them, now."""
         return [family for source in self._sources for family in source()]
 
@@ -3590,7 +3584,7 @@ class Registry:
         return made
 
 
-def _resident_bytes() -> Optional[int]:
+def _resident_bytes() -> int | None:
     """Resident memory now, where a file of /proc tells; illumos' psinfo and Linux' statm differ."""
     try:
         if sys.platform == "linux":
@@ -3603,7 +3597,7 @@ def _resident_bytes() -> Optional[int]:
         return None
 
 
-def _open_descriptors() -> Optional[int]:
+def _open_descriptors() -> int | None:
     for folder in ("/proc/self/fd", "/dev/fd"):
         try:
             return max(len(os.listdir(folder)) - 1, 0)          # less the one that lists
@@ -3623,10 +3617,10 @@ def register_process_metrics(registry: Registry, program: str) -> None:
     """The usual `process_…` families and `cmon_<program>_build_info`."""
     started = time.time()
 
-    def one(name: str, kind: str, help_text: str, value: Optional[Number]) -> Family:
+    def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
         return Family(name, kind, help_text, [] if value is None else [Sample((), value)])
 
-    def families() -> List[Family]:
+    def families() -> list[Family]:
         own = resource.getrusage(resource.RUSAGE_SELF)
         version = "%d.%d.%d" % sys.version_info[:3]
         return [
@@ -3657,7 +3651,7 @@ class _Entry(Generic[V]):
 
     def __init__(self) -> None:
         self.lock = threading.Lock()        # held by the thread that builds this value
-        self.value: Optional[Tuple[V]] = None
+        self.value: tuple[V] | None = None
         self.at = 0.0
         self.used = 0.0
 
@@ -3668,10 +3662,10 @@ class Cache(Generic[K, V]):
     def __init__(self, now: Callable[[], float] = time.monotonic, limit: int = 10_000) -> None:
         self._now = now
         self._limit = limit
-        self._entries: Dict[K, _Entry[V]] = {}
+        self._entries: dict[K, _Entry[V]] = {}
         self._lock = threading.Lock()       # _entries, never held while a value is built
 
-    def get(self, key: K, lifetime: float, build: Callable[[], V]) -> Tuple[V, float]:
+    def get(self, key: K, lifetime: float, build: Callable[[], V]) -> tuple[V, float]:
         """The value and its age in seconds; what `build` raises is the caller's."""
         with self._lock:
             entry = self._entries.get(key)
@@ -3758,7 +3752,7 @@ class Pool:
 
     def __init__(self, name: str, size: int, limit: int = 1024) -> None:
         self.name, self.size = name, size
-        self._jobs: queue.SimpleQueue[Optional[Tuple[Callable[..., object], Tuple[Any, ...]]]] = \
+        self._jobs: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None] = \
             queue.SimpleQueue()
         self._limit = limit
         self._lock = threading.Lock()       # the three counts below
@@ -3852,9 +3846,9 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
-def _header_fields(head: bytes, start: int, count: int) -> Dict[str, str]:
+def _header_fields(head: bytes, start: int, count: int) -> dict[str, str]:
     """The header lines of a head as a dictionary; raises Refused."""
-    headers: Dict[str, str] = {}
+    headers: dict[str, str] = {}
     position = start
     end = len(head) - 2                     # the empty line
     while position < end:
@@ -3885,7 +3879,7 @@ def _takes_gzip(accept_encoding: str) -> bool:
     return False
 
 
-def parse_head(head: bytes, limits: Limits) -> Tuple[Any, ...]:
+def parse_head(head: bytes, limits: Limits) -> tuple[Any, ...]:
     """The fields of a Request but for its peer, from a head that ends in an empty line.
 
     A pure function of the bytes, strict on purpose (RFC 9112): what two parsers could read in two
@@ -4038,7 +4032,7 @@ class _Stats:
 
     def __init__(self, route: str) -> None:
         self.route = route
-        self.statuses: Dict[int, int] = {}
+        self.statuses: dict[int, int] = {}
         self.buckets = [0] * (len(DURATIONS) + 1)
         self.seconds = 0.0
 
@@ -4050,21 +4044,21 @@ class _Stats:
 
 class _Head(NamedTuple):
     """What a listener remembers of a request's bytes: parsed and routed once."""
-    fields: Tuple[Any, ...]         # of Request, but for its peer
+    fields: tuple[Any, ...]         # of Request, but for its peer
     route: Route
-    args: Tuple[str, ...]
+    args: tuple[str, ...]
     stats: _Stats
     simple: bool                    # GET on a connection that stays open: prepared bytes fit as is
     packed: bool
 
 
-Fallback = Callable[[Request], Optional[Tuple[Route, Tuple[str, ...]]]]
+Fallback = Callable[[Request], Optional[tuple[Route, tuple[str, ...]]]]
 
 
 class Router:
     """Finds the route of a request: a table for plain paths, patterns for the rest."""
 
-    def __init__(self, routes: Sequence[Route], fallback: Optional[Fallback] = None) -> None:
+    def __init__(self, routes: Sequence[Route], fallback: Fallback | None = None) -> None:
         self._patterns = [(re.compile(re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(route.pattern))),
                            route) for route in routes]
         self._fallback = fallback
@@ -4072,13 +4066,13 @@ class Router:
         self._listed = ("/ lists what there is" if "/" in paths else
                         "there are " + ", ".join(paths))
 
-    def find(self, request: Request) -> Tuple[Route, Tuple[str, ...]]:
+    def find(self, request: Request) -> tuple[Route, tuple[str, ...]]:
         """Route and captured segments; raises Refused (404, 405). Pure."""
         special = self._fallback(request) if self._fallback is not None else None
         if special is not None:
             return special
         method = "GET" if request.method == "HEAD" else request.method
-        allowed: List[str] = []
+        allowed: list[str] = []
         for pattern, route in self._patterns:
             match = pattern.fullmatch(request.path)
             if match is not None and route.method == method:
@@ -4092,7 +4086,7 @@ class Router:
         raise Refused(404, f"no such path; {self._listed}", code="no_such_path")
 
 
-def call(route: Route, request: Request, args: Sequence[str]) -> Union[Answer, Later]:
+def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferred:
     """A handler's answer; refusals and faults become answers, too."""
     try:
         return route.handler(request, *args)
@@ -4103,7 +4097,7 @@ def call(route: Route, request: Request, args: Sequence[str]) -> Union[Answer, L
         return text(500, "internal error; see the log", ("X-Cmon-Error", "internal"))
 
 
-def respond(routes: Sequence[Route], request: Request) -> Union[Answer, Later]:
+def respond(routes: Sequence[Route], request: Request) -> Answer | Deferred:
     """Route and answer a request, without any socket."""
     try:
         route, args = Router(routes).find(request)
@@ -4130,12 +4124,12 @@ class Listener:
     """A listening socket with its routes; its connections remember where they came from."""
 
     def __init__(self, server: Server, listening: socket.socket, routes: Sequence[Route],
-                 tls: Optional[ssl.SSLContext], name: str, fallback: Optional[Fallback]) -> None:
+                 tls: ssl.SSLContext | None, name: str, fallback: Fallback | None) -> None:
         self.server, self.socket, self.tls, self.name = server, listening, tls, name
         self.router = Router(routes, fallback)
-        self.heads: Dict[bytes, _Head] = {}
-        self.address: Tuple[str, int] = listening.getsockname()[:2]
-        self._stats: Dict[str, _Stats] = {}
+        self.heads: dict[bytes, _Head] = {}
+        self.address: tuple[str, int] = listening.getsockname()[:2]
+        self._stats: dict[str, _Stats] = {}
         self._paused = False
 
     def set_tls(self, context: ssl.SSLContext) -> None:
@@ -4155,12 +4149,12 @@ class Listener:
                 self.server.unwatch(self.socket)
                 self.server.call_later(1.0, self.server.register, self.socket, self)
                 return
-            self.server.welcome(self, accepted, peer)
+            self.server.accept(self, accepted, peer)
 
-    def head(self, raw: bytes, fields: Tuple[Any, ...], peer: Peer) -> _Head:
+    def head(self, raw: bytes, fields: tuple[Any, ...], peer: Peer) -> _Head:
         """Route a parsed head. Remembered when it has no body."""
         request = Request._make((*fields, peer))
-        args: Tuple[str, ...] = ()
+        args: tuple[str, ...] = ()
         try:
             route, args = self.router.find(request)
         except Refused as refusal:
@@ -4181,7 +4175,7 @@ class Listener:
             stats = self._stats[route] = _Stats(route)
         return stats
 
-    def all_stats(self) -> List[_Stats]:
+    def all_stats(self) -> list[_Stats]:
         """The counts of all routes that were asked for."""
         return list(self._stats.values())
 
@@ -4210,11 +4204,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._buffer = b""              # bytes of a request that is not complete, or of the next
         self._state = IDLE
         self._since = server.now()      # when this state began
-        self._head: Optional[_Head] = None      # of the request that is being answered
-        self._rest: Union[bytes, memoryview] = b""    # of an answer that was not taken whole
+        self._head: _Head | None = None      # of the request that is being answered
+        self._rest: bytes | memoryview = b""    # of an answer that was not taken whole
         self._keep = True               # the connection stays open after this answer
         self._events = 0                # what the selector waits for
-        self._later: Optional[Later] = None
+        self._later: Deferred | None = None
         self._end = False               # the client has sent all that it will
 
     # reading
@@ -4273,7 +4267,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if whole is not None:
                 self._answer(*whole)
 
-    def _take(self) -> Optional[Tuple[_Head, Request]]:
+    def _take(self) -> tuple[_Head, Request] | None:
         """Take one request from the buffer; None while it is not whole; raises Refused."""
         limits = self._server.limits
         end = self._buffer.find(b"\r\n\r\n") + 4
@@ -4314,7 +4308,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self._deliver(text(503, "too busy; try again in a second", ("Retry-After", "1")))
             return
         answer = call(found.route, request, found.args)
-        if isinstance(answer, Later):
+        if isinstance(answer, Deferred):
             self._park(answer)
         else:
             self._deliver(answer)
@@ -4322,12 +4316,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _work(self, found: _Head, request: Request) -> None:
         """In a worker: run a handler that may block."""
         answer = call(found.route, request, found.args)
-        if isinstance(answer, Later):
+        if isinstance(answer, Deferred):
             self._server.call_soon(self._park, answer)
         else:
             self._server.call_soon(self._deliver, answer)
 
-    def _park(self, later: Later) -> None:
+    def _park(self, later: Deferred) -> None:
         """Wait without a thread."""
         if self._head is None:              # closed while a worker made it
             return
@@ -4345,7 +4339,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 answer = text(refusal.status, str(refusal), *refusal.headers)
             later.finish(answer)
 
-    def _later_done(self, later: Later, answer: Answer) -> None:
+    def _later_done(self, later: Deferred, answer: Answer) -> None:
         if self._later is later:
             self._later = None
             self._server.unpark(self)
@@ -4367,7 +4361,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     # writing
 
-    def _send(self, whole: Union[bytes, memoryview], keep: Optional[bool] = True) -> None:
+    def _send(self, whole: bytes | memoryview, keep: bool | None = True) -> None:
         """One write for head and body; what the socket does not take waits for it."""
         try:
             sent = self._socket.send(whole)
@@ -4409,7 +4403,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def shake(self) -> None:
         """In a worker: one step of the handshake, which never blocks."""
-        wanted: Union[int, Exception] = 0
+        wanted: int | Exception = 0
         try:
             typing.cast(ssl.SSLSocket, self._socket).do_handshake()
         except ssl.SSLWantReadError:
@@ -4420,7 +4414,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             wanted = error
         self._server.call_soon(self._shaken, wanted)
 
-    def _shaken(self, wanted: Union[int, Exception]) -> None:
+    def _shaken(self, wanted: int | Exception) -> None:
         if isinstance(wanted, Exception):
             self._server.shook("failed")
             log.debug("no TLS with %s: %r", self._peer.address, str(wanted)[:200])
@@ -4467,7 +4461,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close()
 
     @property
-    def idle_since(self) -> Optional[float]:
+    def idle_since(self) -> float | None:
         """Since when nothing is asked; None while something is."""
         return self._since if self._state == IDLE else None
 
@@ -4515,15 +4509,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         socketserver.BaseServer.__init__(self, ("", 0), Connection)  # type: ignore[arg-type]
         self.limits = limits
         self.now = now
-        self.listeners: List[Listener] = []
+        self.listeners: list[Listener] = []
         self.connections: set[Connection] = set()
         self._pressing: set[Connection] = set()     # those with a limit of seconds
         self.stopping = False
         self._selector = selectors.DefaultSelector()
         self._parked: set[Connection] = set()
-        self._calls: collections.deque[Tuple[Callable[..., object], Tuple[Any, ...]]] = \
+        self._calls: collections.deque[tuple[Callable[..., object], tuple[Any, ...]]] = \
             collections.deque()
-        self._timers: List[Tuple[float, int, Callable[..., object], Tuple[Any, ...]]] = []
+        self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._serial = 0
         self._thread = threading.get_ident()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -4536,17 +4530,17 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._done = threading.Event()
         self._ticking = self._sweeping = False      # whether these timers are set
         self._program = program
-        self._refusals: Dict[str, int] = {}
-        self._handshakes: Dict[str, int] = {}
+        self._refusals: dict[str, int] = {}
+        self._handshakes: dict[str, int] = {}
         self._accepted = 0
         registry.collect(self._families)
         self.every(5.0, self._sweep_idle)
 
     # set-up
 
-    def listen(self, address: Union[Tuple[str, int], socket.socket], routes: Sequence[Route],
-               tls: Optional[ssl.SSLContext] = None, name: str = "main",
-               fallback: Optional[Fallback] = None) -> Listener:
+    def listen(self, address: tuple[str, int] | socket.socket, routes: Sequence[Route],
+               tls: ssl.SSLContext | None = None, name: str = "main",
+               fallback: Fallback | None = None) -> Listener:
         """Listen on one more address, or on a socket that listens already; raises OSError.
 
         `fallback` is asked first and must be a pure function of the request's bytes.
@@ -4608,7 +4602,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             _, _, function, args = heapq.heappop(self._timers)
             self._guarded(function, args)
 
-    def _guarded(self, function: Callable[..., object], args: Tuple[Any, ...]) -> None:
+    def _guarded(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
         try:
             function(*args)
         except Exception:
@@ -4721,7 +4715,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # connections
 
-    def welcome(self, listener: Listener, accepted: socket.socket, address: Any) -> None:
+    def accept(self, listener: Listener, accepted: socket.socket, address: Any) -> None:
         """Begin to serve one more connection."""
         self._accepted += 1
         if len(self.connections) >= self.limits.connections and not self._make_room():
@@ -4774,7 +4768,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Count what a limit has refused."""
         self._refusals[limit] = self._refusals.get(limit, 0) + 1
 
-    def park(self, connection: Connection, later: Later) -> None:
+    def park(self, connection: Connection, later: Deferred) -> None:
         """Keep the deadline of an answer that comes later."""
         self._parked.add(connection)
         wait = later.deadline - self.now()
@@ -4820,10 +4814,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # own metrics
 
-    def _families(self) -> List[Family]:
+    def _families(self) -> list[Family]:
         prefix = f"cmon_{self._program}_http"
         stats = [stats for listener in self.listeners for stats in listener.all_stats()]
-        merged: Dict[str, _Stats] = {}
+        merged: dict[str, _Stats] = {}
         for one in stats:
             into = merged.setdefault(one.route, _Stats(one.route))
             for status, count in one.statuses.items():
@@ -4832,7 +4826,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             into.seconds += one.seconds
         requests = [Sample((("route", name), ("code", str(status))), count)
                     for name, one in merged.items() for status, count in one.statuses.items()]
-        durations: List[Sample] = []
+        durations: list[Sample] = []
         for name, one in merged.items():
             total = 0
             for bound, count in zip([*map(str, DURATIONS), "+Inf"], one.buckets):
@@ -4845,7 +4839,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         for connection in self.connections:
             states[connection.state] += 1
 
-        def labelled(label: str, counts: Mapping[str, int]) -> List[Sample]:
+        def labelled(label: str, counts: Mapping[str, int]) -> list[Sample]:
             return [Sample(((label, key),), count) for key, count in counts.items()]
         return [
             Family(f"{prefix}_requests_total", COUNTER, "Requests answered.", requests),
@@ -4878,16 +4872,16 @@ class AnswerReader:
 
     def __init__(self, head_request: bool = False, max_body: int = MAX_BODY) -> None:
         self.status = 0
-        self.headers: Dict[str, str] = {}
+        self.headers: dict[str, str] = {}
         self.keep_alive = False
         self.done = False
         self.begun = False                  # a byte of it has come
         self._head_request = head_request
         self._max_body = max_body
         self._buffer = b""
-        self._body: List[bytes] = []
+        self._body: list[bytes] = []
         self._size = 0
-        self._left: Optional[int] = None    # bytes of the body, or of this chunk, that are missing
+        self._left: int | None = None    # bytes of the body, or of this chunk, that are missing
         self._next: Callable[[], bool] = self._read_head
 
     @property
@@ -5045,17 +5039,17 @@ class Client:
     Host header and in TLS. Any thread may use it.
     """
 
-    def __init__(self, tls: Optional[ssl.SSLContext] = None, max_idle: int = 8,
+    def __init__(self, tls: ssl.SSLContext | None = None, max_idle: int = 8,
                  max_body: int = MAX_BODY,
-                 resolve: Optional[Mapping[str, Tuple[str, int]]] = None,
+                 resolve: Mapping[str, tuple[str, int]] | None = None,
                  now: Callable[[], float] = time.monotonic) -> None:
         self._tls, self._max_idle, self._max_body = tls, max_idle, max_body
         self._resolve = resolve or {}
         self._now = now
-        self._idle: Dict[_Origin, List[socket.socket]] = {}
+        self._idle: dict[_Origin, list[socket.socket]] = {}
         self._lock = threading.Lock()       # _idle
 
-    def request(self, method: str, url: str, headers: Optional[Mapping[str, str]] = None,
+    def request(self, method: str, url: str, headers: Mapping[str, str] | None = None,
                 body: bytes = b"", timeout: float = 10.0) -> ClientResponse:
         """Ask and wait for the whole answer, `timeout` seconds at the most; raises ClientError."""
         origin, target = self._origin(url)
@@ -5087,7 +5081,7 @@ class Client:
             for connection in connections:
                 connection.close()
 
-    def _origin(self, url: str) -> Tuple[_Origin, str]:
+    def _origin(self, url: str) -> tuple[_Origin, str]:
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -5099,7 +5093,7 @@ class Client:
         return (_Origin(parts.scheme, host, port),
                 (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
 
-    def _take(self, origin: _Origin) -> Optional[socket.socket]:
+    def _take(self, origin: _Origin) -> socket.socket | None:
         with self._lock:
             connections = self._idle.get(origin)
             return connections.pop() if connections else None
@@ -5177,673 +5171,6 @@ def _reason(error: Exception) -> str:
         return error.strerror.lower()
     return str(error) or type(error).__name__
 
-# --- TLS and certificates [kit] -------------------------------------------------------------------
-
-# Tenants prove themselves with certificates that no CA has signed, and `ssl` can neither ask for
-# such a one nor look into it. Both are done by the very OpenSSL that `_ssl` is linked with, through
-# ctypes: nothing of cryptography or ASN.1 is ours. All names here are in OpenSSL 1.1.1 and in 3.
-
-CMON_PURPOSE = "1.3.6.1.4.1.38678.1.4.2"        # extended key usage joyentCmon
-CLIENT_PURPOSE, SERVER_PURPOSE = "1.3.6.1.5.5.7.3.2", "1.3.6.1.5.5.7.3.1"
-_MAX_CERTIFICATE = 65536                        # bytes; OpenSSL itself takes chains up to 100 kB
-_MAX_KEY_TEXT = 32768                           # an RSA key of 16,384 bits needs 3 kB
-# numbers from <openssl/obj_mac.h> and <openssl/ssl.h>
-_NID_CN, _NID_SKI, _NID_USAGE, _NID_SAN, _NID_BASIC, _NID_AKI = 13, 82, 83, 85, 87, 90
-_NID_EKU = 126
-_NID_RSA, _NID_EC, _NID_ED25519 = 6, 408, 1087
-_CURVES = {415: "nistp256", 715: "nistp384", 716: "nistp521"}
-_UTF8, _UNCOMPRESSED, _CTRL_SESSION_CACHE = 0x1000, 4, 44
-
-_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-_S, _Z = ctypes.c_char_p, ctypes.c_size_t
-# name, result, arguments; pointers are plain addresses, None is NULL
-_FUNCTIONS: Tuple[Tuple[str, Any, Tuple[Any, ...]], ...] = (
-    ("OpenSSL_version", _S, (_I,)),
-    ("ERR_clear_error", None, ()), ("ERR_peek_last_error", ctypes.c_ulong, ()),
-    ("ERR_reason_error_string", _S, (ctypes.c_ulong,)), ("CRYPTO_free", None, (_P, _S, _I)),
-    ("BIO_new_mem_buf", _P, (_S, _I)), ("BIO_new", _P, (_P,)), ("BIO_s_mem", _P, ()),
-    ("BIO_read", _I, (_P, _P, _I)), ("BIO_free", _I, (_P,)), ("BIO_ctrl_pending", _Z, (_P,)),
-    ("BN_bin2bn", _P, (_S, _I, _P)), ("BN_bn2bin", _I, (_P, _P)), ("BN_num_bits", _I, (_P,)),
-    ("BN_free", None, (_P,)), ("ASN1_INTEGER_to_BN", _P, (_P, _P)),
-    ("ASN1_INTEGER_set_uint64", _I, (_P, ctypes.c_uint64)), ("ASN1_STRING_to_UTF8", _I, (_P, _P)),
-    ("ASN1_TIME_to_tm", _I, (_P, _P)), ("ASN1_TIME_set", _P, (_P, _L)),
-    ("OBJ_obj2txt", _I, (_P, _I, _P, _I)), ("OBJ_nid2sn", _S, (_I,)),
-    ("OPENSSL_sk_num", _I, (_P,)), ("OPENSSL_sk_value", _P, (_P, _I)),
-    ("EXTENDED_KEY_USAGE_free", None, (_P,)),
-    ("EVP_PKEY_new", _P, ()), ("EVP_PKEY_free", None, (_P,)), ("EVP_sha256", _P, ()),
-    ("EVP_PKEY_get1_RSA", _P, (_P,)), ("EVP_PKEY_set1_RSA", _I, (_P, _P)),
-    ("EVP_PKEY_get1_EC_KEY", _P, (_P,)), ("EVP_PKEY_set1_EC_KEY", _I, (_P, _P)),
-    ("EVP_PKEY_new_raw_public_key", _P, (_I, _P, _S, _Z)),
-    ("EVP_PKEY_get_raw_public_key", _I, (_P, _P, _P)),
-    ("EVP_PKEY_CTX_new_id", _P, (_I, _P)), ("EVP_PKEY_CTX_free", None, (_P,)),
-    ("EVP_PKEY_keygen_init", _I, (_P,)), ("EVP_PKEY_CTX_ctrl_str", _I, (_P, _S, _S)),
-    ("EVP_PKEY_keygen", _I, (_P, _P)),
-    ("RSA_new", _P, ()), ("RSA_free", None, (_P,)), ("RSA_set0_key", _I, (_P, _P, _P, _P)),
-    ("RSA_get0_key", None, (_P, _P, _P, _P)),
-    ("EC_KEY_new_by_curve_name", _P, (_I,)), ("EC_KEY_free", None, (_P,)),
-    ("EC_KEY_get0_group", _P, (_P,)), ("EC_GROUP_get_curve_name", _I, (_P,)),
-    ("EC_KEY_key2buf", _Z, (_P, _I, _P, _P)), ("EC_KEY_oct2key", _I, (_P, _S, _Z, _P)),
-    ("d2i_PUBKEY", _P, (_P, _P, _L)), ("i2d_PUBKEY", _I, (_P, _P)),
-    ("PEM_read_bio_PUBKEY", _P, (_P, _P, _P, _S)),
-    ("PEM_read_bio_RSAPublicKey", _P, (_P, _P, _P, _S)),
-    ("PEM_read_bio_PrivateKey", _P, (_P, _P, _P, _S)),
-    ("PEM_write_bio_PKCS8PrivateKey", _I, (_P, _P, _P, _P, _I, _P, _P)),
-    ("d2i_X509", _P, (_P, _P, _L)), ("i2d_X509", _I, (_P, _P)), ("X509_new", _P, ()),
-    ("X509_free", None, (_P,)), ("X509_set_version", _I, (_P, _L)),
-    ("X509_get_serialNumber", _P, (_P,)), ("X509_getm_notBefore", _P, (_P,)),
-    ("X509_getm_notAfter", _P, (_P,)), ("X509_get0_notBefore", _P, (_P,)),
-    ("X509_get0_notAfter", _P, (_P,)), ("X509_get_subject_name", _P, (_P,)),
-    ("X509_get_issuer_name", _P, (_P,)), ("X509_set_issuer_name", _I, (_P, _P)),
-    ("X509_NAME_cmp", _I, (_P, _P)), ("X509_NAME_get_index_by_NID", _I, (_P, _I, _I)),
-    ("X509_NAME_get_entry", _P, (_P, _I)), ("X509_NAME_ENTRY_get_data", _P, (_P,)),
-    ("X509_NAME_add_entry_by_txt", _I, (_P, _S, _I, _S, _I, _I, _I)),
-    ("X509_get_pubkey", _P, (_P,)), ("X509_set_pubkey", _I, (_P, _P)),
-    ("X509_get_signature_nid", _I, (_P,)),
-    ("X509_get_signature_info", _I, (_P, _P, _P, _P, _P)),
-    ("X509_get_ext_d2i", _P, (_P, _I, _P, _P)), ("X509_add_ext", _I, (_P, _P, _I)),
-    ("X509_EXTENSION_free", None, (_P,)), ("X509V3_set_ctx", None, (_P, _P, _P, _P, _P, _I)),
-    ("X509V3_EXT_conf_nid", _P, (_P, _P, _I, _S)), ("X509_sign", _I, (_P, _P, _P)),
-    ("X509_verify", _I, (_P, _P)), ("X509_STORE_CTX_set_default", _I, (_P, _S)),
-    ("SSL_CTX_get_verify_mode", _I, (_P,)), ("SSL_CTX_get_options", ctypes.c_uint64, (_P,)),
-    ("SSL_CTX_set_cert_verify_callback", None, (_P, _P, _P)),
-    ("SSL_CTX_set_ciphersuites", _I, (_P, _S)), ("SSL_CTX_ctrl", _L, (_P, _I, _L, _P)),
-)
-
-
-class CertificateError(ValueError):
-    """A key or certificate that cannot be read or made: whoever brought it is at fault."""
-
-
-class _Tm(ctypes.Structure):
-    """`struct tm`, with room for what platforms add behind."""
-    _fields_ = [(name, ctypes.c_int) for name in ("sec", "min", "hour", "mday", "mon", "year")] + [
-        ("rest", ctypes.c_byte * 96)]
-
-
-_openssl: Optional[ctypes.CDLL] = None          # set once; making it twice does no harm
-
-
-def _library() -> ctypes.CDLL:
-    """The OpenSSL of this Python's `ssl`, every function declared; OSError in words without it."""
-    global _openssl
-    if _openssl is None:
-        import _ssl
-        path = getattr(_ssl, "__file__", None)  # built into the interpreter: its own symbols
-        library = ctypes.CDLL(path)
-        for name, result, arguments in _FUNCTIONS:
-            try:
-                function = getattr(library, name)
-            except AttributeError:
-                raise OSError(f"the {ssl.OPENSSL_VERSION} of this Python does not show {name}: "
-                              "install a Python that uses a shared OpenSSL 1.1.1 or 3") from None
-            function.restype, function.argtypes = result, arguments
-        version = library.OpenSSL_version(0).decode()
-        if version != ssl.OPENSSL_VERSION:
-            raise OSError(f"found {version} beside the {ssl.OPENSSL_VERSION} that ssl uses")
-        _openssl = library
-    return _openssl
-
-
-class _Scope:
-    """The OpenSSL objects of one call: freed together when it ends, with no error left behind
-    (a stale one in the thread's queue would be taken for one of the next TLS connection)."""
-
-    def __init__(self) -> None:
-        self.library = _library()
-        self._owned: List[Tuple[Any, Any]] = []
-
-    def __enter__(self) -> _Scope:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for free, pointer in reversed(self._owned):
-            free(pointer)
-        self.library.ERR_clear_error()
-
-    def own(self, pointer: Optional[int], free: Any, failure: str) -> int:
-        """The pointer, to be freed at the end; NULL is the failure, in words."""
-        if not pointer:
-            raise self.error(failure)
-        self._owned.append((free, pointer))
-        return pointer
-
-    def need(self, result: int, failure: str) -> None:
-        """Raise unless the call returned 1 or more."""
-        if result < 1:
-            raise self.error(failure)
-
-    def error(self, failure: str) -> CertificateError:
-        code = self.library.ERR_peek_last_error()
-        reason = self.library.ERR_reason_error_string(code) if code else None
-        return CertificateError(failure + (f" ({reason.decode()})" if reason else ""))
-
-    def source(self, text: bytes) -> int:
-        """A BIO that reads these bytes; they must live as long as the scope."""
-        return self.own(self.library.BIO_new_mem_buf(text, len(text)), self.library.BIO_free, "BIO")
-
-    def private_key(self, pem: bytes, passphrase: bytes = b"") -> int:
-        # the passphrase is always given: with none OpenSSL would ask for one on the terminal
-        found = self.library.PEM_read_bio_PrivateKey(self.source(pem), None, None, passphrase)
-        return self.own(found, self.library.EVP_PKEY_free,
-                        "not a private key in PEM, or a wrong passphrase")
-
-    def x509(self, der: bytes) -> int:
-        if len(der) > _MAX_CERTIFICATE:
-            raise CertificateError(f"a certificate of {len(der)} bytes is too long")
-        buffer = ctypes.create_string_buffer(der, len(der))
-        position = ctypes.c_void_p(ctypes.addressof(buffer))
-        found = self.own(self.library.d2i_X509(None, ctypes.byref(position), len(der)),
-                         self.library.X509_free, "not an X.509 certificate")
-        if position.value != ctypes.addressof(buffer) + len(der):
-            raise CertificateError("there is something behind the certificate")
-        return found
-
-    def spki(self, der: bytes) -> int:
-        buffer = ctypes.create_string_buffer(der, len(der))
-        position = ctypes.c_void_p(ctypes.addressof(buffer))
-        return self.own(self.library.d2i_PUBKEY(None, ctypes.byref(position), len(der)),
-                        self.library.EVP_PKEY_free, "not a public key")
-
-
-def _der(encode: Any, pointer: int) -> bytes:
-    """What an i2d function writes."""
-    buffer = ctypes.create_string_buffer(max(0, encode(pointer, None)))
-    position = ctypes.c_void_p(ctypes.addressof(buffer))
-    encode(pointer, ctypes.byref(position))
-    return buffer.raw
-
-
-class PublicKey:
-    """A public key as SSH and X.509 know it; equal when the keys are."""
-    __slots__ = ("kind", "blob", "spki")
-
-    def __init__(self, kind: str, blob: bytes, spki: bytes) -> None:
-        self.kind = kind                        # "ssh-rsa", "ecdsa-sha2-nistp256", "ssh-ed25519"
-        self.blob = blob                        # RFC 4253 section 6.6
-        self.spki = spki                        # DER, SubjectPublicKeyInfo
-
-    @property
-    def md5(self) -> str:
-        """The fingerprint that mahi indexes by: colon-separated hex."""
-        return hashlib.md5(self.blob, usedforsecurity=False).digest().hex(":")
-
-    @property
-    def sha256(self) -> str:
-        """The fingerprint that ssh-keygen shows."""
-        digest = base64.b64encode(hashlib.sha256(self.blob).digest())
-        return "SHA256:" + digest.decode().rstrip("=")
-
-    @property
-    def line(self) -> str:
-        """As in authorized_keys, without a comment."""
-        return self.kind + " " + base64.b64encode(self.blob).decode()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PublicKey) and other.blob == self.blob
-
-    def __hash__(self) -> int:
-        return hash(self.blob)
-
-    def __repr__(self) -> str:
-        return f"<PublicKey {self.kind} {self.sha256}>"
-
-
-def _ssh_string(value: bytes) -> bytes:
-    return struct.pack(">I", len(value)) + value
-
-
-def _ssh_fields(blob: bytes) -> List[bytes]:
-    fields: List[bytes] = []
-    position = 0
-    while position < len(blob):
-        if position + 4 > len(blob):
-            raise CertificateError("an SSH key is cut off")
-        length, = struct.unpack_from(">I", blob, position)
-        position += 4
-        if length > len(blob) - position:
-            raise CertificateError("an SSH key is cut off")
-        fields.append(blob[position:position + length])
-        position += length
-    return fields
-
-
-def _mpint(scope: _Scope, number: int) -> bytes:
-    """A BIGNUM as SSH writes it: a leading zero byte where the top bit is set."""
-    bits = scope.library.BN_num_bits(number)
-    buffer = ctypes.create_string_buffer((bits + 7) // 8)
-    scope.library.BN_bn2bin(number, buffer)
-    return _ssh_string((b"\0" if bits % 8 == 0 else b"") + buffer.raw)
-
-
-def _described(scope: _Scope, pkey: int) -> PublicKey:
-    """An EVP_PKEY in words."""
-    library = scope.library
-    spki = _der(library.i2d_PUBKEY, pkey)
-    if not spki:
-        raise scope.error("a key that cannot be written")
-    rsa = library.EVP_PKEY_get1_RSA(pkey)
-    if rsa:
-        scope.own(rsa, library.RSA_free, "")
-        modulus, exponent = ctypes.c_void_p(), ctypes.c_void_p()
-        library.RSA_get0_key(rsa, ctypes.byref(modulus), ctypes.byref(exponent), None)
-        if not modulus.value or not exponent.value:
-            raise CertificateError("an RSA key without its numbers")
-        numbers = _mpint(scope, exponent.value) + _mpint(scope, modulus.value)
-        return PublicKey("ssh-rsa", _ssh_string(b"ssh-rsa") + numbers, spki)
-    curve_key = library.EVP_PKEY_get1_EC_KEY(pkey)
-    if curve_key:
-        scope.own(curve_key, library.EC_KEY_free, "")
-        curve = _CURVES.get(library.EC_GROUP_get_curve_name(library.EC_KEY_get0_group(curve_key)))
-        if curve is None:
-            raise CertificateError("an elliptic curve that SSH does not know")
-        point = ctypes.c_void_p()
-        length = library.EC_KEY_key2buf(curve_key, _UNCOMPRESSED, ctypes.byref(point), None)
-        if not length or not point.value:
-            raise scope.error("an EC key without its point")
-        encoded = ctypes.string_at(point.value, length)
-        library.CRYPTO_free(point.value, None, 0)
-        kind = "ecdsa-sha2-" + curve
-        blob = _ssh_string(kind.encode()) + _ssh_string(curve.encode()) + _ssh_string(encoded)
-        return PublicKey(kind, blob, spki)
-    size = ctypes.c_size_t(32)
-    raw = ctypes.create_string_buffer(32)
-    # the raw form of 32 bytes is also X25519's, which cannot sign: the OID says which it is
-    if library.EVP_PKEY_get_raw_public_key(pkey, raw, ctypes.byref(size)) == 1 \
-            and b"\x2b\x65\x70" in spki[:12]:
-        return PublicKey("ssh-ed25519", _ssh_string(b"ssh-ed25519") + _ssh_string(raw.raw), spki)
-    raise CertificateError("a kind of key that is neither RSA, ECDSA nor Ed25519")
-
-
-def _from_ssh(scope: _Scope, blob: bytes) -> int:
-    """An EVP_PKEY from the bytes of an SSH key."""
-    library = scope.library
-    fields = _ssh_fields(blob)
-    kind = fields[0] if fields else b""
-    if kind == b"ssh-rsa" and len(fields) == 3:
-        rsa = scope.own(library.RSA_new(), library.RSA_free, "RSA")
-        exponent = library.BN_bin2bn(fields[1], len(fields[1]), None)
-        modulus = library.BN_bin2bn(fields[2], len(fields[2]), None)
-        if library.RSA_set0_key(rsa, modulus, exponent, None) != 1:     # else the RSA owns them
-            library.BN_free(modulus)
-            library.BN_free(exponent)
-            raise scope.error("not an RSA key")
-        pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
-        scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
-        return pkey
-    for nid, curve in _CURVES.items():
-        name = curve.encode()
-        if kind == b"ecdsa-sha2-" + name and len(fields) == 3 and fields[1] == name:
-            key = scope.own(library.EC_KEY_new_by_curve_name(nid), library.EC_KEY_free, "EC_KEY")
-            scope.need(library.EC_KEY_oct2key(key, fields[2], len(fields[2]), None),
-                       "an EC key whose point is not on its curve")
-            pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
-            scope.need(library.EVP_PKEY_set1_EC_KEY(pkey, key), "not an EC key")
-            return pkey
-    if kind == b"ssh-ed25519" and len(fields) == 2 and len(fields[1]) == 32:
-        return scope.own(library.EVP_PKEY_new_raw_public_key(_NID_ED25519, None, fields[1], 32),
-                         library.EVP_PKEY_free, "not an Ed25519 key")
-    raise CertificateError(f"an SSH key of kind {kind[:40]!r}: RSA, ECDSA and Ed25519 can be used")
-
-
-def public_key(text: str) -> PublicKey:
-    """A key as accounts have it: an OpenSSH line, or PEM as SPKI or PKCS#1; CertificateError."""
-    if len(text) > _MAX_KEY_TEXT:
-        raise CertificateError(f"a key of {len(text)} characters is too long")
-    with _Scope() as scope:
-        library = scope.library
-        source = text.strip().encode("utf-8", "replace")
-        if source.startswith(b"-----BEGIN RSA PUBLIC KEY-----"):
-            rsa = scope.own(
-                library.PEM_read_bio_RSAPublicKey(scope.source(source), None, None, b""),
-                library.RSA_free, "not a public key in PEM")
-            pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
-            scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
-        elif source.startswith(b"-----BEGIN "):
-            pkey = scope.own(library.PEM_read_bio_PUBKEY(scope.source(source), None, None, b""),
-                             library.EVP_PKEY_free, "not a public key in PEM")
-        else:
-            words = source.split()
-            if len(words) < 2:
-                raise CertificateError("neither an OpenSSH line nor a public key in PEM")
-            try:
-                blob = base64.b64decode(words[1], validate=True)
-            except ValueError:
-                raise CertificateError("an OpenSSH line whose second word is not base64") from None
-            pkey = _from_ssh(scope, blob)
-            key = _described(scope, pkey)
-            if words[0].decode("utf-8", "replace") != key.kind:
-                raise CertificateError(f"a key of kind {key.kind} that says it is another")
-            return key
-        return _described(scope, pkey)
-
-
-class Certificate(NamedTuple):
-    """What a certificate says; nothing of it is believed until `signed_by` agrees."""
-    subject: str                                # common names; "" without one
-    issuer: str
-    self_issued: bool                           # subject and issuer are the same name
-    not_before: int                             # seconds since the epoch
-    not_after: int
-    purposes: Tuple[str, ...]                   # extended key usage, OIDs in dots
-    signature: str                              # OpenSSL's name: "RSA-SHA256", "ecdsa-with-SHA256"
-    digest: str                                 # "sha256"; "" where it is part of the algorithm
-    key: PublicKey
-    serial: int
-    der: bytes
-
-
-def _common_name(scope: _Scope, name: int) -> str:
-    library = scope.library
-    index = library.X509_NAME_get_index_by_NID(name, _NID_CN, -1)
-    if index < 0:
-        return ""
-    if library.X509_NAME_get_index_by_NID(name, _NID_CN, index) >= 0:
-        raise CertificateError("a name with more than one common name")
-    text = ctypes.c_void_p()
-    entry = library.X509_NAME_ENTRY_get_data(library.X509_NAME_get_entry(name, index))
-    length = library.ASN1_STRING_to_UTF8(ctypes.byref(text), entry)
-    if length < 0 or not text.value:
-        raise scope.error("a common name that is not text")
-    value = ctypes.string_at(text.value, length)
-    library.CRYPTO_free(text.value, None, 0)
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        raise CertificateError("a common name that is not text") from None
-
-
-def _time(scope: _Scope, when: int) -> int:
-    tm = _Tm()
-    scope.need(scope.library.ASN1_TIME_to_tm(when, ctypes.byref(tm)), "a date that is none")
-    try:
-        stamp = datetime.datetime(tm.year + 1900, tm.mon + 1, tm.mday, tm.hour, tm.min,
-                                  min(tm.sec, 59), tzinfo=datetime.timezone.utc)
-    except ValueError:
-        raise CertificateError("a date that is none") from None
-    return int(stamp.timestamp())
-
-
-def _purposes(scope: _Scope, x509: int) -> Tuple[str, ...]:
-    library = scope.library
-    critical = ctypes.c_int(-1)
-    stack = library.X509_get_ext_d2i(x509, _NID_EKU, ctypes.byref(critical), None)
-    if not stack:
-        if critical.value != -1:                # there, but broken or twice: not the same as absent
-            raise CertificateError("an extended key usage that cannot be read")
-        return ()
-    scope.own(stack, library.EXTENDED_KEY_USAGE_free, "")
-    found: List[str] = []
-    text = ctypes.create_string_buffer(256)
-    for index in range(library.OPENSSL_sk_num(stack)):
-        if library.OBJ_obj2txt(text, len(text), library.OPENSSL_sk_value(stack, index), 1) > 0:
-            found.append(text.value.decode("ascii", "replace"))
-    return tuple(found)
-
-
-def certificate(der: bytes) -> Certificate:
-    """Read a certificate; CertificateError says in words why it cannot be."""
-    with _Scope() as scope:
-        library = scope.library
-        x509 = scope.x509(der)
-        subject, issuer = library.X509_get_subject_name(x509), library.X509_get_issuer_name(x509)
-        pkey = scope.own(library.X509_get_pubkey(x509), library.EVP_PKEY_free,
-                         "a certificate whose key cannot be read")
-        nid = ctypes.c_int(0)
-        # fails for algorithms it does not know; then there is no digest, and no account takes it
-        library.X509_get_signature_info(x509, ctypes.byref(nid), None, None, None)
-        digest = (library.OBJ_nid2sn(nid.value) or b"").decode().lower() if nid.value else ""
-        number = scope.own(library.ASN1_INTEGER_to_BN(library.X509_get_serialNumber(x509), None),
-                           library.BN_free, "a serial number that is none")
-        serial = ctypes.create_string_buffer((library.BN_num_bits(number) + 7) // 8)
-        library.BN_bn2bin(number, serial)
-        return Certificate(
-            subject=_common_name(scope, subject),
-            issuer=_common_name(scope, issuer),
-            self_issued=library.X509_NAME_cmp(subject, issuer) == 0,
-            not_before=_time(scope, library.X509_get0_notBefore(x509)),
-            not_after=_time(scope, library.X509_get0_notAfter(x509)),
-            purposes=_purposes(scope, x509),
-            signature=(library.OBJ_nid2sn(library.X509_get_signature_nid(x509)) or b"").decode(),
-            digest=digest,
-            key=_described(scope, pkey),
-            serial=int.from_bytes(serial.raw, "big"),
-            der=der,
-        )
-
-
-def signed_by(found: Certificate, key: PublicKey) -> bool:
-    """Whether the certificate's signature was made with this key, as OpenSSL sees it."""
-    with _Scope() as scope:
-        return bool(scope.library.X509_verify(scope.x509(found.der), scope.spki(key.spki)) == 1)
-
-
-_PEM_CERTIFICATE = re.compile(
-    r"-----BEGIN CERTIFICATE-----\s*([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----")
-
-
-def first_certificate(pem: str) -> bytes:
-    """DER of the first certificate in a PEM file, whatever stands around it."""
-    match = _PEM_CERTIFICATE.search(pem)
-    if match is None:
-        raise CertificateError("no certificate in PEM")
-    try:
-        return base64.b64decode("".join(match.group(1).split()), validate=True)
-    except ValueError:
-        raise CertificateError("a certificate in PEM that is not base64") from None
-
-
-def make_key(kind: str = "ec") -> bytes:
-    """A fresh private key, PEM in PKCS#8: "ec" is P-256, "rsa" has 2,048 bits."""
-    nid, options = {
-        "ec": (_NID_EC, ((b"ec_paramgen_curve", b"P-256"), (b"ec_param_enc", b"named_curve"))),
-        "rsa": (_NID_RSA, ((b"rsa_keygen_bits", b"2048"),)),
-    }[kind]
-    with _Scope() as scope:
-        library = scope.library
-        maker = scope.own(library.EVP_PKEY_CTX_new_id(nid, None), library.EVP_PKEY_CTX_free,
-                          "cannot make a key")
-        scope.need(library.EVP_PKEY_keygen_init(maker), "cannot make a key")
-        for name, value in options:
-            scope.need(library.EVP_PKEY_CTX_ctrl_str(maker, name, value), "cannot make a key")
-        pkey = ctypes.c_void_p()
-        scope.need(library.EVP_PKEY_keygen(maker, ctypes.byref(pkey)), "cannot make a key")
-        scope.own(pkey.value, library.EVP_PKEY_free, "cannot make a key")
-        sink = scope.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
-        scope.need(library.PEM_write_bio_PKCS8PrivateKey(sink, pkey, None, None, 0, None, None),
-                   "cannot write a key")
-        text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
-        library.BIO_read(sink, text, len(text))
-        return text.raw
-
-
-def private_key(pem: bytes, passphrase: bytes = b"") -> PublicKey:
-    """The public half of a private key in PEM; CertificateError."""
-    with _Scope() as scope:
-        return _described(scope, scope.private_key(pem, passphrase))
-
-
-def ssh_public_key(key_pem: bytes) -> str:
-    """The line that a private key's owner puts on the account."""
-    return private_key(key_pem).line
-
-
-def make_certificate(
-    key_pem: bytes, subject: str, *, issuer: Optional[Union[str, bytes]] = None,
-    signing_key: Optional[bytes] = None, names: Sequence[str] = (), days: float = 3650,
-    not_before: Optional[float] = None, not_after: Optional[float] = None,
-    purposes: Sequence[str] = (), is_ca: bool = False, serial: Optional[int] = None,
-    passphrase: bytes = b"",
-) -> bytes:
-    """A certificate in PEM for the key; self-signed, or issued by a name or a certificate in PEM.
-
-    Without dates it is valid from an hour ago, because clocks differ. `passphrase` is the signing
-    key's. Names are host names, or IP addresses in digits.
-    """
-    begin = time.time() - 3600 if not_before is None else not_before
-    end = begin + days * 86400 if not_after is None else not_after
-    with _Scope() as scope:
-        library = scope.library
-        x509 = scope.own(library.X509_new(), library.X509_free, "X509")
-        pkey = scope.private_key(key_pem, b"" if signing_key else passphrase)
-        signer = pkey if signing_key is None else scope.private_key(signing_key, passphrase)
-        library.X509_set_version(x509, 2)       # counts from 0: version 3
-        number = int.from_bytes(os.urandom(8), "big") >> 1 | 1 if serial is None else serial
-        library.ASN1_INTEGER_set_uint64(library.X509_get_serialNumber(x509), number)
-        library.ASN1_TIME_set(library.X509_getm_notBefore(x509), int(begin))
-        library.ASN1_TIME_set(library.X509_getm_notAfter(x509), int(end))
-        issued_by = x509
-        for name, of in ((subject, library.X509_get_subject_name(x509)),
-                         (issuer if isinstance(issuer, str) else subject,
-                          library.X509_get_issuer_name(x509))):
-            text = name.encode()
-            scope.need(library.X509_NAME_add_entry_by_txt(of, b"CN", _UTF8, text, len(text), -1, 0),
-                       f"a common name that X.509 does not take: {name!r}")
-        if isinstance(issuer, bytes):
-            issued_by = scope.x509(first_certificate(issuer.decode()))
-            library.X509_set_issuer_name(x509, library.X509_get_subject_name(issued_by))
-        scope.need(library.X509_set_pubkey(x509, pkey), "cannot use the key")
-        context = ctypes.create_string_buffer(1024)     # an X509V3_CTX, 72 bytes in OpenSSL 3
-        library.X509V3_set_ctx(context, issued_by, x509, None, None, 0)
-        rsa = _described(scope, pkey).kind == "ssh-rsa"
-        usage = "keyCertSign,cRLSign" if is_ca else \
-            "digitalSignature,nonRepudiation," + ("keyEncipherment" if rsa else "keyAgreement")
-        extensions = [
-            (_NID_BASIC, "critical,CA:" + ("TRUE" if is_ca else "FALSE")),
-            (_NID_USAGE, "critical," + usage),
-            (_NID_SKI, "hash"),
-        ]
-        if isinstance(issuer, bytes):           # Python 3.13 wants it of all that are not roots
-            extensions.append((_NID_AKI, "keyid:always"))
-        if purposes:
-            extensions.append((_NID_EKU, "critical," + ",".join(purposes)))
-        if names:
-            extensions.append((_NID_SAN, ",".join([_alternative(name) for name in names])))
-        for nid, extension_text in extensions:
-            extension = scope.own(
-                library.X509V3_EXT_conf_nid(None, context, nid, extension_text.encode()),
-                library.X509_EXTENSION_free,
-                f"an extension that X.509 does not take: {extension_text!r}")
-            scope.need(library.X509_add_ext(x509, extension, -1), "cannot add an extension")
-        scope.need(library.X509_sign(x509, signer, library.EVP_sha256()), "cannot sign")
-        return ssl.DER_cert_to_PEM_cert(_der(library.i2d_X509, x509)).encode()
-
-
-def _alternative(name: str) -> str:
-    if re.search(r"[,\s\\]", name):             # would be read as more than one
-        raise CertificateError(f"a host name with an odd character: {name!r}")
-    try:
-        socket.inet_pton(socket.AF_INET6 if ":" in name else socket.AF_INET, name)
-    except OSError:
-        return "DNS:" + name
-    return "IP:" + name
-
-
-_DEFAULT = ctypes.create_string_buffer(b"default")      # lives as long as any context may use it
-
-
-def _context_pointer(context: ssl.SSLContext) -> int:
-    """The SSL_CTX inside a context, proved by what is read back through it.
-
-    In CPython 3.9 to 3.13 it is the first member behind the object's head.
-    """
-    library = _library()
-    if sys.implementation.name != "cpython" or not isinstance(context, ssl.SSLContext):
-        raise OSError(f"client certificates need CPython, not {sys.implementation.name}")
-    pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__).value
-    if not pointer or pointer % ctypes.sizeof(ctypes.c_void_p):
-        raise OSError("the TLS context of this Python is not laid out as expected")
-    modes = {ssl.CERT_NONE: 0, ssl.CERT_OPTIONAL: 1, ssl.CERT_REQUIRED: 3}
-    mask = (1 << 31) - 1                        # OpenSSL 1.1.1 returns 32 bits
-    if library.SSL_CTX_get_verify_mode(pointer) != modes[context.verify_mode] \
-            or library.SSL_CTX_get_options(pointer) & mask != int(context.options) & mask:
-        raise OSError("the TLS context of this Python is not laid out as expected")
-    return pointer
-
-
-def ask_for_any_certificate(context: ssl.SSLContext) -> None:
-    """Let clients show whatever certificate they have; the application decides, not a CA.
-
-    OpenSSL's own X509_STORE_CTX_set_default has the shape of a verify callback and returns 1 for
-    the name "default", so no Python runs in a handshake. OSError in words where it is impossible.
-    """
-    library = _library()
-    context.verify_mode = ssl.CERT_OPTIONAL
-    pointer = _context_pointer(context)
-    callback = ctypes.cast(library.X509_STORE_CTX_set_default, ctypes.c_void_p)
-    library.SSL_CTX_set_cert_verify_callback(pointer, callback, ctypes.addressof(_DEFAULT))
-
-
-def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> Optional[bytes]:
-    """Shake hands in memory; the certificate that the server has seen."""
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = [client.wrap_bio(to_client, to_server, server_side=False),
-            server.wrap_bio(to_server, to_client, server_side=True)]
-    waiting = list(ends)
-    for _ in range(16):                         # TLS 1.3 takes three turns, 1.2 four
-        for end in list(waiting):
-            try:
-                end.do_handshake()
-                waiting.remove(end)
-            except ssl.SSLWantReadError:
-                pass
-        if not waiting:
-            return ends[1].getpeercert(True)
-    raise OSError("the handshake does not end")
-
-
-def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Prove `ask_for_any_certificate` by handshakes in memory, before the first real one.
-
-    The server's own certificate serves as the client's. OSError in words when it is not seen, when
-    nothing is asked for, or when a client without certificate cannot come in.
-    """
-    with open(cert_file, encoding="utf-8", errors="replace") as file:
-        own = first_certificate(file.read())
-    for shown in (own, None):
-        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        client.check_hostname = False
-        client.verify_mode = ssl.CERT_NONE
-        if shown is not None:
-            client.load_cert_chain(cert_file, key_file)
-        try:
-            seen = _handshake(context, client)
-        except ssl.SSLError as error:
-            raise OSError(f"client certificates cannot be asked for with {ssl.OPENSSL_VERSION} on "
-                          f"Python {sys.version.split()[0]}: {error}") from None
-        if seen != shown:
-            raise OSError(f"client certificates do not arrive with {ssl.OPENSSL_VERSION} on Python "
-                          f"{sys.version.split()[0]}: use client_auth \"ca\"")
-
-
-def server_context(certificate_file: str, key_file: str,
-                   client_ca: Optional[str] = None) -> ssl.SSLContext:
-    """The one TLS policy: 1.2 or later, forward secrecy, nothing to resume a session with.
-
-    A resumed session would bring back a certificate that was seen long ago, and costs a full
-    handshake with client certificates as much as it saves. With `client_ca`, certificates are asked
-    for and must chain to it; a client without one still comes in and is nobody.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= (ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_TICKET
-                        | ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0))
-    # 128 bits first: a handshake takes a tenth less, and nobody breaks either
-    context.set_ciphers("ECDHE+AES128+AESGCM:ECDHE+AESGCM:ECDHE+CHACHA20")
-    context.num_tickets = 0
-    context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(certificate_file, key_file, password="")    # never ask the terminal
-    if client_ca is not None:
-        context.load_verify_locations(client_ca)
-        context.verify_mode = ssl.CERT_OPTIONAL
-    try:
-        library, pointer = _library(), _context_pointer(context)
-    except OSError:                             # with a CA nothing depends on what follows
-        return context
-    library.SSL_CTX_ctrl(pointer, _CTRL_SESSION_CACHE, 0, None)
-    library.SSL_CTX_set_ciphersuites(
-        pointer, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
-    return context
-
 # --- scraping and routes --------------------------------------------------------------------------
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -5891,13 +5218,13 @@ class Waits(str):
     """Why a collector has nothing yet although nothing has failed: no breaker opens for it."""
 
 
-Results = Dict[str, Union[Outcome, Datasets, str]]  # by collector; a text says why it failed
+Results = dict[str, Union[Outcome, Datasets, str]]  # by collector; a text says why it failed
 
 
 class Source(NamedTuple):
     """Where some collectors of a page come from, in one piece of work."""
     name: str
-    collectors: Tuple[str, ...]
+    collectors: tuple[str, ...]
     begin: Callable[[Page, Callable[[Results], None]], None]
     fast: bool = False              # its lifetime follows the asker
     shared: bool = False            # one piece of work serves all pages
@@ -5913,14 +5240,14 @@ class Flight:
 
     def __init__(self, began: float) -> None:
         self.began = began
-        self.pages: List[Page] = []
+        self.pages: list[Page] = []
         self.late = False           # a deadline has passed: later askers do not wait for it
 
 
 class Layout(NamedTuple):
     """What a page consists of."""
-    sources: Tuple[Source, ...]
-    order: Tuple[Tuple[str, Source], ...]       # the collectors as they stand on the page
+    sources: tuple[Source, ...]
+    order: tuple[tuple[str, Source], ...]       # the collectors as they stand on the page
 
 
 class Waiting:
@@ -5930,8 +5257,8 @@ class Waiting:
     def __init__(self) -> None:
         # Each for keys of flights of its own: one that came after a flight was found to be late
         # is not to wait for it, and one that has more time than others is.
-        self.askers: Dict[Later, Set[str]] = {}
-        self.fresh: Set[str] = set()            # collectors that have come since
+        self.askers: dict[Deferred, set[str]] = {}
+        self.fresh: set[str] = set()            # collectors that have come since
 
 
 class Page:
@@ -5944,15 +5271,15 @@ class Page:
         self.key = (zone, core)
         self.since = since                      # when it was asked for first
         self.zone, self.core = zone, core
-        self.outcomes: Dict[str, Outcome] = {}
-        self.breakers: Dict[str, Breaker] = {}
-        self.failed: Dict[str, Failure] = {}    # collectors whose last attempt failed
+        self.outcomes: dict[str, Outcome] = {}
+        self.breakers: dict[str, Breaker] = {}
+        self.failed: dict[str, Failure] = {}    # collectors whose last attempt failed
         self.layout = Layout((), ())            # the same object for all pages of its kind
         self.generation = -1
-        self.waiting: Optional[Waiting] = None
-        self.prepared: Optional[Prepared] = None
+        self.waiting: Waiting | None = None
+        self.prepared: Prepared | None = None
         self.until = 0.0
-        self.asked: Dict[str, Tuple[float, float]] = {}     # asker -> last time, interval
+        self.asked: dict[str, tuple[float, float]] = {}     # asker -> last time, interval
         self.used = 0.0
         self.checked = since                    # when it was last sure that the zone runs
 
@@ -5970,7 +5297,7 @@ class Page:
         proofs = self._proofs()
         return not proofs or any(name in self.outcomes for name in proofs)
 
-    def _proofs(self) -> List[str]:
+    def _proofs(self) -> list[str]:
         """Collectors that bring something only where the zone runs."""
         return [name for source in self.layout.sources if source.fast and self.zone != NODE
                 for name in source.collectors if name != "triton_core"]
@@ -6010,7 +5337,7 @@ class Governor:
         self.debt = 0.0                 # CPU seconds over the budget, not made up for yet
         self.stretch = 1.0
 
-    def look(self, budget: Optional[float]) -> None:
+    def look(self, budget: float | None) -> None:
         """Measure, and adapt."""
         now, cpu = self._now(), self._cpu()
         passed = now - self._last[0]
@@ -6037,7 +5364,7 @@ class Plugin(NamedTuple):
     prom: bool
     timeout: float
     ttl: float
-    zones: Optional[FrozenSet[str]]     # None: all
+    zones: frozenset[str] | None     # None: all
 
 
 PLUGIN_OUTPUT = 500 << 10
@@ -6045,7 +5372,7 @@ PLUGINS_MOST = 100
 PLUGIN_CONFIG = "plugin.json"
 
 
-def find_plugins(folder: str, problems: List[str]) -> List[Plugin]:
+def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
     """The plugins of a folder; what is not safe to run is left out and told."""
     try:
         status = os.stat(folder)
@@ -6064,7 +5391,7 @@ def find_plugins(folder: str, problems: List[str]) -> List[Plugin]:
             options = read_json(os.path.join(folder, PLUGIN_CONFIG))
         except ConfigError as error:
             problems += error.problems
-    found: Dict[str, Plugin] = {}
+    found: dict[str, Plugin] = {}
     for file_name in names:
         if file_name == PLUGIN_CONFIG:
             continue
@@ -6095,7 +5422,7 @@ def _is_owned(status: os.stat_result) -> bool:
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
-def _plugin(path: str, file_name: str, options: Any) -> Optional[Plugin]:
+def _plugin(path: str, file_name: str, options: Any) -> Plugin | None:
     name = file_name.rpartition(".")[0] or file_name
     name = name[:-5] if name.endswith(".prom") else name
     if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", name):
@@ -6127,14 +5454,14 @@ _AGE_HEAD = ("# HELP cmon_sample_age_seconds Age of the collector's values.\n"
 _UP_HEAD = ("# HELP cmon_collector_up Whether the collector works, 1 or 0.\n"
             "# TYPE cmon_collector_up gauge\n")
 _DOWN = re.compile(r'^cmon_collector_up\{collector="(\w+)"\} 0$', re.MULTILINE | re.ASCII)
-def unknown_column(output: Output, columns: Sequence[str]) -> Optional[str]:
+def unknown_column(output: Output, columns: Sequence[str]) -> str | None:
     """The property that a `zfs list` has refused, if that was its trouble."""
     return next((name for name in columns if output.status and re.search(
         rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
 
 
 META_NAMES = ("_metrics_available_boolean", "_metrics_cached_boolean", "_metrics_timer_seconds")
-_metas: Dict[str, str] = {}
+_metas: dict[str, str] = {}
 
 
 def _meta(collector: str) -> str:
@@ -6158,30 +5485,30 @@ class Scraper:
     def __init__(self, settings: Settings, host: Any, server: Server, registry: Registry,
                  sysinfo: Sysinfo) -> None:
         self.settings, self.host, self.server = settings, host, server
-        self.kstats = Kstats(host.open_kstats)
+        self.kstats = KstatThreads(host.open_kstats)
         self.governor = Governor()
         self._commands = Pool("command", 6)     # zfs, zpool, ntp, zoneadm: each has a thread
         self._foreign = Pool("plugin", settings.max_collections, 10_000)
         self._client = Client(max_body=2 << 20, max_idle=0)
-        self._pages: Dict[Tuple[str, bool], Page] = {}
-        self._flights: Dict[str, Flight] = {}
-        self._unknown: Dict[str, float] = {}    # zones that are not there -> until when
+        self._pages: dict[tuple[str, bool], Page] = {}
+        self._flights: dict[str, Flight] = {}
+        self._unknown: dict[str, float] = {}    # zones that are not there -> until when
         # Boots of zones: labels of their links, None for links that go without.
-        self._labels: Dict[Tuple[str, int], Optional[Mapping[str, Tuple[str, str]]]] = {}
-        self._unlabelled: Dict[Tuple[str, int], float] = {}     # those not decided yet -> since
-        self._plugins: Dict[str, List[Plugin]] = {"gz": [], "vm": []}
-        self._told: Dict[str, Set[str]] = {}    # problems that were logged, by their source
+        self._labels: dict[tuple[str, int], Mapping[str, tuple[str, str]] | None] = {}
+        self._unlabelled: dict[tuple[str, int], float] = {}     # those not decided yet -> since
+        self._plugins: dict[str, list[Plugin]] = {"gz": [], "vm": []}
+        self._told: dict[str, set[str]] = {}    # problems that were logged, by their source
         self._lifetimes = dict(LIFETIMES)       # and what plugins say themselves
         self.sysinfo = sysinfo
-        self._vminfo: Tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
-        self._datasets: Optional[Datasets] = None
-        self._zfs_failure: Optional[Failure] = None     # of the last zfs list, for all pages
+        self._vminfo: tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
+        self._datasets: Datasets | None = None
+        self._zfs_failure: Failure | None = None     # of the last zfs list, for all pages
         self._zfs_breaker = Breaker(server.now)
         self._zfs_columns = ZFS_COLUMNS         # those that this platform knows
-        self._debug_ids: Dict[str, int] = {}    # zone -> its debug id, from zoneadm
+        self._debug_ids: dict[str, int] = {}    # zone -> its debug id, from zoneadm
         self._rereading = False                 # whether zoneadm is asked for them now
         self.generation = 0                     # of what the pages consist of
-        self._layouts: Dict[Tuple[Any, ...], Layout] = {}
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
         add = registry.counter
         self.collections = add("cmon_agent_collections_total", "Collections by their result.",
                                "collector", "result")
@@ -6242,11 +5569,11 @@ class Scraper:
             self.server.spawn(self._look_for_plugins, dict(self.settings.plugin_dirs))
 
     def _look_for_plugins(self, folders: Mapping[str, str]) -> None:
-        problems: List[str] = []
+        problems: list[str] = []
         found = {kind: find_plugins(folder, problems) for kind, folder in folders.items()}
         self.server.call_soon(self._take_plugins, found, problems)
 
-    def _take_plugins(self, found: Dict[str, List[Plugin]], problems: List[str]) -> None:
+    def _take_plugins(self, found: dict[str, list[Plugin]], problems: list[str]) -> None:
         self.tell("plugin", problems)
         if found != self._plugins:
             self._plugins = found
@@ -6261,7 +5588,7 @@ class Scraper:
     def _reread_zones(self) -> None:
         """Debug ids of bhyve zones, off the scrape path."""
         def read() -> None:
-            found: Dict[str, int] = {}
+            found: dict[str, int] = {}
             try:
                 output = self.host.run("zoneadm", ZONEADM_COMMAND, self._timeout("zones"))
                 found = {row.name: row.debug_id for row in parse_zoneadm(output.stdout)
@@ -6288,8 +5615,8 @@ class Scraper:
 
     # asking for a page
 
-    def ask(self, zone: str, core: Optional[bool], asker: str, deadline: float
-            ) -> Union[Answer, Later]:
+    def ask(self, zone: str, core: bool | None, asker: str, deadline: float
+            ) -> Answer | Deferred:
         """The page of a zone, or NODE's: at once, or later. `core`: whether the zone's own ports
         are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
@@ -6307,12 +5634,12 @@ class Scraper:
         page.until = now + PREPARED_SECONDS
         return page.prepared
 
-    def bring(self, zone: str, deadline: float) -> Optional[Later]:
+    def bring(self, zone: str, deadline: float) -> Deferred | None:
         """As `ask`, for the page of all zones: what is to be waited for, if anything."""
         now = self.server.now()
         return self._awaited(self._asked(zone, None, "all zones", now), now, deadline)
 
-    def _asked(self, zone: str, core: Optional[bool], asker: str, now: float) -> Page:
+    def _asked(self, zone: str, core: bool | None, asker: str, now: float) -> Page:
         if core is None:
             core = self._is_core(zone)
         page = self._pages.get((zone, core))
@@ -6323,12 +5650,12 @@ class Scraper:
         page.seen(asker, now)
         return page
 
-    def _awaited(self, page: Page, now: float, deadline: float) -> Optional[Later]:
+    def _awaited(self, page: Page, now: float, deadline: float) -> Deferred | None:
         """Begin what is due; what comes when it has come, None when nothing is awaited."""
         awaited = self._collect(page, now)
         if not awaited:
             return None
-        later = Later(deadline, lambda: self._partial(page, later))
+        later = Deferred(deadline, lambda: self._partial(page, later))
         if page.waiting is None:
             page.waiting = Waiting()
         page.waiting.askers[later] = awaited
@@ -6345,7 +5672,7 @@ class Scraper:
             return
         page.checked = now
 
-        def look(reader: Reader) -> Optional[int]:
+        def look(reader: Reader) -> int | None:
             reader.follow()
             return reader.zone_id(page.zone)
 
@@ -6362,11 +5689,11 @@ class Scraper:
         return "; ".join(sorted({failure.why for failure in page.failed.values()}))[:500] \
             or "it is not due yet"
 
-    def _collect(self, page: Page, now: float) -> Set[str]:
+    def _collect(self, page: Page, now: float) -> set[str]:
         """Begin what is due; the keys of the work that this page is to wait for."""
         if page.generation != self.generation:
             page.generation, page.layout = self.generation, self._layout(page)
-        awaited: Set[str] = set()
+        awaited: set[str] = set()
         for source in page.layout.sources:
             key = source.key(page)
             flight = self._flights.get(key)
@@ -6384,7 +5711,7 @@ class Scraper:
                 awaited.add(key)
         return awaited
 
-    def lifetime(self, collector: str, interval: Optional[float]) -> float:
+    def lifetime(self, collector: str, interval: float | None) -> float:
         """For how long a collector's values are used; `interval`: of a fast one's askers."""
         own = self.settings.collectors.get(collector)
         configured = own.ttl if own is not None and own.ttl is not None else \
@@ -6411,7 +5738,7 @@ class Scraper:
                 return True
         return False
 
-    def _failure(self, page: Page, collector: str) -> Optional[Failure]:
+    def _failure(self, page: Page, collector: str) -> Failure | None:
         """Why a collector's last attempt failed, if it did; zfs list is one for all."""
         return self._zfs_failure if collector == "zfs" else page.failed.get(collector)
 
@@ -6464,7 +5791,7 @@ class Scraper:
                 page.waiting.fresh.add(collector)
             self.collections.add(1, collector, "ok")
 
-    def _take_datasets(self, result: Union[Outcome, Datasets, str], now: float) -> None:
+    def _take_datasets(self, result: Outcome | Datasets | str, now: float) -> None:
         if isinstance(result, Datasets):
             if self._zfs_failure is not None:
                 log.info("zfs works again")
@@ -6531,7 +5858,7 @@ class Scraper:
         for later in ready:
             later.finish(answer)
 
-    def give_up(self, page: Page, later: Later) -> AbstractSet[str]:
+    def give_up(self, page: Page, later: Deferred) -> AbstractSet[str]:
         """Somebody waits no longer: what was waited for is late. What has come since, by then."""
         waiting = page.waiting
         if waiting is None or later not in waiting.askers:
@@ -6543,7 +5870,7 @@ class Scraper:
             page.waiting = None
         return waiting.fresh
 
-    def _partial(self, page: Page, later: Later) -> Answer:
+    def _partial(self, page: Page, later: Deferred) -> Answer:
         """The deadline of somebody has come: what is there goes out."""
         now, fresh = self.server.now(), self.give_up(page, later)
         if not page.has_values():
@@ -6561,9 +5888,9 @@ class Scraper:
 
     def text(self, page: Page, now: float, fresh: AbstractSet[str]) -> str:
         """The page as text: each collector's part with its meta-metrics, then time and ages."""
-        parts: List[str] = []
-        ages: List[str] = [_AGE_HEAD]
-        ups: List[str] = [_UP_HEAD]
+        parts: list[str] = []
+        ages: list[str] = [_AGE_HEAD]
+        ups: list[str] = [_UP_HEAD]
         for collector, source in page.layout.order:
             last = page.outcomes.get(collector)
             if last is not None and now - last.at > STALE_SECONDS and \
@@ -6675,7 +6002,7 @@ class Scraper:
 
     # kstats of a zone
 
-    def _begin_zone(self, names: Tuple[str, ...], page: Page, done: Callable[[Results], None]
+    def _begin_zone(self, names: tuple[str, ...], page: Page, done: Callable[[Results], None]
                     ) -> None:
         zone, vm = page.zone, self.host.vms.vms.get(page.zone)
         debug_id = self._debug_ids.get(zone) if vm is None or vm.brand == "bhyve" else None
@@ -6716,7 +6043,7 @@ class Scraper:
         self.submit(Job(lambda reader: read_zone(reader, zone, debug_id, unread), finish))
 
     def _nics(self, zone: str, zone_id: int
-              ) -> Tuple[bool, Optional[Mapping[str, Tuple[str, str]]]]:
+              ) -> tuple[bool, Mapping[str, tuple[str, str]] | None]:
         """Whether it is decided what labels a zone's links carry, and their labels; None: none.
 
         Decided once for each boot of a zone, since labels that come and go break every rate.
@@ -6738,7 +6065,7 @@ class Scraper:
 
     # kstats of the compute node
 
-    def _begin_node(self, names: Tuple[str, ...], work: Callable[[Reader], Any], _page: Page,
+    def _begin_node(self, names: tuple[str, ...], work: Callable[[Reader], Any], _page: Page,
                     done: Callable[[Results], None]) -> None:
         began, before = self.server.now(), self._vminfo
 
@@ -6863,8 +6190,8 @@ class Scraper:
         if vm is None or not vm.ports or not vm.addresses or self.host.recorded:
             # (the addresses of a recording are in somebody's network: nothing is asked there)
             return {"triton_core": outcome([], began, began)}
-        families: List[Family] = []
-        problems: List[str] = []
+        families: list[Family] = []
+        problems: list[str] = []
         address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
         for port in vm.ports:
             try:
@@ -6892,8 +6219,8 @@ class Scraper:
         output = self.host.run_self("textfiles", root, self._timeout("textfile"))
         if output.status:
             raise CollectError(f"text files of {zone}: {_last_line(output)}")
-        families: List[Family] = []
-        problems: List[str] = []
+        families: list[Family] = []
+        problems: list[str] = []
         for name, content in json.loads(output.stdout).items():
             if isinstance(content, str):
                 found, wrong = textfile_families(name, content)
@@ -6928,16 +6255,16 @@ class Scraper:
                                                or reader.reopen(force=True)),
                                lambda _result: None))
 
-    def pages_of(self, zone: str) -> List[Page]:
+    def pages_of(self, zone: str) -> list[Page]:
         """The pages of a zone that are kept: with and without its own ports."""
         return [page for core in (False, True) for page in (self._pages.get((zone, core)),)
                 if page is not None]
 
-    def all_pages(self) -> List[Page]:
+    def all_pages(self) -> list[Page]:
         """All pages that are kept."""
         return list(self._pages.values())
 
-    def texts(self, zones: Iterable[str]) -> Dict[str, str]:
+    def texts(self, zones: Iterable[str]) -> dict[str, str]:
         """The pages of these zones as text, as far as there is anything of them."""
         now = self.server.now()
         pages = ((zone, self._pages.get((zone, self._is_core(zone)))) for zone in zones)
@@ -6953,7 +6280,7 @@ class Scraper:
             if now - page.used > FORGET_SECONDS and page.waiting is None:
                 del self._pages[key]
 
-    def _own_families(self) -> List[Family]:
+    def _own_families(self) -> list[Family]:
         kstats, governor = self.kstats, self.governor
         opened = [Sample((("collector", collector), ("target", page.zone),
                           ("reason", breaker.reason[:200])), 1)
@@ -6964,7 +6291,7 @@ class Scraper:
                                   ("reason", self._zfs_breaker.reason[:200])), 1))
         now = self.server.now()
 
-        def one(name: str, kind: str, help_text: str, value: Optional[Number]) -> Family:
+        def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
             return Family(f"cmon_agent_{name}", kind, help_text,
                           [] if value is None else [Sample((), value)])
         return [
@@ -6975,7 +6302,7 @@ class Scraper:
                                                for what, since in kstats.quarantine.items()]),
             one("pages", GAUGE, "Pages that are kept.", len(self._pages)),
             one("collections_running", GAUGE, "Collections under way.", len(self._flights)),
-            one("kstat_chain_length", GAUGE, "Kstats in the chain.", kstats.chain_length),
+            one("kstat_chain_length", GAUGE, "KstatThreads in the chain.", kstats.chain_length),
             one("kstat_index_rebuilds_total", COUNTER, "Rebuilds of the kstat index.",
                 kstats.rebuilds),
             one("kstat_index_rebuild_seconds", GAUGE, "CPU time of the last rebuild in seconds.",
@@ -6997,7 +6324,7 @@ class Scraper:
         ]
 
 
-def read_allocation(reader: Reader) -> Dict[str, List[Union[Kstat, KstatError]]]:
+def read_allocation(reader: Reader) -> dict[str, list[Kstat | KstatError]]:
     """In a reader's thread: what zones may use, and what the node has."""
     read = read_modules(reader, "unix")
     for module, kstats in read_zones(reader, "memory_cap", "caps")[1].items():
@@ -7022,14 +6349,14 @@ class AllZones:
     """
     AT_ONCE = 20
 
-    def __init__(self, scraper: Scraper, zones: Sequence[str], later: Later) -> None:
+    def __init__(self, scraper: Scraper, zones: Sequence[str], later: Deferred) -> None:
         self._scraper, self._zones, self._later = scraper, zones, later
         self._server = scraper.server
         left = max(later.deadline - self._server.now(), 0.0)
         self._end = later.deadline - min(0.2 * left, 1.0)
-        self._open: Dict[Later, str] = {}   # what has not come yet -> its zone
+        self._open: dict[Deferred, str] = {}   # what has not come yet -> its zone
         self._begun = self._joined = False
-        self._pages: Dict[str, str] = {}
+        self._pages: dict[str, str] = {}
 
     def begin(self, start: int = 0) -> None:
         """Ask for every zone's page; join them when the last has come, or shortly before the
@@ -7049,10 +6376,10 @@ class AllZones:
         self._server.call_later(max(self._end - self._server.now(), 0.0), self._end_waiting)
         self._has(None)
 
-    def _has_soon(self, later: Later, _answer: Answer) -> None:
+    def _has_soon(self, later: Deferred, _answer: Answer) -> None:
         self._server.soon(self._has, later)
 
-    def _has(self, later: Optional[Later]) -> None:
+    def _has(self, later: Deferred | None) -> None:
         if later is not None:
             self._open.pop(later, None)
         if self._begun and not self._open:
@@ -7082,10 +6409,10 @@ class AllZones:
 
 def join_pages(pages: Mapping[str, str]) -> str:
     """Pages of ours as one, families contiguous, each sample with the label `zonename`."""
-    families: Dict[str, List[str]] = {}     # the two comment lines -> samples of all zones
+    families: dict[str, list[str]] = {}     # the two comment lines -> samples of all zones
     for zone, page in pages.items():
         label = f'zonename="{zone}"'
-        lines: List[str] = []
+        lines: list[str] = []
         for line in page.splitlines():
             if line.startswith("# HELP "):
                 head = line
@@ -7119,7 +6446,7 @@ class Agent:
 
     def __init__(self, scraper: Scraper, registry: Registry) -> None:
         self.scraper, self.registry = scraper, registry
-        self._opts: Dict[str, bool] = {}    # x-joyent-cmon-opts that were read -> isCoreZone
+        self._opts: dict[str, bool] = {}    # x-joyent-cmon-opts that were read -> isCoreZone
         self.routes = (
             Route("GET", "/v1/gz/metrics", self.node_page),
             Route("GET", "/v1/zones/metrics", self.all_zones),
@@ -7133,7 +6460,7 @@ class Agent:
             Route("GET", "/", self.overview),
         )
 
-    def zone_page(self, request: Request, zone: str) -> Union[Answer, Later]:
+    def zone_page(self, request: Request, zone: str) -> Answer | Deferred:
         """The metrics of one running zone."""
         core = self._is_core(request)
         deadline = scrape_deadline(request, self.scraper.server.now())
@@ -7142,13 +6469,13 @@ class Agent:
                           code="no_such_zone")
         return self.scraper.ask(zone, core, request.peer.address, deadline)
 
-    def node_page(self, request: Request) -> Union[Answer, Later]:
+    def node_page(self, request: Request) -> Answer | Deferred:
         """The metrics of the compute node."""
         self._is_core(request)
         deadline = scrape_deadline(request, self.scraper.server.now())
         return self.scraper.ask(NODE, False, request.peer.address, deadline)
 
-    def _is_core(self, request: Request) -> Optional[bool]:
+    def _is_core(self, request: Request) -> bool | None:
         """What the proxy says of the zone; None when nobody says."""
         word = request.headers.get("x-joyent-cmon-opts")
         if word is None:
@@ -7160,11 +6487,11 @@ class Agent:
                 self._opts.clear()
         return known
 
-    def all_zones(self, request: Request) -> Later:
+    def all_zones(self, request: Request) -> Deferred:
         """The metrics of all running zones."""
         server = self.scraper.server
         deadline = scrape_deadline(request, server.now())
-        later = Later(deadline, lambda: text(
+        later = Deferred(deadline, lambda: text(
             503, "collecting all zones takes longer than this scrape may: raise scrape_timeout",
             ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
 
@@ -7191,9 +6518,9 @@ class Agent:
         """The agent's own metrics."""
         return Response(200, render(self.registry.families()).encode(), PAGE)
 
-    def ready(self, _request: Request) -> Later:
+    def ready(self, _request: Request) -> Deferred:
         """Whether kstats can be read."""
-        later = Later(self.scraper.server.now() + 5.0, lambda: text(
+        later = Deferred(self.scraper.server.now() + 5.0, lambda: text(
             503, "not ready: kstats are not read in time", ("X-Cmon-Error", "not_ready")))
 
         def read(result: Any) -> None:
@@ -7203,10 +6530,10 @@ class Agent:
         self.scraper.submit(Job(lambda reader: reader.index.count, read))
         return later
 
-    def overview(self, _request: Request) -> Later:
+    def overview(self, _request: Request) -> Deferred:
         """A page for people."""
         scraper = self.scraper
-        later = Later(scraper.server.now() + 5.0, lambda: text(
+        later = Deferred(scraper.server.now() + 5.0, lambda: text(
             503, "the zones cannot be listed in time", ("X-Cmon-Error", "not_collected")))
 
         def listed(result: Any) -> None:
@@ -7248,7 +6575,7 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> s
     """What the agent does, for people: zones with their ages, what is broken, the budget."""
     escape, now = html.escape, scraper.server.now()
     vms, governor = scraper.host.vms.vms, scraper.governor
-    rows: List[str] = []
+    rows: list[str] = []
     for zone_id, zone in sorted(zones.items(), key=lambda pair: (
             vms[pair[1]].alias if pair[1] in vms else "~", pair[1])):
         if not UUID.fullmatch(zone):
@@ -7326,7 +6653,7 @@ class _Queued(logging.Handler):
     def __init__(self, target: logging.Handler) -> None:
         super().__init__()
         self._target = target
-        self._records: queue.Queue[Optional[logging.LogRecord]] = queue.Queue(LOG_QUEUE)
+        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(LOG_QUEUE)
         self.dropped = 0
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -7391,7 +6718,7 @@ class ConfigError(ValueError):
 Check = Callable[[Any], Optional[str]]      # what is wrong with a value, in words, or None
 
 
-def setting(default: Any, help_text: str, check: Optional[Check] = None) -> Any:
+def setting(default: Any, help_text: str, check: Check | None = None) -> Any:
     """A field of a settings class: its default, what it means, and what may be wrong with it."""
     metadata = {"help": help_text, "check": check}
     if isinstance(default, (dict, list)) or callable(default):
@@ -7412,7 +6739,7 @@ def one_of(*words: str) -> Check:
         word or '""' for word in words)
 
 
-def is_address(value: str) -> Optional[str]:
+def is_address(value: str) -> str | None:
     """A check for HOST:PORT."""
     try:
         parse_address(value)
@@ -7425,13 +6752,21 @@ _JSON_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
                list: "a list", tuple: "a list", dict: "an object", Path: "a path"}
 
 
+def _field_types(wanted: type) -> dict[str, Any]:
+    """The types of a settings class; Python 3.9 cannot evaluate `X | None` in an annotation."""
+    words = {field.name: re.sub(r"^(.+) \| None$", r"Optional[\1]", str(field.type))
+             for field in dataclasses.fields(wanted)}
+    return typing.get_type_hints(types.SimpleNamespace(__annotations__=words),
+                                 vars(sys.modules[wanted.__module__]), {"Optional": Optional})
+
+
 class _Loader:
     """Turns JSON into settings, and collects what is wrong instead of stopping at the first."""
 
     def __init__(self, origin: str, folder: Path) -> None:
         self.origin, self.folder = origin, folder
         self.flags: AbstractSet[str] = frozenset()      # settings that the command line gives
-        self.problems: List[str] = []
+        self.problems: list[str] = []
 
     def wrong(self, where: str, what: str) -> None:
         origin = "command line" if where in self.flags else self.origin
@@ -7465,9 +6800,9 @@ class _Loader:
         if not isinstance(value, dict):
             self.wrong(where, f"must be an object, not {json.dumps(value)[:60]}")
             return None
-        kinds = typing.get_type_hints(wanted)
+        kinds = _field_types(wanted)
         fields = {field.name: field for field in dataclasses.fields(wanted)}
-        found: Dict[str, Any] = {}
+        found: dict[str, Any] = {}
         before = len(self.problems)
         for key, item in value.items():
             path = f"{where}.{key}" if where else key
@@ -7491,7 +6826,7 @@ class _Loader:
         return wanted(**found) if len(self.problems) == before else None
 
 
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -7503,7 +6838,7 @@ def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 MAX_JSON_BYTES = 64 << 20       # an inventory of 100,000 VMs is 50 MB
 
 
-def read_json(path: Union[str, Path]) -> Any:
+def read_json(path: str | Path) -> Any:
     """A JSON file's content, strict: no name twice, no NaN; raises ConfigError."""
     def no_constant(word: str) -> Any:
         raise ValueError(f"{word} is not JSON")
@@ -7527,13 +6862,13 @@ def read_json(path: Union[str, Path]) -> Any:
 S = TypeVar("S")
 
 
-def load_settings(wanted: Type[S], path: Optional[str], flags: Mapping[str, Any]) -> S:
+def load_settings(wanted: type[S], path: str | None, flags: Mapping[str, Any]) -> S:
     """Settings of the class `wanted` from a JSON file (or none), with flags over it.
 
     Raises ConfigError with all problems, each with file and key. Flags that are None are not given.
     """
     content: Any = {}
-    problems: List[str] = []
+    problems: list[str] = []
     if path is not None:
         content = read_json(path)
     loader = _Loader(path or "settings", Path(path).resolve().parent if path else Path.cwd())
@@ -7547,7 +6882,7 @@ def load_settings(wanted: Type[S], path: Optional[str], flags: Mapping[str, Any]
     return typing.cast(S, loaded)
 
 
-def parse_address(value: str, default_port: Optional[int] = None) -> Tuple[str, int]:
+def parse_address(value: str, default_port: int | None = None) -> tuple[str, int]:
     """`HOST:PORT` or `[IPv6]:PORT` as a pair; raises ConfigError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]\s]*))(?::([0-9]{1,5}))?", value)
     if match is None or not (match.group(1) or match.group(2)):
@@ -7584,9 +6919,9 @@ class _Parent:
     """The process that SMF started: it ends when the child serves, or with the child's status."""
 
     def __init__(self) -> None:
-        self._write: Optional[int] = None
+        self._write: int | None = None
 
-    def fork(self) -> Optional[int]:
+    def fork(self) -> int | None:
         """None in the child; in the parent the exit status, when the child is ready or dead."""
         read, write = os.pipe()
         child = os.fork()
@@ -7620,7 +6955,7 @@ def raise_descriptor_limit() -> None:
 
 def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S],
                start: Callable[[S], "Server"], reload: Callable[[S], None],
-               check: Optional[Callable[[S], List[str]]] = None) -> int:
+               check: Callable[[S], list[str]] | None = None) -> int:
     """A server's life: settings, --check-config, --smf, signals, reload; returns the exit status.
 
     `start` builds the server and listens; what it raises as ConfigError or OSError is told in one
@@ -7668,7 +7003,7 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
             for problem in error.problems:
                 log.error("the old settings stay: %s", problem)
 
-    handlers: Dict[int, Callable[[], None]] = {
+    handlers: dict[int, Callable[[], None]] = {
         signal.SIGTERM: server.stop, signal.SIGINT: server.stop,
         signal.SIGHUP: lambda: server.call_soon(on_hangup)}
     for number_of_signal, handler in handlers.items():
@@ -7698,19 +7033,19 @@ SYSINFO_FILE = "/var/run/cmon/sysinfo.json"
 class CollectorSettings:
     """What is different for one collector."""
     enabled: bool = setting(True, "whether it runs")
-    ttl: Optional[float] = setting(None, "seconds that its values are used for", at_least(0))
-    timeout: Optional[float] = setting(None, "seconds that it may take", at_least(0.01))
+    ttl: float | None = setting(None, "seconds that its values are used for", at_least(0))
+    timeout: float | None = setting(None, "seconds that it may take", at_least(0.01))
 
 
 def known_keys(known: Mapping[str, str]) -> Check:
     """A check for tables whose keys are fixed."""
-    def check(value: Mapping[str, str]) -> Optional[str]:
+    def check(value: Mapping[str, str]) -> str | None:
         odd = ", ".join(map(repr, sorted(set(value) - set(known))))
         return f"{odd} is not one of {', '.join(known)}" if odd else None
     return check
 
 
-def known_collectors(value: Mapping[str, CollectorSettings]) -> Optional[str]:
+def known_collectors(value: Mapping[str, CollectorSettings]) -> str | None:
     """A check for the names of collectors."""
     names = {one.name for one in ZONE_COLLECTORS + NODE_COLLECTORS} - {"time"}
     odd = sorted(name for name in value if name not in names and not name.startswith("plugin_"))
@@ -7718,7 +7053,7 @@ def known_collectors(value: Mapping[str, CollectorSettings]) -> Optional[str]:
         f"{', '.join(sorted(names))} and plugin_NAME" if odd else None
 
 
-def is_http(value: str) -> Optional[str]:
+def is_http(value: str) -> str | None:
     """A check for URLs."""
     return None if re.fullmatch(r"http://[^/?#\s]+/?", value) else "must be http://HOST:PORT"
 
@@ -7726,25 +7061,25 @@ def is_http(value: str) -> Optional[str]:
 @dataclass(frozen=True)
 class Settings:
     """All settings of the agent."""
-    listen: Optional[str] = setting(
+    listen: str | None = setting(
         None, "address to serve on; null: the admin IP, port 9163", lambda value: None
         if value is None else is_address(value))
     libkstat: str = setting("libkstat.so.1", "the library that kstats are read with")
-    commands: Dict[str, str] = setting(
+    commands: dict[str, str] = setting(
         DEFAULT_COMMANDS, "programs that are run", known_keys(DEFAULT_COMMANDS))
     vminfod: str = setting("http://127.0.0.1:9090", "where vminfod listens", is_http)
     sysinfo_file: str = setting(
         SYSINFO_FILE, "what sysinfo printed, left there by the root set-up service")
-    pool: Optional[str] = setting(None, "pool of the zones; null: as sysinfo says, else zones")
-    plugin_dirs: Dict[str, str] = setting(
+    pool: str | None = setting(None, "pool of the zones; null: as sysinfo says, else zones")
+    plugin_dirs: dict[str, str] = setting(
         DEFAULT_PLUGIN_DIRS, "folders of plugins for the node and for zones",
         known_keys(DEFAULT_PLUGIN_DIRS))
-    collectors: Dict[str, CollectorSettings] = setting(
+    collectors: dict[str, CollectorSettings] = setting(
         {}, "what is different for a collector, by its name", known_collectors)
     min_poll_interval: float = setting(
         0.0, "seconds below which nothing is collected again", at_least(0))
     max_collections: int = setting(4, "plugins and core zones asked at once", at_least(1))
-    cpu_budget: Optional[float] = setting(
+    cpu_budget: float | None = setting(
         0.01, "CPUs that the agent may use; null: any", at_least(0.0001))
     textfiles: bool = setting(False, "read metrics that tenants leave in their zones")
     log_level: str = setting("info", "least level that is logged", one_of(*LEVELS))
@@ -7761,7 +7096,7 @@ def load_agent(arguments: argparse.Namespace) -> Settings:
                                plugin_dirs={**DEFAULT_PLUGIN_DIRS, **loaded.plugin_dirs})
 
 
-def make_host(arguments: argparse.Namespace, settings: Settings) -> Union[Host, RecordedHost]:
+def make_host(arguments: argparse.Namespace, settings: Settings) -> Host | RecordedHost:
     """The machine, or the capture in its place; raises ConfigError."""
     if arguments.replay is not None:
         return RecordedHost(arguments.replay, settings)
@@ -7771,8 +7106,8 @@ def make_host(arguments: argparse.Namespace, settings: Settings) -> Union[Host, 
         raise ConfigError(str(error)) from None
 
 
-def address_of(settings: Settings, host: Union[Host, RecordedHost], sysinfo: Sysinfo,
-               problem: str) -> Tuple[str, int]:
+def address_of(settings: Settings, host: Host | RecordedHost, sysinfo: Sysinfo,
+               problem: str) -> tuple[str, int]:
     """Where to listen; raises ConfigError when nobody says, on the platform itself."""
     if settings.listen is not None:
         return parse_address(settings.listen)
@@ -7784,7 +7119,7 @@ def address_of(settings: Settings, host: Union[Host, RecordedHost], sysinfo: Sys
     return "127.0.0.1", PORT
 
 
-def read_sysinfo(host: Union[Host, RecordedHost]) -> Tuple[Sysinfo, str]:
+def read_sysinfo(host: Host | RecordedHost) -> tuple[Sysinfo, str]:
     """What is known of the node, and why not more."""
     try:
         return parse_sysinfo(host.raw_sysinfo()), ""
@@ -7797,16 +7132,16 @@ class Running:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._scraper: Optional[Scraper] = None
-        self._settings: Optional[Settings] = None
+        self._scraper: Scraper | None = None
+        self._settings: Settings | None = None
 
     def load(self) -> Settings:
         """The settings as they are now."""
         return load_agent(self._arguments)
 
-    def check(self, settings: Settings) -> List[str]:
+    def check(self, settings: Settings) -> list[str]:
         """What --check-config finds beyond the settings themselves."""
-        problems: List[str] = []
+        problems: list[str] = []
         try:
             host = make_host(self._arguments, settings)
             sysinfo, problem = read_sysinfo(host)
@@ -7882,7 +7217,7 @@ def capture(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def capture_frame(host: Union[Host, RecordedHost], settings: Settings) -> Dict[str, Any]:
+def capture_frame(host: Host | RecordedHost, settings: Settings) -> dict[str, Any]:
     """One frame of a capture; raises KstatError."""
     kstats = []
     for kstat in _captured_kstats(host):
@@ -7890,9 +7225,9 @@ def capture_frame(host: Union[Host, RecordedHost], settings: Settings) -> Dict[s
         del kstats[-1]["klass"]
     sysinfo, _ = read_sysinfo(host)
     pool = settings.pool or sysinfo.pool or "zones"
-    commands: Dict[str, Dict[str, Any]] = {}
+    commands: dict[str, dict[str, Any]] = {}
     peer = None
-    columns: Optional[Tuple[str, ...]] = ZFS_COLUMNS
+    columns: tuple[str, ...] | None = ZFS_COLUMNS
     while columns:                          # an old platform lacks some
         output = _captured(host, "zfs", (*zfs_command(columns), pool), commands)
         unknown = None if output is None else unknown_column(output, columns)
@@ -7911,9 +7246,9 @@ def capture_frame(host: Union[Host, RecordedHost], settings: Settings) -> Dict[s
         settings) if not host.recorded else []}
 
 
-def _captured_kstats(host: Union[Host, RecordedHost]) -> List[Kstat]:
+def _captured_kstats(host: Host | RecordedHost) -> list[Kstat]:
     """All kstats that the collectors read; one that blocks is left out, as when serving."""
-    def work(reader: Reader) -> List[Kstat]:
+    def work(reader: Reader) -> list[Kstat]:
         index, read = reader.index, []
         for ref in itertools.chain(*index.modules.values(), *index.zones.values()):
             try:
@@ -7921,12 +7256,12 @@ def _captured_kstats(host: Union[Host, RecordedHost]) -> List[Kstat]:
             except KstatError:
                 continue                    # it has gone, or is of a kind that is not read
         return read
-    readers = Kstats(host.open_kstats)
+    readers = KstatThreads(host.open_kstats)
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     readers.submit(Job(work, done.put))
     while True:
         try:
-            result: Union[List[Kstat], Exception] = done.get(timeout=0.1)
+            result: list[Kstat] | Exception = done.get(timeout=0.1)
             break
         except queue.Empty:
             readers.watch()
@@ -7936,8 +7271,8 @@ def _captured_kstats(host: Union[Host, RecordedHost]) -> List[Kstat]:
     return result
 
 
-def _captured(host: Union[Host, RecordedHost], name: str, argv: Sequence[str],
-              into: Dict[str, Dict[str, Any]]) -> Optional[Output]:
+def _captured(host: Host | RecordedHost, name: str, argv: Sequence[str],
+              into: dict[str, dict[str, Any]]) -> Output | None:
     try:
         output = host.run(name, argv, 30.0)
     except CommandError as error:
@@ -7951,7 +7286,7 @@ CAPTURED_VM = ("uuid", "zonename", "alias", "brand", "state", "zone_state", "own
                "zpool", "zfs_filesystem", "zonepath")
 
 
-def _captured_vms(settings: Settings) -> List[Dict[str, Any]]:
+def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
     """VM objects, less what tenants would not want to see mailed around."""
     try:
         answer = Client().request("GET", settings.vminfod.rstrip("/") + "/vms", timeout=30.0)
@@ -7984,7 +7319,7 @@ def read_textfiles(root: str) -> int:
     The tenant owns everything below: links are not followed, nothing but regular files on the
     zone's own file system is opened, and not for longer than the parent's deadline.
     """
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     device = os.fstat(folder).st_dev
     try:
@@ -8089,7 +7424,7 @@ def drop_syntax_tree(code: types.CodeType, words: Sequence[str]) -> None:
         return                              # no room in /tmp: it costs the memory, no more
 
 
-def main(argv: Optional[Sequence[str]] = None, code: Optional[types.CodeType] = None) -> int:
+def main(argv: Sequence[str] | None = None, code: types.CodeType | None = None) -> int:
     """The agent, or `capture`; returns the exit status. `code`: what it is run from as a script."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["capture"]:

@@ -13,6 +13,7 @@ that hand in finished values. Map (`grep '^# ---'`):
 
     settings
     refusals
+    TLS and certificates
     identity
     inventory
     Triton
@@ -27,9 +28,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import ctypes
 import dataclasses
+import datetime
 import functools
 import gc
+import hashlib
 import html
 import json
 import os
@@ -39,27 +43,24 @@ import selectors
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha1, sha256
 from pathlib import Path
-from typing import (
-    Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-    Sequence, Set, Tuple, Union)
+from typing import Any, Callable, NamedTuple, Union
 
 # The agent is the one file that must run alone, so it carries the kit that we share.
 from cmon_agent import (
-    CMON_PURPOSE, COUNTER, GAUGE, HTML, JSON, PAGE, Answer, AnswerReader, Breaker, Certificate,
-    CertificateError, Client, ClientError, ConfigError, Family, Later, Listener, Pool, Prepared,
-    PublicKey, Refused, Registry, Request, Response, Route, Sample, Server,
-    ask_for_any_certificate, at_least, certificate, check_any_certificate, command_line,
-    first_certificate, gunzip, is_address, load_settings, log, one_of, parse_address, prepare,
-    public_key, read_json, register_process_metrics, render, run_daemon, scrape_deadline,
-    server_context, setting, signed_by, text)
+    COUNTER, GAUGE, HTML, JSON, PAGE, Answer, AnswerReader, Breaker, Client, ClientError,
+    ConfigError, Family, Deferred, Listener, Pool, Prepared, Refused, Registry, Request, Response,
+    Route, Sample, Server, at_least, command_line, gunzip, is_address, load_settings, log, one_of,
+    parse_address, prepare, read_json, register_process_metrics, render, run_daemon,
+    scrape_deadline, setting, text)
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -72,18 +73,18 @@ class TlsSettings:
     client_auth: str = setting(
         "account-keys", "account-keys: a key of the account vouches for a client; ca: a CA does",
         one_of("account-keys", "ca"))
-    client_ca: Optional[Path] = setting(None, "PEM file: the CA of client certificates, with ca")
+    client_ca: Path | None = setting(None, "PEM file: the CA of client certificates, with ca")
     allow_sha1: bool = setting(False, "take client certificates that are signed with SHA-1")
 
 
 @dataclass(frozen=True)
 class InventorySettings:
     """Where accounts, compute nodes and containers are known from: a file, or Triton."""
-    file: Optional[Path] = setting(None, "JSON file, looked at every second")
-    vmapi: Optional[str] = setting(None, "URL of Triton's VMAPI, with its changefeed")
-    cnapi: Optional[str] = setting(None, "URL of Triton's CNAPI")
-    mahi: Optional[str] = setting(None, "URL of Triton's mahi")
-    snapshot: Optional[Path] = setting(None, "file for the last inventory, read at a restart")
+    file: Path | None = setting(None, "JSON file, looked at every second")
+    vmapi: str | None = setting(None, "URL of Triton's VMAPI, with its changefeed")
+    cnapi: str | None = setting(None, "URL of Triton's CNAPI")
+    mahi: str | None = setting(None, "URL of Triton's mahi")
+    snapshot: Path | None = setting(None, "file for the last inventory, read at a restart")
     max_age: float = setting(
         3600.0, "seconds after which unconfirmed ownership is no longer believed", at_least(1))
 
@@ -100,10 +101,10 @@ class AgentSettings:
 @dataclass(frozen=True)
 class AccountQuota:
     """What is different for one account; what is not given is as for all."""
-    per_minute: Optional[float] = setting(None, "as above", at_least(0))
-    burst: Optional[float] = setting(None, "as above", at_least(1))
-    over_quota: Optional[str] = setting(None, "as above", one_of("stale", "refuse", "allow"))
-    hard_per_minute: Optional[float] = setting(None, "as above", at_least(0))
+    per_minute: float | None = setting(None, "as above", at_least(0))
+    burst: float | None = setting(None, "as above", at_least(1))
+    over_quota: str | None = setting(None, "as above", one_of("stale", "refuse", "allow"))
+    hard_per_minute: float | None = setting(None, "as above", at_least(0))
     exempt: bool = setting(False, "no quota at all")
 
 
@@ -118,7 +119,7 @@ class QuotaSettings:
     replicas: int = setting(1, "proxies behind one name; each admits its share", at_least(1))
     hard_per_minute: float = setting(10000.0, "above that everything is refused", at_least(0))
     exempt_operators: bool = setting(False, "no quota for operators")
-    accounts: Dict[str, AccountQuota] = setting({}, "what is different, by login")
+    accounts: dict[str, AccountQuota] = setting({}, "what is different, by login")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Settings:
     tls: TlsSettings = setting(dataclasses.MISSING, "certificates")
     inventory: InventorySettings = setting(dataclasses.MISSING, "accounts, nodes and containers")
     listen: str = setting("0.0.0.0:9163", "address for tenants", is_address)
-    admin_listen: Optional[str] = setting(
+    admin_listen: str | None = setting(
         "127.0.0.1:8881", "address for own metrics, plain HTTP; null: none")
     host_prefix: str = setting(
         "cmon", "first label of the service's own name; empty: any name will do")
@@ -143,9 +144,9 @@ class Settings:
                               one_of("", "text", "bunyan"))
 
 
-def problems_of(settings: Settings) -> List[str]:
+def problems_of(settings: Settings) -> list[str]:
     """What is wrong with settings that are right one by one; also reads the files they name."""
-    problems: List[str] = []
+    problems: list[str] = []
     tls, inventory = settings.tls, settings.inventory
     services = {"vmapi": inventory.vmapi, "cnapi": inventory.cnapi, "mahi": inventory.mahi}
     missing = [name for name, url in services.items() if url is None]
@@ -199,7 +200,7 @@ def make_tls(settings: Settings) -> ssl.SSLContext:
 
 # Every refusal that a client can meet: code, status, and what, why and what next in one line.
 # A container of somebody else has the same line as one that does not exist.
-REFUSALS: Dict[str, Tuple[int, str]] = {
+REFUSALS: dict[str, tuple[int, str]] = {
     "no_certificate": (401, "no client certificate: show the one that `triton profile "
                        "cmon-certgen` made (curl: --cert and --key)"),
     "bad_certificate": (401, "the client certificate cannot be used: {why}; make a new one with "
@@ -250,7 +251,7 @@ _RETRY = {"inventory_not_ready": "5", "inventory_too_old": "60", "accounts_unrea
           "node_error": "30", "too_busy": "1"}
 
 
-def refused(code: str, *headers: Tuple[str, str], **fields: Any) -> Refused:
+def refused(code: str, *headers: tuple[str, str], **fields: Any) -> Refused:
     """A refusal of the table; what a client sent stands in it with its odd characters escaped."""
     status, message = REFUSALS[code]
     if code in _RETRY:
@@ -273,6 +274,673 @@ def utc(seconds: float) -> str:
         return "a date beyond all calendars"
 
 
+# --- TLS and certificates -------------------------------------------------------------------------
+
+# Tenants prove themselves with certificates that no CA has signed, and `ssl` can neither ask for
+# such a one nor look into it. Both are done by the very OpenSSL that `_ssl` is linked with, through
+# ctypes: nothing of cryptography or ASN.1 is ours. All names here are in OpenSSL 1.1.1 and in 3.
+
+CMON_PURPOSE = "1.3.6.1.4.1.38678.1.4.2"        # extended key usage joyentCmon
+CLIENT_PURPOSE, SERVER_PURPOSE = "1.3.6.1.5.5.7.3.2", "1.3.6.1.5.5.7.3.1"
+_MAX_CERTIFICATE = 65536                        # bytes; OpenSSL itself takes chains up to 100 kB
+_MAX_KEY_TEXT = 32768                           # an RSA key of 16,384 bits needs 3 kB
+# numbers from <openssl/obj_mac.h> and <openssl/ssl.h>
+_NID_CN, _NID_SKI, _NID_USAGE, _NID_SAN, _NID_BASIC, _NID_AKI = 13, 82, 83, 85, 87, 90
+_NID_EKU = 126
+_NID_RSA, _NID_EC, _NID_ED25519 = 6, 408, 1087
+_CURVES = {415: "nistp256", 715: "nistp384", 716: "nistp521"}
+_UTF8, _UNCOMPRESSED, _CTRL_SESSION_CACHE = 0x1000, 4, 44
+
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+_S, _Z = ctypes.c_char_p, ctypes.c_size_t
+# name, result, arguments; pointers are plain addresses, None is NULL
+_FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("OpenSSL_version", _S, (_I,)),
+    ("ERR_clear_error", None, ()), ("ERR_peek_last_error", ctypes.c_ulong, ()),
+    ("ERR_reason_error_string", _S, (ctypes.c_ulong,)), ("CRYPTO_free", None, (_P, _S, _I)),
+    ("BIO_new_mem_buf", _P, (_S, _I)), ("BIO_new", _P, (_P,)), ("BIO_s_mem", _P, ()),
+    ("BIO_read", _I, (_P, _P, _I)), ("BIO_free", _I, (_P,)), ("BIO_ctrl_pending", _Z, (_P,)),
+    ("BN_bin2bn", _P, (_S, _I, _P)), ("BN_bn2bin", _I, (_P, _P)), ("BN_num_bits", _I, (_P,)),
+    ("BN_free", None, (_P,)), ("ASN1_INTEGER_to_BN", _P, (_P, _P)),
+    ("ASN1_INTEGER_set_uint64", _I, (_P, ctypes.c_uint64)), ("ASN1_STRING_to_UTF8", _I, (_P, _P)),
+    ("ASN1_TIME_to_tm", _I, (_P, _P)), ("ASN1_TIME_set", _P, (_P, _L)),
+    ("OBJ_obj2txt", _I, (_P, _I, _P, _I)), ("OBJ_nid2sn", _S, (_I,)),
+    ("OPENSSL_sk_num", _I, (_P,)), ("OPENSSL_sk_value", _P, (_P, _I)),
+    ("EXTENDED_KEY_USAGE_free", None, (_P,)),
+    ("EVP_PKEY_new", _P, ()), ("EVP_PKEY_free", None, (_P,)), ("EVP_sha256", _P, ()),
+    ("EVP_PKEY_get1_RSA", _P, (_P,)), ("EVP_PKEY_set1_RSA", _I, (_P, _P)),
+    ("EVP_PKEY_get1_EC_KEY", _P, (_P,)), ("EVP_PKEY_set1_EC_KEY", _I, (_P, _P)),
+    ("EVP_PKEY_new_raw_public_key", _P, (_I, _P, _S, _Z)),
+    ("EVP_PKEY_get_raw_public_key", _I, (_P, _P, _P)),
+    ("EVP_PKEY_CTX_new_id", _P, (_I, _P)), ("EVP_PKEY_CTX_free", None, (_P,)),
+    ("EVP_PKEY_keygen_init", _I, (_P,)), ("EVP_PKEY_CTX_ctrl_str", _I, (_P, _S, _S)),
+    ("EVP_PKEY_keygen", _I, (_P, _P)),
+    ("RSA_new", _P, ()), ("RSA_free", None, (_P,)), ("RSA_set0_key", _I, (_P, _P, _P, _P)),
+    ("RSA_get0_key", None, (_P, _P, _P, _P)),
+    ("EC_KEY_new_by_curve_name", _P, (_I,)), ("EC_KEY_free", None, (_P,)),
+    ("EC_KEY_get0_group", _P, (_P,)), ("EC_GROUP_get_curve_name", _I, (_P,)),
+    ("EC_KEY_key2buf", _Z, (_P, _I, _P, _P)), ("EC_KEY_oct2key", _I, (_P, _S, _Z, _P)),
+    ("d2i_PUBKEY", _P, (_P, _P, _L)), ("i2d_PUBKEY", _I, (_P, _P)),
+    ("PEM_read_bio_PUBKEY", _P, (_P, _P, _P, _S)),
+    ("PEM_read_bio_RSAPublicKey", _P, (_P, _P, _P, _S)),
+    ("PEM_read_bio_PrivateKey", _P, (_P, _P, _P, _S)),
+    ("PEM_write_bio_PKCS8PrivateKey", _I, (_P, _P, _P, _P, _I, _P, _P)),
+    ("d2i_X509", _P, (_P, _P, _L)), ("i2d_X509", _I, (_P, _P)), ("X509_new", _P, ()),
+    ("X509_free", None, (_P,)), ("X509_set_version", _I, (_P, _L)),
+    ("X509_get_serialNumber", _P, (_P,)), ("X509_getm_notBefore", _P, (_P,)),
+    ("X509_getm_notAfter", _P, (_P,)), ("X509_get0_notBefore", _P, (_P,)),
+    ("X509_get0_notAfter", _P, (_P,)), ("X509_get_subject_name", _P, (_P,)),
+    ("X509_get_issuer_name", _P, (_P,)), ("X509_set_issuer_name", _I, (_P, _P)),
+    ("X509_NAME_cmp", _I, (_P, _P)), ("X509_NAME_get_index_by_NID", _I, (_P, _I, _I)),
+    ("X509_NAME_get_entry", _P, (_P, _I)), ("X509_NAME_ENTRY_get_data", _P, (_P,)),
+    ("X509_NAME_add_entry_by_txt", _I, (_P, _S, _I, _S, _I, _I, _I)),
+    ("X509_get_pubkey", _P, (_P,)), ("X509_set_pubkey", _I, (_P, _P)),
+    ("X509_get_signature_nid", _I, (_P,)),
+    ("X509_get_signature_info", _I, (_P, _P, _P, _P, _P)),
+    ("X509_get_ext_d2i", _P, (_P, _I, _P, _P)), ("X509_add_ext", _I, (_P, _P, _I)),
+    ("X509_EXTENSION_free", None, (_P,)), ("X509V3_set_ctx", None, (_P, _P, _P, _P, _P, _I)),
+    ("X509V3_EXT_conf_nid", _P, (_P, _P, _I, _S)), ("X509_sign", _I, (_P, _P, _P)),
+    ("X509_verify", _I, (_P, _P)), ("X509_STORE_CTX_set_default", _I, (_P, _S)),
+    ("SSL_CTX_get_verify_mode", _I, (_P,)), ("SSL_CTX_get_options", ctypes.c_uint64, (_P,)),
+    ("SSL_CTX_set_cert_verify_callback", None, (_P, _P, _P)),
+    ("SSL_CTX_set_ciphersuites", _I, (_P, _S)), ("SSL_CTX_ctrl", _L, (_P, _I, _L, _P)),
+)
+
+
+class CertificateError(ValueError):
+    """A key or certificate that cannot be read or made: whoever brought it is at fault."""
+
+
+class _Tm(ctypes.Structure):
+    """`struct tm`, with room for what platforms add behind."""
+    _fields_ = [(name, ctypes.c_int) for name in ("sec", "min", "hour", "mday", "mon", "year")] + [
+        ("rest", ctypes.c_byte * 96)]
+
+
+_openssl: ctypes.CDLL | None = None          # set once; making it twice does no harm
+
+
+def _library() -> ctypes.CDLL:
+    """The OpenSSL of this Python's `ssl`, every function declared; OSError in words without it."""
+    global _openssl
+    if _openssl is None:
+        import _ssl
+        path = getattr(_ssl, "__file__", None)  # built into the interpreter: its own symbols
+        library = ctypes.CDLL(path)
+        for name, result, arguments in _FUNCTIONS:
+            try:
+                function = getattr(library, name)
+            except AttributeError:
+                raise OSError(f"the {ssl.OPENSSL_VERSION} of this Python does not show {name}: "
+                              "install a Python that uses a shared OpenSSL 1.1.1 or 3") from None
+            function.restype, function.argtypes = result, arguments
+        version = library.OpenSSL_version(0).decode()
+        if version != ssl.OPENSSL_VERSION:
+            raise OSError(f"found {version} beside the {ssl.OPENSSL_VERSION} that ssl uses")
+        _openssl = library
+    return _openssl
+
+
+class _Scope:
+    """The OpenSSL objects of one call: freed together when it ends, with no error left behind
+    (a stale one in the thread's queue would be taken for one of the next TLS connection)."""
+
+    def __init__(self) -> None:
+        self.library = _library()
+        self._owned: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> _Scope:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for free, pointer in reversed(self._owned):
+            free(pointer)
+        self.library.ERR_clear_error()
+
+    def own(self, pointer: int | None, free: Any, failure: str) -> int:
+        """The pointer, to be freed at the end; NULL is the failure, in words."""
+        if not pointer:
+            raise self.error(failure)
+        self._owned.append((free, pointer))
+        return pointer
+
+    def need(self, result: int, failure: str) -> None:
+        """Raise unless the call returned 1 or more."""
+        if result < 1:
+            raise self.error(failure)
+
+    def error(self, failure: str) -> CertificateError:
+        code = self.library.ERR_peek_last_error()
+        reason = self.library.ERR_reason_error_string(code) if code else None
+        return CertificateError(failure + (f" ({reason.decode()})" if reason else ""))
+
+    def source(self, text: bytes) -> int:
+        """A BIO that reads these bytes; they must live as long as the scope."""
+        return self.own(self.library.BIO_new_mem_buf(text, len(text)), self.library.BIO_free, "BIO")
+
+    def private_key(self, pem: bytes, passphrase: bytes = b"") -> int:
+        # the passphrase is always given: with none OpenSSL would ask for one on the terminal
+        found = self.library.PEM_read_bio_PrivateKey(self.source(pem), None, None, passphrase)
+        return self.own(found, self.library.EVP_PKEY_free,
+                        "not a private key in PEM, or a wrong passphrase")
+
+    def x509(self, der: bytes) -> int:
+        if len(der) > _MAX_CERTIFICATE:
+            raise CertificateError(f"a certificate of {len(der)} bytes is too long")
+        buffer = ctypes.create_string_buffer(der, len(der))
+        position = ctypes.c_void_p(ctypes.addressof(buffer))
+        found = self.own(self.library.d2i_X509(None, ctypes.byref(position), len(der)),
+                         self.library.X509_free, "not an X.509 certificate")
+        if position.value != ctypes.addressof(buffer) + len(der):
+            raise CertificateError("there is something behind the certificate")
+        return found
+
+    def spki(self, der: bytes) -> int:
+        buffer = ctypes.create_string_buffer(der, len(der))
+        position = ctypes.c_void_p(ctypes.addressof(buffer))
+        return self.own(self.library.d2i_PUBKEY(None, ctypes.byref(position), len(der)),
+                        self.library.EVP_PKEY_free, "not a public key")
+
+
+def _der(encode: Any, pointer: int) -> bytes:
+    """What an i2d function writes."""
+    buffer = ctypes.create_string_buffer(max(0, encode(pointer, None)))
+    position = ctypes.c_void_p(ctypes.addressof(buffer))
+    encode(pointer, ctypes.byref(position))
+    return buffer.raw
+
+
+class PublicKey:
+    """A public key as SSH and X.509 know it; equal when the keys are."""
+    __slots__ = ("kind", "blob", "spki")
+
+    def __init__(self, kind: str, blob: bytes, spki: bytes) -> None:
+        self.kind = kind                        # "ssh-rsa", "ecdsa-sha2-nistp256", "ssh-ed25519"
+        self.blob = blob                        # RFC 4253 section 6.6
+        self.spki = spki                        # DER, SubjectPublicKeyInfo
+
+    @property
+    def md5(self) -> str:
+        """The fingerprint that mahi indexes by: colon-separated hex."""
+        return hashlib.md5(self.blob, usedforsecurity=False).digest().hex(":")
+
+    @property
+    def sha256(self) -> str:
+        """The fingerprint that ssh-keygen shows."""
+        digest = base64.b64encode(hashlib.sha256(self.blob).digest())
+        return "SHA256:" + digest.decode().rstrip("=")
+
+    @property
+    def line(self) -> str:
+        """As in authorized_keys, without a comment."""
+        return self.kind + " " + base64.b64encode(self.blob).decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PublicKey) and other.blob == self.blob
+
+    def __hash__(self) -> int:
+        return hash(self.blob)
+
+    def __repr__(self) -> str:
+        return f"<PublicKey {self.kind} {self.sha256}>"
+
+
+def _ssh_string(value: bytes) -> bytes:
+    return struct.pack(">I", len(value)) + value
+
+
+def _ssh_fields(blob: bytes) -> list[bytes]:
+    fields: list[bytes] = []
+    position = 0
+    while position < len(blob):
+        if position + 4 > len(blob):
+            raise CertificateError("an SSH key is cut off")
+        length, = struct.unpack_from(">I", blob, position)
+        position += 4
+        if length > len(blob) - position:
+            raise CertificateError("an SSH key is cut off")
+        fields.append(blob[position:position + length])
+        position += length
+    return fields
+
+
+def _mpint(scope: _Scope, number: int) -> bytes:
+    """A BIGNUM as SSH writes it: a leading zero byte where the top bit is set."""
+    bits = scope.library.BN_num_bits(number)
+    buffer = ctypes.create_string_buffer((bits + 7) // 8)
+    scope.library.BN_bn2bin(number, buffer)
+    return _ssh_string((b"\0" if bits % 8 == 0 else b"") + buffer.raw)
+
+
+def _described(scope: _Scope, pkey: int) -> PublicKey:
+    """An EVP_PKEY in words."""
+    library = scope.library
+    spki = _der(library.i2d_PUBKEY, pkey)
+    if not spki:
+        raise scope.error("a key that cannot be written")
+    rsa = library.EVP_PKEY_get1_RSA(pkey)
+    if rsa:
+        scope.own(rsa, library.RSA_free, "")
+        modulus, exponent = ctypes.c_void_p(), ctypes.c_void_p()
+        library.RSA_get0_key(rsa, ctypes.byref(modulus), ctypes.byref(exponent), None)
+        if not modulus.value or not exponent.value:
+            raise CertificateError("an RSA key without its numbers")
+        numbers = _mpint(scope, exponent.value) + _mpint(scope, modulus.value)
+        return PublicKey("ssh-rsa", _ssh_string(b"ssh-rsa") + numbers, spki)
+    curve_key = library.EVP_PKEY_get1_EC_KEY(pkey)
+    if curve_key:
+        scope.own(curve_key, library.EC_KEY_free, "")
+        curve = _CURVES.get(library.EC_GROUP_get_curve_name(library.EC_KEY_get0_group(curve_key)))
+        if curve is None:
+            raise CertificateError("an elliptic curve that SSH does not know")
+        point = ctypes.c_void_p()
+        length = library.EC_KEY_key2buf(curve_key, _UNCOMPRESSED, ctypes.byref(point), None)
+        if not length or not point.value:
+            raise scope.error("an EC key without its point")
+        encoded = ctypes.string_at(point.value, length)
+        library.CRYPTO_free(point.value, None, 0)
+        kind = "ecdsa-sha2-" + curve
+        blob = _ssh_string(kind.encode()) + _ssh_string(curve.encode()) + _ssh_string(encoded)
+        return PublicKey(kind, blob, spki)
+    size = ctypes.c_size_t(32)
+    raw = ctypes.create_string_buffer(32)
+    # the raw form of 32 bytes is also X25519's, which cannot sign: the OID says which it is
+    if library.EVP_PKEY_get_raw_public_key(pkey, raw, ctypes.byref(size)) == 1 \
+            and b"\x2b\x65\x70" in spki[:12]:
+        return PublicKey("ssh-ed25519", _ssh_string(b"ssh-ed25519") + _ssh_string(raw.raw), spki)
+    raise CertificateError("a kind of key that is neither RSA, ECDSA nor Ed25519")
+
+
+def _from_ssh(scope: _Scope, blob: bytes) -> int:
+    """An EVP_PKEY from the bytes of an SSH key."""
+    library = scope.library
+    fields = _ssh_fields(blob)
+    kind = fields[0] if fields else b""
+    if kind == b"ssh-rsa" and len(fields) == 3:
+        rsa = scope.own(library.RSA_new(), library.RSA_free, "RSA")
+        exponent = library.BN_bin2bn(fields[1], len(fields[1]), None)
+        modulus = library.BN_bin2bn(fields[2], len(fields[2]), None)
+        if library.RSA_set0_key(rsa, modulus, exponent, None) != 1:     # else the RSA owns them
+            library.BN_free(modulus)
+            library.BN_free(exponent)
+            raise scope.error("not an RSA key")
+        pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
+        scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
+        return pkey
+    for nid, curve in _CURVES.items():
+        name = curve.encode()
+        if kind == b"ecdsa-sha2-" + name and len(fields) == 3 and fields[1] == name:
+            key = scope.own(library.EC_KEY_new_by_curve_name(nid), library.EC_KEY_free, "EC_KEY")
+            scope.need(library.EC_KEY_oct2key(key, fields[2], len(fields[2]), None),
+                       "an EC key whose point is not on its curve")
+            pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
+            scope.need(library.EVP_PKEY_set1_EC_KEY(pkey, key), "not an EC key")
+            return pkey
+    if kind == b"ssh-ed25519" and len(fields) == 2 and len(fields[1]) == 32:
+        return scope.own(library.EVP_PKEY_new_raw_public_key(_NID_ED25519, None, fields[1], 32),
+                         library.EVP_PKEY_free, "not an Ed25519 key")
+    raise CertificateError(f"an SSH key of kind {kind[:40]!r}: RSA, ECDSA and Ed25519 can be used")
+
+
+def public_key(text: str) -> PublicKey:
+    """A key as accounts have it: an OpenSSH line, or PEM as SPKI or PKCS#1; CertificateError."""
+    if len(text) > _MAX_KEY_TEXT:
+        raise CertificateError(f"a key of {len(text)} characters is too long")
+    with _Scope() as scope:
+        library = scope.library
+        source = text.strip().encode("utf-8", "replace")
+        if source.startswith(b"-----BEGIN RSA PUBLIC KEY-----"):
+            rsa = scope.own(
+                library.PEM_read_bio_RSAPublicKey(scope.source(source), None, None, b""),
+                library.RSA_free, "not a public key in PEM")
+            pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
+            scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
+        elif source.startswith(b"-----BEGIN "):
+            pkey = scope.own(library.PEM_read_bio_PUBKEY(scope.source(source), None, None, b""),
+                             library.EVP_PKEY_free, "not a public key in PEM")
+        else:
+            words = source.split()
+            if len(words) < 2:
+                raise CertificateError("neither an OpenSSH line nor a public key in PEM")
+            try:
+                blob = base64.b64decode(words[1], validate=True)
+            except ValueError:
+                raise CertificateError("an OpenSSH line whose second word is not base64") from None
+            pkey = _from_ssh(scope, blob)
+            key = _described(scope, pkey)
+            if words[0].decode("utf-8", "replace") != key.kind:
+                raise CertificateError(f"a key of kind {key.kind} that says it is another")
+            return key
+        return _described(scope, pkey)
+
+
+class Certificate(NamedTuple):
+    """What a certificate says; nothing of it is believed until `signed_by` agrees."""
+    subject: str                                # common names; "" without one
+    issuer: str
+    self_issued: bool                           # subject and issuer are the same name
+    not_before: int                             # seconds since the epoch
+    not_after: int
+    purposes: tuple[str, ...]                   # extended key usage, OIDs in dots
+    signature: str                              # OpenSSL's name: "RSA-SHA256", "ecdsa-with-SHA256"
+    digest: str                                 # "sha256"; "" where it is part of the algorithm
+    key: PublicKey
+    serial: int
+    der: bytes
+
+
+def _common_name(scope: _Scope, name: int) -> str:
+    library = scope.library
+    index = library.X509_NAME_get_index_by_NID(name, _NID_CN, -1)
+    if index < 0:
+        return ""
+    if library.X509_NAME_get_index_by_NID(name, _NID_CN, index) >= 0:
+        raise CertificateError("a name with more than one common name")
+    text = ctypes.c_void_p()
+    entry = library.X509_NAME_ENTRY_get_data(library.X509_NAME_get_entry(name, index))
+    length = library.ASN1_STRING_to_UTF8(ctypes.byref(text), entry)
+    if length < 0 or not text.value:
+        raise scope.error("a common name that is not text")
+    value = ctypes.string_at(text.value, length)
+    library.CRYPTO_free(text.value, None, 0)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise CertificateError("a common name that is not text") from None
+
+
+def _time(scope: _Scope, when: int) -> int:
+    tm = _Tm()
+    scope.need(scope.library.ASN1_TIME_to_tm(when, ctypes.byref(tm)), "a date that is none")
+    try:
+        stamp = datetime.datetime(tm.year + 1900, tm.mon + 1, tm.mday, tm.hour, tm.min,
+                                  min(tm.sec, 59), tzinfo=datetime.timezone.utc)
+    except ValueError:
+        raise CertificateError("a date that is none") from None
+    return int(stamp.timestamp())
+
+
+def _purposes(scope: _Scope, x509: int) -> tuple[str, ...]:
+    library = scope.library
+    critical = ctypes.c_int(-1)
+    stack = library.X509_get_ext_d2i(x509, _NID_EKU, ctypes.byref(critical), None)
+    if not stack:
+        if critical.value != -1:                # there, but broken or twice: not the same as absent
+            raise CertificateError("an extended key usage that cannot be read")
+        return ()
+    scope.own(stack, library.EXTENDED_KEY_USAGE_free, "")
+    found: list[str] = []
+    text = ctypes.create_string_buffer(256)
+    for index in range(library.OPENSSL_sk_num(stack)):
+        if library.OBJ_obj2txt(text, len(text), library.OPENSSL_sk_value(stack, index), 1) > 0:
+            found.append(text.value.decode("ascii", "replace"))
+    return tuple(found)
+
+
+def certificate(der: bytes) -> Certificate:
+    """Read a certificate; CertificateError says in words why it cannot be."""
+    with _Scope() as scope:
+        library = scope.library
+        x509 = scope.x509(der)
+        subject, issuer = library.X509_get_subject_name(x509), library.X509_get_issuer_name(x509)
+        pkey = scope.own(library.X509_get_pubkey(x509), library.EVP_PKEY_free,
+                         "a certificate whose key cannot be read")
+        nid = ctypes.c_int(0)
+        # fails for algorithms it does not know; then there is no digest, and no account takes it
+        library.X509_get_signature_info(x509, ctypes.byref(nid), None, None, None)
+        digest = (library.OBJ_nid2sn(nid.value) or b"").decode().lower() if nid.value else ""
+        number = scope.own(library.ASN1_INTEGER_to_BN(library.X509_get_serialNumber(x509), None),
+                           library.BN_free, "a serial number that is none")
+        serial = ctypes.create_string_buffer((library.BN_num_bits(number) + 7) // 8)
+        library.BN_bn2bin(number, serial)
+        return Certificate(
+            subject=_common_name(scope, subject),
+            issuer=_common_name(scope, issuer),
+            self_issued=library.X509_NAME_cmp(subject, issuer) == 0,
+            not_before=_time(scope, library.X509_get0_notBefore(x509)),
+            not_after=_time(scope, library.X509_get0_notAfter(x509)),
+            purposes=_purposes(scope, x509),
+            signature=(library.OBJ_nid2sn(library.X509_get_signature_nid(x509)) or b"").decode(),
+            digest=digest,
+            key=_described(scope, pkey),
+            serial=int.from_bytes(serial.raw, "big"),
+            der=der,
+        )
+
+
+def signed_by(found: Certificate, key: PublicKey) -> bool:
+    """Whether the certificate's signature was made with this key, as OpenSSL sees it."""
+    with _Scope() as scope:
+        return bool(scope.library.X509_verify(scope.x509(found.der), scope.spki(key.spki)) == 1)
+
+
+_PEM_CERTIFICATE = re.compile(
+    r"-----BEGIN CERTIFICATE-----\s*([A-Za-z0-9+/=\s]+?)-----END CERTIFICATE-----")
+
+
+def first_certificate(pem: str) -> bytes:
+    """DER of the first certificate in a PEM file, whatever stands around it."""
+    match = _PEM_CERTIFICATE.search(pem)
+    if match is None:
+        raise CertificateError("no certificate in PEM")
+    try:
+        return base64.b64decode("".join(match.group(1).split()), validate=True)
+    except ValueError:
+        raise CertificateError("a certificate in PEM that is not base64") from None
+
+
+def make_key(kind: str = "ec") -> bytes:
+    """A fresh private key, PEM in PKCS#8: "ec" is P-256, "rsa" has 2,048 bits."""
+    nid, options = {
+        "ec": (_NID_EC, ((b"ec_paramgen_curve", b"P-256"), (b"ec_param_enc", b"named_curve"))),
+        "rsa": (_NID_RSA, ((b"rsa_keygen_bits", b"2048"),)),
+    }[kind]
+    with _Scope() as scope:
+        library = scope.library
+        maker = scope.own(library.EVP_PKEY_CTX_new_id(nid, None), library.EVP_PKEY_CTX_free,
+                          "cannot make a key")
+        scope.need(library.EVP_PKEY_keygen_init(maker), "cannot make a key")
+        for name, value in options:
+            scope.need(library.EVP_PKEY_CTX_ctrl_str(maker, name, value), "cannot make a key")
+        pkey = ctypes.c_void_p()
+        scope.need(library.EVP_PKEY_keygen(maker, ctypes.byref(pkey)), "cannot make a key")
+        scope.own(pkey.value, library.EVP_PKEY_free, "cannot make a key")
+        sink = scope.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
+        scope.need(library.PEM_write_bio_PKCS8PrivateKey(sink, pkey, None, None, 0, None, None),
+                   "cannot write a key")
+        text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
+        library.BIO_read(sink, text, len(text))
+        return text.raw
+
+
+def private_key(pem: bytes, passphrase: bytes = b"") -> PublicKey:
+    """The public half of a private key in PEM; CertificateError."""
+    with _Scope() as scope:
+        return _described(scope, scope.private_key(pem, passphrase))
+
+
+def ssh_public_key(key_pem: bytes) -> str:
+    """The line that a private key's owner puts on the account."""
+    return private_key(key_pem).line
+
+
+def make_certificate(
+    key_pem: bytes, subject: str, *, issuer: str | bytes | None = None,
+    signing_key: bytes | None = None, names: Sequence[str] = (), days: float = 3650,
+    not_before: float | None = None, not_after: float | None = None,
+    purposes: Sequence[str] = (), is_ca: bool = False, serial: int | None = None,
+    passphrase: bytes = b"",
+) -> bytes:
+    """A certificate in PEM for the key; self-signed, or issued by a name or a certificate in PEM.
+
+    Without dates it is valid from an hour ago, because clocks differ. `passphrase` is the signing
+    key's. Names are host names, or IP addresses in digits.
+    """
+    begin = time.time() - 3600 if not_before is None else not_before
+    end = begin + days * 86400 if not_after is None else not_after
+    with _Scope() as scope:
+        library = scope.library
+        x509 = scope.own(library.X509_new(), library.X509_free, "X509")
+        pkey = scope.private_key(key_pem, b"" if signing_key else passphrase)
+        signer = pkey if signing_key is None else scope.private_key(signing_key, passphrase)
+        library.X509_set_version(x509, 2)       # counts from 0: version 3
+        number = int.from_bytes(os.urandom(8), "big") >> 1 | 1 if serial is None else serial
+        library.ASN1_INTEGER_set_uint64(library.X509_get_serialNumber(x509), number)
+        library.ASN1_TIME_set(library.X509_getm_notBefore(x509), int(begin))
+        library.ASN1_TIME_set(library.X509_getm_notAfter(x509), int(end))
+        issued_by = x509
+        for name, of in ((subject, library.X509_get_subject_name(x509)),
+                         (issuer if isinstance(issuer, str) else subject,
+                          library.X509_get_issuer_name(x509))):
+            text = name.encode()
+            scope.need(library.X509_NAME_add_entry_by_txt(of, b"CN", _UTF8, text, len(text), -1, 0),
+                       f"a common name that X.509 does not take: {name!r}")
+        if isinstance(issuer, bytes):
+            issued_by = scope.x509(first_certificate(issuer.decode()))
+            library.X509_set_issuer_name(x509, library.X509_get_subject_name(issued_by))
+        scope.need(library.X509_set_pubkey(x509, pkey), "cannot use the key")
+        context = ctypes.create_string_buffer(1024)     # an X509V3_CTX, 72 bytes in OpenSSL 3
+        library.X509V3_set_ctx(context, issued_by, x509, None, None, 0)
+        rsa = _described(scope, pkey).kind == "ssh-rsa"
+        usage = "keyCertSign,cRLSign" if is_ca else \
+            "digitalSignature,nonRepudiation," + ("keyEncipherment" if rsa else "keyAgreement")
+        extensions = [
+            (_NID_BASIC, "critical,CA:" + ("TRUE" if is_ca else "FALSE")),
+            (_NID_USAGE, "critical," + usage),
+            (_NID_SKI, "hash"),
+        ]
+        if isinstance(issuer, bytes):           # Python 3.13 wants it of all that are not roots
+            extensions.append((_NID_AKI, "keyid:always"))
+        if purposes:
+            extensions.append((_NID_EKU, "critical," + ",".join(purposes)))
+        if names:
+            extensions.append((_NID_SAN, ",".join([_alternative(name) for name in names])))
+        for nid, extension_text in extensions:
+            extension = scope.own(
+                library.X509V3_EXT_conf_nid(None, context, nid, extension_text.encode()),
+                library.X509_EXTENSION_free,
+                f"an extension that X.509 does not take: {extension_text!r}")
+            scope.need(library.X509_add_ext(x509, extension, -1), "cannot add an extension")
+        scope.need(library.X509_sign(x509, signer, library.EVP_sha256()), "cannot sign")
+        return ssl.DER_cert_to_PEM_cert(_der(library.i2d_X509, x509)).encode()
+
+
+def _alternative(name: str) -> str:
+    if re.search(r"[,\s\\]", name):             # would be read as more than one
+        raise CertificateError(f"a host name with an odd character: {name!r}")
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in name else socket.AF_INET, name)
+    except OSError:
+        return "DNS:" + name
+    return "IP:" + name
+
+
+_DEFAULT = ctypes.create_string_buffer(b"default")      # lives as long as any context may use it
+
+
+def _context_pointer(context: ssl.SSLContext) -> int:
+    """The SSL_CTX inside a context, proved by what is read back through it.
+
+    In CPython 3.9 to 3.13 it is the first member behind the object's head.
+    """
+    library = _library()
+    if sys.implementation.name != "cpython" or not isinstance(context, ssl.SSLContext):
+        raise OSError(f"client certificates need CPython, not {sys.implementation.name}")
+    pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__).value
+    if not pointer or pointer % ctypes.sizeof(ctypes.c_void_p):
+        raise OSError("the TLS context of this Python is not laid out as expected")
+    modes = {ssl.CERT_NONE: 0, ssl.CERT_OPTIONAL: 1, ssl.CERT_REQUIRED: 3}
+    mask = (1 << 31) - 1                        # OpenSSL 1.1.1 returns 32 bits
+    if library.SSL_CTX_get_verify_mode(pointer) != modes[context.verify_mode] \
+            or library.SSL_CTX_get_options(pointer) & mask != int(context.options) & mask:
+        raise OSError("the TLS context of this Python is not laid out as expected")
+    return pointer
+
+
+def ask_for_any_certificate(context: ssl.SSLContext) -> None:
+    """Let clients show whatever certificate they have; the application decides, not a CA.
+
+    OpenSSL's own X509_STORE_CTX_set_default has the shape of a verify callback and returns 1 for
+    the name "default", so no Python runs in a handshake. OSError in words where it is impossible.
+    """
+    library = _library()
+    context.verify_mode = ssl.CERT_OPTIONAL
+    pointer = _context_pointer(context)
+    callback = ctypes.cast(library.X509_STORE_CTX_set_default, ctypes.c_void_p)
+    library.SSL_CTX_set_cert_verify_callback(pointer, callback, ctypes.addressof(_DEFAULT))
+
+
+def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
+    """Shake hands in memory; the certificate that the server has seen."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(to_client, to_server, server_side=False),
+            server.wrap_bio(to_server, to_client, server_side=True)]
+    waiting = list(ends)
+    for _ in range(16):                         # TLS 1.3 takes three turns, 1.2 four
+        for end in list(waiting):
+            try:
+                end.do_handshake()
+                waiting.remove(end)
+            except ssl.SSLWantReadError:
+                pass
+        if not waiting:
+            return ends[1].getpeercert(True)
+    raise OSError("the handshake does not end")
+
+
+def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
+    """Prove `ask_for_any_certificate` by handshakes in memory, before the first real one.
+
+    The server's own certificate serves as the client's. OSError in words when it is not seen, when
+    nothing is asked for, or when a client without certificate cannot come in.
+    """
+    with open(cert_file, encoding="utf-8", errors="replace") as file:
+        own = first_certificate(file.read())
+    for shown in (own, None):
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname = False
+        client.verify_mode = ssl.CERT_NONE
+        if shown is not None:
+            client.load_cert_chain(cert_file, key_file)
+        try:
+            seen = _handshake(context, client)
+        except ssl.SSLError as error:
+            raise OSError(f"client certificates cannot be asked for with {ssl.OPENSSL_VERSION} on "
+                          f"Python {sys.version.split()[0]}: {error}") from None
+        if seen != shown:
+            raise OSError(f"client certificates do not arrive with {ssl.OPENSSL_VERSION} on Python "
+                          f"{sys.version.split()[0]}: use client_auth \"ca\"")
+
+
+def server_context(certificate_file: str, key_file: str,
+                   client_ca: str | None = None) -> ssl.SSLContext:
+    """The one TLS policy: 1.2 or later, forward secrecy, nothing to resume a session with.
+
+    A resumed session would bring back a certificate that was seen long ago, and costs a full
+    handshake with client certificates as much as it saves. With `client_ca`, certificates are asked
+    for and must chain to it; a client without one still comes in and is nobody.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= (ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_TICKET
+                        | ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0))
+    # 128 bits first: a handshake takes a tenth less, and nobody breaks either
+    context.set_ciphers("ECDHE+AES128+AESGCM:ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.num_tickets = 0
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(certificate_file, key_file, password="")    # never ask the terminal
+    if client_ca is not None:
+        context.load_verify_locations(client_ca)
+        context.verify_mode = ssl.CERT_OPTIONAL
+    try:
+        library, pointer = _library(), _context_pointer(context)
+    except OSError:                             # with a CA nothing depends on what follows
+        return context
+    library.SSL_CTX_ctrl(pointer, _CTRL_SESSION_CACHE, 0, None)
+    library.SSL_CTX_set_ciphersuites(
+        pointer, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
+    return context
+
 # --- identity -------------------------------------------------------------------------------------
 
 CLOCK_SKEW_SECONDS = 300.0      # certgen does not date back, and clocks differ
@@ -282,7 +950,7 @@ _MD5_BASE64 = re.compile(r"MD5:([A-Za-z0-9+/]{22})(?:==)?")
 _MD5_HEX = re.compile(r"(?:MD5:)?([0-9A-Fa-f]{2}(?::?[0-9A-Fa-f]{2}){15})")
 
 
-def key_id_of(name: str) -> Optional[str]:
+def key_id_of(name: str) -> str | None:
     """An issuer's name as the MD5 fingerprint that it spells, in colons; None for other names."""
     match = _MD5_BASE64.fullmatch(name)
     if match is not None:
@@ -295,18 +963,18 @@ def key_id_of(name: str) -> Optional[str]:
     return ":".join(digest[at:at + 2] for at in range(0, 32, 2))
 
 
-class Holder(NamedTuple):
+class AuthorizedKey(NamedTuple):
     """A key that may speak for an account, and for how much of it."""
     key: PublicKey
     name: str = ""                              # of the administrator or user; "": the account
-    groups: Optional[FrozenSet[str]] = None     # only containers with one of these; None: all
+    groups: frozenset[str] | None = None     # only containers with one of these; None: all
 
 
 class Account(NamedTuple):
     """Somebody who may own containers."""
     uuid: str
     login: str
-    keys: Mapping[str, Holder]                  # by MD5 fingerprint
+    keys: Mapping[str, AuthorizedKey]                  # by MD5 fingerprint
     operator: bool = False
     approved: bool = True
 
@@ -314,7 +982,7 @@ class Account(NamedTuple):
 class Grant(NamedTuple):
     """What a request may do: as whom, and within which groups."""
     account: Account
-    groups: Optional[FrozenSet[str]]
+    groups: frozenset[str] | None
     identity: Identity
 
 
@@ -332,16 +1000,16 @@ class Identity:
     __slots__ = ("login", "key_id", "cert", "dated", "strong", "refusal", "header", "granted",
                  "policy", "_signed")
 
-    def __init__(self, der: Optional[bytes]) -> None:
+    def __init__(self, der: bytes | None) -> None:
         self.login = self.key_id = ""
-        self.cert: Optional[Certificate] = None
+        self.cert: Certificate | None = None
         self.dated = False                      # its dates are enforced
         self.strong = True
-        self.refusal: Optional[Refused] = None
+        self.refusal: Refused | None = None
         self.header = b""                       # F18: told in every answer
-        self.granted: Optional[Grant] = None    # the last one; good while its account is the same
-        self.policy: Optional[Policy] = None    # and the settings that it was judged by
-        self._signed: Dict[PublicKey, bool] = {}
+        self.granted: Grant | None = None    # the last one; good while its account is the same
+        self.policy: Policy | None = None    # and the settings that it was judged by
+        self._signed: dict[PublicKey, bool] = {}
         if der is None:
             self.refusal = refused("no_certificate")
             return
@@ -392,7 +1060,7 @@ class Policy(NamedTuple):
     require_approved: bool = False
 
 
-def grant(identity: Identity, account: Optional[Account], policy: Policy, now: float) -> Grant:
+def grant(identity: Identity, account: Account | None, policy: Policy, now: float) -> Grant:
     """What this certificate may do as this account, now; raises Refused.
 
     Runs on every request. As long as the account is the very object that it was, only the dates
@@ -409,7 +1077,7 @@ def grant(identity: Identity, account: Optional[Account], policy: Policy, now: f
     identity.granted, identity.policy = None, policy
     if not identity.strong and not policy.allow_sha1:
         raise refused("weak_signature", digest=(cert.digest or cert.signature).upper())
-    holder: Optional[Holder] = None
+    holder: AuthorizedKey | None = None
     if policy.by_ca:
         if account is None:
             raise refused("unknown_account", login=identity.login)
@@ -439,7 +1107,7 @@ class State(NamedTuple):
 
 # A state that VMAPI invents later is taken for `unknown`: its page is tried, since a node tells the
 # truth at once, and its target does not vanish.
-STATES: Dict[str, State] = {
+STATES: dict[str, State] = {
     "running": State(True, True, True, True),
     "stopped": State(False, True, False, True),
     "stopping": State(True, True, True, True),      # its kstats are there until it is down
@@ -475,7 +1143,7 @@ class Vm(NamedTuple):
     image: str
     brand: str
     state: str
-    groups: Tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
     role: str = ""                  # manta_role: one more group, for the owner of manta
     core: bool = False              # has a smartdc_role or manta_role tag
     hidden: bool = False            # NAT zones: not to be seen by anybody
@@ -487,7 +1155,7 @@ class Node(NamedTuple):
     """A compute node."""
     uuid: str
     hostname: str
-    address: Optional[Tuple[str, int]]      # of its agent; None: not known yet
+    address: tuple[str, int] | None      # of its agent; None: not known yet
 
 
 def _word(value: Any) -> str:
@@ -495,7 +1163,7 @@ def _word(value: Any) -> str:
     return sys.intern(value) if isinstance(value, str) else ""
 
 
-def vm_of(record: Any, source: str, since: str) -> Optional[Vm]:
+def vm_of(record: Any, source: str, since: str) -> Vm | None:
     """A VM from VMAPI's or the file's members; None when it has no usable uuid or owner.
 
     Total: any member may be null or missing, other types count as missing.
@@ -528,17 +1196,17 @@ class Inventory:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self.ready = False                      # a whole one has been in
-        self.vms: Dict[str, Vm] = {}
-        self.nodes: Dict[str, Node] = {}
-        self.owned: Dict[str, Dict[str, Vm]] = {}
-        self.generations: Dict[str, int] = {}   # by owner; missing: 0
+        self.vms: dict[str, Vm] = {}
+        self.nodes: dict[str, Node] = {}
+        self.owned: dict[str, dict[str, Vm]] = {}
+        self.generations: dict[str, int] = {}   # by owner; missing: 0
         self.epoch = 0                          # all owners' at once
         self.node_generation = 0
         self.confirmed = now()                  # when the source last stood by it
         self.confirmed_at = time.time()
-        self.changed: List[Callable[[Optional[Vm], Optional[Vm]], None]] = []
+        self.changed: list[Callable[[Vm | None, Vm | None], None]] = []
 
-    def generation(self, owner: str) -> Tuple[int, int]:
+    def generation(self, owner: str) -> tuple[int, int]:
         """Changes whenever a VM of this owner does."""
         return self.epoch, self.generations.get(owner, 0)
 
@@ -583,13 +1251,13 @@ class Inventory:
             self.generations.clear()
             self.epoch += 1
 
-    def replace(self, vms: Dict[str, Vm], owned: Dict[str, Dict[str, Vm]]) -> None:
+    def replace(self, vms: dict[str, Vm], owned: dict[str, dict[str, Vm]]) -> None:
         """All VMs at once, prepared by another thread: what is not among them is gone."""
         self.vms, self.owned = vms, owned
         self.generations.clear()
         self.epoch += 1
 
-    def replace_nodes(self, nodes: Dict[str, Node]) -> None:
+    def replace_nodes(self, nodes: dict[str, Node]) -> None:
         """All compute nodes at once."""
         if nodes != self.nodes:
             self.nodes = nodes
@@ -600,23 +1268,23 @@ class Inventory:
         self.confirmed, self.confirmed_at = self._now(), time.time()
 
 
-def by_owner(vms: Iterable[Vm]) -> Tuple[Dict[str, Vm], Dict[str, Dict[str, Vm]]]:
+def by_owner(vms: Iterable[Vm]) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]]:
     """The two indexes of an inventory; VMs that count as gone are left out."""
     known = {vm.uuid: vm for vm in vms if state_of(vm.state).known}
-    owned: Dict[str, Dict[str, Vm]] = {}
+    owned: dict[str, dict[str, Vm]] = {}
     for vm in known.values():
         owned.setdefault(vm.owner, {})[vm.uuid] = vm
     return known, owned
 
 
-def groups_of(vm: Vm, manta_owner: str) -> Tuple[str, ...]:
+def groups_of(vm: Vm, manta_owner: str) -> tuple[str, ...]:
     """A VM's groups; the role of manta's own zones is one."""
     if vm.role and vm.owner == manta_owner and vm.role not in vm.groups:
         return vm.groups + (vm.role,)
     return vm.groups
 
 
-def may_see(granted: Grant, target: Union[Vm, Node, None], manta_owner: str = "") -> bool:
+def may_see(granted: Grant, target: Vm | Node | None, manta_owner: str = "") -> bool:
     """The one rule of who may see what: owners their containers, operators the compute nodes.
 
     A user who is limited to groups sees the containers of these groups and no node.
@@ -632,23 +1300,23 @@ class Directory:
     """Accounts by login, all at hand."""
 
     def __init__(self) -> None:
-        self.accounts: Dict[str, Account] = {}
+        self.accounts: dict[str, Account] = {}
         self._ready = False
 
-    def find(self, login: str) -> Optional[Account]:
+    def find(self, login: str) -> Account | None:
         """The account, or None when there is none of this login. Raises Refused (503) until the
         first inventory is in: a good key must not be told that nobody knows it."""
         if not self._ready:
             raise refused("inventory_not_ready")
         return self.accounts.get(login)
 
-    def merged(self, accounts: Dict[str, Account]) -> Dict[str, Account]:
+    def merged(self, accounts: dict[str, Account]) -> dict[str, Account]:
         """These accounts; one that has not changed stays the same object. For any thread."""
         known = self.accounts
         return {login: kept if (kept := known.get(login)) == account else account
                 for login, account in accounts.items()}
 
-    def replace(self, accounts: Dict[str, Account]) -> None:
+    def replace(self, accounts: dict[str, Account]) -> None:
         """All at once."""
         self.accounts = accounts
         self._ready = True
@@ -656,10 +1324,10 @@ class Directory:
 
 class Whole(NamedTuple):
     """What an inventory file says."""
-    accounts: Dict[str, Account]
-    vms: Dict[str, Vm]
-    owned: Dict[str, Dict[str, Vm]]
-    nodes: Dict[str, Node]
+    accounts: dict[str, Account]
+    vms: dict[str, Vm]
+    owned: dict[str, dict[str, Vm]]
+    nodes: dict[str, Node]
 
 
 class _FileReader:
@@ -667,7 +1335,7 @@ class _FileReader:
 
     def __init__(self, path: Path, agent_port: int) -> None:
         self.path, self.port = path, agent_port
-        self.problems: List[str] = []
+        self.problems: list[str] = []
 
     def wrong(self, where: str, what: str) -> None:
         if len(self.problems) < 20:
@@ -677,21 +1345,21 @@ class _FileReader:
         content = read_json(self.path)
         if not isinstance(content, dict):
             raise ConfigError(f"{self.path}: must be an object with accounts, servers and vms")
-        accounts: Dict[str, Account] = {}
+        accounts: dict[str, Account] = {}
         for where, record in self._records(content, "accounts"):
             account = self._account(record, where)
             if account is not None and account.login in accounts:
                 self.wrong(where, f"login {account.login!r} stands twice")
             elif account is not None:
                 accounts[account.login] = account
-        nodes: Dict[str, Node] = {}
+        nodes: dict[str, Node] = {}
         for where, record in self._records(content, "servers"):
             node = self._node(record, where)
             if node is not None and node.uuid in nodes:
                 self.wrong(where, f"uuid {node.uuid} stands twice")
             elif node is not None:
                 nodes[node.uuid] = node
-        vms: Dict[str, Vm] = {}
+        vms: dict[str, Vm] = {}
         since = iso(time.time())
         for where, record in self._records(content, "vms"):
             vm = vm_of(record, "file", since)
@@ -705,7 +1373,7 @@ class _FileReader:
             raise ConfigError(*self.problems)
         return Whole(accounts, *by_owner(vms.values()), nodes)
 
-    def _records(self, content: Dict[str, Any], name: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    def _records(self, content: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         records = content.get(name)
         if not isinstance(records, list):
             self.wrong(name, "must be a list")
@@ -716,18 +1384,18 @@ class _FileReader:
             else:
                 self.wrong(f"{name}[{index}]", "must be an object")
 
-    def _uuid(self, record: Dict[str, Any], where: str) -> str:
+    def _uuid(self, record: dict[str, Any], where: str) -> str:
         value = _word(record.get("uuid")).lower()
         if not UUID.fullmatch(value):
             self.wrong(where, "needs a uuid")
         return sys.intern(value)
 
-    def _account(self, record: Dict[str, Any], where: str) -> Optional[Account]:
+    def _account(self, record: dict[str, Any], where: str) -> Account | None:
         uuid, login = self._uuid(record, where), record.get("login")
         if not isinstance(login, str) or not login:
             self.wrong(where, "needs a login")
             return None
-        keys: Dict[str, Holder] = {}
+        keys: dict[str, AuthorizedKey] = {}
         for kind in ("administrators", "users"):
             for index, member in enumerate(record.get(kind) or []):
                 at = f"{where}.{kind}[{index}]"
@@ -747,19 +1415,19 @@ class _FileReader:
         return Account(uuid, login, keys, record.get("operator") is True,
                        record.get("approved_for_provisioning", True) is True)
 
-    def _keys(self, record: Dict[str, Any], where: str, name: str,
-              groups: Optional[FrozenSet[str]], into: Dict[str, Holder]) -> None:
+    def _keys(self, record: dict[str, Any], where: str, name: str,
+              groups: frozenset[str] | None, into: dict[str, AuthorizedKey]) -> None:
         texts = record.get("keys", [])
         for index, key_text in enumerate(texts if isinstance(texts, list) else [None]):
             try:
                 key = public_key(key_text if isinstance(key_text, str) else "")
-                into[key.md5] = Holder(key, name, groups)
+                into[key.md5] = AuthorizedKey(key, name, groups)
             except CertificateError as error:
                 self.wrong(f"{where}.keys[{index}]", str(error))
 
-    def _node(self, record: Dict[str, Any], where: str) -> Optional[Node]:
+    def _node(self, record: dict[str, Any], where: str) -> Node | None:
         uuid, shown = self._uuid(record, where), record.get("admin_ip")
-        address: Optional[Tuple[str, int]] = None
+        address: tuple[str, int] | None = None
         try:
             if shown is not None:
                 address = parse_address(shown if isinstance(shown, str) else "", self.port)
@@ -791,7 +1459,7 @@ class FileSource:
         self._inventory, self._directory, self._server = inventory, directory, server
         self._mark: object = None               # of the file that was read last
         self._reading = False
-        self.problems: List[str] = []
+        self.problems: list[str] = []
         self.manta_owner = ""
 
     def start(self) -> None:
@@ -818,8 +1486,8 @@ class FileSource:
 
     def _read(self, mark: object) -> None:
         """In a worker: reading 10,000 VMs takes a tenth of a second."""
-        found: Optional[Whole] = None
-        problems: List[str] = []
+        found: Whole | None = None
+        problems: list[str] = []
         try:
             found = read_inventory(self._path, self._port)
             found = found._replace(accounts=self._directory.merged(found.accounts))
@@ -827,7 +1495,7 @@ class FileSource:
             problems = error.problems
         self._server.soon(self._apply, mark, found, problems)
 
-    def _apply(self, mark: object, found: Optional[Whole], problems: List[str]) -> None:
+    def _apply(self, mark: object, found: Whole | None, problems: list[str]) -> None:
         self._reading = False
         self._mark = mark
         if found is None:
@@ -906,7 +1574,7 @@ class Service:
         self.errors = 0
 
     def get(self, path: str, allowed: Sequence[int] = (200,), timeout: float = SERVICE_TIMEOUT
-            ) -> Tuple[int, Any]:
+            ) -> tuple[int, Any]:
         """Status and JSON of an answer; raises ServiceError for statuses that are not allowed."""
         try:
             answer = self._client.request("GET", self.url + path, {"Accept": "application/json"},
@@ -949,10 +1617,10 @@ class Frames:
     def __init__(self) -> None:
         self._buffer = b""
 
-    def feed(self, received: bytes) -> List[Tuple[int, bool, bytes]]:
+    def feed(self, received: bytes) -> list[tuple[int, bool, bytes]]:
         """The frames that are whole now."""
         self._buffer += received
-        found: List[Tuple[int, bool, bytes]] = []
+        found: list[tuple[int, bool, bytes]] = []
         while True:
             buffer = self._buffer
             if len(buffer) < 2:
@@ -991,8 +1659,8 @@ class WebSocket:
         except OSError as error:
             raise ServiceError(f"changefeed: cannot reach {host}:{port}: {error}") from None
         self._frames = Frames()
-        self._messages: List[bytes] = []
-        self._parts: Optional[List[bytes]] = None       # of a message in fragments
+        self._messages: list[bytes] = []
+        self._parts: list[bytes] | None = None       # of a message in fragments
         self.answers_pings = False          # has done so once: silence is then a sign
         self.heard = time.monotonic()
         try:
@@ -1020,7 +1688,7 @@ class WebSocket:
         status, *answered = head.split(b"\r\n")
         if not re.match(rb"HTTP/1\.1 101\b", status):
             raise ServiceError(f"changefeed: the upgrade is answered {status[:60]!r}")
-        wanted = base64.b64encode(sha1(nonce + _WEBSOCKET_GUID).digest())
+        wanted = base64.b64encode(hashlib.sha1(nonce + _WEBSOCKET_GUID).digest())
         if not any(name.strip().lower() == b"sec-websocket-accept" and value.strip() == wanted
                    for name, _, value in (line.partition(b":") for line in answered)):
             raise ServiceError("changefeed: the upgrade is not answered by a WebSocket")
@@ -1057,7 +1725,7 @@ class WebSocket:
             else:
                 raise ServiceError(f"changefeed: a frame {opcode} where none can be")
 
-    def receive(self, timeout: float) -> List[bytes]:
+    def receive(self, timeout: float) -> list[bytes]:
         """The messages that have come, after waiting so long at the most; maybe none."""
         if not self._messages:
             try:
@@ -1088,7 +1756,7 @@ class WebSocket:
 _ADMIN_TAG = re.compile(r"(?:admin|admin_rack_[A-Z0-9_-]+)", re.IGNORECASE)
 
 
-def admin_address(sysinfo: Any) -> Optional[str]:
+def admin_address(sysinfo: Any) -> str | None:
     """A compute node's address on the admin network by its sysinfo; None without one. Total."""
     if not isinstance(sysinfo, dict):
         return None
@@ -1116,9 +1784,9 @@ def _is_address(value: Any) -> bool:
         return False
 
 
-def nodes_of(records: Iterable[Any], port: int) -> Dict[str, Node]:
+def nodes_of(records: Iterable[Any], port: int) -> dict[str, Node]:
     """CNAPI's servers; what has no uuid is left out, what has no address keeps its place."""
-    nodes: Dict[str, Node] = {}
+    nodes: dict[str, Node] = {}
     for record in records:
         uuid = _word(record.get("uuid")).lower() if isinstance(record, dict) else ""
         if UUID.fullmatch(uuid):
@@ -1128,7 +1796,7 @@ def nodes_of(records: Iterable[Any], port: int) -> Dict[str, Node]:
     return nodes
 
 
-def account_of(record: Any, members: Any) -> Optional[Account]:
+def account_of(record: Any, members: Any) -> Account | None:
     """mahi's account with the members of its role `administrator`; None when it is none.
 
     `keys` may be absent; so may `groups`, and then `isOperator` is absent, too, not false.
@@ -1139,7 +1807,7 @@ def account_of(record: Any, members: Any) -> Optional[Account]:
     uuid, login = _word(account.get("uuid")).lower(), _word(account.get("login"))
     if not UUID.fullmatch(uuid) or not login:
         return None
-    keys: Dict[str, Holder] = {}
+    keys: dict[str, AuthorizedKey] = {}
     for member in (members.values() if isinstance(members, dict) else ()):
         if isinstance(member, dict):
             _add_keys(member.get("keys"), _word(member.get("login")), keys)
@@ -1148,19 +1816,19 @@ def account_of(record: Any, members: Any) -> Optional[Account]:
                    account.get("approved_for_provisioning") is not False)
 
 
-def _add_keys(found: Any, name: str, into: Dict[str, Holder]) -> None:
+def _add_keys(found: Any, name: str, into: dict[str, AuthorizedKey]) -> None:
     for pem in (found.values() if isinstance(found, dict) else ()):
         try:
             key = public_key(pem if isinstance(pem, str) else "")
         except CertificateError as error:           # one bad key does not cost the others
             log.debug("a key of %r cannot be used: %s", name, error)
             continue
-        into[key.md5] = Holder(key, name)
+        into[key.md5] = AuthorizedKey(key, name)
 
 
 class Known(NamedTuple):
     """What is kept of a login."""
-    account: Optional[Account]      # None: mahi knows no such account
+    account: Account | None      # None: mahi knows no such account
     at: float                       # when it was read
 
 
@@ -1169,14 +1837,14 @@ class Mahi:
 
     def __init__(self, service: Service, server: Server) -> None:
         self._service, self._server = service, server
-        self._known: Dict[str, Known] = {}
-        self._asking: Dict[str, List[Later]] = {}
+        self._known: dict[str, Known] = {}
+        self._asking: dict[str, list[Deferred]] = {}
         self._pool = Pool("mahi", 4, 256)
         self._down_until = float("-inf")
         self.reads = 0
 
-    def find(self, login: str) -> Union[Account, Later, None]:
-        """The account; None when there is none; a Later while it is read. Raises Refused (503)."""
+    def find(self, login: str) -> Account | Deferred | None:
+        """The account; None if there is none; a Deferred while it is read. Raises Refused (503)."""
         if not login:
             return None
         known = self._known.get(login)
@@ -1192,7 +1860,7 @@ class Mahi:
             elif known.account is not None and age < USABLE_ACCOUNT_SECONDS:
                 self._ask(login)
                 return known.account
-        later = Later(self._server.now() + 2 * ACCOUNT_TIMEOUT,
+        later = Deferred(self._server.now() + 2 * ACCOUNT_TIMEOUT,
                       lambda: answer_to(refused("accounts_unreachable")))
         if not self._ask(login):
             raise refused("accounts_unreachable")
@@ -1208,7 +1876,7 @@ class Mahi:
 
     def _read(self, login: str) -> None:
         """In a thread of the pool."""
-        account: Optional[Account] = None
+        account: Account | None = None
         problem = ""
         try:
             account = read_account(self._service, login)
@@ -1219,7 +1887,7 @@ class Mahi:
             problem = "a fault of ours"
         self._server.call_soon(self._arrived, login, account, problem)
 
-    def _arrived(self, login: str, account: Optional[Account], problem: str) -> None:
+    def _arrived(self, login: str, account: Account | None, problem: str) -> None:
         waiting = self._asking.pop(login, [])
         now = self._server.now()
         known = self._known.get(login)
@@ -1242,20 +1910,20 @@ class Mahi:
         for later in waiting:
             later.finish(answer)
 
-    def kept(self) -> List[Tuple[Account, float]]:
+    def kept(self) -> list[tuple[Account, float]]:
         """Accounts and their ages, for the snapshot."""
         now = self._server.now()
         return [(known.account, now - known.at) for known in list(self._known.values())
                 if known.account is not None and now - known.at < STALE_ACCOUNT_SECONDS]
 
-    def restore(self, accounts: Iterable[Tuple[Account, float]]) -> None:
+    def restore(self, accounts: Iterable[tuple[Account, float]]) -> None:
         """What a snapshot has."""
         now = self._server.now()
         for account, age in accounts:
             self._known[account.login] = Known(account, now - age)
 
 
-def read_account(service: Service, login: str) -> Optional[Account]:
+def read_account(service: Service, login: str) -> Account | None:
     """An account with its administrators, from mahi; None when there is none. Blocks."""
     name = urllib.parse.quote(login, safe="")
     status, record = service.get(f"/accounts?login={name}", (200, 404), ACCOUNT_TIMEOUT)
@@ -1280,7 +1948,7 @@ class Snapshot:
         self._path = path
 
     def write(self, vms: Sequence[Vm], nodes: Sequence[Node], manta_owner: str,
-              accounts: Sequence[Tuple[Account, float]], confirmed_at: float) -> None:
+              accounts: Sequence[tuple[Account, float]], confirmed_at: float) -> None:
         """Whole or not at all; raises OSError. Blocks."""
         now = time.time()
         body = json.dumps({
@@ -1292,15 +1960,15 @@ class Snapshot:
         fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(sha256(body).hexdigest().encode() + b"\n" + body)
+            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, self._path)
 
-    def read(self) -> Tuple[List[Vm], List[Node], str, List[Tuple[Account, float]], float]:
+    def read(self) -> tuple[list[Vm], list[Node], str, list[tuple[Account, float]], float]:
         """What was written; raises ValueError in words, OSError."""
         digest, _, body = self._path.read_bytes().partition(b"\n")
-        if sha256(body).hexdigest().encode() != digest:
+        if hashlib.sha256(body).hexdigest().encode() != digest:
             raise ValueError("its checksum is wrong")
         content = json.loads(body)
         now = time.time()
@@ -1315,7 +1983,7 @@ class Snapshot:
                      for uuid, name, address in content["nodes"]]
             accounts = []
             for uuid, login, operator, approved, at, keys in content["accounts"]:
-                holders = [Holder(public_key(line), name) for line, name in keys]
+                holders = [AuthorizedKey(public_key(line), name) for line, name in keys]
                 accounts.append((Account(uuid, login, {one.key.md5: one for one in holders},
                                          operator, approved), max(now - at, 0.0)))
             return vms, nodes, str(content["manta_owner"]), accounts, float(content["confirmed_at"])
@@ -1340,17 +2008,17 @@ class TritonSource:
         self._snapshot = Snapshot(own.snapshot) if own.snapshot is not None else None
         self._fetchers = Pool("vmapi", FETCHERS, 1_000_000)
         self._lock = threading.Lock()       # _dirty and _epoch: feed thread and fetchers
-        self._dirty: Dict[str, bool] = {}   # being read; True: has changed again meanwhile
+        self._dirty: dict[str, bool] = {}   # being read; True: has changed again meanwhile
         self._epoch = 0                     # of the bootstrap: what an older one reads is dropped
         self._again = threading.Event()     # a fetch has failed: read all anew
         self._nodes_wanted = threading.Event()
-        self._missing: Set[str] = set()     # nodes that the last poll did not list
+        self._missing: set[str] = set()     # nodes that the last poll did not list
         self.manta_owner = ""
         self._have_nodes = False
         self.connected = False
         self.bootstraps = self.events = self.fetched = 0
-        self._refresh: Set[str] = set()     # nodes to be told; the loop's
-        self._refreshed: Dict[str, float] = {}
+        self._refresh: set[str] = set()     # nodes to be told; the loop's
+        self._refreshed: dict[str, float] = {}
 
     # in the loop
 
@@ -1393,7 +2061,7 @@ class TritonSource:
         if self.connected:
             self._inventory.confirm()
 
-    def _vm_changed(self, before: Optional[Vm], after: Optional[Vm]) -> None:
+    def _vm_changed(self, before: Vm | None, after: Vm | None) -> None:
         """A VM was made, moved or destroyed: its nodes' agents should look again."""
         servers = {vm.server for vm in (before, after) if vm is not None and vm.server}
         if before is None or after is None or before.server != after.server \
@@ -1420,8 +2088,8 @@ class TritonSource:
             except Refused:
                 pass                        # it looks by itself, only later
 
-    def _take_all(self, vms: Dict[str, Vm], owned: Dict[str, Dict[str, Vm]], epoch: int,
-                  servers: Set[str]) -> None:
+    def _take_all(self, vms: dict[str, Vm], owned: dict[str, dict[str, Vm]], epoch: int,
+                  servers: set[str]) -> None:
         if epoch != self._epoch:
             return
         self._inventory.replace(vms, owned)
@@ -1433,7 +2101,7 @@ class TritonSource:
             self._nodes_wanted.set()
         self._is_ready()
 
-    def _take_nodes(self, nodes: Dict[str, Node]) -> None:
+    def _take_nodes(self, nodes: dict[str, Node]) -> None:
         # paging by offset over a list that changes can skip a server: gone is what is missing twice
         missing = self._inventory.nodes.keys() - nodes.keys()
         kept = {uuid: self._inventory.nodes[uuid] for uuid in missing - self._missing}
@@ -1453,7 +2121,7 @@ class TritonSource:
             log.info("inventory: %d containers on %d compute nodes", len(self._inventory.vms),
                      len(self._inventory.nodes))
 
-    def _take_vm(self, uuid: str, vm: Optional[Vm], epoch: int) -> None:
+    def _take_vm(self, uuid: str, vm: Vm | None, epoch: int) -> None:
         if epoch == self._epoch:
             if vm is None:
                 self._inventory.drop(uuid)
@@ -1540,8 +2208,8 @@ class TritonSource:
         self.bootstraps += 1
         self._server.call_soon(self._take_all, vms, owned, self._epoch, servers)
 
-    def _read_all(self, feed: WebSocket) -> Tuple[Dict[str, Vm], Dict[str, Dict[str, Vm]]]:
-        found: Dict[str, Vm] = {}
+    def _read_all(self, feed: WebSocket) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]]:
+        found: dict[str, Vm] = {}
         marker = ""
         since = iso(time.time())
         heartbeat = time.monotonic() + HEARTBEAT_SECONDS
@@ -1638,8 +2306,8 @@ class TritonSource:
                 log.exception("reading the compute nodes failed")
                 time.sleep(pauses.next())
 
-    def _read_nodes(self) -> Dict[str, Node]:
-        found: Dict[str, Node] = {}
+    def _read_nodes(self) -> dict[str, Node]:
+        found: dict[str, Node] = {}
         offset = 0
         while True:
             _, records = self._cnapi.get(
@@ -1670,7 +2338,7 @@ class TritonSource:
             except (OSError, RuntimeError) as error:    # a dictionary that changed meanwhile
                 log.warning("the snapshot cannot be written: %s", error)
 
-    def families(self) -> List[Family]:
+    def families(self) -> list[Family]:
         """For the admin side."""
         services = (self._vmapi, self._cnapi, self._mahi)
         return [
@@ -1696,7 +2364,7 @@ ADMITTED, OVER, REFUSED = 0, 1, 2       # below the limit, above it, above the h
 KEPT_ALLOWANCES = 20_000                # beyond, full ones are forgotten and their counts summed up
 
 
-class Terms(NamedTuple):
+class QuotaLimits(NamedTuple):
     """What one account may ask of this process."""
     per_minute: float           # of all replicas together, as people know it
     rate: float                 # a second
@@ -1707,11 +2375,11 @@ class Terms(NamedTuple):
     exempt: bool
 
 
-def terms_of(settings: QuotaSettings, login: str, operator: bool) -> Terms:
+def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> QuotaLimits:
     """An account's terms; each of N replicas admits an N-th, so all together never more."""
     own = settings.accounts.get(login) or AccountQuota()
 
-    def pick(mine: Optional[float], general: float) -> float:
+    def pick(mine: float | None, general: float) -> float:
         return general if mine is None else mine
 
     per_minute = pick(own.per_minute, settings.per_minute)
@@ -1720,17 +2388,18 @@ def terms_of(settings: QuotaSettings, login: str, operator: bool) -> Terms:
     # the hard burst is larger in the same proportion: else it would be used up with the soft one
     hard_burst = burst * (hard / per_minute if per_minute > 0 else 1.0)
     share = settings.replicas
-    return Terms(per_minute, per_minute / 60 / share, max(burst / share, 1.0), hard / 60 / share,
+    return QuotaLimits(per_minute, per_minute / 60 / share, max(burst / share, 1.0),
+                       hard / 60 / share,
                  max(hard_burst / share, 1.0), own.over_quota or settings.over_quota,
                  own.exempt or (operator and settings.exempt_operators))
 
 
-class Allowance:
+class QuotaBucket:
     """What one account has left and what it has used: for itself, for billing, for operators."""
     __slots__ = ("login", "operator", "terms", "soft", "hard", "at", "requests", "over", "refused",
                  "stale", "relays", "bytes", "cpu", "spent", "weighed")
 
-    def __init__(self, login: str, operator: bool, terms: Terms, now: float) -> None:
+    def __init__(self, login: str, operator: bool, terms: QuotaLimits, now: float) -> None:
         self.login, self.operator, self.terms, self.at = login, operator, terms, now
         self.soft, self.hard = terms.burst, terms.hard_burst
         self.requests = self.over = self.refused = self.stale = self.relays = self.bytes = 0
@@ -1795,20 +2464,20 @@ class Quotas:
 
     def __init__(self, settings: QuotaSettings, now: Callable[[], float]) -> None:
         self._settings, self._now = settings, now
-        self._allowances: Dict[str, Allowance] = {}
-        self._elsewhere: Dict[str, Tuple[float, float]] = {}    # other workers' accounts: debt, at
-        self._forgotten = Allowance("", False, terms_of(settings, "", False), now())
+        self._allowances: dict[str, QuotaBucket] = {}
+        self._elsewhere: dict[str, tuple[float, float]] = {}    # other workers' accounts: debt, at
+        self._forgotten = QuotaBucket("", False, quota_limits_of(settings, "", False), now())
         self._cpu = time.process_time()
 
-    def of(self, account: Account) -> Allowance:
+    def of(self, account: Account) -> QuotaBucket:
         """The account's allowance, new and full if it has none."""
         found = self._allowances.get(account.uuid)
         if found is None:
             if len(self._allowances) >= KEPT_ALLOWANCES:
                 self._forget()
-            found = self._allowances[account.uuid] = Allowance(
+            found = self._allowances[account.uuid] = QuotaBucket(
                 account.login, account.operator,
-                terms_of(self._settings, account.login, account.operator), self._now())
+                quota_limits_of(self._settings, account.login, account.operator), self._now())
             debt, at = self._elsewhere.pop(account.uuid, (0.0, 0.0))
             found.debit(max(debt - (self._now() - at) * found.terms.rate, 0.0))
         return found
@@ -1818,7 +2487,7 @@ class Quotas:
         self._settings = settings
         for allowance in self._allowances.values():
             operator = settings.exempt_operators and allowance.operator
-            terms = allowance.terms = terms_of(settings, allowance.login, operator)
+            terms = allowance.terms = quota_limits_of(settings, allowance.login, operator)
             allowance.soft = min(allowance.soft, terms.burst)
             allowance.hard = min(allowance.hard, terms.hard_burst)
 
@@ -1846,7 +2515,7 @@ class Quotas:
                 one.weighed += share
                 one.cpu += elapsed * share / total
 
-    def spent(self) -> Dict[str, int]:
+    def spent(self) -> dict[str, int]:
         """What was admitted since the last call, by account: for the other workers."""
         found = {uuid: one.spent for uuid, one in self._allowances.items() if one.spent}
         for uuid in found:
@@ -1867,14 +2536,14 @@ class Quotas:
             left = max(debt - (now - at) * self._settings.per_minute / 60, 0.0)
             self._elsewhere[uuid] = (left + requests, now)
 
-    def families(self, most: int = 500) -> List[Family]:
+    def families(self, most: int = 500) -> list[Family]:
         """For the admin side: who causes what; the largest by name, the rest as one."""
-        ranked = sorted(self._allowances.values(), key=Allowance.weight, reverse=True)
+        ranked = sorted(self._allowances.values(), key=QuotaBucket.weight, reverse=True)
         named = [(one.login, one) for one in ranked[:most]]
         rest = [self._forgotten, *ranked[most:]]
 
-        def family(name: str, help_text: str, members: Sequence[Tuple[str, str]]) -> Family:
-            samples: List[Sample] = []
+        def family(name: str, help_text: str, members: Sequence[tuple[str, str]]) -> Family:
+            samples: list[Sample] = []
             for login, one in named:
                 for member, result in members:
                     labels = (("account", login),) + ((("result", result),) if result else ())
@@ -1949,7 +2618,7 @@ def passed_head(reader: AnswerReader, length: int) -> bytes:
     return f"HTTP/1.1 {reader.status} OK\r\n{lines}Content-Length: {length}\r\n".encode("latin-1")
 
 
-def sized_head(head: bytes) -> Tuple[int, bytes]:
+def sized_head(head: bytes) -> tuple[int, bytes]:
     """Body length and head to pass on for a 200 on a connection that stays; else a length of -1."""
     reader = AnswerReader(max_body=MAX_PAGE)
     try:
@@ -1968,7 +2637,7 @@ class Job:
     __slots__ = ("wire", "deadline", "done", "owner", "retried", "given_up", "slow")
 
     def __init__(self, wire: bytes, deadline: float,
-                 done: Callable[[Optional[Reply], Optional[Refused]], None],
+                 done: Callable[[Reply | None, Refused | None], None],
                  owner: str = "") -> None:
         self.wire, self.deadline, self.done = wire, deadline, done
         self.owner = owner              # the account that it is for; "": ourselves
@@ -1977,19 +2646,19 @@ class Job:
         self.slow = False               # its node was asked whether it is well
 
 
-class Link:
+class UpstreamConnection:
     """One connection to an agent, in the server's selector."""
     __slots__ = ("port", "socket", "job", "since", "connecting", "used", "_pieces", "_missing",
                  "_head", "_reader")
 
-    def __init__(self, port: Port, job: Job, now: float) -> None:
+    def __init__(self, port: Upstream, job: Job, now: float) -> None:
         self.port, self.since = port, now
-        self.job: Optional[Job] = job
+        self.job: Job | None = job
         self.used = False               # an answer has come by it
-        self._pieces: List[bytes] = []
+        self._pieces: list[bytes] = []
         self._missing = 0
         self._head = b""
-        self._reader: Optional[AnswerReader] = None
+        self._reader: AnswerReader | None = None
         family = socket.AF_INET6 if ":" in port.address[0] else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
@@ -2095,20 +2764,20 @@ class Link:
         self.socket.close()
 
 
-class Port:
+class Upstream:
     """The way to one node's agent: its connections, who waits, and whether it answers at all."""
 
-    def __init__(self, forwarder: Forwarder, uuid: str, address: Tuple[str, int]) -> None:
+    def __init__(self, forwarder: Upstreams, uuid: str, address: tuple[str, int]) -> None:
         self.forwarder, self.uuid, self.address = forwarder, uuid, address
         self.host = f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%d" % address
-        self.idle: List[Link] = []              # the last used at the end: it is used next
+        self.idle: list[UpstreamConnection] = []    # the last used at the end: it is used next
         self.busy = 0                           # requests under way
-        self.load: Dict[str, int] = {}          # of these, by account
-        self.waiting: List[Job] = []
+        self.load: dict[str, int] = {}          # of these, by account
+        self.waiting: list[Job] = []
         self.breaker = Breaker(forwarder.now, forwarder.random, 3, first=5.0, longest=60.0)
         self.suspect = False                    # something has failed since the last answer
         self.failed_at = 0.0                    # wall clock, for people
-        self.probing: Optional[Link] = None
+        self.probing: UpstreamConnection | None = None
         self.probe_after = 0.0
 
     def ask(self, job: Job) -> None:
@@ -2145,7 +2814,7 @@ class Port:
 
     def _connect(self, job: Job) -> None:
         try:
-            self.forwarder.links.add(Link(self, job, self.forwarder.now()))
+            self.forwarder.links.add(UpstreamConnection(self, job, self.forwarder.now()))
         except OSError as error:                # out of descriptors: not the node's fault
             self._release(job)
             log.warning("cannot open a connection to %s: %s", self.host, error)
@@ -2158,7 +2827,7 @@ class Port:
 
     # what links report
 
-    def answered(self, link: Link, reply: Reply, keep: bool = True) -> None:
+    def answered(self, link: UpstreamConnection, reply: Reply, keep: bool = True) -> None:
         """A whole answer has come."""
         job = link.job
         link.job = None
@@ -2180,7 +2849,7 @@ class Port:
         if job is not None:
             job.done(reply, None)
 
-    def _release(self, job: Optional[Job]) -> None:
+    def _release(self, job: Job | None) -> None:
         """A request is no longer under way."""
         if job is not None:
             self.busy -= 1
@@ -2200,7 +2869,7 @@ class Port:
                 return
             self._start(self.waiting.pop(at))
 
-    def lost(self, link: Link, why: str) -> None:
+    def lost(self, link: UpstreamConnection, why: str) -> None:
         """A connection has ended; a request that an idle one took with it is sent once more."""
         job, link.job = link.job, None
         link.close()
@@ -2222,7 +2891,7 @@ class Port:
                  refused("node_error", node=self.uuid, why=why))
         self._next()
 
-    def unreachable(self, link: Link, why: str) -> None:
+    def unreachable(self, link: UpstreamConnection, why: str) -> None:
         """A connection could not be made."""
         job, link.job = link.job, None
         link.close()
@@ -2236,7 +2905,7 @@ class Port:
             job.done(None, self.silent())
         self._next()
 
-    def late(self, link: Link) -> None:
+    def late(self, link: UpstreamConnection) -> None:
         """The answer has not come in time: those who waited have been told already."""
         job, link.job = link.job, None
         link.close()
@@ -2279,14 +2948,14 @@ class Port:
         head = f"GET /-/healthy HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n"
         job = Job(head.encode(), now + PROBE_SECONDS, lambda reply, refusal: None)
         try:
-            self.probing = Link(self, job, now)
+            self.probing = UpstreamConnection(self, job, now)
         except OSError as error:
             log.warning("cannot probe %s: %s", self.host, error)
             return
         self.forwarder.links.add(self.probing)
         self.forwarder.troubled.add(self)
 
-    def _probed(self, link: Link, why: Optional[str]) -> None:
+    def _probed(self, link: UpstreamConnection, why: str | None) -> None:
         """The end of a probe: any answer at all is a good one."""
         self.probing = None
         self.probe_after = self.forwarder.now() + PROBE_SECONDS / 4
@@ -2301,7 +2970,7 @@ class Port:
     def sweep(self, now: float) -> bool:
         """What is due; False when there is nothing to look after."""
         if self.waiting:
-            kept: List[Job] = []
+            kept: list[Job] = []
             for job in self.waiting:
                 if job.given_up or now > job.deadline:
                     job.done(None, refused("deadline", node=self.uuid))
@@ -2323,22 +2992,22 @@ class Port:
         self.idle = []
 
 
-class Forwarder:
+class Upstreams:
     """All ports, and the one sweep that keeps their deadlines."""
 
     def __init__(self, server: Server, settings: AgentSettings,
                  random: Callable[[], float]) -> None:
         self.server, self.settings, self.random = server, settings, random
         self.now = server.now
-        self.ports: Dict[str, Port] = {}
-        self.links: Set[Link] = set()           # those with a request under way
-        self.troubled: Set[Port] = set()        # those the sweep must look at
-        self._lengths: Dict[bytes, int] = {}    # of header lines that were seen
-        self._heads: Dict[bytes, Tuple[int, bytes]] = {}    # of other agents' heads
+        self.ports: dict[str, Upstream] = {}
+        self.links: set[UpstreamConnection] = set()           # those with a request under way
+        self.troubled: set[Upstream] = set()        # those the sweep must look at
+        self._lengths: dict[bytes, int] = {}    # of header lines that were seen
+        self._heads: dict[bytes, tuple[int, bytes]] = {}    # of other agents' heads
         server.every(SWEEP_SECONDS, self._sweep)
         server.every(5.0, self._sweep_idle)
 
-    def port(self, node: Node) -> Port:
+    def port(self, node: Node) -> Upstream:
         """The way to a node; raises Refused while its address is not known."""
         port = self.ports.get(node.uuid)
         if port is None or port.address != node.address:
@@ -2346,10 +3015,10 @@ class Forwarder:
                 raise refused("node_unknown", node=node.uuid)
             if port is not None:
                 port.close()
-            port = self.ports[node.uuid] = Port(self, node.uuid, node.address)
+            port = self.ports[node.uuid] = Upstream(self, node.uuid, node.address)
         return port
 
-    def known_head(self, head: bytes) -> Tuple[int, bytes]:
+    def known_head(self, head: bytes) -> tuple[int, bytes]:
         """Body length of an answer with this head, or -1 for one that takes the slow path; and the
         head to pass on, where it is another. Read once for as long as it stays the same."""
         if head.startswith(_PLAIN_START):       # as our agents write it: all but the date is known
@@ -2404,11 +3073,11 @@ class Forwarder:
                         link.close()
                 port.idle = [link for link in port.idle if link.since >= before]
 
-    def families(self) -> List[Family]:
+    def families(self) -> list[Family]:
         """For the admin side."""
         ports = sorted(self.ports.values(), key=lambda port: port.uuid)
 
-        def family(name: str, help_text: str, value: Callable[[Port], float]) -> Family:
+        def family(name: str, help_text: str, value: Callable[[Upstream], float]) -> Family:
             return Family(name, GAUGE, help_text, [
                 Sample((("server", port.uuid),), value(port)) for port in ports])
         return [
@@ -2429,7 +3098,7 @@ class Copy:
 
     def __init__(self, owner: str, reply: Reply, at: float) -> None:
         self.owner, self.reply, self.at = owner, reply, at
-        self._shown: Optional[Prepared] = None
+        self._shown: Prepared | None = None
         self._shown_age = -1
 
     def answer(self, now: float) -> Prepared:
@@ -2454,10 +3123,10 @@ class Copies:
 
     def __init__(self, limit: int = KEPT_COPIES_BYTES) -> None:
         self._limit = limit
-        self._copies: Dict[Tuple[str, bool], Copy] = {}     # the oldest first
+        self._copies: dict[tuple[str, bool], Copy] = {}     # the oldest first
         self._bytes = 0
 
-    def keep(self, key: Tuple[str, bool], copy: Copy) -> None:
+    def keep(self, key: tuple[str, bool], copy: Copy) -> None:
         """A newer page."""
         self.drop(key)
         self._copies[key] = copy
@@ -2465,13 +3134,13 @@ class Copies:
         while self._bytes > self._limit:
             self.drop(next(iter(self._copies)))
 
-    def drop(self, key: Tuple[str, bool]) -> None:
+    def drop(self, key: tuple[str, bool]) -> None:
         """Forget one."""
         old = self._copies.pop(key, None)
         if old is not None:
             self._bytes -= len(old.reply.body)
 
-    def get(self, uuid: str, core: bool, owner: str) -> Optional[Copy]:
+    def get(self, uuid: str, core: bool, owner: str) -> Copy | None:
         """The page, if it was fetched for this owner: a new one does not see the old one's."""
         copy = self._copies.get((uuid, core))
         return copy if copy is not None and copy.owner == owner else None
@@ -2489,13 +3158,13 @@ RESULTS = ("ok", "partial", "timeout", "unreachable", "quota", "refused")
 
 def shard_of(uuid: str, count: int) -> int:
     """The shard of a target, from 0; rendezvous hashing: one shard more moves one in count + 1."""
-    return max(range(count), key=lambda shard: blake2b(
+    return max(range(count), key=lambda shard: hashlib.blake2b(
         f"{uuid}/{shard}".encode(), digest_size=8).digest())
 
 
 class Selection(NamedTuple):
     """What a discovery is asked for."""
-    groups: FrozenSet[str] = frozenset()
+    groups: frozenset[str] = frozenset()
     shard: int = 0              # from 0
     shards: int = 1
 
@@ -2519,7 +3188,7 @@ class Selection(NamedTuple):
         return self.shards == 1 or shard_of(uuid, self.shards) == self.shard
 
 
-def container_row(vm: Vm, groups: Sequence[str]) -> Dict[str, Any]:
+def container_row(vm: Vm, groups: Sequence[str]) -> dict[str, Any]:
     """A container as the original's discovery shows it, member for member."""
     return {"server_uuid": vm.server, "source": vm.source, "vm_alias": vm.alias,
             "vm_brand": vm.brand, "vm_image_uuid": vm.image, "vm_owner_uuid": vm.owner,
@@ -2527,7 +3196,7 @@ def container_row(vm: Vm, groups: Sequence[str]) -> Dict[str, Any]:
             "has_core_tag": vm.core, "manta_group": vm.role, "cached_date": vm.since}
 
 
-def container_labels(vm: Vm, groups: Sequence[str]) -> Dict[str, str]:
+def container_labels(vm: Vm, groups: Sequence[str]) -> dict[str, str]:
     """What Prometheus' triton_sd says of a container, and how to reach it by the one name."""
     labels = {"__meta_triton_machine_id": vm.uuid, "__meta_triton_machine_alias": vm.alias,
               "__meta_triton_machine_brand": vm.brand, "__meta_triton_machine_image": vm.image,
@@ -2538,7 +3207,7 @@ def container_labels(vm: Vm, groups: Sequence[str]) -> Dict[str, str]:
             "__metrics_path__": f"/v1/{vm.uuid}/metrics"}
 
 
-def node_labels(node: Node) -> Dict[str, str]:
+def node_labels(node: Node) -> dict[str, str]:
     """The same for a compute node."""
     return {"__meta_triton_machine_id": node.uuid, "__meta_triton_machine_alias": node.hostname,
             "instance": node.uuid, "__scheme__": "https",
@@ -2562,18 +3231,19 @@ class LastScrape(NamedTuple):
 class FleetRow(NamedTuple):
     """What the fleet page says of one container."""
     vm: Vm
-    groups: Tuple[str, ...]
+    groups: tuple[str, ...]
     reachable: bool
-    last: Optional[LastScrape]
+    last: LastScrape | None
 
 
-def fleet_families(rows: Sequence[FleetRow], granted: Grant, allowance: Allowance) -> List[Family]:
+def fleet_families(rows: Sequence[FleetRow], granted: Grant,
+                   allowance: QuotaBucket) -> list[Family]:
     """F2: why each container is silent, or not; from what is known, no node is asked."""
-    info: List[Sample] = []
-    state: List[Sample] = []
-    reachable: List[Sample] = []
-    scraped: List[Sample] = []
-    results: List[Sample] = []
+    info: list[Sample] = []
+    state: list[Sample] = []
+    reachable: list[Sample] = []
+    scraped: list[Sample] = []
+    results: list[Sample] = []
     for vm, _, up, last in rows:
         one = (("instance", vm.uuid),)
         info.append(Sample(one + (("alias", vm.alias), ("brand", vm.brand), ("image", vm.image),
@@ -2614,9 +3284,10 @@ class Asker:
     """One client that waits for a page."""
     __slots__ = ("later", "relay", "granted", "allowance")
 
-    def __init__(self, relay: Relay, granted: Grant, allowance: Allowance, deadline: float) -> None:
+    def __init__(self, relay: Relay, granted: Grant, allowance: QuotaBucket,
+                 deadline: float) -> None:
         self.relay, self.granted, self.allowance = relay, granted, allowance
-        self.later = Later(deadline, self.expired)
+        self.later = Deferred(deadline, self.expired)
         self.later.on_cancel = self.cancelled
 
     def finish(self, answer: Answer) -> None:
@@ -2646,21 +3317,21 @@ class Relay:
     """One page under way from an agent, and all who wait for it."""
     __slots__ = ("proxy", "key", "uuid", "target", "node", "core", "askers", "job")
 
-    def __init__(self, proxy: Proxy, key: Tuple[object, ...], uuid: str, target: Union[Vm, Node],
+    def __init__(self, proxy: Proxy, key: tuple[object, ...], uuid: str, target: Vm | Node,
                  node: Node, core: bool, wire: bytes, deadline: float, owner: str) -> None:
         self.proxy, self.key, self.uuid, self.target = proxy, key, uuid, target
         self.node, self.core = node, core
-        self.askers: List[Asker] = []
+        self.askers: list[Asker] = []
         self.job = Job(wire, deadline, self.done, owner)
 
-    def done(self, reply: Optional[Reply], refusal: Optional[Refused]) -> None:
+    def done(self, reply: Reply | None, refusal: Refused | None) -> None:
         """The port's call: an answer has come, or will not."""
         del self.job.done                   # a circle, too; called once
         self.proxy.relayed(self, reply, refusal)
 
 
-Action = Callable[..., Union[Answer, Later]]
-Look = Tuple[int, Callable[[], Any]]    # how many there are, and what makes JSON of them, anywhere
+Action = Callable[..., Union[Answer, Deferred]]
+Look = tuple[int, Callable[[], Any]]    # how many there are, and what makes JSON of them, anywhere
 
 
 class Proxy:
@@ -2673,19 +3344,19 @@ class Proxy:
         self.directory: Any = Directory()
         self.source: Any = None
         self.quotas = Quotas(settings.quota, server.now)
-        self.forwarder = Forwarder(server, settings.agent, random)
+        self.forwarder = Upstreams(server, settings.agent, random)
         self.policy = Policy()
-        self.relays: Dict[Tuple[object, ...], Relay] = {}
+        self.relays: dict[tuple[object, ...], Relay] = {}
         self.copies = Copies()
-        self.last: Dict[str, LastScrape] = {}
-        self.fresh: Dict[str, LastScrape] = {}  # of these, what other workers do not know yet
-        self.results: Dict[str, int] = dict.fromkeys(RESULTS, 0)
+        self.last: dict[str, LastScrape] = {}
+        self.fresh: dict[str, LastScrape] = {}  # of these, what other workers do not know yet
+        self.results: dict[str, int] = dict.fromkeys(RESULTS, 0)
         self.shared = 0
-        self._heads: Dict[Tuple[object, ...], bytes] = {}
-        self._given: Dict[str, float] = {}      # seconds for the agent, by the header's text
-        self._answers: Dict[Tuple[object, ...], Tuple[object, Prepared]] = {}
+        self._heads: dict[tuple[object, ...], bytes] = {}
+        self._given: dict[str, float] = {}      # seconds for the agent, by the header's text
+        self._answers: dict[tuple[object, ...], tuple[object, Prepared]] = {}
         self._answers_bytes = 0
-        self.listener: Optional[Listener] = None
+        self.listener: Listener | None = None
         kept = (("Cache-Control", "max-age=300"), ("X-Content-Type-Options", "nosniff"))
         self._css = prepare(Response(200, PAGE_CSS.encode(), "text/css; charset=utf-8", kept))
         self._js = prepare(Response(200, PAGE_JS.encode(), "text/javascript; charset=utf-8", kept))
@@ -2709,7 +3380,7 @@ class Proxy:
         """The account whose zones' manta roles are groups."""
         return str(self.source.manta_owner) if self.source is not None else ""
 
-    def routes(self) -> Tuple[Route, ...]:
+    def routes(self) -> tuple[Route, ...]:
         """What tenants may ask for."""
         return (
             Route("GET", "/_ping", self.ping), Route("GET", "/v1/_ping", self.ping),
@@ -2725,7 +3396,7 @@ class Proxy:
             Route("GET", "/page.js", lambda _request: self._js),
         )
 
-    def by_host(self, request: Request) -> Optional[Tuple[Route, Tuple[str, ...]]]:
+    def by_host(self, request: Request) -> tuple[Route, tuple[str, ...]] | None:
         """Routes that depend on the name by which the service was asked. Pure."""
         if request.path in ("/_ping", "/v1/_ping", "/-/healthy", "/-/ready"):
             return None
@@ -2760,11 +3431,11 @@ class Proxy:
 
     def _entered(self, action: Action) -> Action:
         """A handler for those who may come in."""
-        def handler(request: Request, *args: str) -> Union[Answer, Later]:
+        def handler(request: Request, *args: str) -> Answer | Deferred:
             return self.enter(action, request, args)
         return handler
 
-    def enter(self, action: Action, request: Request, args: Sequence[str]) -> Union[Answer, Later]:
+    def enter(self, action: Action, request: Request, args: Sequence[str]) -> Answer | Deferred:
         """Find out who asks and whether they may ask now; runs on every request. Raises Refused."""
         peer = request.peer
         identity = peer.identity
@@ -2773,7 +3444,7 @@ class Proxy:
         if identity.refusal is not None:
             raise identity.refusal
         account = self.directory.find(identity.login)
-        if isinstance(account, Later):          # is being looked up; comes back here
+        if isinstance(account, Deferred):          # is being looked up; comes back here
             return self._after(account, action, request, args)
         granted = identity.granted
         if granted is None or granted.account is not account or identity.dated \
@@ -2787,9 +3458,10 @@ class Proxy:
             raise refused("inventory_not_ready")
         return action(request, granted, allowance, standing, *args)
 
-    def _after(self, found: Later, action: Action, request: Request, args: Sequence[str]) -> Later:
+    def _after(self, found: Deferred, action: Action, request: Request,
+               args: Sequence[str]) -> Deferred:
         """Go on when an account has been looked up."""
-        outer = Later(found.deadline, lambda: answer_to(refused("accounts_unreachable")))
+        outer = Deferred(found.deadline, lambda: answer_to(refused("accounts_unreachable")))
 
         def go_on(answer: Answer) -> None:
             if outer.answer is not None:
@@ -2799,7 +3471,7 @@ class Proxy:
                     outer.finish(answer)
                     return
                 result = self.enter(action, request, args)
-                if isinstance(result, Later):
+                if isinstance(result, Deferred):
                     outer.deadline, outer.expired = result.deadline, result.expired
                     outer.on_cancel = result.on_cancel
                     result.attach(outer.finish)
@@ -2814,7 +3486,7 @@ class Proxy:
         return outer
 
     @staticmethod
-    def _over(allowance: Allowance, hard: bool) -> Refused:
+    def _over(allowance: QuotaBucket, hard: bool) -> Refused:
         terms = allowance.terms
         limit = (terms.hard_rate if hard else terms.rate) * 60
         return refused("quota", ("Retry-After", str(allowance.wait(hard))), limit=round(limit, 3))
@@ -2831,13 +3503,13 @@ class Proxy:
 
     # pages
 
-    def page(self, request: Request, granted: Grant, allowance: Allowance, standing: int,
-             uuid: str) -> Union[Answer, Later]:
+    def page(self, request: Request, granted: Grant, allowance: QuotaBucket, standing: int,
+             uuid: str) -> Answer | Deferred:
         """A container's or a compute node's page, relayed."""
         uuid = uuid.lower()
         inventory = self.inventory
         vm = inventory.vms.get(uuid)
-        target: Union[Vm, Node, None] = vm if vm is not None else inventory.nodes.get(uuid)
+        target: Vm | Node | None = vm if vm is not None else inventory.nodes.get(uuid)
         if target is None or not may_see(granted, target, self.manta_owner):
             raise refused("no_such_target")
         now = self.server.now()
@@ -2857,8 +3529,8 @@ class Proxy:
             return self._copy(request, allowance, granted, uuid, core, target, now)
         return self._relay(request, granted, allowance, uuid, target, node, core, now)
 
-    def _copy(self, request: Request, allowance: Allowance, granted: Grant, uuid: str, core: bool,
-              target: Union[Vm, Node], now: float) -> Answer:
+    def _copy(self, request: Request, allowance: QuotaBucket, granted: Grant, uuid: str, core: bool,
+              target: Vm | Node, now: float) -> Answer:
         """Over the quota: the last copy, which costs no node anything."""
         owner = target.owner if isinstance(target, Vm) else ""
         copy = self.copies.get(uuid, core, owner) if allowance.terms.over == "stale" else None
@@ -2870,8 +3542,8 @@ class Proxy:
         allowance.bytes += len(answer.packed)
         return with_headers(answer, granted.identity.header + allowance.header(), request.gzip)
 
-    def _relay(self, request: Request, granted: Grant, allowance: Allowance, uuid: str,
-               target: Union[Vm, Node], node: Node, core: bool, now: float) -> Later:
+    def _relay(self, request: Request, granted: Grant, allowance: QuotaBucket, uuid: str,
+               target: Vm | Node, node: Node, core: bool, now: float) -> Deferred:
         """Ask the node, or wait with those who have asked the same already."""
         word = request.headers.get("x-prometheus-scrape-timeout-seconds", "")
         given = self._given.get(word) or self._time_given(word, request)
@@ -2911,7 +3583,7 @@ class Proxy:
         self._given[word] = given = max(given, 0.001)
         return given
 
-    def _head(self, key: Tuple[Any, ...], port: Port, is_node: bool) -> bytes:
+    def _head(self, key: tuple[Any, ...], port: Upstream, is_node: bool) -> bytes:
         """The request to the agent: the same bytes for the same page, made once."""
         memo = (key, port.host)
         head = self._heads.get(memo)
@@ -2929,12 +3601,12 @@ class Proxy:
             self._heads[memo] = head
         return head
 
-    def relayed(self, relay: Relay, reply: Optional[Reply], refusal: Optional[Refused]) -> None:
+    def relayed(self, relay: Relay, reply: Reply | None, refusal: Refused | None) -> None:
         """Hand an answer to all who wait for it, and may have it still."""
         if self.relays.get(relay.key) is relay:
             del self.relays[relay.key]
         uuid, target = relay.uuid, relay.target
-        current: Union[Vm, Node, None] = (
+        current: Vm | Node | None = (
             self.inventory.vms.get(uuid) if isinstance(target, Vm) else
             self.inventory.nodes.get(uuid))
         if reply is not None and reply.status != 200:
@@ -2988,7 +3660,7 @@ class Proxy:
 
     # discovery
 
-    def _visible(self, granted: Grant) -> List[Tuple[Vm, Tuple[str, ...]]]:
+    def _visible(self, granted: Grant) -> list[tuple[Vm, tuple[str, ...]]]:
         """What an account may see, with its groups."""
         manta = self.manta_owner
         return [(vm, groups_of(vm, manta))
@@ -2996,13 +3668,13 @@ class Proxy:
                 if may_see(granted, vm, manta)]
 
     def _listed(self, granted: Grant, selection: Selection
-                ) -> Tuple[int, Callable[[], List[Tuple[Vm, Tuple[str, ...]]]]]:
+                ) -> tuple[int, Callable[[], list[tuple[Vm, tuple[str, ...]]]]]:
         """How many to look at, and a function (for any thread) that picks those to list."""
         stopped = self.settings.discover_include_stopped
         visible = self._visible(granted)
 
-        def pick() -> List[Tuple[Vm, Tuple[str, ...]]]:
-            picked: List[Tuple[Vm, Tuple[str, ...]]] = []
+        def pick() -> list[tuple[Vm, tuple[str, ...]]]:
+            picked: list[tuple[Vm, tuple[str, ...]]] = []
             for vm, groups in visible:
                 state = state_of(vm.state)
                 if not (state.listed_stopped if stopped else state.listed):
@@ -3014,8 +3686,8 @@ class Proxy:
             return sorted(picked)
         return len(visible), pick
 
-    def discover(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
-                 ) -> Union[Answer, Later]:
+    def discover(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
+                 ) -> Answer | Deferred:
         """The original's list of containers."""
         selection = Selection.of(request.query)
 
@@ -3026,8 +3698,8 @@ class Proxy:
                            (self.inventory.generation(granted.account.uuid), self.manta_owner),
                            look, request.gzip, granted, allowance)
 
-    def targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
-                ) -> Union[Answer, Later]:
+    def targets(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
+                ) -> Answer | Deferred:
         """The same for Prometheus' HTTP service discovery: everything by the one name."""
         selection = Selection.of(request.query)
         address = request.headers.get("host", "")
@@ -3040,7 +3712,7 @@ class Proxy:
                            (self.inventory.generation(granted.account.uuid), self.manta_owner),
                            look, request.gzip, granted, allowance)
 
-    def _nodes(self, granted: Grant, query: Mapping[str, str]) -> Tuple[Selection, List[Node]]:
+    def _nodes(self, granted: Grant, query: Mapping[str, str]) -> tuple[Selection, list[Node]]:
         """Which nodes an operator asks for, and those there are; raises Refused for others."""
         if not (granted.account.operator and granted.groups is None):
             raise refused("not_operator")
@@ -3049,8 +3721,9 @@ class Proxy:
         return selection, [node for node in self.inventory.nodes.values()
                            if may_see(granted, node)]
 
-    def discover_nodes(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
-                       ) -> Union[Answer, Later]:
+    def discover_nodes(self, request: Request, granted: Grant, allowance: QuotaBucket,
+                       _standing: int
+                       ) -> Answer | Deferred:
         """The original's list of compute nodes."""
         selection, nodes = self._nodes(granted, request.query)
 
@@ -3061,8 +3734,8 @@ class Proxy:
         return self._built(("gz", selection), self.inventory.node_generation, look, request.gzip,
                            granted, allowance)
 
-    def node_targets(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
-                     ) -> Union[Answer, Later]:
+    def node_targets(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
+                     ) -> Answer | Deferred:
         """The same for HTTP service discovery."""
         selection, nodes = self._nodes(granted, request.query)
         address = request.headers.get("host", "")
@@ -3073,8 +3746,8 @@ class Proxy:
         return self._built(("gz/sd", selection, address), self.inventory.node_generation, look,
                            request.gzip, granted, allowance)
 
-    def _built(self, key: Tuple[object, ...], generation: object, look: Callable[[], Look],
-               packed: bool, granted: Grant, allowance: Allowance) -> Union[Answer, Later]:
+    def _built(self, key: tuple[object, ...], generation: object, look: Callable[[], Look],
+               packed: bool, granted: Grant, allowance: QuotaBucket) -> Answer | Deferred:
         """An answer that is kept until the inventory changes; large ones are made by a worker."""
         extra = granted.identity.header + allowance.header()
         kept = self._answers.get(key)
@@ -3096,9 +3769,9 @@ class Proxy:
             return with_headers(made, extra, packed)
         return self._by_worker(build_and_keep)
 
-    def _by_worker(self, build: Callable[[], Answer]) -> Later:
+    def _by_worker(self, build: Callable[[], Answer]) -> Deferred:
         """An answer that takes too long for the loop; raises Refused when too much waits."""
-        later = Later(self.server.now() + 9.0, lambda: answer_to(refused("too_busy")))
+        later = Deferred(self.server.now() + 9.0, lambda: answer_to(refused("too_busy")))
 
         def work() -> None:
             try:
@@ -3110,7 +3783,7 @@ class Proxy:
             raise refused("too_busy")
         return later
 
-    def _keep(self, key: Tuple[object, ...], generation: object, made: Prepared) -> None:
+    def _keep(self, key: tuple[object, ...], generation: object, made: Prepared) -> None:
         old = self._answers.pop(key, None)
         if old is not None:
             self._answers_bytes -= len(old[1].plain) + len(old[1].packed)
@@ -3120,8 +3793,8 @@ class Proxy:
             _, gone = self._answers.pop(next(iter(self._answers)))
             self._answers_bytes -= len(gone.plain) + len(gone.packed)
 
-    def fleet(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
-              ) -> Union[Answer, Later]:
+    def fleet(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
+              ) -> Answer | Deferred:
         """Why each container is silent or not."""
         rows = self.fleet_rows(granted, Selection.of(request.query))
         extra = granted.identity.header + allowance.header()
@@ -3131,7 +3804,7 @@ class Proxy:
             return with_headers(prepare(Response(200, page, PAGE)), extra, request.gzip)
         return build() if len(rows) <= INLINE_ROWS // 4 else self._by_worker(build)
 
-    def fleet_rows(self, granted: Grant, selection: Selection) -> List[FleetRow]:
+    def fleet_rows(self, granted: Grant, selection: Selection) -> list[FleetRow]:
         """The containers of an account with all that is known of them."""
         down = self._down()
         return [FleetRow(vm, groups, vm.server not in down, self.last.get(vm.uuid))
@@ -3139,8 +3812,8 @@ class Proxy:
                 if (not selection.groups or not selection.groups.isdisjoint(groups))
                 and selection.takes(vm.uuid)]
 
-    def people(self, request: Request, granted: Grant, allowance: Allowance, _standing: int
-               ) -> Union[Answer, Later]:
+    def people(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
+               ) -> Answer | Deferred:
         """What a browser shows: the account's containers, and to operators the compute nodes."""
         query = dict(request.query)
         word = query.pop("from", "0")
@@ -3154,7 +3827,7 @@ class Proxy:
         page = people_page(rows, first, granted, allowance, nodes, self.clock())
         return Response(200, page.encode(), HTML, PAGE_HEADERS)
 
-    def _down(self) -> Set[str]:
+    def _down(self) -> set[str]:
         return {uuid for uuid, port in self.forwarder.ports.items() if port.suspect}
 
     # housekeeping
@@ -3168,10 +3841,10 @@ class Proxy:
         if len(self.forwarder.ports) > len(self.inventory.nodes):
             self.forwarder.retain(self.inventory.nodes)
 
-    def families(self) -> List[Family]:
+    def families(self) -> list[Family]:
         """For the admin side."""
         age = self.server.now() - self.inventory.confirmed
-        states: Dict[str, int] = {}
+        states: dict[str, int] = {}
         for vm in self.inventory.vms.values():
             states[vm.state] = states.get(vm.state, 0) + 1
         return [
@@ -3319,8 +3992,8 @@ PAGE_JS = """\
 """
 
 
-def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance: Allowance,
-                nodes: Sequence[Tuple[Node, bool]], now: float) -> str:
+def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance: QuotaBucket,
+                nodes: Sequence[tuple[Node, bool]], now: float) -> str:
     """The page as HTML; whatever comes from outside is escaped."""
     cert = granted.identity.cert
     terms = allowance.terms
@@ -3469,7 +4142,7 @@ class WorkerSide:
 
     def __init__(self, proxy: Proxy, registry: Registry, end: socket.socket) -> None:
         self._proxy, self._registry = proxy, registry
-        self._told: Dict[str, LastScrape] = {}
+        self._told: dict[str, LastScrape] = {}
         # without the first process nobody would replace or stop us
         self._channel = Channel(proxy.server, end, self._heard, proxy.server.stop)
         proxy.server.every(EXCHANGE_SECONDS, self._tell)
@@ -3505,9 +4178,9 @@ class Workers:
     def __init__(self, server: Server, count: int, listening: socket.socket,
                  command: Sequence[str]) -> None:
         self._server, self._listening, self._command = server, listening, list(command)
-        self._workers: Dict[int, Worker] = {}
-        self._pauses: Dict[int, Tuple[float, float]] = {}   # not before, next pause
-        self._asked: Dict[int, Tuple[Set[int], List[List[Family]], Callable[[], None]]] = {}
+        self._workers: dict[int, Worker] = {}
+        self._pauses: dict[int, tuple[float, float]] = {}   # not before, next pause
+        self._asked: dict[int, tuple[set[int], list[list[Family]], Callable[[], None]]] = {}
         self._serial = 0
         self._count = count
         self.restarts = 0
@@ -3577,16 +4250,16 @@ class Workers:
         return len(self._workers) == self._count and all(
             worker.ready for worker in self._workers.values())
 
-    def metrics(self, own: List[Family]) -> Later:
+    def metrics(self, own: list[Family]) -> Deferred:
         """A page about the whole proxy."""
         self._serial += 1
         serial, waiting = self._serial, set(self._workers)
-        found: List[List[Family]] = [own]
+        found: list[list[Family]] = [own]
 
         def page() -> Response:
             self._asked.pop(serial, None)
             return Response(200, render(summed(found)).encode(), PAGE)
-        later = Later(self._server.now() + METRICS_SECONDS, page)
+        later = Deferred(self._server.now() + METRICS_SECONDS, page)
         self._asked[serial] = (waiting, found, lambda: later.finish(page()))
         for worker in self._workers.values():
             worker.channel.say({"ask": serial})
@@ -3594,7 +4267,7 @@ class Workers:
             later.finish(page())
         return later
 
-    def families(self) -> List[Family]:
+    def families(self) -> list[Family]:
         """For the admin side."""
         return [Family("cmon_proxy_workers", GAUGE, "Worker processes that run.",
                        [Sample((), len(self._workers))]),
@@ -3620,10 +4293,10 @@ class Workers:
                 worker.process.wait()
 
 
-def summed(pages: Iterable[Iterable[Family]]) -> List[Family]:
+def summed(pages: Iterable[Iterable[Family]]) -> list[Family]:
     """Several processes' metrics as those of one."""
-    merged: Dict[str, Family] = {}
-    values: Dict[str, Dict[Tuple[Any, str], Any]] = {}
+    merged: dict[str, Family] = {}
+    values: dict[str, dict[tuple[Any, str], Any]] = {}
     for page in pages:
         for family in page:
             merged.setdefault(family.name, family)
@@ -3643,7 +4316,7 @@ def summed(pages: Iterable[Iterable[Family]]) -> List[Family]:
             for name, family in merged.items()]
 
 
-def interpreter_command() -> List[str]:
+def interpreter_command() -> list[str]:
     """How this interpreter was called: a worker must not see more than the first process."""
     flags = sys.flags
     return [sys.executable, *[word for word, given in (
@@ -3704,7 +4377,7 @@ class ServerCertificate:
             log.warning("the server certificate ends on %s: put a new one in its place",
                         utc(self.not_after))
 
-    def families(self) -> List[Family]:
+    def families(self) -> list[Family]:
         """For the admin side."""
         return [Family("cmon_proxy_server_certificate_expiry_timestamp_seconds", GAUGE,
                        "End of the server's certificate.", [Sample((), self.not_after)])]
@@ -3717,7 +4390,7 @@ class Place(NamedTuple):
     channel: int
 
 
-def start(settings: Settings, place: Optional[Place] = None) -> Tuple[Server, Proxy]:
+def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy]:
     """Build everything and listen; raises ConfigError and OSError."""
     context = make_tls(settings)
     registry = Registry()
@@ -3734,7 +4407,7 @@ def start(settings: Settings, place: Optional[Place] = None) -> Tuple[Server, Pr
         registry.collect(proxy.source.families)
     proxy.source.start()
 
-    def listen(address: Union[Tuple[str, int], socket.socket]) -> None:
+    def listen(address: tuple[str, int] | socket.socket) -> None:
         proxy.listener = server.listen(address, proxy.routes(), context, "main", proxy.by_host)
         registry.collect(ServerCertificate(proxy, proxy.listener).families)
     if place is not None:
@@ -3752,7 +4425,7 @@ def start(settings: Settings, place: Optional[Place] = None) -> Tuple[Server, Pr
     return server, proxy
 
 
-def start_workers(settings: Settings, arguments: Sequence[str]) -> Tuple[Server, Workers]:
+def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server, Workers]:
     """The first of several processes: it listens, and others serve; raises as `start`."""
     registry = Registry()
     server = Server("proxy", registry)
@@ -3764,7 +4437,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> Tuple[Server,
                       [*interpreter_command(), os.path.abspath(__file__), *arguments])
     registry.collect(workers.families)
     if settings.admin_listen is not None:
-        def metrics(_request: Request) -> Later:
+        def metrics(_request: Request) -> Deferred:
             return workers.metrics(registry.families())
 
         def ping(_request: Request) -> Answer:
@@ -3780,7 +4453,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> Tuple[Server,
     return server, workers
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = command_line("cmon_proxy.py", "Relays zones' metrics to the tenants who own them.")
@@ -3789,8 +4462,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if arguments.config is None:
         parser.error("--config FILE is needed: it names the certificate and the inventory")
     place = Place(*map(int, arguments.worker.split(","))) if arguments.worker else None
-    running: List[Proxy] = []
-    groups: List[Workers] = []
+    running: list[Proxy] = []
+    groups: list[Workers] = []
 
     def load() -> Settings:
         settings = load_settings(Settings, arguments.config, {
@@ -3811,7 +4484,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         running.append(proxy)
         return server
 
-    def check(settings: Settings) -> List[str]:
+    def check(settings: Settings) -> list[str]:
         if settings.inventory.file is None:
             return []
         try:

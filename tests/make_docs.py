@@ -17,7 +17,8 @@ import re
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Union
+from typing import Any, Callable, Union
+from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -67,9 +68,9 @@ def default_in_json(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def setting_rows(wanted: Any, prefix: str = "") -> Iterator[List[str]]:
+def setting_rows(wanted: Any, prefix: str = "") -> Iterator[list[str]]:
     """One row for each setting, those of inner objects with a dotted name."""
-    kinds = typing.get_type_hints(wanted)
+    kinds = cmon_agent._field_types(wanted)
     for field in dataclasses.fields(wanted):
         kind = kinds[field.name]
         name = prefix + field.name
@@ -141,7 +142,7 @@ class _Caught(Exception):
     """Carries a program's parser out of its main()."""
 
 
-def parser_of(main: Callable[[List[str]], int], words: List[str]) -> argparse.ArgumentParser:
+def parser_of(main: Callable[[list[str]], int], words: list[str]) -> argparse.ArgumentParser:
     """A server's parser as its main() makes it for these words."""
     def catch(self: argparse.ArgumentParser, *_: Any, **__: Any) -> Any:
         raise _Caught(self)
@@ -222,7 +223,7 @@ def metrics() -> str:
 
 # --- files ----------------------------------------------------------------------------------------
 
-BLOCKS: Dict[str, Callable[[], str]] = {
+BLOCKS: dict[str, Callable[[], str]] = {
     "agent settings": lambda: settings_of(cmon_agent),
     "proxy settings": lambda: settings_of(cmon_proxy),
     "refusals": refusals,
@@ -235,7 +236,7 @@ def readme() -> str:
                      (ROOT / "README.md").read_text("utf-8"))
 
 
-GENERATED: Dict[str, Callable[[], str]] = {
+GENERATED: dict[str, Callable[[], str]] = {
     "README.md": readme,
     "docs/COMMANDS.md": commands,
     "docs/METRICS.md": metrics,

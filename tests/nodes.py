@@ -168,7 +168,7 @@ class Desk:
 
     def ask(self, path: str, address: str = "10.0.0.9", timeout: float | None = None,
             method: str = "GET", **headers: str) -> Any:
-        """A request; its answer, or the Later that will have it."""
+        """A request; its answer, or the Deferred that will have it."""
         fields = {name.lower().replace("_", "-"): text for name, text in headers.items()}
         if timeout is not None:
             fields["x-prometheus-scrape-timeout-seconds"] = repr(timeout)
@@ -178,7 +178,7 @@ class Desk:
 
     def answer(self, asked: Any) -> Answer:
         """The answer of what was asked, once it is there or its deadline has passed."""
-        if isinstance(asked, agent.Later):
+        if isinstance(asked, agent.Deferred):
             end = time.monotonic() + PATIENCE
             while asked.answer is None and time.monotonic() < end:
                 self.pump()
@@ -190,7 +190,7 @@ class Desk:
 
     def expire(self, asked: Any) -> Answer:
         """The answer at the deadline of what was asked; the clock stands there then."""
-        if isinstance(asked, agent.Later) and asked.answer is None:
+        if isinstance(asked, agent.Deferred) and asked.answer is None:
             self.pass_by(max(asked.deadline - self.clock.at, 0.0))
             if asked.answer is None:
                 asked.finish(asked.expired())

@@ -19,10 +19,12 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple
+from collections.abc import Iterator, Mapping
 
 import pytest
-from cmon_agent import make_certificate, make_key, parse
+from cmon_agent import parse
+from cmon_proxy import make_certificate, make_key
 from support import EXAMPLES, PATIENCE, ROOT, Program, free_port, wait_until
 
 CMON = ROOT / "cmon.py"
@@ -38,7 +40,7 @@ class Answer(NamedTuple):
 
 
 def container(alias: Any, uuid: str, state: str = "running", brand: str = "joyent",
-              **more: Any) -> Dict[str, Any]:
+              **more: Any) -> dict[str, Any]:
     return {"vm_alias": alias, "vm_uuid": uuid, "vm_state": state, "vm_brand": brand,
             "server_uuid": NODE_ID, "groups": [], **more}
 
@@ -63,8 +65,8 @@ class StandIn:
     """A TLS server that answers what a test lays down."""
 
     def __init__(self, certificate: Path, key: Path, address: str = ADDRESS) -> None:
-        self.answers: Dict[str, Answer] = dict(GOOD)
-        self.requests: List[Tuple[str, Mapping[str, str]]] = []
+        self.answers: dict[str, Answer] = dict(GOOD)
+        self.requests: list[tuple[str, Mapping[str, str]]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -148,7 +150,7 @@ def proxy(files: Files) -> Iterator[StandIn]:
     server.close()
 
 
-def run(*arguments: Any, env: Optional[Mapping[str, str]] = None, stdout: Any = subprocess.PIPE,
+def run(*arguments: Any, env: Mapping[str, str] | None = None, stdout: Any = subprocess.PIPE,
         python: str = sys.executable) -> "Done[str]":
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CMON_")}
     return subprocess.run([python, str(CMON), *map(str, arguments)], env={**clean, **(env or {})},
@@ -156,7 +158,7 @@ def run(*arguments: Any, env: Optional[Mapping[str, str]] = None, stdout: Any = 
                           universal_newlines=True, timeout=PATIENCE * 2)
 
 
-def connection(proxy: Any, files: Files) -> List[str]:
+def connection(proxy: Any, files: Files) -> list[str]:
     url = proxy if isinstance(proxy, str) else proxy.url
     return ["--url", url, "--cert", str(files.cert), "--key", str(files.key), "--ca", str(files.ca)]
 
@@ -365,7 +367,7 @@ def test_no_url() -> None:
 
 @pytest.mark.parametrize("flags, words", [
     ([], "set CMON_CERT or give --cert"), (["--cert", "x"], "set CMON_KEY or give --key")])
-def test_no_certificate(flags: List[str], words: str) -> None:
+def test_no_certificate(flags: list[str], words: str) -> None:
     one_line(run("discover", "--url", "https://a:1", *flags), 2, words)
 
 
@@ -394,7 +396,7 @@ def test_wrong_files(change: Mapping[str, str], words: str, files: Files) -> Non
     [], ["unknown"], ["monitor"], ["discover", "--js"], ["discover", "--timeout", "0"],
     ["discover", "--timeout", "nan"], ["demo", "--agent-port", "0"],
     ["demo", "--proxy-port", "65536"]])
-def test_wrong_command_lines(arguments: List[str]) -> None:
+def test_wrong_command_lines(arguments: list[str]) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
@@ -441,8 +443,8 @@ def test_closed_outputs(closed: str, proxy: StandIn, files: Files) -> None:
     assert b"Traceback" not in done.stdout
 
 
-def on_terminal(arguments: List[str], columns: int = 80,
-                env: Optional[Mapping[str, str]] = None) -> str:
+def on_terminal(arguments: list[str], columns: int = 80,
+                env: Mapping[str, str] | None = None) -> str:
     """What a terminal of that width gets to see."""
     import fcntl
     import struct
@@ -514,7 +516,7 @@ def test_interrupt_is_quiet(files: Files) -> None:
 
 # --- demo -----------------------------------------------------------------------------------------
 
-def temporary_folders() -> List[str]:
+def temporary_folders() -> list[str]:
     return sorted(name for name in os.listdir(tempfile.gettempdir())
                   if name.startswith("cmon-demo-"))
 
@@ -530,7 +532,7 @@ def test_demo_once_needs_nothing_on_the_path(tmp_path: Path) -> None:
 @pytest.fixture()
 def start_demo(tmp_path: Path) -> Iterator[Callable[[], Program]]:
     """Starts a demo with its files below `tmp_path`; it ends with the test, its children too."""
-    started: List[Program] = []
+    started: list[Program] = []
 
     def go() -> Program:
         started.append(demo_in(tmp_path))
@@ -550,10 +552,10 @@ def demo_in(folder: Path) -> Program:
 
 class Running(NamedTuple):
     program: Program
-    commands: List[str]
+    commands: list[str]
 
 
-def demo_commands(output: str) -> List[str]:
+def demo_commands(output: str) -> list[str]:
     """The commands that the demo printed, as a person would copy them."""
     blocks = re.findall(r"(?m)^    ((?:curl|prometheus|\S*python\S*) (?:.*\\\n)*.*)$", output)
     return [block for block in blocks]
@@ -620,7 +622,7 @@ def test_demo_configures_prometheus(running: Running) -> None:
     process = subprocess.Popen(["/bin/sh", "-c", "exec " + command], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     try:
-        def targets() -> Optional[List[Dict[str, Any]]]:
+        def targets() -> list[dict[str, Any]] | None:
             import urllib.request
             url = f"http://127.0.0.1:{port}/api/v1/targets"
             try:
@@ -638,7 +640,7 @@ def test_demo_configures_prometheus(running: Running) -> None:
         process.wait(PATIENCE)
 
 
-def demo_children(program: Program) -> Dict[str, int]:
+def demo_children(program: Program) -> dict[str, int]:
     """Process ids of agent and proxy."""
     listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], stdout=subprocess.PIPE,
                             universal_newlines=True, check=True).stdout
@@ -719,16 +721,19 @@ def test_demo_without_examples(name: str, copy: Any) -> None:
 
 def test_demo_with_a_program_that_does_not_start(copy: Any) -> None:
     def break_it(folder: Path) -> None:
-        (folder / "cmon_proxy.py").write_text("raise SystemExit('no luck')\n")
+        proxy, entry = folder / "cmon_proxy.py", 'if __name__ == "__main__":'
+        text = proxy.read_text("utf-8")
+        assert entry in text
+        proxy.write_text(text.replace(entry, f"{entry}\n    raise SystemExit('no luck')"), "utf-8")
     done = copy(break_it)
     one_line(done, 1, "the proxy ended with status 1; its last words: no luck")
 
 
 def test_demo_without_openssl(copy: Any) -> None:
     def break_it(folder: Path) -> None:
-        agent = folder / "cmon_agent.py"
-        text = agent.read_text("utf-8")
+        proxy = folder / "cmon_proxy.py"
+        text = proxy.read_text("utf-8")
         assert "OpenSSL_version" in text
-        agent.write_text(text.replace('"OpenSSL_version"', '"OpenSSL_version_of_nobody"'), "utf-8")
+        proxy.write_text(text.replace('"OpenSSL_version"', '"OpenSSL_version_of_nobody"'), "utf-8")
     one_line(copy(break_it), 1, "the demo makes certificates with the OpenSSL of this Python, and "
              "cannot", "install")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -219,12 +219,12 @@ def test_slow_operations_are_one_family() -> None:
                                'vfs_slow_operations_total{over="1s"}': 1}
 
 
-def links(*names: str, nics: Optional[dict[str, tuple[str, str]]] = None) -> list[str]:
+def links(*names: str, nics: dict[str, tuple[str, str]] | None = None) -> list[str]:
     values = zone("link", *(kstat("link", name, 0, rbytes64=1) for name in names), nics=nics)
     return [name[len("net_agg_bytes_in"):] for name in values]
 
 
-LINKS: list[tuple[str, tuple[str, ...], Optional[dict[str, tuple[str, str]]], list[str]]] = [
+LINKS: list[tuple[str, tuple[str, ...], dict[str, tuple[str, str]] | None, list[str]]] = [
     ("a link of a zone", ("z7_net0",), NICS, [
         '{interface="vnic0",nic_tag="external",'
         'network_uuid="5f1e6b2c-8d43-4d1e-8b3a-6c9d7e52a002"}']),
@@ -248,7 +248,7 @@ LINKS: list[tuple[str, tuple[str, ...], Optional[dict[str, tuple[str, str]]], li
 
 @pytest.mark.parametrize("names, nics, expected", [row[1:] for row in LINKS],
                          ids=[row[0] for row in LINKS])
-def test_a_link_has_its_label(names: tuple[str, ...], nics: Optional[dict[str, tuple[str, str]]],
+def test_a_link_has_its_label(names: tuple[str, ...], nics: dict[str, tuple[str, str]] | None,
                               expected: list[str]) -> None:
     assert links(*names, nics=nics) == expected
 
@@ -295,7 +295,7 @@ def test_pages_become_bytes_and_events_do_not() -> None:
                                     "memory_throttles_total": 1}
 
 
-SWAPS: list[tuple[str, Optional[dict[str, int]], dict[str, int]]] = [
+SWAPS: list[tuple[str, dict[str, int] | None, dict[str, int]]] = [
     ("no earlier reading", None, {}),
     ("an earlier reading", {"updates": 90, "swap_free": 900}, {"swap_free_bytes": 4096 * 10}),
     ("no update since", {"updates": 100, "swap_free": 1000}, {}),
@@ -304,7 +304,7 @@ SWAPS: list[tuple[str, Optional[dict[str, int]], dict[str, int]]] = [
 
 @pytest.mark.parametrize("before, expected", [row[1:] for row in SWAPS],
                          ids=[row[0] for row in SWAPS])
-def test_swap_is_the_mean_between_two_readings(before: Optional[dict[str, int]],
+def test_swap_is_the_mean_between_two_readings(before: dict[str, int] | None,
                                                expected: dict[str, int]) -> None:
     earlier = () if before is None else (kstat("unix", "vminfo", 0, **before),)
     assert node("swap", kstat("unix", "vminfo", 0, updates=100, swap_free=1000),

@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import subprocess
-from typing import Any, Iterator, List, Set
+from typing import Any
+from collections.abc import Iterator
 
 import pytest
 from cmon_agent import parse
@@ -42,7 +43,7 @@ def test_every_alert_is_tested() -> None:
         assert re.search(rf"{alert}, exp_alerts: \[\]", tests), f"{alert}: one in which it does not"
 
 
-def names_in(expression: str) -> Set[str]:
+def names_in(expression: str) -> set[str]:
     """The metrics in a PromQL expression, near enough: words that are no label and no function."""
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
     return set(re.findall(r"(?<!\w)[a-zA-Z_][\w:]*", bare)) - WORDS
@@ -61,7 +62,7 @@ def test_rules_and_dashboard_know_what_we_serve() -> None:
     recorded = set(re.findall(r"record: (\S+)", (EXAMPLES / "rules.yml").read_text()))
     zones = [vm["uuid"] for frame in node(NODE)["frames"] for vm in frame["vms"]]
     with Program.agent("--replay", NODE) as agent:
-        served: Set[str] = set()
+        served: set[str] = set()
         for uuid in zones:
             answer = http_get(agent.address, f"/v1/{uuid}/metrics")
             if answer.status == 200:
@@ -75,7 +76,7 @@ def test_the_readme_shows_the_same_configuration() -> None:
     """Its blocks are what the examples have: nothing is explained in two ways."""
     readme = (ROOT / "README.md").read_text("utf-8")
     examples = [(EXAMPLES / name).read_text() for name in ("prometheus.yml", "prometheus-dns.yml")]
-    blocks: List[str] = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    blocks: list[str] = re.findall(r"```yaml\n(.*?)```", readme, re.S)
     assert len(blocks) == 2
     for block, example in zip(blocks, examples):
         assert example.endswith(block.replace("/etc/prometheus/", ""))

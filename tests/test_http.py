@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import pytest
 from support import Connection, http_get, samples, wait_until
 
 from cmon_agent import (
-    PAGE, Answer, Later, Limits, Peer, Refused, Registry, Request, Response, Route, Server,
-    check_any_certificate, ask_for_any_certificate, make_certificate, make_key, parse_head, prepare,
-    render, respond, scrape_deadline, server_context, text, wire)
+    PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Server,
+    parse_head, prepare, render, respond, scrape_deadline, text, wire)
+from cmon_proxy import (
+    ask_for_any_certificate, check_any_certificate, make_certificate, make_key, server_context)
 
 BIG = b"# a comment that repeats itself\n" * 400
 
@@ -130,11 +131,11 @@ LIMITS = Limits(connections=40, head_bytes=2000, header_count=20, body_bytes=100
 class Served:
     """A server in a thread, with what its handlers wait for."""
 
-    def __init__(self, tls: Optional[ssl.SSLContext] = None, limits: Limits = LIMITS) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, limits: Limits = LIMITS) -> None:
         self.go = threading.Event()
         self.cancelled = threading.Event()
         self.inside = threading.Semaphore(0)
-        self.laters: list[Later] = []
+        self.laters: list[Deferred] = []
         self.registry = Registry()
         self.server = Server("agent", self.registry, limits)
         page = prepare(Response(200, BIG, PAGE))
@@ -160,8 +161,8 @@ class Served:
         assert self.go.wait(20)
         return text(200, "done")
 
-    def later(self, request: Request) -> Later:
-        later = Later(scrape_deadline(request, time.monotonic()), lambda: text(503, "too late"))
+    def later(self, request: Request) -> Deferred:
+        later = Deferred(scrape_deadline(request, time.monotonic()), lambda: text(503, "too late"))
         later.on_cancel = self.cancelled.set
         self.laters.append(later)
         self.inside.release()

@@ -8,8 +8,9 @@ import pytest
 
 import cmon_proxy
 from agents import TLS, key
-from cmon_agent import Refused, first_certificate, public_key
-from cmon_proxy import Account, Holder, Identity, Policy, grant, key_id_of
+from cmon_agent import Refused
+from cmon_proxy import (
+    Account, AuthorizedKey, Identity, Policy, first_certificate, grant, key_id_of, public_key)
 
 NOW = 1_795_000_000.0           # November 2026
 
@@ -20,7 +21,7 @@ def identity(name: str) -> Identity:
 
 def account(*names: str, login: str = "alice", **more: Any) -> Account:
     keys = [public_key(key(name)) for name in names]
-    return Account("a", login, {one.md5: Holder(one) for one in keys}, **more)
+    return Account("a", login, {one.md5: AuthorizedKey(one) for one in keys}, **more)
 
 
 def verdict(name: str, who: Any, policy: Policy = Policy(), now: float = NOW) -> str:
@@ -141,7 +142,7 @@ def test_a_certificate_of_another_is_not_one_of_ours() -> None:
 def test_users_are_limited_to_groups_and_administrators_are_not() -> None:
     one = public_key(key("rsa"))
     for groups in (None, frozenset(("web",))):
-        who = Account("a", "alice", {one.md5: Holder(one, "carol", groups)})
+        who = Account("a", "alice", {one.md5: AuthorizedKey(one, "carol", groups)})
         assert grant(identity("old_rsa"), who, Policy(), NOW).groups == groups
 
 

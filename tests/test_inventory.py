@@ -13,8 +13,8 @@ from agents import (
     ALICE, BOB, BOBS, CORE, DB, NAT, NODE_1, OPERATOR, STOPPED, WEB, inventory, key, uuid, vm)
 from cmon_agent import ConfigError
 from cmon_proxy import (
-    STATES, Account, Directory, Grant, Holder, Inventory, Node, Selection, Vm, by_owner, groups_of,
-    may_see, read_inventory, shard_of, state_of, vm_of)
+    STATES, Account, AuthorizedKey, Directory, Grant, Inventory, Node, Selection, Vm, by_owner,
+    groups_of, may_see, read_inventory, shard_of, state_of, vm_of)
 
 
 def load(folder: Path, content: Any) -> Any:
@@ -200,7 +200,7 @@ def test_users_of_the_file(tmp_path: Path) -> None:
     content["accounts"][0]["users"] = [
         {"login": "dave", "keys": [key("ec521")], "groups": ["web"]},
         {"login": "erin", "keys": [key("other")]}]
-    holders: dict[str, Holder] = {
+    holders: dict[str, AuthorizedKey] = {
         holder.name: holder for holder in load(tmp_path, content).accounts["alice"].keys.values()}
     assert holders["dave"].groups == {"web"} and holders["erin"].groups == frozenset()
     assert holders["carol"].groups is None

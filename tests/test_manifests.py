@@ -10,7 +10,6 @@ import stat
 import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Dict, List
 
 import pytest
 from support import ROOT
@@ -32,7 +31,7 @@ def method(name: str, which: str) -> ET.Element:
                 if element.get("name") == which)
 
 
-def startd(name: str) -> Dict[str, str]:
+def startd(name: str) -> dict[str, str]:
     return {str(value.get("name")): str(value.get("value"))
             for group in service(name).iter("property_group") if group.get("name") == "startd"
             for value in group.iter("propval")}
@@ -193,5 +192,5 @@ def test_setup_keeps_the_old_file_when_sysinfo(sysinfo: str, tmp_path: Path) -> 
     done = run_setup(tmp_path, sysinfo)
     assert done.returncode == 1
     assert re.search("cmon-agent-setup: sysinfo failed", done.stdout)
-    left: List[Path] = list((tmp_path / "run").iterdir())
+    left: list[Path] = list((tmp_path / "run").iterdir())
     assert [(path.name, path.read_text()) for path in left] == [("sysinfo.json", '{"old": 1}\n')]

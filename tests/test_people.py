@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from agents import ALICE, NODE_1, TLS, uuid, vm
-from cmon_agent import first_certificate
 from cmon_proxy import (
-    CSP, PAGE_CSS, PAGE_JS, ROWS_SHOWN, Account, Allowance, FleetRow, Grant, Identity, LastScrape,
-    Node, QuotaSettings, people_page, terms_of, vm_of)
+    Account, QuotaBucket, CSP, FleetRow, Grant, Identity, LastScrape, Node, PAGE_CSS, PAGE_JS,
+    QuotaSettings, ROWS_SHOWN, first_certificate, people_page, quota_limits_of, vm_of)
 
 EVIL = "<script>alert('&\"x')</script>"
 
@@ -34,7 +33,8 @@ def granted(login: str = "alice", operator: bool = False) -> Grant:
 
 def page(found: list[FleetRow], first: int = 0, nodes: Any = (), login: str = "alice",
          **quota: Any) -> str:
-    allowance = Allowance(login, False, terms_of(QuotaSettings(**quota), login, False), 0.0)
+    limits = quota_limits_of(QuotaSettings(**quota), login, False)
+    allowance = QuotaBucket(login, False, limits, 0.0)
     return people_page(found, first, granted(login), allowance, nodes, 100.0)
 
 

@@ -48,7 +48,7 @@ def running(folder: Path) -> Iterator[Program]:
 @pytest.fixture(scope="session")
 def operator(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """An operator's certificate, made with the account's own key."""
-    from cmon_agent import make_certificate
+    from cmon_proxy import make_certificate
     folder = tmp_path_factory.mktemp("operator")
     private = (TLS / "ec521.key").read_bytes()
     (folder / "root.pem").write_bytes(make_certificate(private, "root"))
@@ -574,7 +574,7 @@ def test_the_server_certificate_is_reread(tmp_path: Path, agent: Agent) -> None:
                     context.wrap_socket(raw) as connection:
                 return connection.getpeercert(True)
         before = serial()
-        from cmon_agent import make_certificate
+        from cmon_proxy import make_certificate
         fresh = make_certificate((TLS / "server.key").read_bytes(), "localhost",
                                  issuer=(TLS / "ca.pem").read_bytes(), days=5,
                                  signing_key=(TLS / "ca.key").read_bytes(), names=("localhost",))

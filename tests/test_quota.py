@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from cmon_proxy import (
-    ADMITTED, OVER, REFUSED, Account, AccountQuota, Allowance, Quotas, QuotaSettings, terms_of)
+    ADMITTED, OVER, REFUSED, Account, AccountQuota, QuotaBucket, Quotas, QuotaSettings,
+    quota_limits_of)
 
 
-def allowance(**more: Any) -> Allowance:
-    return Allowance("alice", False, terms_of(QuotaSettings(**more), "alice", False), 0.0)
+def allowance(**more: Any) -> QuotaBucket:
+    return QuotaBucket("alice", False, quota_limits_of(QuotaSettings(**more), "alice", False), 0.0)
 
 
 def test_two_steps() -> None:
@@ -47,7 +48,7 @@ def test_rate_over_a_long_time_is_the_limit() -> None:
      (1000, 1000, 10000, "stale", False)),
 ])
 def test_terms(settings: Any, login: str, operator: bool, expected: Any) -> None:
-    found = terms_of(QuotaSettings(**settings), login, operator)
+    found = quota_limits_of(QuotaSettings(**settings), login, operator)
     assert (found.per_minute, found.burst, round(found.hard_rate * 60), found.over,
             found.exempt) == expected
 
@@ -60,8 +61,8 @@ def test_terms_without_any_rate() -> None:
 
 
 def test_an_exempt_account_has_no_limit() -> None:
-    terms = terms_of(QuotaSettings(burst=1, per_minute=1), "a", False)._replace(exempt=True)
-    one = Allowance("a", False, terms, 0.0)
+    terms = quota_limits_of(QuotaSettings(burst=1, per_minute=1), "a", False)._replace(exempt=True)
+    one = QuotaBucket("a", False, terms, 0.0)
     assert {one.take(0.0) for _ in range(100)} == {ADMITTED} and not one.limited
     assert one.header() == b""
 
@@ -84,8 +85,8 @@ def test_replicas_keep_to_one_limit(replicas: int, spread: str) -> None:
     """Each admits its share: evenly spread requests get all of the limit, others less, never more
     but for what a share below one is rounded up to."""
     generator = random.Random(replicas)
-    terms = terms_of(QuotaSettings(per_minute=600, burst=70, replicas=replicas), "a", False)
-    ones = [Allowance("a", False, terms, 0.0) for _ in range(replicas)]
+    terms = quota_limits_of(QuotaSettings(per_minute=600, burst=70, replicas=replicas), "a", False)
+    ones = [QuotaBucket("a", False, terms, 0.0) for _ in range(replicas)]
     admitted = 0
     for number in range(30 * 60):               # three times the limit for a minute
         which = {"even": number % replicas, "random": generator.randrange(replicas), "one": 0}

@@ -15,7 +15,7 @@ import cmon_proxy
 from agents import NODE_1, Agent
 from cmon_agent import Refused, Registry, Server, parse
 from cmon_proxy import (
-    MAX_PAGE, AgentSettings, Copies, Copy, Forwarder, Job, Node, Reply, plain_length)
+    MAX_PAGE, AgentSettings, Copies, Copy, Upstreams, Job, Node, Reply, plain_length)
 from support import wait_until
 
 
@@ -71,7 +71,7 @@ class Running:
 
     def __init__(self, **settings: Any) -> None:
         self.server = Server("proxy", Registry())
-        self.forwarder = Forwarder(self.server, AgentSettings(**settings), random.random)
+        self.forwarder = Upstreams(self.server, AgentSettings(**settings), random.random)
         self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
         self.results: list[Any] = []
@@ -274,7 +274,7 @@ def test_without_descriptors_the_node_is_not_blamed(running: Running, agent: Age
                                                     monkeypatch: Any) -> None:
     def no_more(*_: Any) -> Any:
         raise OSError(24, "Too many open files")
-    monkeypatch.setattr(cmon_proxy, "Link", no_more)
+    monkeypatch.setattr(cmon_proxy, "UpstreamConnection", no_more)
     running.ask(agent.address)
     assert running.wait(1) == ["too_busy"]
     port = running.forwarder.ports[NODE_1]

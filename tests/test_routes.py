@@ -14,8 +14,10 @@ import pytest
 from agents import (
     BOBS, DB, NODE_1, NODE_2, STOPPED, STRANGE, TLS, WEB, Agent, client_tls, inventory, proxy,
     write_inventory)
-from cmon_agent import Registry, Server, make_certificate, make_key, ssh_public_key
-from cmon_proxy import REFUSALS, InventorySettings, Proxy, Settings, TlsSettings
+from cmon_agent import Registry, Server
+from cmon_proxy import (
+    InventorySettings, Proxy, REFUSALS, Settings, TlsSettings, make_certificate, make_key,
+    ssh_public_key)
 from support import Answer, Program, http_get
 
 USERS = ("owner", "other", "limited", "operator", "unknown", "expired", "nobody")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import pytest
 from cmon_agent import (
@@ -25,7 +25,7 @@ from support import NODE, ROOT, Program, wait_until
 CASES = ROOT / "tests" / "settings"
 
 
-def words_of(case: Path) -> List[str]:
+def words_of(case: Path) -> list[str]:
     return case.with_suffix(".txt").read_text("utf-8").splitlines()
 
 
@@ -36,7 +36,7 @@ def check(program: str, path: Path, *more: str) -> "subprocess.CompletedProcess[
                           stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
 
 
-def cases(kind: str) -> List[Any]:
+def cases(kind: str) -> list[Any]:
     return [pytest.param(path.name.split("-")[0], path, id=path.name.split(".")[0])
             for path in sorted(CASES.glob(f"*.{kind}.json"))]
 
@@ -88,11 +88,11 @@ class Outer:
     name: str = setting("x", "A word.", one_of("x", "y"))
     listen: str = setting("127.0.0.1:9163", "Where.", is_address)
     on: bool = setting(False, "Whether.")
-    limit: Optional[float] = setting(None, "At most.", at_least(1))
-    words: Tuple[str, ...] = setting(("a",), "Several.")
-    file: Optional[Path] = setting(None, "A file.")
+    limit: float | None = setting(None, "At most.", at_least(1))
+    words: tuple[str, ...] = setting(("a",), "Several.")
+    file: Path | None = setting(None, "A file.")
     inner: Inner = setting(Inner, "A group.")
-    many: Dict[str, Inner] = setting(dict, "Groups by name.")
+    many: dict[str, Inner] = setting(dict, "Groups by name.")
 
 
 GOOD = [
@@ -109,7 +109,7 @@ GOOD = [
 
 @pytest.mark.parametrize("content, expected", GOOD, ids=lambda value: json.dumps(
     value) if isinstance(value, dict) else "")
-def test_what_a_file_may_say(content: Dict[str, Any], expected: Outer, tmp_path: Path) -> None:
+def test_what_a_file_may_say(content: dict[str, Any], expected: Outer, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(json.dumps(content))
     assert load_settings(Outer, str(path), {}) == expected
@@ -158,7 +158,7 @@ BAD = [
 
 @pytest.mark.parametrize("content, expected", BAD, ids=[content[:40].encode(
     "ascii", "replace").decode() or "empty" for content, _ in BAD])
-def test_what_a_file_may_not_say(content: str, expected: List[str], tmp_path: Path) -> None:
+def test_what_a_file_may_not_say(content: str, expected: list[str], tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(content, "utf-8", "surrogateescape")
     with pytest.raises(ConfigError) as caught:
@@ -193,7 +193,7 @@ def test_directory_instead_of_a_file(tmp_path: Path) -> None:
     ("127.0.0.1:80", None, ("127.0.0.1", 80)), ("[::1]:80", None, ("::1", 80)),
     ("host", 9163, ("host", 9163)), ("[fe80::1%net0]:1", None, ("fe80::1%net0", 1)),
     ("host:0", 9163, ("host", 0))])
-def test_addresses(text: str, port: Optional[int], expected: Tuple[str, int]) -> None:
+def test_addresses(text: str, port: int | None, expected: tuple[str, int]) -> None:
     assert parse_address(text, port) == expected
 
 

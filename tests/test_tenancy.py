@@ -11,12 +11,11 @@ import pytest
 
 import cmon_proxy
 from agents import NODE_1, NODE_2, uuid, vm
-from cmon_agent import (
-    Answer, Later, Peer, Refused, Registry, Request, Server, first_certificate, make_certificate,
-    make_key, private_key, wire)
+from cmon_agent import Answer, Deferred, Peer, Refused, Registry, Request, Server, wire
 from cmon_proxy import (
-    Account, AgentSettings, Grant, Holder, Identity, InventorySettings, Job, Node, Proxy,
-    QuotaSettings, Reply, Settings, TlsSettings, Vm, by_owner, may_see, refused, vm_of)
+    Account, AgentSettings, Grant, AuthorizedKey, Identity, InventorySettings, Job, Node, Proxy,
+    QuotaSettings, Reply, Settings, TlsSettings, Vm, by_owner, first_certificate, make_certificate,
+    make_key, may_see, private_key, refused, vm_of)
 
 GROUPS = ("web", "db", "front")
 
@@ -32,7 +31,7 @@ def accounts_with_keys(count: int) -> list[tuple[Account, bytes]]:
         owner = uuid(0xA00 + (number if limited is None else 0))
         pem = make_certificate(private, login if limited is None else "limited")
         made.append((Account(owner, login if limited is None else "limited",
-                             {key.md5: Holder(key, "", limited)}, number == 1),
+                             {key.md5: AuthorizedKey(key, "", limited)}, number == 1),
                      first_certificate(pem.decode())))
     return made
 
@@ -122,7 +121,7 @@ class World:
         for job in self.port.jobs[before:]:
             known = self.proxy.inventory.vms.get(number)
             self.sent[id(job)] = (number, known.owner if known else "")
-        if isinstance(answer, Later):
+        if isinstance(answer, Deferred):
             answer.attach(lambda done: self.check(account, number, done))
             self.pending.append(answer)
         else:
@@ -201,7 +200,7 @@ def test_discovery_lists_what_may_be_seen_and_nothing_else() -> None:
             request = Request("GET", "/v1/discover", "/v1/discover", {}, {}, b"", "cmon.test",
                               False, True, world.peers[which][0])
             answer = world.proxy.enter(world.proxy.discover, request, ())
-            assert not isinstance(answer, Later)
+            assert not isinstance(answer, Deferred)
             rows = json.loads(wire(answer).partition(b"\r\n\r\n")[2])["containers"]
             holder, = account.keys.values()
             expected = {
@@ -238,10 +237,10 @@ def test_nobody_joins_a_relay_that_everybody_has_left() -> None:
                   if one.owner == world.accounts[0][0].uuid and one.state == "running"
                   and not one.hidden)
 
-    def ask() -> Later:
+    def ask() -> Deferred:
         request = Request("GET", "", "", {}, {}, b"", "cmon.test", False, True, world.peers[0][0])
         later = world.proxy.enter(world.proxy.page, request, (number,))
-        assert isinstance(later, Later) and later.on_cancel is not None
+        assert isinstance(later, Deferred) and later.on_cancel is not None
         return later
     left, joined = ask(), ask()
     assert len(world.port.jobs) == 1
@@ -266,7 +265,7 @@ def test_a_deadline_that_passes_leaves_the_others_waiting() -> None:
                   and not one.hidden)
     request = Request("GET", "", "", {}, {}, b"", "cmon.test", False, True, world.peers[0][0])
     first, second = (world.proxy.enter(world.proxy.page, request, (number,)) for _ in range(2))
-    assert isinstance(first, Later) and isinstance(second, Later)
+    assert isinstance(first, Deferred) and isinstance(second, Deferred)
     assert first.expired().status == 504 and not world.port.jobs[0].given_up
     world.port.jobs[0].done(Reply(200, b"HTTP/1.1 200 OK\r\n", b"page"), None)
     assert first.answer is None and second.answer is not None

@@ -14,24 +14,11 @@ from typing import Any
 
 import pytest
 
-import cmon_agent
-from cmon_agent import (
-    CLIENT_PURPOSE,
-    CMON_PURPOSE,
-    SERVER_PURPOSE,
-    CertificateError,
-    ask_for_any_certificate,
-    certificate,
-    check_any_certificate,
-    first_certificate,
-    make_certificate,
-    make_key,
-    private_key,
-    public_key,
-    server_context,
-    signed_by,
-    ssh_public_key,
-)
+import cmon_proxy
+from cmon_proxy import (
+    CLIENT_PURPOSE, CMON_PURPOSE, CertificateError, SERVER_PURPOSE, ask_for_any_certificate,
+    certificate, check_any_certificate, first_certificate, make_certificate, make_key, private_key,
+    public_key, server_context, signed_by, ssh_public_key)
 
 FILES = Path(__file__).parent / "tls"
 KEYS = ("rsa", "ec", "ec384", "ec521", "other", "ed25519")
@@ -351,21 +338,21 @@ def test_with_a_ca_strangers_are_refused_in_the_handshake() -> None:
 
 def test_the_wrong_interpreter_is_told_instead_of_crashing(monkeypatch: Any) -> None:
     with pytest.raises(OSError, match="need CPython"):
-        cmon_agent._context_pointer(object())           # type: ignore[arg-type]
+        cmon_proxy._context_pointer(object())           # type: ignore[arg-type]
     class Other(ssl.SSLContext):
         """Says something else than the SSL_CTX inside."""
         @property
         def options(self) -> Any:
             return 0
     with pytest.raises(OSError, match="not laid out"):
-        cmon_agent._context_pointer(Other(ssl.PROTOCOL_TLS_SERVER))
-    monkeypatch.setattr(cmon_agent, "_openssl", None)
-    monkeypatch.setattr(cmon_agent, "_FUNCTIONS", (("no_such_function", None, ()),))
+        cmon_proxy._context_pointer(Other(ssl.PROTOCOL_TLS_SERVER))
+    monkeypatch.setattr(cmon_proxy, "_openssl", None)
+    monkeypatch.setattr(cmon_proxy, "_FUNCTIONS", (("no_such_function", None, ()),))
     with pytest.raises(OSError, match="does not show no_such_function: install a Python"):
         make_key()
     context_of("server")                                # with a CA it still works
     monkeypatch.undo()
-    monkeypatch.setattr(cmon_agent, "_openssl", None)
+    monkeypatch.setattr(cmon_proxy, "_openssl", None)
     monkeypatch.setattr(ssl, "OPENSSL_VERSION", "OpenSSL 0.9.7")
     with pytest.raises(OSError, match="beside the OpenSSL 0.9.7"):
         make_key()
@@ -413,4 +400,4 @@ def test_no_error_is_left_for_the_next_connection_of_the_thread() -> None:
         with pytest.raises(CertificateError):
             certificate(bad)
     signed_by(load("new_rsa"), public_key(read("ec.pub")))
-    assert cmon_agent._library().ERR_peek_last_error() == 0
+    assert cmon_proxy._library().ERR_peek_last_error() == 0

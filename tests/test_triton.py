@@ -18,10 +18,11 @@ import cmon_proxy
 from agents import (
     ALICE, BOB, BOBS, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, Agent, client_tls, key,
     proxy_config, uuid, vm)
-from cmon_agent import Later, Refused, Registry, Server, make_certificate, public_key
+from cmon_agent import Deferred, Refused, Registry, Server
 from cmon_proxy import (
     Frames, InventorySettings, Mahi, Pauses, Proxy, ServiceError, Settings, Snapshot, TlsSettings,
-    TritonSource, account_of, admin_address, frame_of, nodes_of, vm_of)
+    TritonSource, account_of, admin_address, frame_of, make_certificate, nodes_of, public_key,
+    vm_of)
 from support import Answer, Program, free_port, http_get, samples, wait_until
 
 OWNER = ("old_rsa", "rsa")
@@ -515,7 +516,7 @@ def test_an_account_is_used_refreshed_and_read_anew_by_its_age(desk: Any) -> Non
     clock.at = 100.0
     shelf.account = {"account": mahi_account(ALICE, "alice", "ec")}
     later = mahi.find("alice")                      # too old: the request waits
-    assert isinstance(later, Later) and later.answer is None
+    assert isinstance(later, Deferred) and later.answer is None
     shelf.go()
     assert later.answer.status == 200 and mahi.find("alice") is not first
 
@@ -532,7 +533,7 @@ def test_a_key_that_was_removed_is_not_believed_for_long(desk: Any) -> None:
     clock.at = 70.0
     assert mahi.find("alice") is None and shelf.asked == 2      # also what is not there is kept
     clock.at = 72.0
-    assert isinstance(mahi.find("alice"), Later)
+    assert isinstance(mahi.find("alice"), Deferred)
 
 
 def test_while_mahi_is_down_old_accounts_serve_and_then_no_more(desk: Any) -> None:
@@ -545,7 +546,7 @@ def test_while_mahi_is_down_old_accounts_serve_and_then_no_more(desk: Any) -> No
     assert later.answer.status == 200               # go on: what is known is young enough
     assert mahi.find("alice") is first              # and nobody waits for five seconds
     clock.at = 106.0
-    assert isinstance(mahi.find("alice"), Later)
+    assert isinstance(mahi.find("alice"), Deferred)
     clock.at = 301.0
     shelf.go()
     later = mahi.find("alice")

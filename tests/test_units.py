@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from typing import Any, Optional, Union
+from typing import Any
 
 import pytest
 
 import cmon_agent as agent
 
 BIG = 2 ** 53 + 1                   # a double loses its last bit
-ROWS: list[tuple[str, agent.Convert, Any, Optional[Union[int, float]]]] = [
+ROWS: list[tuple[str, agent.Convert, Any, int | float | None]] = [
     ("a counter above 2^53 is exact", agent.COUNT.convert, BIG, BIG),
     ("the largest counter", agent.BYTES.convert, 2 ** 64 - 1, 2 ** 64 - 1),
     ("text is no number", agent.COUNT.convert, "7", None),
@@ -93,7 +93,7 @@ ROWS: list[tuple[str, agent.Convert, Any, Optional[Union[int, float]]]] = [
 @pytest.mark.parametrize("convert, value, expected", [row[1:] for row in ROWS],
                          ids=[row[0] for row in ROWS])
 def test_a_value_is_converted(convert: agent.Convert, value: Any,
-                              expected: Optional[Union[int, float]]) -> None:
+                              expected: int | float | None) -> None:
     assert convert(value) == expected
     assert type(convert(value)) is type(expected)
 
