@@ -58,18 +58,32 @@ def expressions() -> Iterator[str]:
                 if variable["type"] == "query")
 
 
-def test_rules_and_dashboard_know_what_we_serve() -> None:
-    recorded = set(re.findall(r"record: (\S+)", (EXAMPLES / "rules.yml").read_text()))
+@pytest.fixture(scope="module")
+def served() -> set[str]:
+    """The names of all metrics of the recorded node's zones."""
     zones = [vm["uuid"] for frame in node(NODE)["frames"] for vm in frame["vms"]]
+    names: set[str] = set()
     with Program.agent("--replay", NODE) as agent:
-        served: set[str] = set()
         for uuid in zones:
             answer = http_get(agent.address, f"/v1/{uuid}/metrics")
             if answer.status == 200:
-                served |= {family.name for family in parse(answer.text)}
+                names |= {family.name for family in parse(answer.text)}
+    return names
+
+
+def test_rules_and_dashboard_know_what_we_serve(served: set[str]) -> None:
+    recorded = set(re.findall(r"record: (\S+)", (EXAMPLES / "rules.yml").read_text()))
     wanted = set().union(*map(names_in, expressions()))
     assert served
     assert wanted - recorded - served == set()
+
+
+def test_the_readme_shows_metrics_that_are_served(served: set[str]) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    shown = readme.partition("## What it shows")[2].partition("##")[0]
+    samples = re.findall(r"(?m)^    (.*\n)", shown)
+    names = {family.name for family in parse("".join(samples))}
+    assert len(names) > 8 and names <= served
 
 
 def test_the_readme_shows_the_same_configuration() -> None:

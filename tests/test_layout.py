@@ -254,33 +254,33 @@ def test_docs_are_not_stale(path: str) -> None:
     assert source(path) == make_docs.GENERATED[path](), f"{path} is stale: make docs"
 
 
-def readme() -> str:
-    return source("README.md")
-
-
-def test_files_that_the_readme_names_are_there() -> None:
-    named = set(re.findall(r"\b(?:smf|examples|docs|tests|bench)/[\w./-]*[\w/]", readme()))
-    named |= set(re.findall(r"\]\(([\w./-]+)\)", readme()))
+@pytest.mark.parametrize("document", ["README.md", "docs/ENDPOINTS.md", "docs/TROUBLESHOOTING.md"])
+def test_files_that_the_documents_name_are_there(document: str) -> None:
+    text = source(document)
+    folder = (ROOT / document).parent
+    named = {ROOT / name for name in re.findall(
+        r"\b(?:smf|examples|docs|tests|bench)/[\w./-]*[\w/]", text)}
+    named |= {folder / name for name in re.findall(r"\]\(([\w./-]+)[)#]", text)}
     assert named
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert [str(name) for name in sorted(named) if not name.exists()] == []
 
 
-def readme_section(title: str) -> str:
-    return re.split(r"(?m)^## ", readme().partition(f"## {title}\n")[2])[0]
+def section_of(document: str, title: str) -> str:
+    return re.split(r"(?m)^## ", source(document).partition(f"## {title}\n")[2])[0]
 
 
-@pytest.mark.parametrize("program, title", [("cmon_agent.py", "Endpoints of the agent"),
-                                            ("cmon_proxy.py", "Endpoints of the proxy")])
-def test_the_readme_has_every_endpoint_and_no_other(program: str, title: str) -> None:
-    """A route in the program is one in the README; a route's parts are named alike."""
+@pytest.mark.parametrize("program, title", [("cmon_agent.py", "Agent"), ("cmon_proxy.py", "Proxy")])
+def test_the_documents_have_every_endpoint_and_no_other(program: str, title: str) -> None:
+    """A route in the program is one in docs/ENDPOINTS.md; a route's parts are named alike."""
     routes = set(re.findall(r'Route\(\s*"(?:GET|POST)",\s*"(/[^"]*)"', source(program)))
-    told = set(re.findall(r"`(/[^`?]*)`", readme_section(title)))
+    told = set(re.findall(r"`(/[^`?]*)`", section_of("docs/ENDPOINTS.md", title)))
     assert routes == told
 
 
-def test_messages_that_the_readme_explains_exist() -> None:
+def test_messages_that_the_documents_explain_exist() -> None:
     said = "".join(source(program) for program in PROGRAMS) + source("smf/cmon-agent-setup")
     said = re.sub(r'"\s*\n\s*f?"', "", said)            # texts that go on in the next line
-    rows = re.findall(r"(?m)^\| `([^`]+)` \| [^|]+\|$", readme_section("Troubleshooting"))
+    rows = re.findall(r"(?m)^\| `([^`]+)` \| [^|]+\|$",
+                      section_of("docs/TROUBLESHOOTING.md", "Messages of the programs"))
     assert len(rows) > 5
     assert [row for row in rows if row not in said] == []
