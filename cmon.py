@@ -47,8 +47,7 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
-        Client, ClientError, ClientResponse, ExpositionError, Sample, __version__, parse,
-    )
+        UUID, Client, ClientError, ClientResponse, ExpositionError, Sample, __version__, parse)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
 
@@ -56,7 +55,6 @@ except ImportError as import_error:
 # --- client ---------------------------------------------------------------------------------------
 
 PROXY_PORT = 9163
-UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class Failure(Exception):

@@ -12,6 +12,7 @@ This file runs when copied alone, so it also carries the kit that the proxy and 
 Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
 
     data types [kit]
+    names and addresses [kit]
     units
     kstats
     host
@@ -78,21 +79,22 @@ from typing import Any, Callable, Generic, NamedTuple, Optional, TypeVar, Union
 
 __version__ = "1.0.0"
 __all__ = [
-    "ACCEPTS", "Answer", "AnswerReader", "at_least", "BACKLOG", "Breaker", "BunyanFormatter",
-    "BUSY", "Cache", "call", "Check", "Client", "ClientError", "ClientResponse", "command_line",
-    "complain", "ConfigError", "Connection", "COUNTER", "Counter", "cpu_seconds", "DURATIONS",
-    "escape_label", "EXIT_USAGE", "ExpositionError", "Fallback", "Family", "GAUGE", "Gauge",
-    "gunzip", "gzip", "Handler", "HANDSHAKE", "HEADS", "HISTOGRAM", "Histogram", "HTML", "IDLE",
-    "is_address", "JSON", "K", "KINDS", "LABEL_NAME", "label_text", "Labels", "Deferred", "LEVELS",
-    "Limits", "Listener", "load_settings", "log", "LOG_QUEUE", "MAX_BODY", "MAX_HEAD",
-    "MAX_JSON_BYTES", "merge", "METRIC_NAME", "Number", "number", "one_of", "PACK_FROM", "PAGE",
-    "parse", "parse_address", "parse_head", "parse_lines", "Part", "Peer", "Pool", "prepare",
-    "Prepared", "raise_descriptor_limit", "read_json", "READ_SIZE", "READING", "Refused",
+    "ACCEPTS", "admin_address", "Answer", "AnswerReader", "at_least", "BACKLOG", "Backoff",
+    "Breaker", "BunyanFormatter", "BUSY", "Cache", "call", "Check", "Client", "ClientError",
+    "ClientResponse", "command_line", "complain", "ConfigError", "Connection", "COUNTER",
+    "Counter", "cpu_seconds", "Deferred", "DURATIONS", "escape_label", "EXIT_USAGE",
+    "ExpositionError", "Fallback", "Family", "GAUGE", "Gauge", "gunzip", "gzip", "Handler",
+    "HANDSHAKE", "HEADS", "HISTOGRAM", "Histogram", "HTML", "IDLE", "is_address", "is_ip", "JSON",
+    "K", "KINDS", "LABEL_NAME", "label_text", "Labels", "LEVELS", "Limits", "Listener",
+    "load_settings", "log", "LOG_QUEUE", "MAX_BODY", "MAX_HEAD", "MAX_JSON_BYTES", "merge",
+    "METRIC_NAME", "Number", "number", "one_of", "PACK_FROM", "PAGE", "parse", "parse_address",
+    "parse_head", "parse_lines", "Part", "Peer", "Pool", "prepare", "Prepared",
+    "raise_descriptor_limit", "read_json", "READ_SIZE", "READING", "Refused",
     "register_process_metrics", "Registry", "render", "render_part", "Request", "respond",
     "Response", "Route", "Router", "run_daemon", "S", "Sample", "scrape_deadline", "Server",
     "setting", "SMF_EXIT_ERR_CONFIG", "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
-    "TEXT", "text", "TICK_SECONDS", "UNTYPED", "V", "valid_label_name", "valid_metric_name", "wire",
-    "WRITING",
+    "text", "TEXT", "TICK_SECONDS", "UNTYPED", "UUID", "V", "valid_label_name",
+    "valid_metric_name", "wire", "WRITING",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -234,6 +236,49 @@ class Route(NamedTuple):
 def text(status: int, message: str, *headers: tuple[str, str]) -> Response:
     """A plain answer of one line."""
     return Response(int(status), (message + "\n").encode(), TEXT, headers)
+
+# --- names and addresses [kit] --------------------------------------------------------------------
+
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_ADMIN_TAG = re.compile(r"admin|admin_rack_[a-z0-9_-]+", re.IGNORECASE)
+
+
+def is_ip(value: Any) -> bool:
+    """Whether this is the text of an IPv4 or IPv6 address. Total: any value may be asked about."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, value)
+            return True
+        except (OSError, TypeError, ValueError):
+            continue
+    return False
+
+
+def admin_address(sysinfo: Any) -> str | None:
+    """The address of a compute node on the admin network, by its sysinfo; None without one. Total.
+
+    The agent listens on it and the proxy dials it: both ask here. "Admin IP" may be "dhcp" or
+    empty; then the NIC with the tag of "Admin NIC Tag" counts, or without such a member the one
+    that is tagged admin, else admin_rack_X. Nodes of mockcloud are virtual and share an "Admin IP".
+    """
+    if not isinstance(sysinfo, dict):
+        return None
+    keys = ("CN Agent IP", "Admin IP") if sysinfo.get("System Type") == "Virtual" else ("Admin IP",)
+    for key in keys:
+        if is_ip(sysinfo.get(key)):
+            return str(sysinfo[key])
+    interfaces = sysinfo.get("Network Interfaces")
+    tagged: list[tuple[str, str]] = []
+    for nic in interfaces.values() if isinstance(interfaces, dict) else ():
+        tags = nic.get("NIC Names") if isinstance(nic, dict) else None
+        if isinstance(tags, list) and is_ip(nic.get("ip4addr")):
+            tagged += [(tag, nic["ip4addr"]) for tag in tags if isinstance(tag, str)]
+    wanted = sysinfo.get("Admin NIC Tag")
+    if isinstance(wanted, str) and wanted:
+        return next((address for tag, address in tagged if tag == wanted), None)
+    return next((address for tag, address in tagged if tag == "admin"), None) or next(
+        (address for tag, address in tagged if _ADMIN_TAG.fullmatch(tag)), None)
+
 
 # --- units ----------------------------------------------------------------------------------------
 
@@ -580,7 +625,8 @@ FORCED_SHARE = 4                # … not even for a zone that is asked for and 
 MAX_OUTPUT = 8 << 20            # bytes of a command: a zfs list of 10,000 datasets is 2 MB
 SYSINFO_MEMBERS = (             # what a capture keeps; boot parameters may hold secrets
     "Live Image", "System Type", "Boot Time", "Datacenter Name", "UUID", "Hostname",
-    "Admin NIC Tag", "Admin IP", "CPU Count", "MiB of Memory", "Zpool", "Network Interfaces")
+    "Admin NIC Tag", "Admin IP", "CN Agent IP", "CPU Count", "MiB of Memory", "Zpool",
+    "Network Interfaces")
 
 
 class CommandError(Exception):
@@ -717,16 +763,6 @@ class Sysinfo(NamedTuple):
     cpus: int = 0
 
 
-def _is_ip(word: Any) -> bool:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, word)
-            return True
-        except (OSError, TypeError, ValueError):
-            continue
-    return False
-
-
 def parse_sysinfo(content: Any) -> Sysinfo:
     """sysinfo's JSON; every member may be missing or odd, numbers are partly texts."""
     if not isinstance(content, dict):
@@ -741,15 +777,8 @@ def parse_sysinfo(content: Any) -> Sysinfo:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}", value):
             return int(value)
         return value if type(value) is int and 0 <= value < 10 ** 15 else 0
-    address = word("Admin IP")              # may be "dhcp"
-    tag = word("Admin NIC Tag") or "admin"
-    interfaces = content.get("Network Interfaces")
-    if not _is_ip(address) and isinstance(interfaces, dict):
-        address = next((nic["ip4addr"] for nic in interfaces.values() if isinstance(nic, dict)
-                        and isinstance(nic.get("NIC Names"), list) and tag in nic["NIC Names"]
-                        and _is_ip(nic.get("ip4addr"))), "")
-    return Sysinfo(word("UUID"), word("Hostname"), address if _is_ip(address) else "",
-                   word("Zpool"), count("MiB of Memory") << 20, count("CPU Count"))
+    return Sysinfo(word("UUID"), word("Hostname"), admin_address(content) or "", word("Zpool"),
+                   count("MiB of Memory") << 20, count("CPU Count"))
 
 
 class PendingCall(NamedTuple):
@@ -1208,7 +1237,7 @@ def vm_of(record: Any) -> Vm | None:
     nics = record.get("nics")
     found = [(ADMIN_TAG.fullmatch(str(nic.get("nic_tag"))) is None, ip.split("/")[0])
              for nic in (nics if isinstance(nics, list) else ()) if isinstance(nic, dict)
-             for ip in (nic.get("ip"),) if isinstance(ip, str) and _is_ip(ip.split("/")[0])]
+             for ip in (nic.get("ip"),) if isinstance(ip, str) and is_ip(ip.split("/")[0])]
     found.sort(key=lambda pair: pair[0])    # platform services answer on the admin network
     addresses = tuple(address for _, address in found)
     if not zone:
@@ -1224,12 +1253,12 @@ class Vms:
     `answered`: whether it has told of all VMs; `absent`: nobody listens there (an old platform).
     What was learned of a VM is kept while vminfod is away.
     """
-    RETRY_SECONDS = (1.0, 60.0)             # first and longest pause between two attempts
     SILENCE_SECONDS = 660.0                 # it refreshes everything every 300 s
     MAX_LINE = 64 << 20                     # the first event holds all VMs
 
     def __init__(self, url: str, random_source: Callable[[], float] = random.random) -> None:
-        self._url, self._random = url, random_source
+        self._url = url
+        self._backoff = Backoff(1.0, 60.0, random_source)
         self.vms: dict[str, Vm] = {}
         self.answered = False
         self.absent = False
@@ -1248,11 +1277,10 @@ class Vms:
         self._stopping.set()
 
     def _follow(self, first: threading.Event) -> None:
-        pause = self.RETRY_SECONDS[0]
         while not self._stopping.is_set():
             try:
                 self._listen(first)
-                pause = self.RETRY_SECONDS[0]
+                self._backoff.reset()
                 self._told("it closed the stream of events")
             except ConnectionRefusedError:
                 self.absent = not self.answered
@@ -1261,8 +1289,7 @@ class Vms:
                 self.absent = False
                 self._told(_reason(error))
             first.set()
-            self._stopping.wait(pause * (0.75 + 0.5 * self._random()))
-            pause = min(pause * 2, self.RETRY_SECONDS[1])
+            self._stopping.wait(self._backoff.next())
 
     def _told(self, problem: str) -> None:
         if problem != self.problem:
@@ -3696,6 +3723,28 @@ class Cache(Generic[K, V]):
             del self._entries[min(self._entries, key=lambda key: self._entries[key].used)]
 
 
+class Backoff:
+    """Pauses between attempts: `first` seconds, then twice as long each time, up to `longest`.
+
+    Each varies by the fraction `jitter`, so that what failed together does not return together.
+    """
+
+    def __init__(self, first: float, longest: float,
+                 random_source: Callable[[], float] = random.random, jitter: float = 0.25) -> None:
+        self._first, self._longest = first, longest
+        self._random, self._jitter = random_source, jitter
+        self._pause = first
+
+    def next(self) -> float:
+        """Seconds to wait now."""
+        pause, self._pause = self._pause, min(self._pause * 2, self._longest)
+        return pause * (1 + self._jitter * (2 * self._random() - 1))
+
+    def reset(self) -> None:
+        """The attempt succeeded."""
+        self._pause = self._first
+
+
 class Breaker:
     """Stops work that keeps failing, and tries it again by itself.
 
@@ -3707,10 +3756,10 @@ class Breaker:
     def __init__(self, now: Callable[[], float] = time.monotonic,
                  random: Callable[[], float] = random.random,
                  failures: int = 3, first: float = 30.0, longest: float = 480.0) -> None:
-        self._now, self._random = now, random
-        self._failures, self._first, self._longest = failures, first, longest
+        self._now = now
+        self._failures, self._first = failures, first
+        self._backoff = Backoff(first, longest, random, 0.1)
         self._count = 0
-        self._wait = first
         self._until = 0.0
         self.open = False
         self.reason = ""
@@ -3727,7 +3776,8 @@ class Breaker:
 
     def succeeded(self) -> None:
         """The work went well: closed again."""
-        self._count, self._wait, self.open, self.reason = 0, self._first, False, ""
+        self._count, self.open, self.reason = 0, False, ""
+        self._backoff.reset()
 
     def failed(self, reason: str) -> None:
         """The work failed; `reason` is kept for people."""
@@ -3737,9 +3787,7 @@ class Breaker:
             return
         if not self.open:
             self.open, self.since = True, self._now()
-        else:
-            self._wait = min(self._wait * 2, self._longest)
-        self._until = self._now() + self._wait * (0.9 + 0.2 * self._random())
+        self._until = self._now() + self._backoff.next()
 
     @property
     def retry_seconds(self) -> float:
@@ -5173,7 +5221,6 @@ def _reason(error: Exception) -> str:
 
 # --- scraping and routes --------------------------------------------------------------------------
 
-UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 PREPARED_SECONDS = 0.1          # how long a whole answer is sent again: its ages are that exact
 WATCH_SECONDS = 0.1             # how often readers of kstats are looked at while they work
 LEAST_LIFETIME = 1.0            # seconds; who asks more often gets the same samples

@@ -56,11 +56,11 @@ from typing import Any, Callable, NamedTuple, Union
 
 # The agent is the one file that must run alone, so it carries the kit that we share.
 from cmon_agent import (
-    COUNTER, GAUGE, HTML, JSON, PAGE, Answer, AnswerReader, Breaker, Client, ClientError,
-    ConfigError, Family, Deferred, Listener, Pool, Prepared, Refused, Registry, Request, Response,
-    Route, Sample, Server, at_least, command_line, gunzip, is_address, load_settings, log, one_of,
-    parse_address, prepare, read_json, register_process_metrics, render, run_daemon,
-    scrape_deadline, setting, text)
+    COUNTER, GAUGE, HTML, JSON, PAGE, UUID, Answer, AnswerReader, Backoff, Breaker, Client,
+    ClientError, ConfigError, Deferred, Family, Listener, Pool, Prepared, Refused, Registry,
+    Request, Response, Route, Sample, Server, admin_address, at_least, command_line, gunzip,
+    is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
+    register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -828,11 +828,7 @@ def make_certificate(
 def _alternative(name: str) -> str:
     if re.search(r"[,\s\\]", name):             # would be read as more than one
         raise CertificateError(f"a host name with an odd character: {name!r}")
-    try:
-        socket.inet_pton(socket.AF_INET6 if ":" in name else socket.AF_INET, name)
-    except OSError:
-        return "DNS:" + name
-    return "IP:" + name
+    return ("IP:" if is_ip(name) else "DNS:") + name
 
 
 _DEFAULT = ctypes.create_string_buffer(b"default")      # lives as long as any context may use it
@@ -1093,9 +1089,6 @@ def grant(identity: Identity, account: Account | None, policy: Policy, now: floa
 
 
 # --- inventory ------------------------------------------------------------------------------------
-
-UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-
 
 class State(NamedTuple):
     """What a VM's state means for those who ask."""
@@ -1431,9 +1424,9 @@ class _FileReader:
         try:
             if shown is not None:
                 address = parse_address(shown if isinstance(shown, str) else "", self.port)
-                socket.inet_pton(socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
-                                 address[0])
-        except (ConfigError, OSError):
+        except ConfigError:
+            pass
+        if shown is not None and (address is None or not is_ip(address[0])):
             self.wrong(where, f"admin_ip must be an IP address, with or without a port, not "
                        f"{shown!r}")
         return Node(uuid, _word(record.get("hostname")), address)
@@ -1545,24 +1538,6 @@ FEED_RESOURCES = ("alias", "customer_metadata", "destroyed", "nics", "owner_uuid
 
 class ServiceError(Exception):
     """A service of Triton does not answer, or not as it should; the text is for the log."""
-
-
-class Pauses:
-    """How long to wait before the next try: doubling, with jitter, to a minute."""
-
-    def __init__(self, random: Callable[[], float], first: float = 0.5, most: float = 60.0) -> None:
-        self._random, self._first, self._most = random, first, most
-        self._next = first
-
-    def next(self) -> float:
-        """Seconds to wait now."""
-        pause = self._next * (0.5 + self._random())
-        self._next = min(self._next * 2, self._most)
-        return pause
-
-    def reset(self) -> None:
-        """It went well."""
-        self._next = self._first
 
 
 class Service:
@@ -1752,37 +1727,6 @@ class WebSocket:
 
 
 # what the services' records mean
-
-_ADMIN_TAG = re.compile(r"(?:admin|admin_rack_[A-Z0-9_-]+)", re.IGNORECASE)
-
-
-def admin_address(sysinfo: Any) -> str | None:
-    """A compute node's address on the admin network by its sysinfo; None without one. Total."""
-    if not isinstance(sysinfo, dict):
-        return None
-    keys = ("CN Agent IP", "Admin IP") if sysinfo.get("System Type") == "Virtual" else ("Admin IP",)
-    for key in keys:                        # mockcloud's nodes are virtual; "dhcp" and "" are none
-        if _is_address(sysinfo.get(key)):
-            return str(sysinfo[key])
-    interfaces = sysinfo.get("Network Interfaces")
-    wanted = sysinfo.get("Admin NIC Tag")
-    for nic in (interfaces.values() if isinstance(interfaces, dict) else ()):
-        names = nic.get("NIC Names") if isinstance(nic, dict) else None
-        for name in names if isinstance(names, list) else ():
-            if isinstance(name, str) and (name == wanted or _ADMIN_TAG.fullmatch(name)) \
-                    and _is_address(nic.get("ip4addr")):
-                return str(nic["ip4addr"])
-    return None
-
-
-def _is_address(value: Any) -> bool:
-    try:
-        socket.inet_pton(socket.AF_INET6 if isinstance(value, str) and ":" in value
-                         else socket.AF_INET, value)
-        return True
-    except (OSError, TypeError, ValueError):
-        return False
-
 
 def nodes_of(records: Iterable[Any], port: int) -> dict[str, Node]:
     """CNAPI's servers; what has no uuid is left out, what has no address keeps its place."""
@@ -2132,18 +2076,18 @@ class TritonSource:
 
     def _follow(self) -> None:
         """Connect, read all, follow what changes; for ever."""
-        pauses = Pauses(self._random)
+        backoff = Backoff(0.5, 60.0, self._random, 0.5)
         while not self._server.stopping:
             try:
-                self._follow_once(pauses)
+                self._follow_once(backoff)
             except ServiceError as error:
                 log.warning("the inventory stays as it is: %s", error)
             except Exception:
                 log.exception("following the changefeed failed")
             self.connected = False
-            time.sleep(pauses.next())
+            time.sleep(backoff.next())
 
-    def _follow_once(self, pauses: Pauses) -> None:
+    def _follow_once(self, backoff: Backoff) -> None:
         feed = WebSocket(self._vmapi.url, "/changefeeds", {"accept-version": "~1"})
         try:
             # registration first, then everything: what changes in between comes by the feed
@@ -2154,7 +2098,7 @@ class TritonSource:
                 self._dirty.clear()
             self._again.clear()
             self._bootstrap(feed)
-            pauses.reset()
+            backoff.reset()
             self.connected = True
             while not self._server.stopping and not self._again.is_set():
                 for message in feed.receive(min(heartbeat - time.monotonic(), 1.0)):
@@ -2285,13 +2229,13 @@ class TritonSource:
     # in CNAPI's thread
 
     def _poll_nodes(self) -> None:
-        pauses, soon = Pauses(self._random), Pauses(self._random)
+        backoff, soon = (Backoff(0.5, 60.0, self._random, 0.5) for _ in range(2))
         while not self._server.stopping:
             self._nodes_wanted.clear()
             try:
                 nodes = self._read_nodes()
                 self._server.call_soon(self._take_nodes, nodes)
-                pauses.reset()
+                backoff.reset()
                 if not self.manta_owner:
                     self._find_manta()
                 wait = POLL_NODES_SECONDS * (0.8 + 0.4 * self._random())
@@ -2301,10 +2245,10 @@ class TritonSource:
                     soon.reset()
             except ServiceError as error:
                 log.warning("the list of compute nodes stays as it is: %s", error)
-                time.sleep(pauses.next())
+                time.sleep(backoff.next())
             except Exception:
                 log.exception("reading the compute nodes failed")
-                time.sleep(pauses.next())
+                time.sleep(backoff.next())
 
     def _read_nodes(self) -> dict[str, Node]:
         found: dict[str, Node] = {}
@@ -4179,7 +4123,8 @@ class Workers:
                  command: Sequence[str]) -> None:
         self._server, self._listening, self._command = server, listening, list(command)
         self._workers: dict[int, Worker] = {}
-        self._pauses: dict[int, tuple[float, float]] = {}   # not before, next pause
+        self._backoffs = [Backoff(1.0, 30.0) for _ in range(count)]
+        self._not_before = [0.0] * count
         self._asked: dict[int, tuple[set[int], list[list[Family]], Callable[[], None]]] = {}
         self._serial = 0
         self._count = count
@@ -4211,18 +4156,18 @@ class Workers:
         now = self._server.now()
         for number in range(self._count):
             worker = self._workers.get(number)
-            not_before, pause = self._pauses.get(number, (0.0, 0.5))
             if worker is not None and worker.process.poll() is not None:
                 log.error("worker %d (pid %d) has ended with %s: a new one takes its place", number,
                           worker.process.pid, worker.process.returncode)
                 worker.channel.close()
                 del self._workers[number]
-                lived = now - worker.started
-                pause = 0.5 if lived > 10 else min(pause * 2, 30.0)
-                not_before = now + (0.0 if lived > 10 else pause)
-                self._pauses[number] = (not_before, pause)
+                if now - worker.started > 10:
+                    self._backoffs[number].reset()
+                    self._not_before[number] = now
+                else:
+                    self._not_before[number] = now + self._backoffs[number].next()
                 self.restarts += 1
-            if number not in self._workers and now >= not_before:
+            if number not in self._workers and now >= self._not_before[number]:
                 self._start(number)
 
     def _heard(self, number: int, message: Any) -> None:

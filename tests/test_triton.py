@@ -18,10 +18,10 @@ import cmon_proxy
 from agents import (
     ALICE, BOB, BOBS, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, Agent, client_tls, key,
     proxy_config, uuid, vm)
-from cmon_agent import Deferred, Refused, Registry, Server
+from cmon_agent import Backoff, Deferred, Refused, Registry, Server
 from cmon_proxy import (
-    Frames, InventorySettings, Mahi, Pauses, Proxy, ServiceError, Settings, Snapshot, TlsSettings,
-    TritonSource, account_of, admin_address, frame_of, make_certificate, nodes_of, public_key,
+    Frames, InventorySettings, Mahi, Proxy, ServiceError, Settings, Snapshot, TlsSettings,
+    TritonSource, account_of, frame_of, make_certificate, nodes_of, public_key,
     vm_of)
 from support import Answer, Program, free_port, http_get, samples, wait_until
 
@@ -390,7 +390,7 @@ def inside(cloud: Cloud, monkeypatch: Any) -> Iterator[Any]:
     """The source with its threads and a loop, without the server's sockets."""
     monkeypatch.setattr(cmon_proxy, "HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(cmon_proxy, "POLL_NODES_SECONDS", 0.2)
-    monkeypatch.setattr(cmon_proxy, "Pauses", lambda chance: Pauses(chance, 0.02, 0.1))
+    monkeypatch.setattr(cmon_proxy, "Backoff", lambda *_: Backoff(0.02, 0.1))
     settings = Settings(TlsSettings(Path("x"), Path("y")), InventorySettings(
         vmapi=cloud.vmapi.url, cnapi=cloud.cnapi.url, mahi=cloud.mahi.url))
     server = Server("proxy", Registry())
@@ -582,26 +582,6 @@ def test_questions_to_mahi_are_bounded(desk: Any, monkeypatch: Any) -> None:
 
 # the parts, without processes
 
-@pytest.mark.parametrize("content, expected", [
-    ({"Admin IP": "10.0.0.1"}, "10.0.0.1"), ({"Admin IP": "fd00::1"}, "fd00::1"),
-    ({"Admin IP": "dhcp"}, None), ({"Admin IP": ""}, None), ({}, None), (None, None), ([], None),
-    ({"System Type": "Virtual", "CN Agent IP": "10.0.0.9", "Admin IP": "10.0.0.1"}, "10.0.0.9"),
-    ({"CN Agent IP": "10.0.0.9"}, None),
-    ({"Network Interfaces": {"ixgbe0": {"NIC Names": ["external"], "ip4addr": "1.2.3.4"},
-                             "ixgbe1": {"NIC Names": ["admin"], "ip4addr": "10.0.0.2"}}},
-     "10.0.0.2"),
-    ({"Admin IP": "dhcp", "Network Interfaces": {"i": {"NIC Names": ["ADMIN_rack_A01"],
-                                                       "ip4addr": "10.0.0.3"}}}, "10.0.0.3"),
-    ({"Network Interfaces": {"i": {"NIC Names": ["administration"], "ip4addr": "10.0.0.3"}}}, None),
-    ({"Admin NIC Tag": "mgmt", "Network Interfaces": {"i": {"NIC Names": ["mgmt"],
-                                                            "ip4addr": "10.0.0.4"}}}, "10.0.0.4"),
-    ({"Network Interfaces": {"i": {"NIC Names": ["admin"], "ip4addr": ""}}}, None),
-    ({"Network Interfaces": {"i": None, "j": {"NIC Names": "admin", "ip4addr": "10.0.0.5"}}}, None),
-], ids=str)
-def test_admin_address(content: Any, expected: Any) -> None:
-    assert admin_address(content) == expected
-
-
 def test_nodes_with_odd_members() -> None:
     found = nodes_of([None, {}, {"uuid": 7}, {"uuid": NODE_1.upper(), "hostname": None},
                       {"uuid": NODE_2, "hostname": "b", "sysinfo": {"Admin IP": "10.0.0.1"}}], 9163)
@@ -655,14 +635,6 @@ def test_frames_of_ours_are_masked(size: int) -> None:
     start = {126: 4, 127: 10}.get(frame[1] & 127, 2)
     assert frame[start:start + 4] == mask
     assert bytes(b ^ mask[i % 4] for i, b in enumerate(frame[start + 4:])) == payload
-
-
-def test_pauses_double_with_jitter_to_a_bound() -> None:
-    pauses = Pauses(lambda: 0.5, 1.0, 10.0)
-    assert [pauses.next() for _ in range(6)] == [1, 2, 4, 8, 10, 10]
-    pauses.reset()
-    assert pauses.next() == 1
-    assert Pauses(lambda: 0.0, 1.0).next() == 0.5
 
 
 def test_snapshots_read_back_what_was_written(tmp_path: Path) -> None:
