@@ -17,6 +17,7 @@ Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
     kstats
     host
     collectors
+    USE [kit]
     exposition [kit]
     own metrics [kit]
     cache and throttle [kit]
@@ -84,8 +85,8 @@ __all__ = [
     "ClientResponse", "command_line", "complain", "ConfigError", "Connection", "COUNTER",
     "Counter", "cpu_seconds", "Deferred", "DURATIONS", "escape_label", "EXIT_USAGE",
     "ExpositionError", "Fallback", "Family", "GAUGE", "Gauge", "gunzip", "gzip", "Handler",
-    "HANDSHAKE", "HEADS", "HISTOGRAM", "Histogram", "HTML", "IDLE", "is_address", "is_ip", "JSON",
-    "K", "KINDS", "LABEL_NAME", "label_text", "Labels", "LEVELS", "Limits", "Listener",
+    "HANDSHAKE", "HEADS", "HISTOGRAM", "Histogram", "HTML", "IDLE", "is_address", "is_ip",
+    "JSON", "K", "KINDS", "LABEL_NAME", "label_text", "Labels", "LEVELS", "Limits", "Listener",
     "load_settings", "log", "LOG_QUEUE", "MAX_BODY", "MAX_HEAD", "MAX_JSON_BYTES", "merge",
     "METRIC_NAME", "Number", "number", "one_of", "PACK_FROM", "PAGE", "parse", "parse_address",
     "parse_head", "parse_lines", "Part", "Peer", "Pool", "prepare", "Prepared",
@@ -93,8 +94,8 @@ __all__ = [
     "register_process_metrics", "Registry", "render", "render_part", "Request", "respond",
     "Response", "Route", "Router", "run_daemon", "S", "Sample", "scrape_deadline", "Server",
     "setting", "SMF_EXIT_ERR_CONFIG", "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
-    "text", "TEXT", "TICK_SECONDS", "UNTYPED", "UUID", "V", "valid_label_name",
-    "valid_metric_name", "wire", "WRITING",
+    "text", "TEXT", "TICK_SECONDS", "UNTYPED", "UUID", "Use", "USE", "USE_BUSY", "USE_FROM",
+    "USE_FULL", "USE_UP", "V", "valid_label_name", "valid_metric_name", "wire", "WRITING",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -3089,57 +3090,6 @@ QUIRKS: Mapping[str, str] = {
 }
 
 
-class Use(NamedTuple):
-    """What to look at first: for one resource, how busy, how long the queue, how many errors."""
-    scope: str
-    resource: str
-    utilisation: tuple[str, ...]
-    saturation: tuple[str, ...] = ()
-    errors: tuple[str, ...] = ()
-
-
-USE = (                         # https://www.brendangregg.com/usemethod.html
-    Use("zone", "CPU", ("cpu_user_usage", "cpu_sys_usage", "cpucap_cur_usage_percentage"),
-        ("cpu_wait_time", "cpucap_waiting_threads_count", "load_average")),
-    Use("zone", "virtual CPUs", ("vcpu_seconds_total",)),
-    Use("zone", "memory", ("mem_agg_usage", "mem_limit"),
-        ("mem_over_limit_total", "mem_anon_pages_in_total", "mem_fault_throttle_seconds_total"),
-        ("mem_anon_alloc_fail",)),
-    Use("zone", "swap", ("mem_swap", "mem_swap_limit"), ("mem_swap_reserved_bytes",)),
-    Use("zone", "locked memory", ("mem_locked_bytes", "mem_locked_limit_bytes")),
-    Use("zone", "network", ("net_agg_bytes_in", "net_agg_bytes_out", "net_speed_bytes_per_second"),
-        ("net_drops_in_total", "net_drops_out_total"),
-        ("net_errors_in_total", "net_errors_out_total", "net_link_up")),
-    Use("zone", "network of a virtual machine", ("viona_bytes_in_total", "viona_bytes_out_total"),
-        ("viona_drops_in_total", "viona_drops_out_total"),
-        ("viona_errors_in_total", "viona_errors_out_total")),
-    Use("zone", "TCP", ("tcp_segments_in_total", "tcp_segments_out_total"),
-        ("tcp_listen_drop_count", "tcp_listen_drop_Qzero_count"),
-        ("tcp_retransmitted_segment_count", "tcp_failed_connection_attempt_count",
-         "tcp_errors_in_total")),
-    Use("zone", "files", ("vfs_run_time_count", "vfs_bytes_read_count", "vfs_bytes_written_count"),
-        ("vfs_wait_length_time_count", "vfs_slow_operations_total", "vfs_delay_seconds_total")),
-    Use("zone", "disk space", ("zfs_used", "zfs_available", "zfs_quota")),
-    Use("zone", "processes", ("proc_processes", "proc_processes_limit"), (),
-        ("proc_fork_failures_total", "proc_map_failures_total")),
-    Use("node", "CPU", ("cpu_idle_seconds_total", "cpu_kernel_seconds_total",
-                        "cpu_user_seconds_total"), ("load_average",), ("cpu_info_cpus",)),
-    Use("node", "memory", ("memory_free_bytes", "memory_total_bytes"),
-        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total")),
-    Use("node", "swap", ("swap_available_bytes", "swap_reserved_bytes")),
-    Use("node", "disks", ("disk_busy_seconds_total",),
-        ("disk_wait_length_seconds_total", "disk_waiting_operations"), ("zpool_health_status",)),
-    Use("node", "disk space", ("zpool_allocated_bytes", "zpool_size_bytes"),
-        ("zpool_fragmentation_percent",)),
-    Use("node", "network", ("link_bytes_in_total", "link_bytes_out_total",
-                            "link_speed_bytes_per_second"),
-        ("link_drops_in_total", "link_drops_out_total"),
-        ("link_errors_in_total", "link_errors_out_total", "link_up")),
-    Use("node", "what is sold", ("alloc_cpu_caps_cpus", "alloc_cpus", "alloc_memory_caps_bytes",
-                                 "alloc_memory_bytes"), ("alloc_uncapped_zones",)),
-    Use("node", "clock", ("ntp_pll_offset_seconds",), (), ("ntp_leap_indicator_status",
-                                                           "ntp_peer_last8_polls_failure_count")),
-)
 _OWN = (                        # of every collector, plugins included; all gauges
     ("{}_metrics_available_boolean", "Whether the collector had values, 1 or 0."),
     ("{}_metrics_cached_boolean", "Whether its values came from the cache, 1 or 0."),
@@ -3207,6 +3157,82 @@ COUNTER_MEMBERS: frozenset[tuple[str, str]] = frozenset(
     (table.module, row.member) for table in ZONE_TABLES + NODE_TABLES for row in table.metrics
     if row.kind == COUNTER and row.member != "hdr_size") | frozenset(
     ("unix", member) for member in VMINFO_MEMBERS) | {("zfs", "l2_read_bytes")}
+
+# --- USE [kit] ------------------------------------------------------------------------------------
+
+class Use(NamedTuple):
+    """What to look at first: for one resource, how busy, how long the queue, how many errors."""
+    scope: str
+    resource: str
+    utilisation: tuple[str, ...]
+    saturation: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()             # what is used, and of how much (counters: a second)
+
+
+USE = (                         # https://www.brendangregg.com/usemethod.html
+    Use("zone", "CPU", ("cpu_user_usage", "cpu_sys_usage", "cpucap_cur_usage_percentage"),
+        ("cpu_wait_time", "cpucap_waiting_threads_count", "load_average"),
+        share=("cpucap_cur_usage_percentage", "cpucap_limit_percentage")),
+    Use("zone", "virtual CPUs", ("vcpu_seconds_total",)),
+    Use("zone", "memory", ("mem_agg_usage", "mem_limit"),
+        ("mem_over_limit_total", "mem_anon_pages_in_total", "mem_fault_throttle_seconds_total"),
+        ("mem_anon_alloc_fail",), ("mem_agg_usage", "mem_limit")),
+    Use("zone", "swap", ("mem_swap", "mem_swap_limit"), ("mem_swap_reserved_bytes",),
+        share=("mem_swap", "mem_swap_limit")),
+    Use("zone", "locked memory", ("mem_locked_bytes", "mem_locked_limit_bytes"),
+        share=("mem_locked_bytes", "mem_locked_limit_bytes")),
+    Use("zone", "network", ("net_agg_bytes_in", "net_agg_bytes_out", "net_speed_bytes_per_second"),
+        ("net_drops_in_total", "net_drops_out_total"),
+        ("net_errors_in_total", "net_errors_out_total", "net_link_up"),
+        ("net_agg_bytes_out", "net_speed_bytes_per_second")),
+    Use("zone", "network of a virtual machine", ("viona_bytes_in_total", "viona_bytes_out_total"),
+        ("viona_drops_in_total", "viona_drops_out_total"),
+        ("viona_errors_in_total", "viona_errors_out_total")),
+    Use("zone", "TCP", ("tcp_segments_in_total", "tcp_segments_out_total"),
+        ("tcp_listen_drop_count", "tcp_listen_drop_Qzero_count"),
+        ("tcp_retransmitted_segment_count", "tcp_failed_connection_attempt_count",
+         "tcp_errors_in_total")),
+    Use("zone", "files", ("vfs_run_time_count", "vfs_bytes_read_count", "vfs_bytes_written_count"),
+        ("vfs_wait_length_time_count", "vfs_slow_operations_total", "vfs_delay_seconds_total")),
+    Use("zone", "disk space", ("zfs_used", "zfs_available", "zfs_quota"),
+        share=("zfs_used", "zfs_quota")),
+    Use("zone", "processes", ("proc_processes", "proc_processes_limit"), (),
+        ("proc_fork_failures_total", "proc_map_failures_total"),
+        ("proc_processes", "proc_processes_limit")),
+    Use("node", "CPU", ("cpu_idle_seconds_total", "cpu_kernel_seconds_total",
+                        "cpu_user_seconds_total"), ("load_average",), ("cpu_info_cpus",)),
+    Use("node", "memory", ("memory_free_bytes", "memory_total_bytes"),
+        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total")),
+    Use("node", "swap", ("swap_available_bytes", "swap_reserved_bytes")),
+    Use("node", "disks", ("disk_busy_seconds_total",),
+        ("disk_wait_length_seconds_total", "disk_waiting_operations"), ("zpool_health_status",)),
+    Use("node", "disk space", ("zpool_allocated_bytes", "zpool_size_bytes"),
+        ("zpool_fragmentation_percent",), share=("zpool_allocated_bytes", "zpool_size_bytes")),
+    Use("node", "network", ("link_bytes_in_total", "link_bytes_out_total",
+                            "link_speed_bytes_per_second"),
+        ("link_drops_in_total", "link_drops_out_total"),
+        ("link_errors_in_total", "link_errors_out_total", "link_up"),
+        ("link_bytes_out_total", "link_speed_bytes_per_second")),
+    Use("node", "what is sold", ("alloc_cpu_caps_cpus", "alloc_cpus", "alloc_memory_caps_bytes",
+                                 "alloc_memory_bytes"), ("alloc_uncapped_zones",)),
+    Use("node", "clock", ("ntp_pll_offset_seconds",), (), ("ntp_leap_indicator_status",
+                                                           "ntp_peer_last8_polls_failure_count")),
+)
+USE_BUSY, USE_FULL = 0.8, 0.95      # shares from which a resource is busy, and full
+# From which value a metric of saturation or errors means something; counters a second. Those that
+# are not listed: anything above 0. Infinity: depends on the size of the zone, so it is not judged.
+USE_FROM = {
+    "cpu_wait_time": 2e8, "load_average": math.inf, "cpu_info_cpus": math.inf,
+    "mem_anon_pages_in_total": 10, "mem_fault_throttle_seconds_total": 0.01,
+    "mem_swap_reserved_bytes": math.inf, "tcp_retransmitted_segment_count": 20,
+    "tcp_failed_connection_attempt_count": 1, "vfs_wait_length_time_count": 1e9,
+    "vfs_slow_operations_total": 10, "vfs_delay_seconds_total": 0.01,
+    "disk_wait_length_seconds_total": 4, "disk_waiting_operations": 16,
+    "zpool_fragmentation_percent": 70, "ntp_leap_indicator_status": 2,
+    "memory_scanned_pages": 100, "alloc_uncapped_zones": math.inf,
+}
+USE_UP = ("net_link_up", "link_up")         # trouble where these are 0
 
 # --- exposition [kit] -----------------------------------------------------------------------------
 

@@ -102,8 +102,11 @@ def test_the_page_order_is_that_of_names_and_time_is_last() -> None:
 def test_what_to_look_at_is_there() -> None:
     names = {(row["scope"], row["name"]) for row in OWN}
     for use in agent.USE:
-        for name in use.utilisation + use.saturation + use.errors:
+        for name in use.utilisation + use.saturation + use.errors + use.share:
             assert (use.scope, name) in names
+        assert len(use.share) in (0, 2)
+    judged = {name for use in agent.USE for name in use.saturation + use.errors}
+    assert {*agent.USE_FROM, *agent.USE_UP} <= judged
 
 
 def test_quirks_are_of_metrics_that_exist() -> None:
