@@ -6,14 +6,16 @@
     cmon.py monitor NAME|UUID                   the page of metrics of one of them
     cmon.py demo [--once]                       a compute node, a proxy and a tenant on this machine
 
-Where the proxy is and who asks: --url, --cert, --key or CMON_URL, CMON_CERT, CMON_KEY.
+Where the proxy is and who asks: --url, --cert, --key, --ca, before the command or behind it, or
+CMON_URL, CMON_CERT, CMON_KEY, CMON_CA.
 Exit status: 0; 1 when something failed, in one line on stderr; 2 for a wrong command line.
 
 Map (`grep '^# ---'`):
 
     client
     display
-    discover and monitor
+    monitor
+    discover
     demo
     commands
 """
@@ -101,9 +103,8 @@ class Proxy:
 
     def containers(self, groups: str = "") -> tuple[Any, list[Container]]:
         """Discovery: the JSON as it came, and the containers in it by alias."""
-        query = "?" + urllib.parse.urlencode({"groups": groups}) if groups else ""
         try:
-            found = json.loads(self.page("/v1/discover" + query))
+            found = json.loads(self.page("/v1/discover" + groups_query(groups)))
             return found, sorted(
                 Container(*(printable(str(item.get(key) or "-")) for key in (
                     "vm_alias", "vm_uuid", "vm_brand", "vm_state", "server_uuid")))
@@ -111,6 +112,21 @@ class Proxy:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failure(f"{self.url}/v1/discover answers, but not as a proxy: is the URL right?"
                           ) from None
+
+    def find(self, name: str) -> Container:
+        """The container of that alias, UUID or beginning of a UUID; a whole UUID needs no look-up:
+        it may be a compute node's."""
+        if UUID.fullmatch(name.lower()):
+            return Container(name.lower(), name.lower(), "-", "-", "-")
+        return choose(name, self.containers()[1])
+
+    def scrape(self, uuid: str) -> bytes:
+        """The page of a container or, for operators, of a compute node."""
+        return self.page(f"/v1/{uuid}/metrics")
+
+    def fleet(self, groups: str = "") -> bytes:
+        """The page that says why each container is silent, or not; it asks no node."""
+        return self.page("/v1/fleet/metrics" + groups_query(groups))
 
     def close(self) -> None:
         """End the connections."""
@@ -126,6 +142,11 @@ class Proxy:
             usual = f"https://{parts.hostname}:{PROXY_PORT}"
             return f"; the proxy's usual port is {PROXY_PORT}: --url {usual}"
         return ""
+
+
+def groups_query(groups: str) -> str:
+    """The query that asks for containers in one of these groups."""
+    return "?" + urllib.parse.urlencode({"groups": groups}) if groups else ""
 
 
 def proxy_url(text: str) -> str:
@@ -178,6 +199,42 @@ def words_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+def choose(name: str, containers: Sequence[Container]) -> Container:
+    """The container that is meant: by alias, else by the beginning of its UUID."""
+    found = [container for container in containers if container.alias == name]
+    if not found and len(name) >= 2:
+        found = [container for container in containers if container.uuid.startswith(name.lower())]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        more = f" or {len(found) - 8} more" if len(found) > 8 else ""
+        raise Failure(f"{name!r} may be " + " or ".join(map(describe, found[:8])) + more
+                      + ": give the UUID")
+    aliases = sorted({container.alias for container in containers})
+    near = [alias for alias in aliases if name.lower() in alias.lower()][:5]
+    near = near or sorted(difflib.get_close_matches(name, aliases, 5, 0.6))
+    if not containers:
+        raise Failure(f"no container {name!r}: this account has none that run")
+    raise Failure(f"no container {name!r}; " + ("did you mean " + " or ".join(near) + "?" if near
+                                                else "`cmon.py discover` lists them"))
+
+
+def describe(container: Container) -> str:
+    """A container in a message."""
+    return f"{container.uuid} ({container.alias}, {container.state})"
+
+
+def proxy_of(arguments: argparse.Namespace) -> Proxy:
+    """The proxy that flags and environment name."""
+    url = proxy_url(arguments.url)
+    for flag, variable, value in (("--cert", "CMON_CERT", arguments.cert),
+                                  ("--key", "CMON_KEY", arguments.key)):
+        if not value:
+            raise Usage(f"who asks? set {variable} or give {flag} FILE (PEM)")
+    tls = client_context(arguments.cert, arguments.key, arguments.ca)
+    return Proxy(url, tls, arguments.timeout)
+
+
 # --- display --------------------------------------------------------------------------------------
 
 def printable(text: str) -> str:
@@ -219,7 +276,21 @@ def screen_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
-# --- discover and monitor -------------------------------------------------------------------------
+# --- monitor --------------------------------------------------------------------------------------
+
+def monitor(arguments: argparse.Namespace) -> int:
+    """`cmon.py monitor`"""
+    proxy = proxy_of(arguments)
+    page = proxy.scrape(proxy.find(arguments.container).uuid)
+    if sys.stdout.isatty():                 # what a zone wrote must not drive the terminal
+        for line in page.decode("utf-8", "replace").splitlines():
+            print("".join(char if char.isprintable() else "?" for char in line))
+    else:
+        sys.stdout.buffer.write(page)       # as it came, whatever the locale
+    return 0
+
+
+# --- discover -------------------------------------------------------------------------------------
 
 def discover(arguments: argparse.Namespace) -> int:
     """`cmon.py discover`"""
@@ -233,58 +304,6 @@ def discover(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(container_table(containers, screen_width())))
     return 0
-
-
-def monitor(arguments: argparse.Namespace) -> int:
-    """`cmon.py monitor`"""
-    proxy = proxy_of(arguments)
-    name = arguments.container
-    uuid = name.lower()
-    if not UUID.fullmatch(uuid):            # a whole UUID needs no look-up
-        uuid = choose(name, proxy.containers()[1]).uuid
-    page = proxy.page(f"/v1/{uuid}/metrics")
-    if sys.stdout.isatty():                 # what a zone wrote must not drive the terminal
-        for line in page.decode("utf-8", "replace").splitlines():
-            print("".join(char if char.isprintable() else "?" for char in line))
-    else:
-        sys.stdout.buffer.write(page)       # as it came, whatever the locale
-    return 0
-
-
-def choose(name: str, containers: Sequence[Container]) -> Container:
-    """The container that is meant: by alias, else by the beginning of its UUID."""
-    found = [container for container in containers if container.alias == name]
-    if not found and len(name) >= 2:
-        found = [container for container in containers if container.uuid.startswith(name.lower())]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        more = f" or {len(found) - 8} more" if len(found) > 8 else ""
-        raise Failure(f"{name!r} may be " + " or ".join(map(describe, found[:8])) + more
-                      + ": give the UUID")
-    aliases = sorted({container.alias for container in containers})
-    near = [alias for alias in aliases if name.lower() in alias.lower()][:5]
-    near = near or sorted(difflib.get_close_matches(name, aliases, 5, 0.6))
-    if not containers:
-        raise Failure(f"no container {name!r}: this account has none that run")
-    raise Failure(f"no container {name!r}; " + ("did you mean " + " or ".join(near) + "?" if near
-                                                else "`cmon.py discover` lists them"))
-
-
-def describe(container: Container) -> str:
-    """A container in a message."""
-    return f"{container.uuid} ({container.alias}, {container.state})"
-
-
-def proxy_of(arguments: argparse.Namespace) -> Proxy:
-    """The proxy that flags and environment name."""
-    url = proxy_url(arguments.url)
-    for flag, variable, value in (("--cert", "CMON_CERT", arguments.cert),
-                                  ("--key", "CMON_KEY", arguments.key)):
-        if not value:
-            raise Usage(f"who asks? set {variable} or give {flag} FILE (PEM)")
-    tls = client_context(arguments.cert, arguments.key, arguments.ca)
-    return Proxy(url, tls, arguments.timeout)
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -688,19 +707,20 @@ def port_number(text: str) -> int:
     return value
 
 
-def connection_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the proxy is and who asks; flags win over the environment."""
-    add = parser.add_argument
+def connection_arguments(parser: argparse.ArgumentParser, first: bool = False) -> None:
+    """Where the proxy is and who asks. They may be given before the command (`first`) and behind
+    it, which wins; both win over the environment."""
+    def add(flag: str, default: Any, **more: Any) -> None:
+        parser.add_argument(flag, default=default if first else argparse.SUPPRESS, **more)
     environment = os.environ.get
-    add("--url", metavar="URL", default=environment("CMON_URL", ""),
+    add("--url", environment("CMON_URL", ""), metavar="URL",
         help=f"the proxy, as https://HOST:{PROXY_PORT} (CMON_URL)")
-    add("--cert", metavar="FILE", default=environment("CMON_CERT", ""),
+    add("--cert", environment("CMON_CERT", ""), metavar="FILE",
         help="your certificate, PEM (CMON_CERT)")
-    add("--key", metavar="FILE", default=environment("CMON_KEY", ""),
-        help="its key, PEM (CMON_KEY)")
-    add("--ca", metavar="FILE", default="", help="the CA of the proxy's certificate, PEM, where it "
-        "is not one that this system trusts")
-    add("--timeout", metavar="SECONDS", type=seconds, default=10.0, help="for one answer (10)")
+    add("--key", environment("CMON_KEY", ""), metavar="FILE", help="its key, PEM (CMON_KEY)")
+    add("--ca", environment("CMON_CA", ""), metavar="FILE", help="the CA of the proxy's "
+        "certificate, PEM, where it is not one that this system trusts (CMON_CA)")
+    add("--timeout", 10.0, metavar="SECONDS", type=seconds, help="for one answer (10)")
 
 
 def discover_arguments(parser: argparse.ArgumentParser) -> None:
@@ -741,6 +761,7 @@ def command_line() -> argparse.ArgumentParser:
         prog="cmon.py", description="Container Monitor: metrics of zones, for their owners.",
         allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cmon {__version__}")
+    connection_arguments(parser, first=True)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         inner = commands.add_parser(command.name, help=command.help, allow_abbrev=False,

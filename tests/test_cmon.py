@@ -222,6 +222,15 @@ def test_what_a_tenant_named_does_not_drive_the_terminal(proxy: StandIn, files: 
     assert line.startswith("a?[31m b?  0b7e2c1a-5d44-4f0e-9c3a-7f21d8aa6b10  -")
 
 
+def test_connection_flags_stand_before_the_command_or_behind_it(proxy: StandIn,
+                                                                files: Files) -> None:
+    good = connection(proxy, files)
+    assert run(*good, "discover").returncode == 0
+    assert run("--url", "https://127.0.0.1:1", "--timeout", "5", "discover", *good).returncode == 0
+    env = dict(zip(("CMON_URL", "CMON_CERT", "CMON_KEY", "CMON_CA"), good[1::2]))
+    assert run("discover", env=env).returncode == 0
+
+
 @pytest.mark.parametrize("body", [
     b"<html>", b"{}", b"[]", b'{"containers": 1}', b'{"containers": [1]}', b"\xff", b'{"cns": []}',
     b"[" * 100_000,
