@@ -4,6 +4,8 @@
 
     cmon.py discover [--groups A,B] [--json]    containers of an account, as the proxy lists them
     cmon.py monitor NAME|UUID                   the page of metrics of one of them
+    cmon.py certgen --account LOGIN --ssh-key FILE
+                                                a certificate for the proxy
     cmon.py demo [--once]                       a compute node, a proxy and a tenant on this machine
 
 Where the proxy is and who asks: --url, --cert, --key, --ca, before the command or behind it, or
@@ -16,6 +18,7 @@ Map (`grep '^# ---'`):
     display
     monitor
     discover
+    certificates
     demo
     commands
 """
@@ -25,6 +28,7 @@ import argparse
 import base64
 import difflib
 import errno
+import getpass
 import io
 import json
 import os
@@ -34,6 +38,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -179,19 +184,34 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     asked = []
 
-    def no_passphrase() -> str:
+    def passphrase() -> str:
         asked.append(True)
-        return ""
+        return ask_passphrase(f"the key {key}")
     try:
-        context.load_cert_chain(cert, key, password=no_passphrase)
+        context.load_cert_chain(cert, key, password=passphrase)
     except (OSError, ValueError) as error:      # SSLError is an OSError
         if asked:
-            raise Failure(f"the key {key} has a passphrase, and cmon cannot ask for it: use a key "
-                          "without one, readable by you alone") from None
+            raise Failure(f"wrong passphrase for the key {key}") from None
         if "KEY_VALUES_MISMATCH" in str(error):
             raise Failure(f"the key {key} does not belong to the certificate {cert}") from None
         raise Failure(f"{cert} and {key} are not a certificate and its key in PEM") from None
     return context
+
+
+def need_terminal(what: str) -> None:
+    """Failure where nobody can be asked for the passphrase of `what`."""
+    if not sys.stdin.isatty():
+        raise Failure(f"{what} has a passphrase, and there is no terminal to ask for it: "
+                      "use a key without one, readable by you alone")
+
+
+def ask_passphrase(what: str) -> str:
+    """What the user types on the terminal, unseen."""
+    need_terminal(what)
+    try:
+        return getpass.getpass(f"Passphrase of {what}: ", sys.stderr)
+    except EOFError:
+        raise Failure(f"no passphrase for {what}") from None
 
 
 def words_of(error: OSError) -> str:
@@ -304,6 +324,266 @@ def discover(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(container_table(containers, screen_width())))
     return 0
+
+
+# --- certificates ---------------------------------------------------------------------------------
+
+LOGIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,63}")    # also a file's name; X.509 takes 64
+DAYS = 3650                 # as `triton profile cmon-certgen`
+BACKDATED_SECONDS = 300     # clocks differ, and the original proxy makes no allowance for that
+RENEW_DAYS = 30             # --renew leaves alone what lasts longer; also when the alert fires
+AGENT_SECONDS = 120.0       # ssh-agent may ask its owner to confirm
+AGENT_MESSAGE = 262_144     # bytes; ssh-agent's own limit
+WRONG_KIND = ("is of kind {kind}, and certificates are signed with RSA or ECDSA: make one with "
+              "`ssh-keygen -t ecdsa`, add it to the account, and use it here")
+
+
+class SshAgent:
+    """The user's ssh-agent (draft-miller-ssh-agent), asked over its socket."""
+    IDENTITIES, SIGN, SHA256 = 11, 13, 2        # requests, and the flag for RSA with SHA-256
+    ANSWERS = {IDENTITIES: 12, SIGN: 14}
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def keys(self) -> list[tuple[Any, str]]:
+        """Public keys of the kinds that we know, each with its comment."""
+        from cmon_proxy import CertificateError, public_key
+        rest = self._ask(self.IDENTITIES, b"")
+        count, = struct.unpack(">I", rest[:4])
+        fields = self._fields(rest[4:])
+        if len(fields) != 2 * count:
+            raise Failure("ssh-agent answers with something else than a list of keys")
+        found = []
+        for blob, comment in zip(fields[::2], fields[1::2]):
+            kind = b"".join(self._fields(blob)[:1]).decode("ascii", "replace")
+            try:
+                key = public_key(f"{kind} {base64.b64encode(blob).decode()}")
+            except CertificateError:            # of a security token, or an SSH certificate
+                continue
+            found.append((key, printable(comment.decode("utf-8", "replace"))))
+        return found
+
+    def sign(self, blob: bytes, message: bytes) -> bytes:
+        """An SSH signature of the message by this key."""
+        request = b"".join(struct.pack(">I", len(part)) + part for part in (blob, message))
+        signature, = self._fields(self._ask(self.SIGN, request + struct.pack(">I", self.SHA256)))
+        return signature
+
+    def _ask(self, kind: int, content: bytes) -> bytes:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(AGENT_SECONDS)
+                connection.connect(self.path)
+                connection.sendall(struct.pack(">IB", len(content) + 1, kind) + content)
+                with connection.makefile("rb") as reader:
+                    length, = struct.unpack(">I", reader.read(4))
+                    answer = reader.read(length) if length <= AGENT_MESSAGE else b""
+        except OSError as error:
+            raise Failure(f"cannot talk to ssh-agent at {self.path}: {words_of(error)}") from None
+        except struct.error:
+            answer = b""
+        if answer[:1] != bytes([self.ANSWERS[kind]]):
+            raise Failure("ssh-agent refuses" + (
+                " to sign: `ssh-add -l` shows whether it is locked" if kind == self.SIGN else ""))
+        return answer[1:]
+
+    @staticmethod
+    def _fields(content: bytes) -> list[bytes]:
+        fields = []
+        while content:
+            length = int.from_bytes(content[:4], "big")
+            if len(content) < 4 + length:
+                raise Failure("ssh-agent answers with a message that is cut off")
+            fields.append(content[4:4 + length])
+            content = content[4 + length:]
+        return fields
+
+
+def certgen(arguments: argparse.Namespace) -> int:
+    """`cmon.py certgen`"""
+    from cmon_proxy import CertificateError, certificate, first_certificate, utc
+    folder = Path(arguments.out)
+    paths = [folder / f"{arguments.account}-{kind}.pem" for kind in ("cert", "key")]
+    taken = [path for path in paths if os.path.lexists(path)]
+    if arguments.renew and len(taken) == 2 and not arguments.force:
+        try:
+            end = certificate(first_certificate(read_text(paths[0], "certificate"))).not_after
+        except CertificateError:
+            raise Failure(f"{paths[0]} is not a certificate: --force replaces it") from None
+        if end - time.time() > RENEW_DAYS * 86400:
+            print(f"{paths[0]} is valid until {utc(end)}: nothing to do yet")
+            return 0
+    elif taken and not arguments.force:
+        raise Failure(f"{taken[0]} exists: --renew replaces it when it is about to end, --force "
+                      "at once")
+    try:
+        cert, key, signer = make_credentials(arguments)
+    except (CertificateError, OSError) as error:
+        raise Failure(f"cannot make a certificate: {error}") from None
+    write_both(list(zip(paths, (cert, key))), replace=bool(taken))
+    made = certificate(first_certificate(cert.decode()))
+    print(f"wrote {paths[0]} and {paths[1]}, valid until {utc(made.not_after)}; "
+          f"the account must have the key {signer.sha256}")
+    return 0
+
+
+def make_credentials(arguments: argparse.Namespace) -> tuple[bytes, bytes, Any]:
+    """A certificate and its key, PEM, and the public key that signed it."""
+    from cmon_proxy import (
+        CLIENT_PURPOSE, CMON_PURPOSE, SERVER_PURPOSE, Signer, make_certificate, make_key,
+        private_key)
+    login, now = arguments.account, time.time()
+    dates = {"not_before": now - BACKDATED_SECONDS, "not_after": now + arguments.days * 86400}
+    if arguments.agent:
+        if arguments.old_style:
+            raise Usage("--old-style uses the SSH key itself, which ssh-agent does not hand out: "
+                        "give --ssh-key FILE without --agent")
+        agent = SshAgent(os.environ.get("SSH_AUTH_SOCK", ""))
+        signer = agent_key(agent, arguments.ssh_key)
+        holder: Any = Signer(signer, lambda message: agent.sign(signer.blob, message))
+    elif not arguments.ssh_key:
+        raise Usage("with which key? give --ssh-key FILE, or --agent for a key of ssh-agent")
+    else:
+        holder = account_key(Path(arguments.ssh_key))
+        signer = private_key(holder)
+    if arguments.old_style:
+        return make_certificate(holder, login, **dates), holder, signer
+    key = make_key()
+    digest = base64.b64encode(bytes.fromhex(signer.md5.replace(":", "")))
+    # what the original's certgen writes; serverAuth is there, too
+    cert = make_certificate(
+        key, login, issuer="MD5:" + digest.decode().rstrip("="), signing_key=holder, serial=1,
+        names=[login], purposes=[CLIENT_PURPOSE, SERVER_PURPOSE, CMON_PURPOSE], **dates)
+    return cert, key, signer
+
+
+def agent_key(agent: SshAgent, wanted: str) -> Any:
+    """The key of ssh-agent that a file, a fingerprint or nothing names."""
+    from cmon_proxy import CertificateError, public_key
+    if not agent.path:
+        raise Failure("no ssh-agent: SSH_AUTH_SOCK is not set; start one with "
+                      "`eval $(ssh-agent)` and add the key with `ssh-add`")
+    keys = agent.keys()
+    if wanted and not re.match(r"(MD5|SHA256):", wanted):
+        public = Path(wanted if wanted.endswith(".pub") else wanted + ".pub")
+        try:
+            fingerprint = public_key(read_text(public, "public key")).sha256
+        except CertificateError as error:
+            raise Failure(f"{public} is not a public key: {error}") from None
+    else:
+        fingerprint = wanted
+    found = [key for key, _ in keys if fingerprint in (key.sha256, "MD5:" + key.md5)
+             or not fingerprint and key.kind != "ssh-ed25519"]
+    if not found:
+        raise Failure(f"ssh-agent has no {'key ' + fingerprint if wanted else 'RSA or ECDSA key'}: "
+                      "`ssh-add -l` lists those it has, `ssh-add FILE` adds one")
+    if len(found) > 1:
+        raise Failure("ssh-agent has several keys: give one as --ssh-key, "
+                      + " or ".join(key.sha256 for key in found[:8]))
+    if found[0].kind == "ssh-ed25519":
+        raise Failure(f"the key {found[0].sha256} " + WRONG_KIND.format(kind="Ed25519"))
+    return found[0]
+
+
+def account_key(path: Path) -> bytes:
+    """The private key in a file as PEM without a passphrase, which is asked for if there is one."""
+    from cmon_proxy import CertificateError, plain_key, private_key
+    pem = read_text(path, "SSH key").encode()
+    if b"-----BEGIN OPENSSH PRIVATE KEY-----" in pem:
+        pem = openssh_key(path, pem)
+    elif b"PRIVATE KEY-----" not in pem:
+        raise Failure(f"{path} is not a private key; " + (
+            "it is the public one: give the other file" if pem.startswith((b"ssh-", b"ecdsa-"))
+            else "OpenSSH's form and PEM can be read"))
+    secret = b"ENCRYPTED" in pem
+    try:
+        pem = plain_key(pem, ask_passphrase(f"the key {path}").encode() if secret else b"")
+    except CertificateError as error:
+        raise Failure(f"wrong passphrase for {path}" if secret
+                      else f"{path} cannot be read: {error}") from None
+    kind = private_key(pem).kind
+    if kind == "ssh-ed25519":
+        raise Failure(f"{path} " + WRONG_KIND.format(kind="Ed25519"))
+    return pem
+
+
+def openssh_key(path: Path, content: bytes) -> bytes:
+    """A private key of ssh-keygen's own form as PEM; ssh-keygen asks for its passphrase."""
+    tool = shutil.which("ssh-keygen")
+    if tool is None:
+        raise Failure(f"{path} has OpenSSH's own form, and ssh-keygen is not here to read it: "
+                      "install OpenSSH's client, or give a key in PEM")
+    with tempfile.TemporaryDirectory(prefix="cmon-") as folder:     # mode 700
+        copied = Path(folder) / "key"
+        write_private(copied, content)
+
+        def run(*flags: str, stdin: int | None = subprocess.DEVNULL) -> tuple[bool, str]:
+            done = subprocess.run([tool, *flags, "-f", str(copied)], stdin=stdin, check=False,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            return done.returncode == 0, done.stdout.decode("utf-8", "replace")
+
+        readable, listed = run("-l")
+        kind = listed.rpartition("(")[2].strip().rstrip(")")
+        if not readable:
+            raise Failure(f"{path} is not a private key that ssh-keygen can read")
+        if kind not in ("RSA", "ECDSA"):
+            raise Failure(f"{path} " + WRONG_KIND.format(kind=kind.capitalize()))
+        to_pem = ("-p", "-N", "", "-m", "PEM")
+        if not run(*to_pem, "-P", "")[0]:
+            need_terminal(f"the key {path}")
+            print(f"cmon: the key {path} has a passphrase", file=sys.stderr)
+            # it asks on the terminal by itself: a flag would show the passphrase to everybody
+            if not run(*to_pem, stdin=None)[0]:
+                raise Failure(f"wrong passphrase for {path}")
+        return copied.read_bytes()
+
+
+def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
+    """All of the files, mode 600, or none of them; what is there is replaced only if asked for."""
+    done: list[tuple[Path, Path | None]] = []       # written, with what was there before
+    try:
+        folder = files[0][0].parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".cmon-", dir=folder) as work:
+            for path, content in files:
+                write_private(Path(work) / path.name, content)
+            try:
+                for path, _ in files:
+                    old = Path(work) / f"old {path.name}" if replace else None
+                    if old is not None and os.path.lexists(path):
+                        os.link(path, old, follow_symlinks=False)
+                    if replace:
+                        os.replace(Path(work) / path.name, path)
+                    else:
+                        os.link(Path(work) / path.name, path)   # fails if it has come meanwhile
+                    done.append((path, old))
+            except OSError:
+                for path, old in done:
+                    if old is not None and os.path.lexists(old):
+                        os.replace(old, path)
+                    else:
+                        path.unlink()
+                raise
+    except OSError as error:
+        raise Failure(f"cannot write {files[0][0]} and {files[-1][0]}: {words_of(error)}"
+                      ) from None
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A file that is its owner's alone from the start."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_text(path: Path, what: str) -> str:
+    """A small file; Failure says which."""
+    try:
+        return path.read_bytes()[:1_000_000].decode("utf-8", "replace")
+    except OSError as error:
+        raise Failure(f"cannot read the {what} {path}: {words_of(error)}") from None
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -738,6 +1018,38 @@ def monitor_arguments(parser: argparse.ArgumentParser) -> None:
     connection_arguments(parser)
 
 
+def days(text: str) -> int:
+    """A flag's value: how long a certificate is valid."""
+    value = int(text)
+    if not 0 < value <= 36500:
+        raise ValueError
+    return value
+
+
+def login(text: str) -> str:
+    """A flag's value: an account's login."""
+    if LOGIN.fullmatch(text) is None:
+        raise ValueError
+    return text
+
+
+def certgen_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `certgen`."""
+    add = parser.add_argument
+    add("--account", metavar="LOGIN", type=login, required=True, help="the account's login")
+    add("--ssh-key", metavar="FILE", default="", help="a private key of the account, RSA or ECDSA, "
+        "as ssh-keygen makes it or PEM; with --agent its public half or its fingerprint")
+    add("--agent", action="store_true", help="let ssh-agent sign, with the one key that it has or "
+        "with --ssh-key")
+    add("--old-style", action="store_true", help="the SSH key itself, self-signed, as "
+        "sdc-docker-setup.sh makes it, instead of a key of its own")
+    add("--days", metavar="N", type=days, default=DAYS, help=f"how long it is valid ({DAYS})")
+    add("--out", metavar="DIR", default=".", help="where LOGIN-cert.pem and LOGIN-key.pem go (.)")
+    add("--force", action="store_true", help="replace what is there")
+    add("--renew", action="store_true", help="replace what is there if it ends within "
+        f"{RENEW_DAYS} days; otherwise leave it")
+
+
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `demo`."""
     parser.add_argument("--once", action="store_true",
@@ -750,6 +1062,8 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 COMMANDS = (
     Command("discover", "list the containers of your account", discover, discover_arguments),
     Command("monitor", "print the metrics of one container", monitor, monitor_arguments),
+    Command("certgen", "make a certificate for the proxy with an SSH key of your account", certgen,
+            certgen_arguments),
     Command("demo", "see all of it work on this machine, with nothing installed", demo,
             demo_arguments),
 )

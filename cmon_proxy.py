@@ -308,6 +308,9 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("OPENSSL_sk_num", _I, (_P,)), ("OPENSSL_sk_value", _P, (_P, _I)),
     ("EXTENDED_KEY_USAGE_free", None, (_P,)),
     ("EVP_PKEY_new", _P, ()), ("EVP_PKEY_free", None, (_P,)), ("EVP_sha256", _P, ()),
+    ("EVP_sha384", _P, ()), ("EVP_sha512", _P, ()),
+    ("ECDSA_SIG_new", _P, ()), ("ECDSA_SIG_free", None, (_P,)),
+    ("ECDSA_SIG_set0", _I, (_P, _P, _P)), ("i2d_ECDSA_SIG", _I, (_P, _P)),
     ("EVP_PKEY_get1_RSA", _P, (_P,)), ("EVP_PKEY_set1_RSA", _I, (_P, _P)),
     ("EVP_PKEY_get1_EC_KEY", _P, (_P,)), ("EVP_PKEY_set1_EC_KEY", _I, (_P, _P)),
     ("EVP_PKEY_new_raw_public_key", _P, (_I, _P, _S, _Z)),
@@ -340,6 +343,8 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("X509_get_ext_d2i", _P, (_P, _I, _P, _P)), ("X509_add_ext", _I, (_P, _P, _I)),
     ("X509_EXTENSION_free", None, (_P,)), ("X509V3_set_ctx", None, (_P, _P, _P, _P, _P, _I)),
     ("X509V3_EXT_conf_nid", _P, (_P, _P, _I, _S)), ("X509_sign", _I, (_P, _P, _P)),
+    ("i2d_re_X509_tbs", _I, (_P, _P)), ("X509_get0_signature", None, (_P, _P, _P)),
+    ("ASN1_STRING_set", _I, (_P, _S, _I)),
     ("X509_verify", _I, (_P, _P)), ("X509_STORE_CTX_set_default", _I, (_P, _S)),
     ("SSL_CTX_get_verify_mode", _I, (_P,)), ("SSL_CTX_get_options", ctypes.c_uint64, (_P,)),
     ("SSL_CTX_set_cert_verify_callback", None, (_P, _P, _P)),
@@ -744,13 +749,23 @@ def make_key(kind: str = "ec") -> bytes:
             scope.need(library.EVP_PKEY_CTX_ctrl_str(maker, name, value), "cannot make a key")
         pkey = ctypes.c_void_p()
         scope.need(library.EVP_PKEY_keygen(maker, ctypes.byref(pkey)), "cannot make a key")
-        scope.own(pkey.value, library.EVP_PKEY_free, "cannot make a key")
-        sink = scope.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
-        scope.need(library.PEM_write_bio_PKCS8PrivateKey(sink, pkey, None, None, 0, None, None),
-                   "cannot write a key")
-        text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
-        library.BIO_read(sink, text, len(text))
-        return text.raw
+        return _pkcs8(scope, scope.own(pkey.value, library.EVP_PKEY_free, "cannot make a key"))
+
+
+def _pkcs8(scope: _Scope, pkey: int) -> bytes:
+    library = scope.library
+    sink = scope.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
+    scope.need(library.PEM_write_bio_PKCS8PrivateKey(sink, pkey, None, None, 0, None, None),
+               "cannot write a key")
+    text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
+    library.BIO_read(sink, text, len(text))
+    return text.raw
+
+
+def plain_key(pem: bytes, passphrase: bytes = b"") -> bytes:
+    """A private key as PEM in PKCS#8 without a passphrase; CertificateError."""
+    with _Scope() as scope:
+        return _pkcs8(scope, scope.private_key(pem, passphrase))
 
 
 def private_key(pem: bytes, passphrase: bytes = b"") -> PublicKey:
@@ -764,9 +779,50 @@ def ssh_public_key(key_pem: bytes) -> str:
     return private_key(key_pem).line
 
 
+class Signer(NamedTuple):
+    """A private key that somebody else holds, such as ssh-agent."""
+    key: PublicKey
+    sign: Callable[[bytes], bytes]              # bytes to sign: an SSH signature, RFC 4253 6.6
+
+
+# RFC 5656 section 6.2.1; all other kinds sign with SHA-256
+_DIGESTS = {"ecdsa-sha2-nistp384": "EVP_sha384", "ecdsa-sha2-nistp521": "EVP_sha512"}
+
+
+def _x509_signature(scope: _Scope, kind: str, blob: bytes) -> bytes:
+    """An SSH signature as X.509 has it; CertificateError for one of another kind or with SHA-1."""
+    library = scope.library
+    fields = _ssh_fields(blob)
+    name = fields[0].decode("ascii", "replace") if fields else ""
+    if len(fields) != 2 or name != ("rsa-sha2-256" if kind == "ssh-rsa" else kind):
+        raise CertificateError(f"a signature of kind {name[:40]!r} by a key of kind {kind}")
+    if kind == "ssh-rsa":
+        return fields[1]
+    numbers = _ssh_fields(fields[1])
+    if len(numbers) != 2:
+        raise CertificateError("an ECDSA signature that is not two numbers")
+    made = scope.own(library.ECDSA_SIG_new(), library.ECDSA_SIG_free, "ECDSA_SIG")
+    first, second = (library.BN_bin2bn(number, len(number), None) for number in numbers)
+    scope.need(library.ECDSA_SIG_set0(made, first, second), "not an ECDSA signature")
+    return _der(library.i2d_ECDSA_SIG, made)
+
+
+def _sign_elsewhere(scope: _Scope, x509: int, signer: Signer) -> None:
+    """Put the holder's signature in the place of one by a throw-away key of the same kind, which
+    has filled in the algorithm."""
+    library = scope.library
+    tbs = _der(library.i2d_re_X509_tbs, x509)
+    signature = _x509_signature(scope, signer.key.kind, signer.sign(tbs))
+    place = ctypes.c_void_p()
+    library.X509_get0_signature(ctypes.byref(place), None, x509)
+    scope.need(library.ASN1_STRING_set(place, signature, len(signature)), "cannot sign")
+    if library.X509_verify(x509, scope.spki(signer.key.spki)) != 1:
+        raise CertificateError(f"the signature is not by {signer.key.sha256}")
+
+
 def make_certificate(
     key_pem: bytes, subject: str, *, issuer: str | bytes | None = None,
-    signing_key: bytes | None = None, names: Sequence[str] = (), days: float = 3650,
+    signing_key: bytes | Signer | None = None, names: Sequence[str] = (), days: float = 3650,
     not_before: float | None = None, not_after: float | None = None,
     purposes: Sequence[str] = (), is_ca: bool = False, serial: int | None = None,
     passphrase: bytes = b"",
@@ -782,7 +838,12 @@ def make_certificate(
         library = scope.library
         x509 = scope.own(library.X509_new(), library.X509_free, "X509")
         pkey = scope.private_key(key_pem, b"" if signing_key else passphrase)
-        signer = pkey if signing_key is None else scope.private_key(signing_key, passphrase)
+        if isinstance(signing_key, Signer):
+            kind = signing_key.key.kind
+            signer = scope.private_key(make_key("rsa" if kind == "ssh-rsa" else "ec"))
+        else:
+            signer = pkey if signing_key is None else scope.private_key(signing_key, passphrase)
+            kind = _described(scope, signer).kind
         library.X509_set_version(x509, 2)       # counts from 0: version 3
         number = int.from_bytes(os.urandom(8), "big") >> 1 | 1 if serial is None else serial
         library.ASN1_INTEGER_set_uint64(library.X509_get_serialNumber(x509), number)
@@ -821,7 +882,10 @@ def make_certificate(
                 library.X509_EXTENSION_free,
                 f"an extension that X.509 does not take: {extension_text!r}")
             scope.need(library.X509_add_ext(x509, extension, -1), "cannot add an extension")
-        scope.need(library.X509_sign(x509, signer, library.EVP_sha256()), "cannot sign")
+        digest = getattr(library, _DIGESTS.get(kind, "EVP_sha256"))()
+        scope.need(library.X509_sign(x509, signer, digest), "cannot sign")
+        if isinstance(signing_key, Signer):
+            _sign_elsewhere(scope, x509, signing_key)
         return ssl.DER_cert_to_PEM_cert(_der(library.i2d_X509, x509)).encode()
 
 

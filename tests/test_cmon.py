@@ -389,7 +389,7 @@ def test_no_certificate(flags: list[str], words: str) -> None:
     ({"key": "cert"}, "are not a certificate and its key in PEM"),
     ({"cert": "key"}, "are not a certificate and its key in PEM"),
     ({"ca": "key"}, "holds no CA certificate in PEM"),
-    ({"key": "secret_key"}, "has a passphrase, and cmon cannot ask for it"),
+    ({"key": "secret_key"}, "has a passphrase, and there is no terminal to ask for it"),
 ])
 def test_wrong_files(change: Mapping[str, str], words: str, files: Files) -> None:
     chosen = {"cert": str(files.cert), "key": str(files.key), "ca": str(files.ca)}
