@@ -161,11 +161,36 @@ class Response(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-class Prepared(NamedTuple):
-    """A whole answer as it goes on the wire, head and body, made once and sent many times."""
-    status: int
-    plain: bytes
-    packed: bytes                           # the same with gzip, or `plain` again
+class Prepared:
+    """A whole answer as it goes on the wire, head and body, sent many times.
+
+    Each form is made when it is first asked for. Any thread may ask: at worst both make it.
+    """
+    __slots__ = ("status", "_response", "_plain", "_packed")
+
+    def __init__(self, status: int, plain: bytes | None = None, packed: bytes | None = None,
+                 response: Response | None = None) -> None:
+        self.status = status
+        self._plain, self._packed = plain, packed
+        self._response = response           # what missing forms are made of
+
+    @property
+    def plain(self) -> bytes:
+        """Without gzip."""
+        whole = self._plain
+        if whole is None:
+            assert self._response is not None
+            whole = self._plain = wire(self._response)
+        return whole
+
+    @property
+    def packed(self) -> bytes:
+        """With gzip, where the body is worth it."""
+        whole = self._packed
+        if whole is None:
+            assert self._response is not None
+            whole = self._packed = wire(self._response, packed=True)
+        return whole
 
 
 Answer = Union[Response, Prepared]
@@ -4075,11 +4100,7 @@ _PACKED = _VARIES + "Content-Encoding: gzip\r\n"
 
 def prepare(response: Response) -> Prepared:
     """A whole answer for the wire, to be sent many times."""
-    if not _packs(response):
-        whole = _wire(response, response.body, "")
-        return Prepared(response.status, whole, whole)
-    return Prepared(response.status, _wire(response, response.body, _VARIES),
-                    _wire(response, gzip(response.body), _PACKED))
+    return Prepared(response.status, response=response)
 
 
 def wire(answer: Answer, packed: bool = False, head_only: bool = False,

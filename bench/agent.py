@@ -3,20 +3,22 @@
 """The agent over a chain of 50,000 kstats, beside nginx and ThreadingHTTPServer, a core each.
 
 The kstats come from tests/libkstat, which makes them up as they are read; its own memory and time
-are told apart where it matters. `python3 bench/agent.py [cached|uncached|rebuild|memory|idle …]`.
+are told apart where it matters. `python3 bench/agent.py [paced …]` for some tables only.
 """
 from __future__ import annotations
 
 import contextlib
+import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import server as references
 from harness import (
     RESULTS,
+    ROUNDS,
     Bench,
     Contender,
     Program,
@@ -121,6 +123,74 @@ def uncached(at: Bench) -> None:
                                                    "p50 ms", "p99 ms", "failed"), rows)
 
 
+PACE = 10.0                 # requests a second
+PACED_ZONES = 100
+PAGES_A_YEAR = PACED_ZONES * 365 * 86400 / 15
+
+
+class Paced:
+    """Requests at an even pace, each on the kept connection of its client."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._clients: dict[str, socket.socket] = {}
+
+    def ask(self, path: str, client: str, gzip: bool) -> None:
+        """One request; the answer is read to its end."""
+        if client not in self._clients:
+            self._clients[client] = socket.create_connection(
+                self._program.address, 10, source_address=(client, 0))
+        connection = self._clients[client]
+        connection.sendall((f"GET {path} HTTP/1.1\r\nHost: bench\r\n"
+                            + ("Accept-Encoding: gzip\r\n" if gzip else "") +
+                            "X-Prometheus-Scrape-Timeout-Seconds: 10\r\n\r\n").encode())
+        head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), head
+        left = int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0]) - len(body)
+        while left:
+            left -= len(connection.recv(left))
+
+    def cost(self, paths: Sequence[str], client: str = "127.0.0.1", gzip: bool = False) -> float:
+        """CPU seconds of the agent for each of these, asked for one after the other."""
+        before, began = cpu_seconds(self._program.pid), time.monotonic()
+        for number, path in enumerate(paths):
+            time.sleep(max(began + number / PACE - time.monotonic(), 0.0))
+            self.ask(path, client, gzip)
+        return (cpu_seconds(self._program.pid) - before) / len(paths)
+
+    def close(self) -> None:
+        """Close the connections."""
+        for connection in self._clients.values():
+            connection.close()
+
+
+def paced(at: Bench) -> None:
+    """As Prometheus asks: evenly, so that each request finds the processor's caches cold."""
+    with agent(at, PACED_ZONES, CHAIN, cpu_budget=None) as (program, _):
+        client = Paced(program)
+        zones = [f"/v1/{zone(n)}/metrics" for n in range(1, PACED_ZONES + 1)]
+        client.cost(zones)                                      # the index, the zfs list
+        costs: dict[str, list[float]] = {}
+        for round_ in range(2, ROUNDS + 2):
+            costs.setdefault("/-/healthy", []).append(client.cost(["/-/healthy"] * 50))
+            for form in ("", ", gzip"):                         # a page lives 8 s, a turn takes 10
+                costs.setdefault("a zone, not in the cache" + form, []).append(
+                    client.cost(zones, gzip=bool(form)))
+                # from addresses that ask once, so that they do not shorten its life
+                costs.setdefault("a zone, in the cache" + form, []).append(client.cost(
+                    zones[-60:], f"127.0.{len(form)}.{round_}", bool(form)))
+        client.close()
+    rows = []
+    for name, spent in costs.items():
+        cost = statistics.median(spent)
+        rows.append([name, cost * 1e6, statistics.median(
+            one / base for one, base in zip(spent, costs["/-/healthy"])),
+            cost * 100 / 15 * 100, cost * 1000 / 15 * 100, cost * PAGES_A_YEAR / 3600])
+    table("Ten requests a second, evenly, 100 zones", (
+        "request", "CPU µs", "of /-/healthy", "% of a core: 100 zones each 15 s", "1,000 zones",
+        "CPU hours a year for 100"), rows)
+
+
 def rebuild(at: Bench) -> None:
     """The chain changes by one kstat; the next scrape has to find out."""
     with agent(at, 500, CHAIN) as (program, kernel):
@@ -178,8 +248,8 @@ def idle(at: Bench) -> None:
 
 def main() -> int:
     """All tables, or those that are named."""
-    known = {"cached": cached, "uncached": uncached, "rebuild": rebuild, "memory": memory,
-             "idle": idle}
+    known = {"cached": cached, "uncached": uncached, "paced": paced, "rebuild": rebuild,
+             "memory": memory, "idle": idle}
     with bench() as at:
         for name in sys.argv[1:] or known:
             known[name](at)

@@ -255,6 +255,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
                                 for cell in row) + " |", flush=True)
 
 
-__all__ = ["LOAD_CORE", "RESULTS", "ROOT", "SECONDS", "Address", "Bench", "Contender", "Load",
-           "Program", "bench", "children", "compare", "cpu_seconds", "free_port", "on_core", "pin",
-           "python", "resident", "settled", "table", "threads", "wait_until"]
+__all__ = ["LOAD_CORE", "RESULTS", "ROOT", "ROUNDS", "SECONDS", "Address", "Bench", "Contender",
+           "Load", "Program", "bench", "children", "compare", "cpu_seconds", "free_port", "on_core",
+           "pin", "python", "resident", "settled", "table", "threads", "wait_until"]
