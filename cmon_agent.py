@@ -317,7 +317,10 @@ class Unit(NamedTuple):
     convert: Convert                        # None: leave the sample out
 
 
-UNCAPPED = 2 ** 64 - 1                      # the kernel's "no cap"; JavaScript makes 2^64 of it
+# How the kernel says "no cap": zero, all ones (2^64 once JavaScript has rounded it), and where it
+# counts in pages ptob(UINT32_MAX), here for pages of 4 kB to 64 kB (common/os/zone.c).
+UNCAPPED = frozenset((0, 2 ** 64 - 1, 2 ** 64, *(0xFFFFFFFF << shift for shift in range(12, 17))))
+INT_MAX = 2 ** 31 - 1                       # zone.max-lwps and zone.max-processes without a cap
 FSCALE = 256                                # <sys/param.h>: load averages are fixed point
 
 
@@ -327,8 +330,13 @@ def whole(value: Any) -> Number | None:
 
 
 def cap(value: Any) -> Number | None:
-    """A cap, unless it says that there is none: zero or all ones."""
-    return None if not isinstance(value, int) or value in (0, UNCAPPED, 2 ** 64) else value
+    """A cap, unless it says that there is none."""
+    return None if not isinstance(value, int) or value in UNCAPPED else value
+
+
+def count_cap(value: Any) -> Number | None:
+    """A cap on a number of things, unless it says that there is none."""
+    return None if value == INT_MAX else cap(value)
 
 
 def scaled(divisor: int) -> Convert:
@@ -341,7 +349,7 @@ def scaled(divisor: int) -> Convert:
 COUNT = Unit("", whole)
 BYTES = Unit("bytes", whole)
 CAP = Unit("bytes", cap)
-COUNT_CAP = Unit("", cap)
+COUNT_CAP = Unit("", count_cap)
 PERCENT = Unit("percent", whole)
 SECONDS = Unit("seconds", whole)
 RAW_NS = Unit("nanoseconds", whole)         # metrics of the original that kept the kernel's unit
@@ -368,7 +376,7 @@ VMINFO = struct.Struct("=6Q")                   # vminfo_t of <sys/sysinfo.h>
 VMINFO_MEMBERS = ("freemem", "swap_resv", "swap_alloc", "swap_avail", "swap_free", "updates")
 # A chain has tens of thousands of kstats; those of other modules are not looked at further.
 MODULES = frozenset((b"zones", b"memory_cap", b"caps", b"zone_vfs", b"link", b"tcp", b"cpu",
-                     b"cpu_info", b"zfs", b"zfs_metaslab_group", b"unix", b"vmm", b"viona"))
+                     b"cpu_info", b"zfs", b"zfs_metaslab_group", b"unix", b"vmm"))
 ZONE_LINK = re.compile(r"z([0-9]{1,9})_(.+)")   # what dls calls a zone's link in the global zone
 
 
@@ -1146,7 +1154,6 @@ class ZoneReading(NamedTuple):
     zone_id: int
     kstats: list[Kstat | KstatError]
     vcpus: list[Kstat]
-    viona: list[Kstat]
 
 
 def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
@@ -1168,16 +1175,16 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
         for ref in reader.index.zones[zone_id]:
             if ref is not own and ref.module not in unread:
                 reader.read_into(ref, read)
-        vcpus, viona = _read_guest(reader, debug_id) if debug_id is not None else ([], [])
+        vcpus = _read_guest(reader, debug_id) if debug_id is not None else []
         try:
             misc = reader.read(own)
         except KstatError as error:
             if not error.vanished:
                 error.module = own.module
-                return ZoneReading(zone_id, [*read, error], vcpus, viona)
+                return ZoneReading(zone_id, [*read, error], vcpus)
         else:
             if misc.data.get("zonename", zone) == zone:
-                return ZoneReading(zone_id, [*read, misc], vcpus, viona)
+                return ZoneReading(zone_id, [*read, misc], vcpus)
         reader.follow(force=True)           # it has rebooted or gone in the meantime: anew
     raise KstatError(f"zone {zone} changes faster than it can be read")
 
@@ -1185,19 +1192,16 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
 GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest by its zone's debug id
 
 
-def _read_guest(reader: Reader, debug_id: int) -> tuple[list[Kstat], list[Kstat]]:
-    """vCPUs and network of a bhyve zone: the kernel makes 32 or more vCPUs for every guest; those
-    that were never run are left out."""
+def _read_guest(reader: Reader, debug_id: int) -> list[Kstat]:
+    """vCPUs of a bhyve zone: the kernel makes 32 or more for every guest; those that never ran are
+    left out. (viona counts by NIC, under numbers that name neither zone nor guest.)"""
     minor = reader.guest(GUEST_NAME.format(debug_id))
     read: list[Kstat | KstatError] = []
-    for module, prefix in (("vmm", "vcpu"), ("viona", "viona_stat")):
-        for ref in reader.index.modules.get(module, ()) if minor is not None else ():
-            if ref.instance == minor and ref.name.startswith(prefix):
-                reader.read_into(ref, read)
-    kstats = [kstat for kstat in read if isinstance(kstat, Kstat)]
-    return ([kstat for kstat in kstats if kstat.module == "vmm" and any(
-                kstat.data.get(member) for member in ("time_run", "time_idle", "time_init"))],
-            [kstat for kstat in kstats if kstat.module == "viona"])
+    for ref in reader.index.modules.get("vmm", ()) if minor is not None else ():
+        if ref.instance == minor and ref.name.startswith("vcpu"):
+            reader.read_into(ref, read)
+    return [kstat for kstat in read if isinstance(kstat, Kstat) and any(
+        kstat.data.get(member) for member in ("time_run", "time_idle", "time_init"))]
 
 
 def read_modules(reader: Reader, *modules: str) -> dict[str, list[Kstat | KstatError]]:
@@ -1679,7 +1683,6 @@ class ZoneContext(NamedTuple):
     nics: Mapping[str, tuple[str, str]] | None = None
     # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod
     vcpus: Sequence[Kstat | KstatError] = ()      # of its virtual machine
-    viona: Sequence[Kstat | KstatError] = ()      # of its virtual machine
 
 
 class NodeContext(NamedTuple):
@@ -1865,23 +1868,6 @@ VCPU = Table("vcpu", "vmm", "vcpu*", tuple(
 ), ("vcpu",), each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.name[4:]))),)))
 
 
-def device_labels(kstats: Sequence[Kstat], _context: Any) -> list[Labels]:
-    """Virtual network cards by their order: the kernel tells no name, and numbers change."""
-    order = sorted(kstat.instance for kstat in kstats)
-    return [(("device", str(order.index(kstat.instance))),) for kstat in kstats]
-
-
-VIONA = Table("viona", "viona", "viona_stat", (
-    counter("viona_packets_in_total", "rx_packets", COUNT, "Packets handed to the guest."),
-    counter("viona_bytes_in_total", "rx_bytes", BYTES, "Bytes handed to the guest."),
-    counter("viona_errors_in_total", "rx_errors", COUNT, "Errors while handing packets over."),
-    counter("viona_drops_in_total", "rx_drops", COUNT, "Packets that the guest had no room for."),
-    counter("viona_packets_out_total", "tx_packets", COUNT, "Packets taken from the guest."),
-    counter("viona_bytes_out_total", "tx_bytes", BYTES, "Bytes taken from the guest."),
-    counter("viona_errors_out_total", "tx_errors", COUNT, "Errors while taking packets."),
-    counter("viona_drops_out_total", "tx_drops", COUNT, "Packets of the guest that were dropped."),
-), ("device",), device_labels)
-
 LOAD_ROWS = (
     gauge("load_average", "avenrun_1min", LOAD, "Load average over one minute."),
     gauge("load_average_5min", "avenrun_5min", LOAD, "Load average over 5 minutes."),
@@ -1930,7 +1916,7 @@ ZONE_VFS = Table("zone_vfs", "zone_vfs", "*", (
     counter("vfs_delay_seconds_total", "delay_time", US,
             "Time that operations were delayed for the sake of other zones."),
 ))
-ZONE_TABLES = (CPUCAP, *LIMITS, LINK, MEMCAP, TCP, VCPU, VIONA, ZONE_MISC, ZONE_VFS)
+ZONE_TABLES = (CPUCAP, *LIMITS, LINK, MEMCAP, TCP, VCPU, ZONE_MISC, ZONE_VFS)
 
 # -- of the compute node
 
@@ -2196,14 +2182,21 @@ def word(value: Any) -> Number | None:
     return number_ if math.isfinite(number_) else None
 
 
-def word_scaled(factor: int, divisor: int) -> Convert:
-    """A number in a command's output, in another unit."""
+def word_times(factor: int) -> Convert:
+    """A number in a command's output, in a smaller unit."""
     def convert(value: Any) -> Number | None:
         found = word(value)
-        if found is None:
-            return None
-        return found * factor if divisor == 1 else found * factor / divisor
+        return None if found is None else found * factor
     return convert
+
+
+def seconds_from_ms(value: Any) -> Number | None:
+    """Milliseconds in a command's output as seconds. The point moves before the text becomes a
+    float, so that 77.161 ms are 0.077161 s, and not one unit in the last place more."""
+    if word(value) is None:
+        return None
+    digits, _, exponent = value.lower().partition("e")
+    return float(f"{digits}e{int(exponent or 0) - 3}")
 
 
 def stripped(end: str) -> Convert:
@@ -2302,6 +2295,11 @@ def span(value: Any) -> Number | None:
     return None if found is None else found * _SPANS.get(value[-1:], 1)
 
 
+def last_heard(value: Any) -> Number | None:
+    """As `span`; -1 for a peer that was never heard, as the original has it."""
+    return -1 if value == "-" else span(value)
+
+
 def failed_polls(value: Any) -> Number | None:
     """How many of the 8 bits of an octal number are not set."""
     if not isinstance(value, str) or not re.fullmatch(r"[0-7]{1,4}", value):
@@ -2331,8 +2329,8 @@ def flag(value: Any) -> Number | None:
     return int(int(value, 0 if value.startswith("0x") else 10) != 0)
 
 
-MS = Unit("seconds", word_scaled(1, 1000))
-KIB = Unit("bytes", word_scaled(1024, 1))
+MS = Unit("seconds", seconds_from_ms)
+KIB = Unit("bytes", word_times(1024))
 STAMP = Unit("seconds", ntp_time)
 LEAP, MODE, FAILED = Unit("", leap), Unit("", place_in(MODES)), Unit("", failed_polls)
 REFID, TYPE, TALLY = Unit("", refid), Unit("", place_in("ublsABM")), Unit("", place_in(TALLIES))
@@ -2354,12 +2352,14 @@ NTP_PEER = (                    # by column of apeers
     gauge("ntp_peer_stratum_number", "st", WORD, "Stratum of the peer."),
     gauge("ntp_peer_state", "state", TALLY,
           "What became of the peer in the selection: 6 is the system peer."),
-    gauge("ntp_peer_last_query_seconds", "when", SPAN, "Seconds since the peer was last heard."),
+    gauge("ntp_peer_last_query_seconds", "when", Unit("seconds", last_heard),
+          "Seconds since the peer was last heard; -1 is never."),
 )
 NTP_SYSTEM_PEER = (             # by variable of the system peer
     gauge("ntp_syspeer_delay_seconds", "delay", MS, "Round trip to the system peer."),
     gauge("ntp_syspeer_dispersion_seconds", "dispersion", MS, "Dispersion of the system peer."),
-    gauge("ntp_syspeer_headway_seconds", "headway", MS, "Headway of the system peer."),
+    gauge("ntp_syspeer_headway_seconds", "headway", WORD_SECONDS,
+          "Seconds until the system peer may be polled again."),
     gauge("ntp_syspeer_hmode_number", "hmode", WORD, "Mode of this side towards the system peer."),
     gauge("ntp_syspeer_hpoll_interval_log2s", "hpoll", WORD,
           "Poll interval of this side, as a power of two."),
@@ -2416,6 +2416,8 @@ NTP = (                         # by the words of iostats, kerninfo, monstats, s
           "Frequency error that the kernel allows for."),
     counter("ntp_jitter_exceeded_seconds_total", "jitter exceeded", WORD,
             "Times that a PPS signal had too much jitter."),
+    counter("ntp_stability_exceeded_seconds_total", "stability exceeded", WORD,
+            "Times that a PPS signal was too unstable."),
     gauge("ntp_maximum_error_seconds", "maximum error", MS, "Largest possible error of the clock."),
     gauge("ntp_frequency_offset_ppm", "pll frequency", WORD_PPM, "Frequency offset of the clock."),
     gauge("ntp_pll_offset_seconds", "pll offset", MS, "Offset that the kernel still corrects."),
@@ -2500,7 +2502,6 @@ ZONE_COLLECTORS = (             # in page order
     Collector("textfile", "textfile", PLUGIN_SECONDS),
     Collector("triton_core", "ports", CORE_SECONDS),
     Collector("vcpu", "kstat", KSTAT_SECONDS, (VCPU,)),
-    Collector("viona", "kstat", KSTAT_SECONDS, (VIONA,)),
     Collector("zfs", "zfs", 300.0, metrics=ZFS),
     Collector("zone_misc", "kstat", KSTAT_SECONDS, (ZONE_MISC,)),
     Collector("zone_vfs", "kstat", KSTAT_SECONDS, (ZONE_VFS,)),
@@ -2663,8 +2664,6 @@ def zone_families(collector: str, kstats: Sequence[Read], context: ZoneContext) 
         read = kstats
         if table is VCPU:
             read = [kstat for kstat in context.vcpus if _ran(kstat)]
-        elif table is VIONA:
-            read = context.viona
         families += _table_families(table, _chosen(table, read, context.zone), context)
     return families
 
@@ -3097,8 +3096,11 @@ QUIRKS: Mapping[str, str] = {
     "arcstats_hdr_size_bytes": "typed counter as in the original, and is a gauge",
     "arcstats_l2_read_bytes": "typed gauge as in the original, and is a counter",
     "cpu_info_model": "a model number, of one CPU",
+    "collector_time_seconds": "buckets without _bucket, as in the original",
+    "collector_time_total_seconds": "buckets without _bucket, as in the original",
     "vfs_slow_operations_total": "an operation of 2 s counts in 10ms, 100ms and 1s",
     "ntp_syspeer_offset_seconds": "the original's value is 1000 times too small",
+    "ntp_syspeer_headway_seconds": "the original divides the seconds by 1000000",
     "ntp_syspeer_xleave_seconds": "the original's value is 1000 times too small",
     "ntp_estimated_error_seconds": "the original's value is 1000 times too small",
     "ntp_maximum_error_seconds": "the original's value is 1000 times too small",
@@ -3126,6 +3128,18 @@ OWN_LABELLED = (
 )
 
 
+# The last lines of the original's node page, which its dashboards query: about the agent itself.
+TIMES = "Seconds that collecting took."
+OWN_NODE = (
+    _made(HISTOGRAM, "collector_time_seconds", SECONDS, TIMES, "agent"),
+    _made(HISTOGRAM, "collector_time_total_seconds", SECONDS,
+          "Seconds from a scrape to its answer.", "agent"),
+    _made(GAUGE, "cached_items", COUNT, "Collectors' values that are kept.", "agent"),
+    _made(COUNTER, "cache_gets_total", COUNT, "Pages that were asked for.", "agent"),
+    _made(COUNTER, "cache_get_hits_total", COUNT, "Pages that needed no collecting.", "agent"),
+)
+
+
 def _use_cells() -> dict[tuple[str, str], str]:
     cells: dict[tuple[str, str], str] = {}
     for use in USE:
@@ -3136,7 +3150,8 @@ def _use_cells() -> dict[tuple[str, str], str]:
 
 
 _LABELLED = ((NTP_PEER, "remote"), (ZPOOL, "pool"), ((CPUS_BY_STATE, ZONES_BY_STATE), "state"),
-             (ALLOC[4:], "resource"))
+             (ALLOC[4:], "resource"), (OWN_NODE, "service"), (OWN_NODE[:1], "collector"),
+             (OWN_NODE[:2], "le"))
 
 
 def _label_names(metric: Metric, table: Table | None) -> list[str]:
@@ -3170,6 +3185,11 @@ def metadata() -> list[dict[str, Any]]:
                     "scope": scope, "type": GAUGE, "help": help_text,
                     "unit": "seconds" if name.endswith("seconds") else "boolean",
                     "source": "agent", "lifetime": 0.0, "labels": [], "use": "", "quirk": ""})
+        for metric in OWN_NODE if scope == "node" else ():
+            rows.append({"name": metric.name, "collector": "", "scope": scope,
+                         "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
+                         "source": "agent", "lifetime": 0.0, "labels": _label_names(metric, None),
+                         "use": "", "quirk": QUIRKS.get(metric.name, "")})
         for name, unit, help_text in OWN_LABELLED:
             rows.append({"name": name, "collector": "", "scope": scope, "type": GAUGE,
                          "unit": unit, "help": help_text, "source": "agent", "lifetime": 0.0,
@@ -3211,9 +3231,6 @@ USE = (                         # https://www.brendangregg.com/usemethod.html
         ("net_drops_in_total", "net_drops_out_total"),
         ("net_errors_in_total", "net_errors_out_total", "net_link_up"),
         ("net_agg_bytes_out", "net_speed_bytes_per_second")),
-    Use("zone", "network of a virtual machine", ("viona_bytes_in_total", "viona_bytes_out_total"),
-        ("viona_drops_in_total", "viona_drops_out_total"),
-        ("viona_errors_in_total", "viona_errors_out_total")),
     Use("zone", "TCP", ("tcp_segments_in_total", "tcp_segments_out_total"),
         ("tcp_listen_drop_count", "tcp_listen_drop_Qzero_count"),
         ("tcp_retransmitted_segment_count", "tcp_failed_connection_attempt_count",
@@ -3484,9 +3501,6 @@ class _Parser:
 
     def _add(self, name: str, sample: Sample) -> None:
         family, suffix = self._family_of(name)
-        kind = self.kinds.get(family)
-        if kind == HISTOGRAM and suffix == "":
-            raise ExpositionError(f"{name} is a histogram and has a sample without suffix")
         key = (family, suffix, tuple(sorted(sample.labels)))
         if key in self.seen:
             raise ExpositionError(f"{name} has the same labels twice")
@@ -3534,7 +3548,7 @@ def merge(families: Iterable[Family]) -> tuple[list[Family], list[str]]:
     problems: list[str] = []
     for family in families:
         present = merged.get(family.name)
-        names = [family.name + suffix for suffix in SUFFIXES.get(family.kind, ("",))]
+        names = [family.name + suffix for suffix in ("", *SUFFIXES.get(family.kind, ()))]
         clash = next((name for name in names if taken.get(name, family.name) != family.name), None)
         if clash is not None:
             problems.append(f"{family.name}: {clash} belongs to {taken[clash]}")
@@ -5346,9 +5360,10 @@ class Layout(NamedTuple):
 
 class Waiting:
     """Those who wait for a page, and for what."""
-    __slots__ = ("askers", "fresh")
+    __slots__ = ("askers", "fresh", "since")
 
-    def __init__(self) -> None:
+    def __init__(self, since: float) -> None:
+        self.since = since
         # Each for keys of flights of its own: one that came after a flight was found to be late
         # is not to wait for it, and one that has more time than others is.
         self.askers: dict[Deferred, set[str]] = {}
@@ -5459,6 +5474,29 @@ class Plugin(NamedTuple):
     timeout: float
     ttl: float
     zones: frozenset[str] | None     # None: all
+
+
+class Inherited:
+    """What OWN_NODE says: counted by the server's thread, sent at the end of the node's page."""
+    BOUNDS = (0.001, 0.01, 0.1, 1, 10)
+    LABELS: Labels = (("service", "cmon-agent"),)
+
+    def __init__(self) -> None:
+        collected, total = OWN_NODE[:2]
+        self.collected = Histogram(collected.name, help_of(collected), self.BOUNDS, ("collector",))
+        self.total = Histogram(total.name, help_of(total), self.BOUNDS, ())
+        self.asked = self.ready = 0
+
+    def families(self, kept: int) -> list[Family]:
+        """The families; buckets are named as the original's library does, without `_bucket`."""
+        made = [Family(name, kind, help_text, [
+            Sample(self.LABELS + labels, value, suffix.replace("_bucket", ""))
+            for labels, value, suffix in sorted(samples, key=lambda sample: [
+                pair for pair in sample.labels if pair[0] != "le"])])
+            for name, kind, help_text, samples in (self.collected.family(), self.total.family())]
+        return made + [
+            Family(metric.name, metric.kind, help_of(metric), [Sample(self.LABELS, value)])
+            for metric, value in zip(OWN_NODE[2:], (kept, self.asked, self.ready))]
 
 
 PLUGIN_OUTPUT = 500 << 10
@@ -5594,6 +5632,7 @@ class Scraper:
         self._told: dict[str, set[str]] = {}    # problems that were logged, by their source
         self._lifetimes = dict(LIFETIMES)       # and what plugins say themselves
         self.sysinfo = sysinfo
+        self.inherited = Inherited()
         self._vminfo: tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
         self._datasets: Datasets | None = None
         self._zfs_failure: Failure | None = None     # of the last zfs list, for all pages
@@ -5715,7 +5754,9 @@ class Scraper:
         are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
         page = self._asked(zone, core, asker, now)
+        self.inherited.asked += 1
         if page.prepared is not None and now < page.until:
+            self.inherited.ready += 1
             return page.prepared
         later = self._awaited(page, now, deadline)
         if later is not None:
@@ -5723,6 +5764,7 @@ class Scraper:
         if not page.has_values():
             raise Refused(503, f"nothing could be collected of {zone}: " + self._why(page),
                           ("Retry-After", "5"), code="not_collected")
+        self.inherited.ready += 1
         self._check_that_it_runs(page, now)
         page.prepared = self._prepare(page, now, frozenset())
         page.until = now + PREPARED_SECONDS
@@ -5751,7 +5793,7 @@ class Scraper:
             return None
         later = Deferred(deadline, lambda: self._partial(page, later))
         if page.waiting is None:
-            page.waiting = Waiting()
+            page.waiting = Waiting(now)
         page.waiting.askers[later] = awaited
         return later
 
@@ -5844,6 +5886,7 @@ class Scraper:
         if flight is None:                      # a refresh has dropped it
             return
         now = self.server.now()
+        self.inherited.collected.observe(now - flight.began, key.partition(" ")[0])
         if key == "zfs":
             self._take_datasets(results["zfs"], now)
         for page in flight.pages:
@@ -5939,6 +5982,7 @@ class Scraper:
             return
         for later in ready:
             del waiting.askers[later]
+        self.inherited.total.observe(now - waiting.since)
         if not waiting.askers:
             page.waiting = None
         answer: Answer
@@ -6007,6 +6051,9 @@ class Scraper:
         parts += [render(time_families(self.host.time())), _meta("time") % (1, 0, 0.0), *ages,
                   'cmon_sample_age_seconds{collector="time"} 0.0\n', *ups,
                   'cmon_collector_up{collector="time"} 1\n']
+        if page.zone == NODE:
+            parts.append(render(self.inherited.families(
+                sum(len(one.outcomes) for one in self._pages.values()))))
         return "".join(parts)
 
     # where values come from
@@ -6115,8 +6162,7 @@ class Scraper:
                 now = self.server.now()
                 seconds = now - began
                 decided, nics = self._nics(zone, reading.zone_id)
-                context = ZoneContext(reading.zone_id, zone, nics, reading.vcpus,
-                                      reading.viona)
+                context = ZoneContext(reading.zone_id, zone, nics, reading.vcpus)
                 results = {}
                 for name in names:
                     if name in skipped:
@@ -6572,7 +6618,7 @@ class Agent:
     def _is_core(self, request: Request) -> bool | None:
         """What the proxy says of the zone; None when nobody says."""
         word = request.headers.get("x-joyent-cmon-opts")
-        if word is None:
+        if not word:
             return None
         known = self._opts.get(word)
         if known is None:
@@ -6642,7 +6688,8 @@ class Agent:
 def read_opts(word: str) -> bool:
     """isCoreZone of the proxy's header; raises Refused."""
     try:
-        opts = json.loads(base64.b64decode(word, validate=True)) if len(word) <= 1000 else None
+        opts = json.loads(base64.b64decode(word + "=" * (-len(word) % 4), validate=True)) \
+            if len(word) <= 1000 else None
     except (ValueError, RecursionError):
         opts = None
     if not isinstance(opts, dict) or not isinstance(opts.get("isCoreZone"), bool):
@@ -7298,8 +7345,7 @@ def capture(arguments: argparse.Namespace) -> int:
                    "frames": frames}
         with open(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w",
                   encoding="utf-8") as file:
-            json.dump(content, file, separators=(",", ":"))
-            file.write("\n")
+            file.write(spread(content))
     except ConfigError as error:
         complain("cmon_agent", error.problems)
         return EXIT_USAGE
@@ -7309,6 +7355,19 @@ def capture(arguments: argparse.Namespace) -> int:
     print(f"{arguments.file}: {len(frames)} frames, {len(frames[-1]['kstats'])} kstats each; it "
           "holds aliases and addresses of zones, so treat it as confidential")
     return 0
+
+
+def spread(content: Any) -> str:
+    """A capture as JSON with one line for each kstat, command and VM, so that a difference between
+    two shows what has changed."""
+    def lines(value: Any, depth: int) -> str:
+        if not depth or not value or not isinstance(value, (dict, list)):
+            return json.dumps(value, separators=(",", ":"))
+        inner = [f"{json.dumps(name)}:{lines(one, depth - 1)}" for name, one in value.items()] \
+            if isinstance(value, dict) else [lines(one, depth - 1) for one in value]
+        begin, end = "{}" if isinstance(value, dict) else "[]"
+        return f"{begin}\n" + ",\n".join(inner) + f"\n{end}"
+    return lines(content, 4) + "\n"
 
 
 def capture_frame(host: Host | RecordedHost, settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,9 @@
 Everything is invented and seeded: the same files come out each time. The node has 8 CPUs, 64 GiB,
 one pool, zones of three tenants and of the data center itself, of brands joyent (SmartOS), lx and
 bhyve; one is stopped, one has no caps, one has two NICs, two are core zones. The frames are 15 s
-apart and their counters grow as the rates below say.
+apart and their counters grow as the rates below say. Among the kstats that the agent reads are
+hundreds that it must not read, as on a real node: of the names, classes and types that a kernel
+has, with a few of their members.
 """
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cmon_agent import spread       # noqa: E402  (after the path)
+
 SEED = "container-monitor/1"
 HERE = Path(__file__).resolve().parent
 GIB = 1 << 30
 MIB = 1 << 20
 UNCAPPED = 2 ** 64 - 1
+UNCAPPED_MEMORY = 4096 * (2 ** 32 - 1)      # physcap of a zone without cap: ptob(UINT32_MAX)
+INT_MAX = 2 ** 31 - 1                       # nprocs of every zone of vmadm, which sets no cap on it
 START = 1_767_225_600           # of the first frame: 2026-01-01 00:00:00 UTC
 FRAMES, STEP = 3, 15            # how many, and seconds between
 UPTIME = 3_456_000              # seconds since the node booted, at the first frame: forty days
@@ -60,6 +68,7 @@ class Zone:
     tags: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     running: bool = True
+    processes: int = INT_MAX        # an operator's prctl; vmadm sets no cap
     uuid: str = ""
     id: int = 0
     debug_id: int = 0
@@ -84,7 +93,7 @@ ZONES = [
     Zone("spark02", BOB, "bhyve", 8192, 400, 300, 0.60, tags={GROUPS: "spark"}),
     Zone("jump", BOB, "lx", 512, 100, 10, 0.01),
     Zone("registry", BOB, "lx", 2048, 200, 150, 0.20),
-    Zone("ci01", CAROL, "lx", 4096, 400, 80, 0.90, tags={GROUPS: "ci"}),
+    Zone("ci01", CAROL, "lx", 4096, 400, 80, 0.90, tags={GROUPS: "ci"}, processes=2000),
     Zone("ci02", CAROL, "lx", 4096, 400, 80, 0.15, tags={GROUPS: "ci"}),
     Zone("mail01", CAROL, "joyent", 1024, 100, 50, 0.10),
     Zone("win-build", CAROL, "bhyve", 4096, 200, 120, 0.30),
@@ -99,6 +108,37 @@ ZPOOL = "zpool list -Hp -o name,allocated,fragmentation,health,size"
 NTP_PEERS = "ntpq -n -c apeers"
 NTP_SYSTEM = "ntpq -n -c iostats -c kerninfo -c monstats -c sysinfo -c sysstats -c readvar {}"
 ZONEADM = "zoneadm list -p -c"
+
+# Kernel memory, as `kstat -c kmem_cache` and `kstat -c vmem` list it.
+KMEM_CACHES = tuple(
+    [f"kmem_magazine_{size}" for size in (1, 3, 7, 15, 31, 47, 63, 95, 143)]
+    + [f"kmem_alloc_{size}" for size in (
+        8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+        640, 768, 896, 1152, 1344, 1600, 2048, 2688, 4096, 8192, 12288, 16384, 24576, 32768)]
+    + [f"{kind}_{size}" for kind in ("zio_buf", "zio_data_buf") for size in (
+        512, *range(1024, 4096, 512), *range(4096, 65536, 4096), 131072, 1048576)]
+    + [f"streams_dblk_{size}" for size in (
+        16, 80, 144, 208, 272, 336, 528, 1040, 1488, 1936, 2576, 3856, 8192, 12048, 16384)]
+    + ("kmem_slab_cache kmem_bufctl_cache kmem_va_4096 kmem_va_8192 kmem_va_16384 kmem_io_4G_4096 "
+       "segvn_cache anon_cache anonmap_cache seg_cache vn_cache file_cache process_cache "
+       "thread_cache lwp_cache cred_cache dnlc_space_cache fnode_cache pipe_cache task_cache "
+       "project_cache zone_cache callout_cache turnstile_cache sleepq_cache ipp_mod mac_impl_cache "
+       "mac_client_impl_cache dls_link_cache dls_devnet_cache ip_minor_arena_sa_1 conn_cache "
+       "tcp_conn_cache udp_conn_cache rawip_conn_cache ire_cache ncec_cache nce_cache "
+       "socket_cache socktpi_cache dtrace_state_cache zfs_znode_cache zio_cache zio_link_cache "
+       "zil_lwb_cache dmu_buf_impl_t dnode_t arc_buf_hdr_t_full arc_buf_t abd_chunk ksiginfo_cache "
+       "sata_pkt_cache mptsas0_cache bp_map_16384 space_seg_cache fctl_cache lxproc_lxpnode_cache "
+       "lofs_minfo viona_nebbuf_cache").split())
+TASKQS = tuple([f"zio_{step}_{kind}" for step in ("null", "read", "write", "free", "claim", "ioctl")
+                for kind in ("issue", "intr")]
+               + ("kmem_taskq callout_taskq ip_taskq rnode4_taskq vn_rele_taskq ndis_taskq "
+                  "system_taskq dls_devnet_taskq zil_clean metaslab_group_taskq spa_zones "
+                  "ACPI_dispatch console_taskq ixgbe_taskq_0 ixgbe_taskq_1 sd_drv_taskq "
+                  "sd_rmw_msg_taskq mac_notify lx_taskq netstack_taskq").split())
+VMEM_ARENAS = tuple("heap kmem_metadata kmem_default kmem_va kmem_oversize kmem_firewall "
+                    "module_text module_data segkp umem_np zio zio_alloc_arena contig device "
+                    "ip_minor_arena_la ip_minor_arena_sa bp_map id32 taskq_id_arena "
+                    "ptms_minor".split())
 
 Kstat = dict[str, Any]
 
@@ -148,6 +188,7 @@ class Node:
                          "snaptime": up * 10 ** 9 + 4_518_220 + len(made) * 2311, "data": data})
 
         self.system(add, frame, up)
+        self.neighbours(add, up)
         self.cpus(add, frame, up)
         self.storage(add, frame, up)
         for name in ("ixgbe0", "ixgbe1", "external0", "sdc_underlay0"):
@@ -187,8 +228,43 @@ class Node:
             "bytes_free": 2 * GIB, "bytes_alloc": 20 * GIB, "bytes_transient_alloc": 0,
             "bytes_limit": 40 * GIB})
 
+    def neighbours(self, add: Any, up: int) -> None:
+        """What else is in module unix, and is nobody's business here: reading a cache takes each
+        CPU's lock, and any of them can block."""
+        for name in KMEM_CACHES:
+            used = int(self.rate(name, 10, 90_000))
+            add("unix", 0, name, "kmem_cache", {
+                "buf_size": 64, "buf_inuse": used, "alloc": used * up // 90, "alloc_fail": 0})
+        for number, name in enumerate(TASKQS):
+            add("unix", number, name, "taskq", {
+                "pid": 0, "tasks": self.grown(name, 9, up), "nactive": 1, "threads": 4})
+        for table in range(2 * CPUS):       # one for ticks and one for real time, of each CPU
+            add("unix", table, "callout", "misc", {
+                "callout_timeouts": self.grown(f"callout{table}", 90, up),
+                "callout_timeouts_pending": 12})
+        for link in ("ixgbe0", "ixgbe1", "external0", "sdc_underlay0"):
+            for flow in (f"{link}_ucast", f"{link}_bcast", f"{link}_mcast"):
+                self.flow(add, flow, up, 0.0)
+        for place in range(24):             # by kind of file system, then by mount
+            add("unix", 0, "vopstats_zfs" if not place else f"vopstats_4010{place:03x}", "misc",
+                {"nopen": self.grown(f"vop{place}", 40, up), "nread": up, "read_bytes": up * 512})
+        for name in ("rpc_clts_client", "rpc_cots_client", "rpc_cots_connections",
+                     "rpc_clts_server", "rpc_cots_server"):
+            add("unix", 0, name, "rpc", {"calls": 0, "badcalls": 0, "timeouts": 0})
+        for name, kind in (("dnlcstats", "misc"), ("page_retire", "misc"), ("biostats", "misc"),
+                           ("pset", "misc"), ("kstat_types", "kstat")):
+            add("unix", 0, name, kind, {"hits": up * 31, "misses": up})
+        for number, name in enumerate(VMEM_ARENAS, 1):
+            add("vmem", number, name, "vmem", {"mem_inuse": 4096 * number, "vmem_fail": 0})
+
+    def flow(self, add: Any, name: str, up: int, created: float) -> None:
+        """What MAC counts for a flow; each NIC has one at least."""
+        packets = self.grown(name + "/flow", 30, up)
+        add("unix", 0, name, "flow", {"rbytes": packets * 700, "ipackets": packets,
+                                      "obytes": packets * 400, "opackets": packets}, created)
+
     def cpus(self, add: Any, frame: int, up: int) -> None:
-        """cpu:N:sys, cpu:N:vm and cpu_info."""
+        """cpu:N:sys, cpu:N:vm and cpu_info, and what lies beside them."""
         counters = ("bread bwrite lread lwrite phread phwrite pswitch trap intr syscall sysread "
                     "syswrite sysfork sysvfork sysexec readch writech rawch outch msg sema namei "
                     "procovf intrthread intrblk intrunpin idlethread inv_swtch nthreads cpumigrate "
@@ -210,6 +286,10 @@ class Node:
                 name: self.grown(f"cpu{cpu}/vm/{name}", 40 * busy, up)
                 for name in ("pgrec pgfrec pgin pgpgin pgout pgpgout zfod scan hat_fault as_fault "
                              "maj_fault cow_fault prot_fault anonpgin anonpgout fspgin").split()})
+            add("cpu", cpu, "intrstat", "misc", {
+                f"level-{level}-{what}": up * level for level in (1, 6, 14)
+                for what in ("count", "time")})
+            add("cpu_stat", cpu, f"cpu_stat{cpu}", "misc", {}, form=0)
             add("cpu_info", cpu, f"cpu_info{cpu}", "misc", {
                 "state": "on-line", "state_begin": START - UPTIME + 2, "cpu_type": "i386",
                 "fpu_type": "i387 compatible", "clock_MHz": 2600,
@@ -240,6 +320,9 @@ class Node:
                 form=3)
         for number in range(4):
             add("sd", number, f"sd{number}", "disk", self.io(f"sd{number}", 0.5, up), form=3)
+            for part in "abq":
+                add("sd", number, f"sd{number},{part}", "partition",
+                    self.io(f"sd{number}{part}", 0.1, up), form=3)
             add("sderr", number, f"sd{number},err", "device_error", {
                 "Soft Errors": 0, "Hard Errors": 1 if number == 2 else 0, "Transport Errors": 0,
                 "Vendor": "SEAGATE", "Product": "ST4000NM0043", "Revision": "0003",
@@ -320,6 +403,13 @@ class Node:
         add("tcp", stack, "tcp", "mib2", data, created)
         add("udp", stack, "udp", "mib2", {
             "inDatagrams": segments // 20, "inErrors": 0, "outDatagrams": segments // 21}, created)
+        for module, name, kind in (("ip", "ip", "mib2"), ("ip", "icmp", "mib2"),
+                                   ("sctp", "sctp", "mib2"), ("ip", "ipstat", "net"),
+                                   ("tcp", "tcpstat", "net"), ("udp", "udpstat", "net")):
+            add(module, stack, name, kind, {"inErrors": 0, "inReceives": segments % 2 ** 32},
+                created)
+        if stack == 0:
+            add("tcp", 0, "tcpstat_g", "net", {"tcp_timermp_alloced": up})
 
     def zone(self, add: Any, zone: Zone, frame: int, up: int) -> None:
         """Everything that one zone has."""
@@ -338,7 +428,7 @@ class Node:
             "boot_time": START - UPTIME + zone.boot}, created)
         rss = self.level(key + "/rss", (memory or 6 * GIB) * (0.35 + busy * 0.6), frame, 0.02)
         add("memory_cap", zone.id, name, "zone_memory_cap", {
-            "zonename": name, "rss": rss // PAGE * PAGE, "physcap": memory or UNCAPPED,
+            "zonename": name, "rss": rss // PAGE * PAGE, "physcap": memory or UNCAPPED_MEMORY,
             "swap": rss * 5 // 4 // PAGE * PAGE, "swapcap": memory * 2 or UNCAPPED,
             "nover": self.grown(key + "/nover", 0.001 * busy, up),
             "pagedout": self.grown(key + "/pagedout", 40 * busy, up) // PAGE * PAGE,
@@ -366,7 +456,7 @@ class Node:
         caps: list[tuple[str, int, int]] = [
             ("lockedmem", rss // 40, memory or UNCAPPED), ("physicalmem", rss, memory or UNCAPPED),
             ("swapresv", rss * 5 // 4, memory * 2 or UNCAPPED),
-            ("nprocs", self.level(key + "/nprocs", 20 + busy * 60, frame), 4000)]
+            ("nprocs", self.level(key + "/nprocs", 20 + busy * 60, frame), zone.processes)]
         for cap, usage, value in caps:
             add("caps", zone.id, f"{cap}_zone_{zone.id}", "zone_caps",
                 {"zonename": name, "usage": usage, "value": value}, created)
@@ -383,6 +473,7 @@ class Node:
             nic = "eth" if zone.brand == "lx" else "net"
             add("link", 0, f"z{zone.id}_{nic}{index}", "net",
                 self.link(f"{key}/{index}", busy, frame, up, name, 10 ** 10), created)
+            self.flow(add, f"z{zone.id}_{nic}{index}", up, created)
         if zone.id:
             self.stack(add, zone.id, frame, up, key, busy if zone.brand != "bhyve" else 0,
                        created)
@@ -401,7 +492,8 @@ class Node:
                 "time_idle": int(up * 1e9) - run if on else 0, "time_emu_kern": run // 200,
                 "time_emu_user": run // 90, "time_sched": run // 400}, created)
         packets = self.grown(zone.uuid + "/viona", 700 * zone.busy, up)
-        add("viona", minor, "viona_stat", "misc", {
+        card = 4 + 2 * minor            # viona numbers open NICs, not guests
+        add("viona", card, "viona_stat", "misc", {
             "rx_packets": packets, "rx_bytes": packets * 733, "rx_errors": 0,
             "rx_drops": packets // 90_000, "tx_packets": packets * 6 // 5,
             "tx_bytes": packets * 1021, "tx_errors": 0, "tx_drops": 0}, created)
@@ -624,7 +716,7 @@ def main() -> int:
     """Write both files beside this one, or into the folder given."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     recorded = capture()
-    (folder / "node.json").write_text(json.dumps(recorded, separators=(",", ":")) + "\n")
+    (folder / "node.json").write_text(spread(recorded))
     (folder / "inventory.json").write_text(json.dumps(inventory(recorded), indent=2) + "\n")
     return 0
 

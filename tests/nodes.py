@@ -44,7 +44,8 @@ def value(page: str, series: str) -> float:
 
 
 VARIES = re.compile(r"time_of_day|time_metrics|cmon_sample_age_seconds|\w+_metrics_timer_seconds"
-                    r"|\w+_metrics_cached_boolean|boot_time_seconds|node_boot_time_seconds")
+                    r"|\w+_metrics_cached_boolean|boot_time_seconds|node_boot_time_seconds"
+                    r"|collector_time_|cached_items|cache_get")
 
 
 def steady(page: str) -> list[str]:

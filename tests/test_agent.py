@@ -18,7 +18,8 @@ from typing import Any, Callable
 
 import pytest
 from nodes import (
-    LB01, SPARK01, STOPPED, WEB01, Clock, Desk, Machine, Vminfod, collectors, down, steady)
+    LB01, SPARK01, STOPPED, WEB01, Clock, Desk, Machine, Vminfod, collectors, down, steady,
+    value)
 from support import NODE, ROOT, Connection, Kernel, Program, http_get, node, samples, wait_until
 
 import cmon_agent as agent
@@ -76,7 +77,9 @@ ROUTES = [
     ("GET", f"/v1/{WEB01}/metrics", opts({"isCoreZone": None}), 400, "x-joyent-cmon-opts must"),
     ("GET", f"/v1/{WEB01}/metrics", opts(b"[" * 5000), 400, "x-joyent-cmon-opts must"),
     ("GET", f"/v1/{WEB01}/metrics", opts(b"\xff\xfe"), 400, "x-joyent-cmon-opts must"),
-    ("GET", f"/v1/{WEB01}/metrics", {"x-joyent-cmon-opts": ""}, 400, "x-joyent-cmon-opts must"),
+    ("GET", f"/v1/{WEB01}/metrics", {"x-joyent-cmon-opts": ""}, 200, "# HELP "),
+    ("GET", f"/v1/{WEB01}/metrics", {"x-joyent-cmon-opts": opts({"isCoreZone": True})[
+        "x-joyent-cmon-opts"].rstrip("=")}, 200, "# HELP "),
     ("GET", "/v1/gz/metrics", {"x-joyent-cmon-opts": "?"}, 400, "x-joyent-cmon-opts must"),
     ("GET", f"/v1/{WEB01}/metrics", {"X-Prometheus-Scrape-Timeout-Seconds": "soon"}, 400,
      "X-Prometheus-Scrape-Timeout-Seconds is not"),
@@ -236,6 +239,26 @@ def test_metadata_is_of_all_that_is_on_the_pages_and_of_nothing_else(replay: Pro
     absent = {name for scope, name in set(told) - set(shown)}
     quiet = re.compile(r"(swap_|textfile_|ntp_|arcstats_|mem_locked|cpucap_|app_)")
     assert not {name for name in absent if not quiet.match(name)}, sorted(absent)
+
+
+def test_the_nodes_page_ends_with_what_the_originals_dashboard_asks(replay: Program) -> None:
+    """collector_time_seconds and four more, all of service="cmon-agent", on this page alone."""
+    def said(series: str) -> float:
+        return value(http_get(replay.address, "/v1/gz/metrics").text, series)
+    asked = said('cache_gets_total{service="cmon-agent"}')
+    http_get(replay.address, f"/v1/{WEB01}/metrics")
+    http_get(replay.address, f"/v1/{WEB01}/metrics")
+    page = http_get(replay.address, "/v1/gz/metrics").text
+    assert value(page, 'cache_gets_total{service="cmon-agent"}') >= asked + 2
+    assert value(page, 'cache_get_hits_total{service="cmon-agent"}') >= 1
+    assert value(page, 'cached_items{service="cmon-agent"}') >= 12
+    for name, more in (("collector_time_seconds", ',collector="kstats"'),
+                       ("collector_time_total_seconds", "")):
+        counts = [float(count) for count in re.findall(
+            rf'^{name}{{service="cmon-agent"{more},le="[^"]+"}} (\S+)$', page, re.M)]
+        assert len(counts) == 6 and counts == sorted(counts) and counts[-1] > 0
+        assert value(page, f'{name}_count{{service="cmon-agent"{more}}}') == counts[-1]
+    assert "cached_items" not in http_get(replay.address, f"/v1/{WEB01}/metrics").text
 
 
 def test_the_agents_own_metrics_are_not_on_pages_of_zones(pages: dict[str, str]) -> None:
@@ -708,10 +731,13 @@ def test_a_capture_beside_a_blocked_kstat_and_one_that_fails(kernel: Callable[..
     one.kernel.faults(("block", "tcp:7:tcp"), ("fail", "zone_vfs:7:*", "5"))
     done = captured(one, tmp_path / "capture.json", "--frames", "1")
     assert done.returncode == 0, done.stderr
-    names = {(k["module"], k["instance"]) for k in json.loads(
+    names = {(k["instance"], k["name"].rpartition("_")[2]) for k in json.loads(
+        (tmp_path / "capture.json").read_text())["frames"][0]["kstats"]
+        if k["module"] in ("tcp", "zone_vfs", "memory_cap")}
+    modules = {(k["module"], k["instance"]) for k in json.loads(
         (tmp_path / "capture.json").read_text())["frames"][0]["kstats"]}
-    assert ("tcp", 5) in names and ("memory_cap", 7) in names
-    assert ("tcp", 7) not in names and ("zone_vfs", 7) not in names
+    assert (5, "tcp") in names and ("memory_cap", 7) in modules
+    assert (7, "tcp") not in names and ("zone_vfs", 7) not in modules
 
 
 def test_a_capture_that_cannot_be_made_is_one_line(kernel: Callable[..., Kernel], tmp_path: Path

@@ -110,7 +110,7 @@ def test_what_to_look_at_is_there() -> None:
 
 
 def test_quirks_are_of_metrics_that_exist() -> None:
-    assert set(agent.QUIRKS) <= {row["name"] for row in OWN}
+    assert set(agent.QUIRKS) <= {row["name"] for row in METADATA}
 
 
 @pytest.mark.parametrize("member, grows", [

@@ -37,7 +37,7 @@ def test_it_has_the_zones_that_matter(recorded_node: dict[str, Any]) -> None:
         names = [k["data"]["zonename"] for k in frame["kstats"] if k["module"] == "zones"]
         assert sorted(names) == sorted(["global", *(vm["zonename"] for vm in running)])
         uncapped = [k["data"]["zonename"] for k in frame["kstats"] if k["module"] == "memory_cap"
-                    and k["data"]["physcap"] == 2 ** 64 - 1]
+                    and k["data"]["physcap"] == 4096 * (2 ** 32 - 1)]
         capped = {k["data"]["zonename"] for k in frame["kstats"]
                   if k["name"].startswith("cpucaps")}
         assert len(uncapped) == 2 and not capped & set(uncapped)       # batch and the global zone
