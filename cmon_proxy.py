@@ -1522,7 +1522,7 @@ class FileSource:
     def start(self) -> None:
         """Read it once, then look at it every second."""
         self._read(self._look())
-        self._server.every(1.0, self._tick)
+        self._server.loop.every(1.0, self._tick)
 
     def stop(self) -> None:
         """Nothing to end."""
@@ -1550,7 +1550,7 @@ class FileSource:
             found = found._replace(accounts=self._directory.merged(found.accounts))
         except ConfigError as error:
             problems = error.problems
-        self._server.soon(self._apply, mark, found, problems)
+        self._server.loop.run_here(self._apply, mark, found, problems)
 
     def _apply(self, mark: object, found: Whole | None, problems: list[str]) -> None:
         self._reading = False
@@ -1578,7 +1578,7 @@ class FileSource:
 # --- Triton ---------------------------------------------------------------------------------------
 
 # VMAPI with its changefeed, CNAPI and mahi. Their threads block on sockets and hand finished values
-# to the loop; they share nothing with it but `Server.call_soon`. How these services behave, with
+# to the loop; they share nothing with it but `Loop.call_soon`. How these services behave, with
 # their quirks, is written where the quirk is met.
 
 SERVICE_TIMEOUT = 20.0              # seconds for one request; a page of 1,000 VMs takes some
@@ -1893,7 +1893,7 @@ class Mahi:
         except Exception:
             log.exception("reading account %r failed", login)
             problem = "a fault of ours"
-        self._server.call_soon(self._arrived, login, account, problem)
+        self._server.loop.call_soon(self._arrived, login, account, problem)
 
     def _arrived(self, login: str, account: Account | None, problem: str) -> None:
         waiting = self._asking.pop(login, [])
@@ -2038,9 +2038,9 @@ class TritonSource:
                              ("snapshot", self._write_snapshots)):
             if self._first or name != "snapshot":
                 threading.Thread(target=target, name=name, daemon=True).start()
-        self._server.every(1.0, self._tick)
+        self._server.loop.every(1.0, self._tick)
         if self._first:
-            self._server.every(0.5, self._tell_agents)
+            self._server.loop.every(0.5, self._tell_agents)
 
     def _restore(self) -> None:
         if self._snapshot is None:
@@ -2214,7 +2214,7 @@ class TritonSource:
         servers |= {vm.server for uuid, vm in before.items() if vm.server and (
             uuid not in vms or vms[uuid].server != vm.server)}
         self.bootstraps += 1
-        self._server.call_soon(self._take_all, vms, owned, self._epoch, servers)
+        self._server.loop.call_soon(self._take_all, vms, owned, self._epoch, servers)
 
     def _read_all(self, feed: WebSocket) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]]:
         found: dict[str, Vm] = {}
@@ -2288,7 +2288,8 @@ class TritonSource:
         status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
         self.fetched += 1
         vm = vm_of(record, "changefeed", iso(time.time())) if status == 200 else None
-        self._server.call_soon(self._take_vm, uuid, vm if vm and vm.uuid == uuid else None, epoch)
+        self._server.loop.call_soon(
+            self._take_vm, uuid, vm if vm and vm.uuid == uuid else None, epoch)
 
     # in CNAPI's thread
 
@@ -2298,7 +2299,7 @@ class TritonSource:
             self._nodes_wanted.clear()
             try:
                 nodes = self._read_nodes()
-                self._server.call_soon(self._take_nodes, nodes)
+                self._server.loop.call_soon(self._take_nodes, nodes)
                 backoff.reset()
                 if not self.manta_owner:
                     self._find_manta()
@@ -2673,7 +2674,7 @@ class UpstreamConnection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connecting = True
         self.socket.connect_ex(port.address)    # what is wrong shows when it becomes writable
-        port.forwarder.server.watch(self.socket, selectors.EVENT_WRITE, self.ready)
+        port.forwarder.server.loop.watch(self.socket, selectors.EVENT_WRITE, self.ready)
 
     def ready(self, _mask: int) -> None:
         """The selector's call."""
@@ -2704,7 +2705,7 @@ class UpstreamConnection:
             self.port.unreachable(self, os.strerror(error).lower())
             return
         self.connecting = False
-        self.port.forwarder.server.watch(self.socket, selectors.EVENT_READ, self.ready)
+        self.port.forwarder.server.loop.watch(self.socket, selectors.EVENT_READ, self.ready)
         if self.job is not None:                # a link without one has been closed
             self.send(self.job)
 
@@ -2768,7 +2769,7 @@ class UpstreamConnection:
 
     def close(self) -> None:
         """End it."""
-        self.port.forwarder.server.unwatch(self.socket)
+        self.port.forwarder.server.loop.unwatch(self.socket)
         self.socket.close()
 
 
@@ -3012,8 +3013,8 @@ class Upstreams:
         self.troubled: set[Upstream] = set()        # those the sweep must look at
         self._lengths: dict[bytes, int] = {}    # of header lines that were seen
         self._heads: dict[bytes, tuple[int, bytes]] = {}    # of other agents' heads
-        server.every(SWEEP_SECONDS, self._sweep)
-        server.every(5.0, self._sweep_idle)
+        server.loop.every(SWEEP_SECONDS, self._sweep)
+        server.loop.every(5.0, self._sweep_idle)
 
     def port(self, node: Node) -> Upstream:
         """The way to a node; raises Refused while its address is not known."""
@@ -3370,7 +3371,7 @@ class Proxy:
         self._js = prepare(Response(200, PAGE_JS.encode(), "text/javascript; charset=utf-8", kept))
         self.use(settings)
         registry.collect(self.families)
-        server.every(1.0, self._each_second)
+        server.loop.every(1.0, self._each_second)
 
     def use(self, settings: Settings) -> None:
         """Take settings, at the start and after a SIGHUP."""
@@ -3457,7 +3458,9 @@ class Proxy:
         granted = identity.granted
         if granted is None or granted.account is not account or identity.dated \
                 or identity.policy is not self.policy or self.policy.by_ca:
+            peer.known = False
             granted = grant(identity, account, self.policy, self.clock())
+        peer.known = True
         allowance = self.quotas.of(granted.account)
         standing = allowance.take(self.server.now())
         if standing == REFUSED:
@@ -3773,7 +3776,7 @@ class Proxy:
 
         def build_and_keep() -> Prepared:
             made = build()
-            self.server.call_soon(self._keep, key, generation, made)
+            self.server.loop.call_soon(self._keep, key, generation, made)
             return with_headers(made, extra, packed)
         return self._by_worker(build_and_keep)
 
@@ -4096,7 +4099,7 @@ class Channel:
         self._unsent = b""
         self.open = True
         end.setblocking(False)
-        server.watch(end, selectors.EVENT_READ, self._ready)
+        server.loop.watch(end, selectors.EVENT_READ, self._ready)
 
     def say(self, message: Any) -> None:
         """Send it, now or when the other side reads."""
@@ -4115,7 +4118,7 @@ class Channel:
         except OSError:
             self.close()
             return
-        self._server.watch(self._socket, selectors.EVENT_READ | (
+        self._server.loop.watch(self._socket, selectors.EVENT_READ | (
             selectors.EVENT_WRITE if self._unsent else 0), self._ready)
 
     def _ready(self, mask: int) -> None:
@@ -4141,7 +4144,7 @@ class Channel:
         """End it."""
         if self.open:
             self.open = False
-            self._server.unwatch(self._socket)
+            self._server.loop.unwatch(self._socket)
             self._socket.close()
 
 
@@ -4153,7 +4156,7 @@ class WorkerSide:
         self._told: dict[str, LastScrape] = {}
         # without the first process nobody would replace or stop us
         self._channel = Channel(proxy.server, end, self._heard, proxy.server.stop)
-        proxy.server.every(EXCHANGE_SECONDS, self._tell)
+        proxy.server.loop.every(EXCHANGE_SECONDS, self._tell)
 
     def _tell(self) -> None:
         proxy = self._proxy
@@ -4195,7 +4198,7 @@ class Workers:
         self.restarts = 0
         for number in range(count):
             self._start(number)
-        server.every(0.5, self._look_after)
+        server.loop.every(0.5, self._look_after)
 
     def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()
@@ -4349,7 +4352,7 @@ class ServerCertificate:
         self._bad: object = None                # the state of the files that was told to be bad
         self._warned = float("inf")
         self.not_after = self._end()
-        proxy.server.every(1.0, self.tick)
+        proxy.server.loop.every(1.0, self.tick)
 
     def _look(self) -> object:
         tls = self._proxy.settings.tls
@@ -4422,7 +4425,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
     if place is not None:
         WorkerSide(proxy, registry, socket.socket(fileno=place.channel))
         # later, so that one process alone says where the proxy listens
-        server.call_soon(listen, socket.socket(fileno=place.listening))
+        server.loop.call_soon(listen, socket.socket(fileno=place.listening))
         return server, proxy
     listen(parse_address(settings.listen))
     if settings.admin_listen is not None:
@@ -4440,7 +4443,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
     server = Server("proxy", registry)
     register_process_metrics(registry, "proxy")
     listener = server.listen(parse_address(settings.listen), (), None, "main")
-    server.unwatch(listener.socket)
+    server.loop.unwatch(listener.socket)
     # the path as a word of its own: `-I` and `-s` leave the script's folder out or in as before
     workers = Workers(server, settings.workers, listener.socket,
                       [*interpreter_command(), os.path.abspath(__file__), *arguments])

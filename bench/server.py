@@ -30,14 +30,18 @@ IDLE = 10_000
 
 KIT = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from cmon_agent import Limits, PAGE, Registry, Response, Route, Server, prepare
+from cmon_agent import Deferred, Limits, PAGE, Registry, Response, Route, Server, prepare
 page = open(sys.argv[1], "rb").read()
 ready = prepare(Response(200, page, PAGE))
 server = Server("bench", Registry(), Limits())
+def worker(request):
+    later = Deferred(server.now() + 9, lambda: Response(503, b""))
+    server.spawn(lambda: later.finish(Response(200, page, PAGE)))
+    return later
 listener = server.listen(("127.0.0.1", 0), [
     Route("GET", "/page", lambda request: ready),
     Route("GET", "/made", lambda request: Response(200, page, PAGE)),
-    Route("GET", "/worker", lambda request: Response(200, page, PAGE), blocking=True)])
+    Route("GET", "/worker", worker)])
 import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2)
 print("listening on %s:%s" % listener.address, file=sys.stderr, flush=True)
 server.serve_forever()

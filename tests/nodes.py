@@ -158,7 +158,7 @@ class Desk:
 
     def pump(self) -> None:
         """Run what is due in the server's thread."""
-        self.server._run_due()
+        self.server.loop.run_due()
 
     def pass_by(self, seconds: float, step: float = 0.1) -> None:
         """Let time pass, with the server's timers."""

@@ -77,7 +77,7 @@ class Recorded:
         self.scraper.start()
         end = time.monotonic() + PATIENCE       # zoneadm tells which guest is whose
         while self.scraper._rereading and time.monotonic() < end:
-            self.server._run_due()
+            self.server.loop.run_due()
             time.sleep(0.001)
 
     def page(self, target: str) -> str:
@@ -86,7 +86,7 @@ class Recorded:
         if isinstance(asked, agent.Deferred):
             end = time.monotonic() + PATIENCE
             while asked.answer is None and time.monotonic() < end:
-                self.server._run_due()
+                self.server.loop.run_due()
                 time.sleep(0.0005)
             assert asked.answer is not None, "no answer"
             asked = asked.answer
@@ -107,7 +107,7 @@ def page_of(row: Row) -> str:
             recorded.page(row.target)
             for _ in range(100):
                 recorded.clock.at += 0.1
-                recorded.server._run_due()
+                recorded.server.loop.run_due()
         return recorded.page(row.target)
     finally:
         recorded.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import os
+import resource
 import socket
 import socketserver
 import ssl
@@ -125,7 +127,7 @@ def test_a_prepared_answer_is_what_would_be_sent_anyway() -> None:
 
 LIMITS = Limits(connections=40, head_bytes=2000, header_count=20, body_bytes=100, workers=2,
                 head_seconds=0.3, idle_seconds=30.0, write_seconds=0.5, handshake_seconds=0.3,
-                grace_seconds=5.0)
+                grace_seconds=5.0, stranger_share=1.0)
 
 
 class Served:
@@ -142,9 +144,8 @@ class Served:
         routes = (*PLAIN,
                   Route("GET", "/page", lambda request: page),
                   Route("GET", "/large", lambda request: Response(200, b"x" * 30_000_000)),
-                  Route("GET", "/block", self.block, blocking=True),
+                  Route("GET", "/block", self.block),
                   Route("GET", "/later", self.later),
-                  Route("GET", "/blocklater", self.later, blocking=True),
                   Route("POST", "/echo", lambda request: Response(200, request.body)),
                   Route("GET", "/host", lambda request: text(200, request.host)),
                   Route("GET", "/query", lambda request: text(200, repr(dict(request.query)))),
@@ -156,10 +157,15 @@ class Served:
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
-    def block(self, _request: Request) -> Answer:
-        self.inside.release()
-        assert self.go.wait(20)
-        return text(200, "done")
+    def block(self, _request: Request) -> Deferred:
+        def work() -> None:
+            self.inside.release()
+            assert self.go.wait(20)
+            later.finish(text(200, "done"))
+        later = Deferred(time.monotonic() + 30, lambda: text(503, "too late"))
+        if not self.server.spawn(work):
+            raise Refused(503, "too busy")
+        return later
 
     def later(self, request: Request) -> Deferred:
         later = Deferred(scrape_deadline(request, time.monotonic()), lambda: text(503, "too late"))
@@ -357,14 +363,6 @@ def test_no_answer_of_a_worker_waits_for_the_next_event(served: Served) -> None:
     assert sum(seconds > 0.1 for seconds in slowest) < 5, sorted(slowest)[-9:]
 
 
-def test_a_worker_may_also_answer_later(served: Served) -> None:
-    with Connection(served.address) as connection:
-        connection.send(b"GET /blocklater HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert served.inside.acquire(timeout=10)
-        served.laters[0].finish(text(200, "at last"))
-        assert connection.answer().text == "at last\n"
-
-
 def test_a_large_answer_waits_for_a_slow_reader_without_holding_up_others(served: Served) -> None:
     with Connection(served.address) as connection:
         connection.send(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -449,10 +447,10 @@ def test_an_address_in_use_is_told_in_words(served: Served) -> None:
 
 def test_timers_and_calls_run_in_the_servers_thread(served: Served) -> None:
     seen: list[Any] = []
-    served.server.call_soon(lambda: seen.append(threading.get_ident()))
-    served.server.call_soon(served.server.call_later, 0.0, lambda: seen.append("timer"))
-    served.server.call_soon(served.server.every, 0.01, lambda: seen.append("tick"))
-    served.server.call_soon(lambda: 1 // 0)                 # logged, and nothing else happens
+    served.server.loop.call_soon(lambda: seen.append(threading.get_ident()))
+    served.server.loop.call_soon(served.server.loop.call_later, 0.0, lambda: seen.append("timer"))
+    served.server.loop.call_soon(served.server.loop.every, 0.01, lambda: seen.append("tick"))
+    served.server.loop.call_soon(lambda: 1 // 0)                 # logged, and nothing else happens
     wait_until(lambda: seen.count("tick") >= 2)
     assert served.thread.ident in seen and "timer" in seen
 
@@ -461,13 +459,14 @@ def test_an_applications_socket_is_watched(served: Served) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     seen: list[bytes] = []
-    served.server.call_soon(served.server.watch, ours, 1, lambda mask: seen.append(ours.recv(9)))
+    loop = served.server.loop
+    loop.call_soon(loop.watch, ours, 1, lambda mask: seen.append(ours.recv(9)))
     theirs.send(b"hello")
     wait_until(lambda: seen == [b"hello"])
-    served.server.call_soon(served.server.unwatch, ours)
-    served.server.call_soon(served.server.unwatch, ours)        # a second time does nothing
+    loop.call_soon(loop.unwatch, ours)
+    loop.call_soon(loop.unwatch, ours)          # a second time does nothing
     done = threading.Event()
-    served.server.call_soon(done.set)
+    served.server.loop.call_soon(done.set)
     assert done.wait(10)
     ours.close()
     theirs.close()
@@ -553,6 +552,140 @@ def test_many_handshakes_at_once_keep_their_certificates_apart(secure: Served, p
     for thread in threads:
         thread.join(20)
     assert not failures
+
+
+def letting_in(request: Request) -> Answer:
+    request.peer.known = True
+    return text(200, "come in")
+
+
+@pytest.fixture()
+def crowded(pems: Path) -> Iterator[Callable[..., tuple[Server, Any]]]:
+    """A TLS server with room for few; `/` lets its client in."""
+    servers: list[Server] = []
+
+    def start(**limits: Any) -> tuple[Server, Any]:
+        server = Server("agent", Registry(), Limits(**limits))
+        servers.append(server)
+        listener = server.listen(("127.0.0.1", 0), [
+            Route("GET", "/", letting_in), Route("GET", "/who", lambda request: text(200, "?"))],
+            server_context(str(pems / "localhost.pem"), str(pems / "localhost.key")))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server, listener.address
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def is_open(connection: Connection) -> bool:
+    connection.socket.settimeout(0.2)
+    try:
+        return bool(connection.socket.recv(1))
+    except (socket.timeout, ssl.SSLWantReadError):
+        return True
+    except OSError:
+        return False
+
+
+def test_at_the_limit_strangers_go_first_and_tenants_stay(crowded: Any, pems: Path) -> None:
+    server, address = crowded(connections=6, stranger_share=1.0)
+    tls = client(pems, "alice")
+    tenants = [Connection(address, tls, "localhost") for _ in range(3)]
+    for tenant in tenants:
+        assert tenant.request("/").status == 200
+    silent = [Connection(address) for _ in range(3)]            # never say a word of TLS
+    wait_until(lambda: len(server.connections) == 6)
+    late = Connection(address, tls, "localhost")
+    assert late.request("/").status == 200
+    assert [is_open(one) for one in silent] == [False, True, True]      # the oldest of them went
+    more = [Connection(address) for _ in range(8)]
+    wait_until(lambda: len(server.connections) == 6 and not is_open(more[5]))
+    for tenant in [*tenants, late]:
+        assert tenant.request("/who").status == 200
+    for connection in [*tenants, late, *silent, *more]:
+        connection.close()
+
+
+def test_where_all_are_tenants_the_longest_idle_one_makes_room(crowded: Any, pems: Path) -> None:
+    _, address = crowded(connections=3, stranger_share=1.0)
+    tls = client(pems, "alice")
+    tenants = [Connection(address, tls, "localhost") for _ in range(3)]
+    for index in (0, 1, 2, 0):
+        assert tenants[index].request("/").status == 200
+    with Connection(address, tls, "localhost") as late:
+        assert late.request("/").status == 200
+    assert [is_open(one) for one in tenants] == [True, False, True]
+    for tenant in tenants:
+        tenant.close()
+
+
+def test_one_address_holds_no_more_strangers_than_its_share(crowded: Any, pems: Path) -> None:
+    server, address = crowded(connections=16)
+    silent = [Connection(address) for _ in range(12)]
+    wait_until(lambda: sum(map(is_open, silent)) == 4)
+    assert [is_open(one) for one in silent] == [True] * 4 + [False] * 8
+    for connection in silent:
+        connection.close()
+    wait_until(lambda: not server.connections)
+    with Connection(address, client(pems, "alice"), "localhost") as tenant:
+        assert tenant.request("/").status == 200
+    assert "cmon_agent_http_strangers" in render(server._families())
+
+
+def test_a_stranger_is_not_kept_as_long_as_a_tenant(crowded: Any, pems: Path) -> None:
+    _, address = crowded(stranger_seconds=0.0, idle_seconds=60.0)
+    tls = client(pems, "alice")
+    with Connection(address, tls, "localhost") as tenant, \
+            Connection(address, tls, "localhost") as stranger:
+        assert tenant.request("/").status == stranger.request("/who").status == 200
+        stranger.socket.settimeout(20)
+        assert stranger.socket.recv(1) == b""
+        assert tenant.request("/who").status == 200
+
+
+def test_the_limit_follows_the_descriptors_that_there_are(pems: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = Server("agent", Registry(), Limits())
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+        assert server.most_connections() == 300
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        server.server_close()
+
+
+def test_out_of_descriptors_strangers_make_room(crowded: Any, pems: Path) -> None:
+    """EMFILE although the limit is not reached: others of the process have taken them."""
+    server, address = crowded(connections=200, stranger_share=1.0)
+    tls = client(pems, "alice")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Connection(address, tls, "localhost") as tenant:
+        assert tenant.request("/").status == 200
+        silent = [socket.create_connection(address) for _ in range(20)]
+        wait_until(lambda: len(server.connections) == 21)
+        late = socket.socket()
+        try:
+            highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+            fillers = []
+            try:
+                while True:
+                    fillers.append(os.dup(0))
+            except OSError:
+                pass
+            late.connect(address)
+            late.settimeout(20)
+            wait_until(lambda: server._refusals.get("descriptors", 0) > 0)
+            wait_until(lambda: len(server.connections) == 21 and server._accepted == 22)
+            assert silent[0].recv(1) == b""
+            assert tenant.request("/who").status == 200
+        finally:
+            for number in fillers:
+                os.close(number)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for one in [*silent, late]:
+                one.close()
 
 
 def test_a_new_certificate_serves_new_connections(secure: Served, pems: Path) -> None:

@@ -90,7 +90,7 @@ class Running:
                 self.port(address).ask(job)
             except Refused as refusal:
                 self.results.append("at once: " + dict(refusal.headers)["X-Cmon-Error"])
-        self.server.call_soon(go)
+        self.server.loop.call_soon(go)
         return job
 
     def port(self, address: Any) -> Any:
@@ -255,7 +255,7 @@ def test_a_node_that_refuses_opens_its_breaker_and_is_asked_no_more(running: Run
 def test_ports_of_nodes_that_are_gone_are_forgotten(running: Running, agent: Agent) -> None:
     running.ask(agent.address)
     running.wait(1)
-    running.server.call_soon(running.forwarder.retain, {})
+    running.server.loop.call_soon(running.forwarder.retain, {})
     wait_until(lambda: not running.forwarder.ports)
 
 
@@ -266,7 +266,7 @@ def test_idle_connections_do_not_stay_for_ever(running: Running, agent: Agent, m
     port = running.forwarder.ports[NODE_1]
     wait_until(lambda: port.idle)
     monkeypatch.setattr(cmon_proxy, "IDLE_LINK_SECONDS", 0.0)
-    running.server.call_soon(running.forwarder._sweep_idle)
+    running.server.loop.call_soon(running.forwarder._sweep_idle)
     wait_until(lambda: not port.idle)
 
 
@@ -278,7 +278,7 @@ def test_without_descriptors_the_node_is_not_blamed(running: Running, agent: Age
     running.ask(agent.address)
     assert running.wait(1) == ["too_busy"]
     port = running.forwarder.ports[NODE_1]
-    running.server.call_soon(port.probe)
+    running.server.loop.call_soon(port.probe)
     monkeypatch.undo()
     running.ask(agent.address)
     assert running.wait(2)[1] == 200 and not port.suspect

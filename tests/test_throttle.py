@@ -18,59 +18,32 @@ class Clock:
         return self.at
 
 
-def test_a_cached_value_lives_for_its_lifetime_and_tells_its_age() -> None:
-    clock = Clock()
-    cache: Cache[str, int] = Cache(clock)
-    built = iter(range(10))
-    assert cache.get("a", 8.0, lambda: next(built)) == (0, 0.0)
-    clock.at += 7.5
-    assert cache.get("a", 8.0, lambda: next(built)) == (0, 7.5)
-    clock.at += 0.5
-    assert cache.get("a", 8.0, lambda: next(built)) == (1, 0.0)
+def a_cache(limit: int = 10 * Cache.ENTRY) -> Cache[str, bytes]:
+    return Cache("pages", limit, lambda key, value: len(key) + len(value))
 
 
-def test_a_failed_build_is_the_callers_and_the_next_one_tries_again() -> None:
-    cache: Cache[str, int] = Cache(Clock())
-    with pytest.raises(ZeroDivisionError):
-        cache.get("a", 8.0, lambda: 1 // 0)
-    assert cache.get("a", 8.0, lambda: 5) == (5, 0.0)
+def test_a_cache_counts_keys_and_values_and_lets_the_oldest_go() -> None:
+    cache = a_cache(3 * Cache.ENTRY)
+    for key in "abc":
+        cache.put(key, b"")
+    assert list(cache) == ["b", "c"] and cache.evicted == 1     # the keys did not fit beside it
+    assert cache.bytes == 2 * Cache.ENTRY + 2
+    cache.put("b", b"12345")                                    # now it is the youngest
+    cache.put("k" * 290, b"")
+    assert [key[0] for key in cache] == ["b", "k"] and cache.get("b") == b"12345"
+    cache.drop("b")
+    cache.drop("b")
+    assert cache.get("b") is None and cache.bytes == Cache.ENTRY + 290 and len(cache) == 1
+    cache.clear()
+    assert len(cache) == cache.bytes == 0
 
 
-def test_one_thread_builds_while_others_wait_for_that_value_only() -> None:
-    cache: Cache[str, int] = Cache()
-    begun, go, built, got = threading.Event(), threading.Event(), [], []
-
-    def slow() -> int:
-        built.append(1)
-        begun.set()
-        assert go.wait(10)
-        return 7
-    threads = [threading.Thread(target=lambda: got.append(cache.get("a", 60.0, slow)[0]))
-               for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    assert begun.wait(10)
-    assert cache.get("b", 60.0, lambda: 1) == (1, 0.0)      # not held up by "a"
-    go.set()
-    for thread in threads:
-        thread.join(10)
-    assert got == [7] * 8 and len(built) == 1
-
-
-def test_the_cache_is_bounded_by_use_and_by_what_lives() -> None:
-    clock = Clock()
-    cache: Cache[int, int] = Cache(clock, limit=2)
-    for key in (1, 2):
-        clock.at += 1
-        cache.get(key, 60.0, lambda: 0)
-    clock.at += 1
-    cache.get(1, 60.0, lambda: 0)
-    cache.get(3, 60.0, lambda: 0)                           # 2 was used the longest ago
-    assert cache.get(1, 60.0, lambda: 9)[0] == 0 and cache.get(2, 60.0, lambda: 9)[0] == 9
-    cache.retain([1])
-    assert cache.get(2, 60.0, lambda: 8)[0] == 8
-    cache.drop(2)
-    assert cache.get(2, 60.0, lambda: 7)[0] == 7
+def test_a_value_larger_than_the_cache_is_not_kept_and_empties_nothing() -> None:
+    cache = a_cache()
+    cache.put("a", b"old")
+    cache.put("b", b"x" * cache.limit)
+    cache.put("a", b"x" * cache.limit)
+    assert list(cache) == [] and cache.evicted == 2     # and no old value in the place of a new one
 
 
 def test_a_breaker_opens_tries_once_and_heals() -> None:
@@ -129,24 +102,21 @@ def test_a_pool_is_bounded_in_threads_and_queue_and_survives_a_failing_job() -> 
 def test_own_metrics_are_a_page() -> None:
     registry = Registry()
     asked = registry.counter("cmon_x_asked_total", "Asked.", "who")
-    level = registry.gauge("cmon_x_level", "Level.")
-    took = registry.histogram("cmon_x_seconds", "Took.", (0.1, 1.0), "who")
+    cache = a_cache()
+    cache.put("a", b"")
+    registry.caches.append(cache)
     asked.add(2, "a")
     asked.add(1, "b")
     asked.remove("b")
-    level.set(-3)
-    for value in (0.1, 0.5, 7.0):
-        took.observe(value, "a")
     register_process_metrics(registry, "agent")
     page = render(registry.families())
     assert render(parse(page)) == page
-    for line in ('cmon_x_asked_total{who="a"} 2', "cmon_x_level -3",
-                 'cmon_x_seconds_bucket{who="a",le="0.1"} 1',
-                 'cmon_x_seconds_bucket{who="a",le="1.0"} 2',
-                 'cmon_x_seconds_bucket{who="a",le="+Inf"} 3', 'cmon_x_seconds_sum{who="a"} 7.6',
-                 'cmon_x_seconds_count{who="a"} 3'):
+    for line in ('cmon_x_asked_total{who="a"} 2', 'cmon_agent_cache_bytes{cache="pages"} 301',
+                 'cmon_agent_cache_limit_bytes{cache="pages"} 3000',
+                 'cmon_agent_cache_evictions_total{cache="pages"} 0'):
         assert line + "\n" in page
-    values = {family.name: family.samples[0].value for family in registry.families()[3:]}
+    values = {family.name: family.samples[0].value
+              for family in registry.families()[1:] if family.samples}
     assert values["process_resident_memory_bytes"] > 5_000_000
     assert values["process_open_fds"] >= 3 and values["process_cpu_seconds_total"] > 0
     assert values["process_start_time_seconds"] > 1.6e9

@@ -399,7 +399,7 @@ def inside(cloud: Cloud, monkeypatch: Any) -> Iterator[Any]:
     proxy.source = source
     loop = threading.Thread(target=server.serve_forever)
     loop.start()
-    server.call_soon(source.start)
+    server.loop.call_soon(source.start)
     wait_until(lambda: proxy.inventory.ready)
     yield source, proxy
     server.stop()
@@ -441,10 +441,11 @@ def test_services_that_answer_nonsense_change_nothing(inside: Any, cloud: Cloud)
 
 
 class Clock:
-    """A server for `Mahi`: a clock, and calls that are made at once."""
+    """A server and its loop for `Mahi`: a clock, and calls that are made at once."""
 
     def __init__(self) -> None:
         self.at = 0.0
+        self.loop = self
 
     def now(self) -> float:
         return self.at
