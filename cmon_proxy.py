@@ -31,6 +31,7 @@ import base64
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import functools
 import gc
 import hashlib
@@ -50,6 +51,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
@@ -58,8 +60,8 @@ from typing import Any, Callable, NamedTuple, Union
 from cmon_agent import (
     COUNTER, GAUGE, HTML, JSON, PAGE, UUID, Answer, AnswerReader, Backoff, Breaker, Client,
     ClientError, ConfigError, Deferred, Family, Listener, Pool, Prepared, Refused, Registry,
-    Request, Response, Route, Sample, Server, admin_address, at_least, command_line, gunzip,
-    is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
+    Request, Response, Route, Sample, Server, admin_address, at_least, command_line, complain,
+    gunzip, is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
     register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
 
 # --- settings -------------------------------------------------------------------------------------
@@ -192,8 +194,40 @@ def make_tls(settings: Settings) -> ssl.SSLContext:
             ask_for_any_certificate(context)
             check_any_certificate(context, str(tls.certificate), str(tls.key))
     except (OSError, ValueError) as error:      # ssl.SSLError is an OSError
-        raise ConfigError(f"tls: {tls.certificate} with {tls.key}: {error}") from None
+        raise ConfigError(*tls_problems(tls) or [
+            f"tls: {tls.certificate} with {tls.key}: {error}"]) from None
     return context
+
+
+def tls_problems(tls: TlsSettings) -> list[str]:
+    """Why the files of `tls` cannot be used, and what to do; empty where OpenSSL alone knows."""
+    problems: list[str] = []
+    of_certificate: PublicKey | None = None
+    try:
+        of_certificate = server_certificate(tls.certificate).key
+    except (OSError, CertificateError) as error:
+        problems.append(f"tls.certificate: {tls.certificate}: {error}; it must be a PEM file that "
+                        "begins with the server's own certificate")
+    pem = tls.key.read_bytes()
+    if b"-----BEGIN OPENSSH PRIVATE KEY-----" in pem:
+        problems.append(f"tls.key: {tls.key} is in OpenSSH's own format; convert a copy with "
+                        "`ssh-keygen -p -m PEM -f COPY`")
+    elif b"ENCRYPTED" in pem:
+        problems.append(f"tls.key: {tls.key} has a passphrase, which nobody can type for a "
+                        "service; remove it with `openssl pkey -in KEY -out NEWKEY`")
+    else:
+        try:
+            if private_key(pem) != of_certificate and of_certificate is not None:
+                problems.append(f"tls.key: {tls.key} is not the key of {tls.certificate}: name the "
+                                "key that the certificate was made with")
+        except CertificateError as error:
+            problems.append(f"tls.key: {tls.key}: {error}")
+    if tls.client_ca is not None:
+        try:
+            ssl.create_default_context(cafile=str(tls.client_ca))
+        except (OSError, ValueError):
+            problems.append(f"tls.client_ca: {tls.client_ca} holds no certificate in PEM")
+    return problems
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -340,7 +374,9 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("X509_get_pubkey", _P, (_P,)), ("X509_set_pubkey", _I, (_P, _P)),
     ("X509_get_signature_nid", _I, (_P,)),
     ("X509_get_signature_info", _I, (_P, _P, _P, _P, _P)),
-    ("X509_get_ext_d2i", _P, (_P, _I, _P, _P)), ("X509_add_ext", _I, (_P, _P, _I)),
+    ("X509_get_ext_by_NID", _I, (_P, _I, _I)), ("X509_get_ext", _P, (_P, _I)),
+    ("X509V3_EXT_print", _I, (_P, _P, _L, _I)), ("X509_get_ext_d2i", _P, (_P, _I, _P, _P)),
+    ("X509_add_ext", _I, (_P, _P, _I)),
     ("X509_EXTENSION_free", None, (_P,)), ("X509V3_set_ctx", None, (_P, _P, _P, _P, _P, _I)),
     ("X509V3_EXT_conf_nid", _P, (_P, _P, _I, _S)), ("X509_sign", _I, (_P, _P, _P)),
     ("i2d_re_X509_tbs", _I, (_P, _P)), ("X509_get0_signature", None, (_P, _P, _P)),
@@ -600,6 +636,10 @@ def public_key(text: str) -> PublicKey:
                 library.RSA_free, "not a public key in PEM")
             pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
             scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
+        elif b"PRIVATE KEY-----" in source:
+            raise CertificateError(
+                "a private key, which only its owner may have: put the public one here "
+                "(`ssh-keygen -y -f KEY`), and let the owner make a new pair")
         elif source.startswith(b"-----BEGIN "):
             pkey = scope.own(library.PEM_read_bio_PUBKEY(scope.source(source), None, None, b""),
                              library.EVP_PKEY_free, "not a public key in PEM")
@@ -713,10 +753,30 @@ def certificate(der: bytes) -> Certificate:
         )
 
 
+def names_of(found: Certificate) -> list[str]:
+    """The host names and addresses that a certificate is for, as OpenSSL prints them."""
+    with _Scope() as scope:
+        library = scope.library
+        x509 = scope.x509(found.der)
+        index = library.X509_get_ext_by_NID(x509, _NID_SAN, -1)
+        if index < 0:
+            return []
+        sink = scope.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
+        library.X509V3_EXT_print(sink, library.X509_get_ext(x509, index), 0, 0)
+        text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
+        library.BIO_read(sink, text, len(text))
+        return [name.partition(":")[2] for name in text.raw.decode("ascii", "replace").split(", ")]
+
+
 def signed_by(found: Certificate, key: PublicKey) -> bool:
     """Whether the certificate's signature was made with this key, as OpenSSL sees it."""
     with _Scope() as scope:
         return bool(scope.library.X509_verify(scope.x509(found.der), scope.spki(key.spki)) == 1)
+
+
+def server_certificate(path: Path) -> Certificate:
+    """The first certificate of a file; raises CertificateError, OSError."""
+    return certificate(first_certificate(path.read_text("utf-8", errors="replace")))
 
 
 _PEM_CERTIFICATE = re.compile(
@@ -1215,9 +1275,21 @@ class Node(NamedTuple):
     address: tuple[str, int] | None      # of its agent; None: not known yet
 
 
+MAX_LOGIN = 64                  # characters; ub-common-name of RFC 5280
+UUID_EXAMPLE = "7e39c4fe-1b00-4511-9800-4523b6cac865"
+
+
+def is_login(login: str) -> bool:
+    """Whether an account can have this login at all: a certificate must be able to name it."""
+    return 0 < len(login) <= MAX_LOGIN and login.isprintable()
+
+
 def _word(value: Any) -> str:
-    """A text member, with null and odd types as nothing."""
-    return sys.intern(value) if isinstance(value, str) else ""
+    """A text member, with null and odd types as nothing. JSON can spell half a surrogate pair,
+    which no answer could be encoded with."""
+    if not isinstance(value, str):
+        return ""
+    return sys.intern(value if value.isascii() else value.encode("utf-8", "replace").decode())
 
 
 def vm_of(record: Any, source: str, since: str) -> Vm | None:
@@ -1233,8 +1305,7 @@ def vm_of(record: Any, source: str, since: str) -> Vm | None:
     tags = record.get("tags")
     if not isinstance(tags, dict):
         tags = {}
-    groups = tags.get("triton.cmon.groups")
-    words = groups.split(",") if isinstance(groups, str) else []
+    words = _word(tags.get("triton.cmon.groups")).split(",")
     server = _word(record.get("server_uuid")).lower()
     return Vm(
         uuid=uuid, alias=_word(record.get("alias")), owner=sys.intern(owner),
@@ -1261,6 +1332,7 @@ class Inventory:
         self.node_generation = 0
         self.confirmed = now()                  # when the source last stood by it
         self.confirmed_at = time.time()
+        self.max_age = float("inf")             # older than that, nobody is shown a page
         self.changed: list[Callable[[Vm | None, Vm | None], None]] = []
 
     def generation(self, owner: str) -> tuple[int, int]:
@@ -1320,6 +1392,15 @@ class Inventory:
             self.nodes = nodes
             self.node_generation += 1
 
+    @property
+    def refusal(self) -> Refused | None:
+        """Why nobody can be told what belongs to whom, if so."""
+        if not self.ready:
+            return refused("inventory_not_ready")
+        if self._now() - self.confirmed > self.max_age:
+            return refused("inventory_too_old", since=utc(self.confirmed_at))
+        return None
+
     def confirm(self) -> None:
         """The source has just stood by what is here."""
         self.confirmed, self.confirmed_at = self._now(), time.time()
@@ -1367,16 +1448,16 @@ class Directory:
             raise refused("inventory_not_ready")
         return self.accounts.get(login)
 
-    def merged(self, accounts: dict[str, Account]) -> dict[str, Account]:
-        """These accounts; one that has not changed stays the same object. For any thread."""
-        known = self.accounts
-        return {login: kept if (kept := known.get(login)) == account else account
-                for login, account in accounts.items()}
-
     def replace(self, accounts: dict[str, Account]) -> None:
         """All at once."""
         self.accounts = accounts
         self._ready = True
+
+
+def merged(known: Mapping[str, Account], accounts: Mapping[str, Account]) -> dict[str, Account]:
+    """These accounts; one that is the same as before stays the same object (see `grant`)."""
+    return {login: kept if (kept := known.get(login)) == account else account
+            for login, account in accounts.items()}
 
 
 class Whole(NamedTuple):
@@ -1385,105 +1466,182 @@ class Whole(NamedTuple):
     vms: dict[str, Vm]
     owned: dict[str, dict[str, Vm]]
     nodes: dict[str, Node]
+    warnings: tuple[str, ...]       # what is allowed, but looks like a mistake
+
+    def __str__(self) -> str:
+        keys = sum(len(account.keys) for account in self.accounts.values())
+        return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in (
+            (len(self.accounts), "account"), (keys, "key"), (len(self.nodes), "server"),
+            (len(self.vms), "VM")))
+
+
+TOLD = 20                           # problems, and warnings, that are told one by one
+# the members that count; others are allowed, since other tools may have added them
+_MEMBERS = {
+    "file": ("accounts", "servers", "vms"),
+    "accounts": ("uuid", "login", "keys", "operator", "approved_for_provisioning",
+                 "administrators", "users"),
+    "administrators": ("login", "keys"), "users": ("login", "keys", "groups"),
+    "servers": ("uuid", "hostname", "admin_ip"),
+    "vms": ("uuid", "alias", "owner_uuid", "server_uuid", "image_uuid", "brand", "state", "tags"),
+    "tags": ("triton.cmon.groups", "smartdc_role", "manta_role"),
+}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    text = repr(value).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 class _FileReader:
-    """Turns an inventory file into indexes, and collects all that is wrong with it."""
+    """Turns an inventory file into indexes, and collects what is wrong or looks wrong with it.
+
+    Total: whatever JSON the file holds, the result is an inventory or a ConfigError with a line
+    for each problem.
+    """
 
     def __init__(self, path: Path, agent_port: int) -> None:
         self.path, self.port = path, agent_port
         self.problems: list[str] = []
+        self.warnings: dict[tuple[str, ...], list[Any]] = {}    # by cause: place, text, how often
 
     def wrong(self, where: str, what: str) -> None:
-        if len(self.problems) < 20:
-            self.problems.append(f"{self.path}: {where}: {what}")
+        self.problems.append(f"{self.path}: {where}: {what}")
+
+    def odd(self, cause: tuple[str, ...], where: str, what: str) -> None:
+        self.warnings.setdefault(cause, [where, what, 0])[2] += 1
 
     def read(self) -> Whole:
         content = read_json(self.path)
         if not isinstance(content, dict):
             raise ConfigError(f"{self.path}: must be an object with accounts, servers and vms")
+        self._near_misses("file", content, "file")
         accounts: dict[str, Account] = {}
-        for where, record in self._records(content, "accounts"):
+        for where, record in self._records(content, "accounts", "accounts"):
             account = self._account(record, where)
-            if account is not None and account.login in accounts:
-                self.wrong(where, f"login {account.login!r} stands twice")
-            elif account is not None:
-                accounts[account.login] = account
+            if account.login in accounts:
+                self.wrong(where, f"login {_shown(account.login)} is used twice")
+            accounts[account.login] = account
         nodes: dict[str, Node] = {}
-        for where, record in self._records(content, "servers"):
+        for where, record in self._records(content, "servers", "servers"):
             node = self._node(record, where)
-            if node is not None and node.uuid in nodes:
-                self.wrong(where, f"uuid {node.uuid} stands twice")
-            elif node is not None:
-                nodes[node.uuid] = node
+            if node.uuid in nodes:
+                self.wrong(where, f"uuid {node.uuid} is used twice")
+            nodes[node.uuid] = node
+        owners = {account.uuid for account in accounts.values()}
+        if len(owners) < len(accounts):
+            self.odd(("owners",), "accounts", "two logins have the same uuid, so both own its VMs")
         vms: dict[str, Vm] = {}
         since = iso(time.time())
-        for where, record in self._records(content, "vms"):
-            vm = vm_of(record, "file", since)
-            if vm is None:
-                self.wrong(where, "needs uuid and owner_uuid")
-            elif vm.uuid in vms:
-                self.wrong(where, f"uuid {vm.uuid} stands twice")
-            else:
+        for where, record in self._records(content, "vms", "vms"):
+            vm = self._vm(record, where, since, owners, nodes)
+            if vm is not None and vm.uuid in vms:
+                self.wrong(where, f"uuid {vm.uuid} is used twice")
+            if vm is not None:
                 vms[vm.uuid] = vm
+        if len(self.problems) > TOLD:
+            more = len(self.problems) - TOLD + 1
+            self.problems[TOLD - 1:] = [f"{self.path}: {more} more problems of this kind"]
         if self.problems:
             raise ConfigError(*self.problems)
-        return Whole(accounts, *by_owner(vms.values()), nodes)
+        warnings = [f"{self.path}: {where}: {what}" + (
+            f" (and {count - 1} more)" if count > 1 else "")
+            for where, what, count in self.warnings.values()]
+        return Whole(accounts, *by_owner(vms.values()), nodes, tuple(warnings))
 
-    def _records(self, content: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        records = content.get(name)
-        if not isinstance(records, list):
-            self.wrong(name, "must be a list")
+    def _records(self, record: dict[str, Any], name: str, where: str, required: bool = True
+                 ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The objects of a list, each with its place."""
+        values = record.get(name)
+        if values is None and not required:
             return
-        for index, record in enumerate(records):
-            if isinstance(record, dict):
-                yield f"{name}[{index}]", record
+        if not isinstance(values, list):
+            self.wrong(where, f"must be a list, not {_shown(values)}" if name in record else
+                       f"must be a list: the file has no {name}")
+            return
+        for index, value in enumerate(values):
+            if isinstance(value, dict):
+                self._near_misses(name, value, f"{where}[{index}]")
+                yield f"{where}[{index}]", value
             else:
-                self.wrong(f"{name}[{index}]", "must be an object")
+                self.wrong(f"{where}[{index}]", f"must be an object, not {_shown(value)}")
 
-    def _uuid(self, record: dict[str, Any], where: str) -> str:
-        value = _word(record.get("uuid")).lower()
-        if not UUID.fullmatch(value):
-            self.wrong(where, "needs a uuid")
-        return sys.intern(value)
+    def _near_misses(self, kind: str, record: dict[str, Any], where: str) -> None:
+        """Warn of a member that is not known but looks like one that is missing."""
+        known = _MEMBERS[kind]
+        for name in record.keys() - set(known):
+            cause = ("member", kind, name)
+            if cause in self.warnings or len(self.warnings) < 1000:
+                near = difflib.get_close_matches(name[:40], known, 1, 0.75)
+                if near and near[0] not in record:
+                    self.odd(cause, where, f"unknown member {_shown(name)}: did you mean "
+                             f"{near[0]!r}?")
 
-    def _account(self, record: dict[str, Any], where: str) -> Account | None:
-        uuid, login = self._uuid(record, where), record.get("login")
-        if not isinstance(login, str) or not login:
+    def _text(self, record: dict[str, Any], name: str, where: str) -> str:
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            self.odd(("text", name), where, f"{name} must be a text, not {_shown(value)}: ignored")
+        return _word(value)
+
+    def _uuid(self, record: dict[str, Any], name: str, where: str) -> str:
+        value = record.get(name)
+        text = value.lower() if isinstance(value, str) else ""
+        if name not in record:
+            self.wrong(where, f"needs {name}")
+        elif not UUID.fullmatch(text):
+            self.wrong(where, f"{name} must be a UUID such as {UUID_EXAMPLE}, not {_shown(value)}"
+                       + (f" with {len(text)} characters instead of 36"
+                          if text and len(text) != 36 else ""))
+        return sys.intern(text) if UUID.fullmatch(text) else where
+
+    def _account(self, record: dict[str, Any], where: str) -> Account:
+        uuid, login = self._uuid(record, "uuid", where), _word(record.get("login"))
+        if not login:
             self.wrong(where, "needs a login")
-            return None
+            login = where
+        elif not is_login(login):
+            self.odd(("login", login), where, f"no certificate can name the login {_shown(login)}: "
+                     f"it must have 1 to {MAX_LOGIN} characters, none of them a control character")
         keys: dict[str, AuthorizedKey] = {}
         for kind in ("administrators", "users"):
-            for index, member in enumerate(record.get(kind) or []):
-                at = f"{where}.{kind}[{index}]"
-                if not isinstance(member, dict):
-                    self.wrong(at, "must be an object")
-                    continue
+            for at, member in self._records(record, kind, f"{where}.{kind}", required=False):
                 # only users can be limited: an administrator stands for the account itself
                 groups = member.get("groups") if kind == "users" else None
-                limited = None if kind != "users" else frozenset(
-                    group for group in groups if isinstance(group, str)) \
-                    if isinstance(groups, list) else frozenset()
-                self._keys(member, at, str(member.get("login", "")), limited, keys)
-        self._keys(record, where, "", None, keys)      # last: the account's own key wins
-        for member in ("operator", "approved_for_provisioning"):
-            if not isinstance(record.get(member, False), bool):
-                self.wrong(f"{where}.{member}", "must be true or false")
+                limited: frozenset[str] | None = frozenset() if kind == "users" else None
+                if isinstance(groups, list) and all(isinstance(group, str) for group in groups):
+                    limited = frozenset(map(_word, groups))
+                elif groups is not None:
+                    self.wrong(f"{at}.groups", "must be a list of texts")
+                self._keys(member, at, self._text(member, "login", at), limited, keys)
+        self._keys(record, where, "", None, keys)       # last: the account's own key wins
+        if not keys:
+            self.odd(("keys", where), where, f"the account {_shown(login)} has no keys: nobody can "
+                     "come in with it")
+        for member_name in ("operator", "approved_for_provisioning"):
+            if not isinstance(record.get(member_name, False), bool):
+                self.wrong(f"{where}.{member_name}", "must be true or false")
         return Account(uuid, login, keys, record.get("operator") is True,
                        record.get("approved_for_provisioning", True) is True)
 
     def _keys(self, record: dict[str, Any], where: str, name: str,
               groups: frozenset[str] | None, into: dict[str, AuthorizedKey]) -> None:
-        texts = record.get("keys", [])
-        for index, key_text in enumerate(texts if isinstance(texts, list) else [None]):
+        texts = record.get("keys")
+        if texts is not None and not isinstance(texts, list):
+            self.wrong(f"{where}.keys", "must be a list of public keys, such as "
+                       f"[\"ssh-ed25519 AAAA…\"], not {_shown(texts)}")
+            return
+        for index, key_text in enumerate(texts or ()):
             try:
                 key = public_key(key_text if isinstance(key_text, str) else "")
                 into[key.md5] = AuthorizedKey(key, name, groups)
             except CertificateError as error:
                 self.wrong(f"{where}.keys[{index}]", str(error))
 
-    def _node(self, record: dict[str, Any], where: str) -> Node | None:
-        uuid, shown = self._uuid(record, where), record.get("admin_ip")
+    def _node(self, record: dict[str, Any], where: str) -> Node:
+        uuid, shown = self._uuid(record, "uuid", where), record.get("admin_ip")
         address: tuple[str, int] | None = None
         try:
             if shown is not None:
@@ -1491,14 +1649,48 @@ class _FileReader:
         except ConfigError:
             pass
         if shown is not None and (address is None or not is_ip(address[0])):
-            self.wrong(where, f"admin_ip must be an IP address, with or without a port, not "
-                       f"{shown!r}")
-        return Node(uuid, _word(record.get("hostname")), address)
+            self.wrong(where, "admin_ip must be an IP address, with or without a port, not "
+                       + _shown(shown))
+        return Node(uuid, self._text(record, "hostname", where), address)
+
+    def _vm(self, record: dict[str, Any], where: str, since: str, owners: AbstractSet[str],
+            nodes: Mapping[str, Node]) -> Vm | None:
+        for name in ("uuid", "owner_uuid"):
+            self._uuid(record, name, where)
+        for name in ("alias", "image_uuid", "brand", "state", "server_uuid"):
+            self._text(record, name, where)
+        tags = record.get("tags")
+        if isinstance(tags, dict):
+            self._near_misses("tags", tags, f"{where}.tags")
+            self._text(tags, "triton.cmon.groups", f"{where}.tags")
+        elif tags is not None:
+            self.odd(("tags",), where, f"tags must be an object, not {_shown(tags)}: ignored")
+        vm = vm_of(record, "file", since)
+        if vm is None:
+            return None
+        if vm.owner not in owners:
+            self.odd(("owner", vm.owner), where, f"owner_uuid {vm.owner} is no account of this "
+                     "file: nobody can see this VM")
+        server = record.get("server_uuid")
+        if vm.server not in nodes if vm.server else server:
+            self.odd(("server", _shown(server)), where, f"server_uuid {_shown(server)} is no "
+                     "server of this file: this VM has no page")
+        if vm.state not in STATES:
+            self.odd(("state", vm.state), where, f"unknown state {_shown(vm.state)}: taken for "
+                     "running")
+        return vm
 
 
 def read_inventory(path: Path, agent_port: int) -> Whole:
     """An inventory file; raises ConfigError with all that is wrong."""
     return _FileReader(path, agent_port).read()
+
+
+def tell_warnings(warnings: Sequence[str]) -> list[str]:
+    """Warnings as lines, the first of very many."""
+    if len(warnings) <= TOLD:
+        return list(warnings)
+    return [*warnings[:TOLD - 1], f"{len(warnings) - TOLD + 1} more warnings of this kind"]
 
 
 def iso(seconds: float) -> str:
@@ -1507,61 +1699,102 @@ def iso(seconds: float) -> str:
     return f"{second}.{int(seconds * 1000) % 1000:03d}Z"
 
 
+class FileWatch:
+    """Says when files should be read again: for the server's certificate and the inventory.
+
+    They should while they are not what was last read well: at once when they change, else after
+    growing pauses, since what failed may pass by itself (no descriptor left, no right to read).
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._backoff = Backoff(1.0, 30.0)
+        self._good: object = None           # state of the files that are in use
+        self._tried: object = None          # state of the files that were read last
+        self._not_before = float("-inf")
+
+    @staticmethod
+    def look(*paths: Path) -> object:
+        """The state of files, different after any change; or why it cannot be seen."""
+        try:
+            return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                    for stat in map(os.stat, paths)]
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    def is_current(self, state: object) -> bool:
+        """Whether files in this state are those in use."""
+        return state == self._good
+
+    def is_due(self, state: object) -> bool:
+        """Whether files in this state should be read now."""
+        return state != self._good and (state != self._tried or self._now() >= self._not_before)
+
+    def was_read(self, state: object, good: bool) -> None:
+        """Files that were in this state before they were read can be used, or not."""
+        if state != self._tried or good:
+            self._backoff.reset()
+        self._tried = state
+        self._not_before = self._now() + self._backoff.next()
+        if good:
+            self._good = state
+
+
 class FileSource:
-    """Keeps directory and inventory as a file says; a bad file is refused whole and told once."""
+    """Keeps directory and inventory as a file says; a bad file is refused whole and told once.
+
+    The inventory counts as confirmed only while the file is the one that was read: when it is
+    moved away or cannot be read, the inventory ages and in the end is no longer believed.
+    """
 
     def __init__(self, path: Path, agent_port: int, inventory: Inventory, directory: Directory,
                  server: Server) -> None:
         self._path, self._port = path, agent_port
         self._inventory, self._directory, self._server = inventory, directory, server
-        self._mark: object = None               # of the file that was read last
+        self._watch = FileWatch(server.now)
+        # a thread of its own: a removed key must not wait behind large answers
+        self._pool = Pool("inventory", 1, 1)
         self._reading = False
         self.problems: list[str] = []
+        self.warnings: tuple[str, ...] = ()
         self.manta_owner = ""
+        self._good_at = 0.0                     # when a file was last read well, since the epoch
 
     def start(self) -> None:
         """Read it once, then look at it every second."""
-        self._read(self._look())
-        self._server.loop.every(1.0, self._tick)
+        self._read(self._watch.look(self._path), self._directory.accounts)
+        self._server.loop.every(1.0, self.tick)
 
-    def stop(self) -> None:
-        """Nothing to end."""
+    def tick(self) -> None:
+        """Look at the file; in the loop."""
+        state = self._watch.look(self._path)
+        if self._watch.is_current(state):
+            self._inventory.confirm()           # a file is the truth until there is a better one
+            self._tell([])
+        elif not self._reading and self._watch.is_due(state):
+            self._reading = self._pool.submit(self._read, state, self._directory.accounts)
 
-    def _look(self) -> object:
-        try:
-            stat = self._path.stat()
-            return stat.st_mtime_ns, stat.st_size, stat.st_ino
-        except OSError as error:
-            return str(error.strerror)
-
-    def _tick(self) -> None:
-        mark = self._look()
-        if mark != self._mark and not self._reading:
-            self._reading = self._server.spawn(self._read, mark)
-        elif self._inventory.ready:
-            self._inventory.confirm()   # a file is the truth for as long as there is no better one
-
-    def _read(self, mark: object) -> None:
-        """In a worker: reading 10,000 VMs takes a tenth of a second."""
+    def _read(self, state: object, known: Mapping[str, Account]) -> None:
+        """In the pool's thread: reading 10,000 VMs takes a tenth of a second."""
         found: Whole | None = None
         problems: list[str] = []
         try:
             found = read_inventory(self._path, self._port)
-            found = found._replace(accounts=self._directory.merged(found.accounts))
+            found = found._replace(accounts=merged(known, found.accounts))
         except ConfigError as error:
             problems = error.problems
-        self._server.loop.run_here(self._apply, mark, found, problems)
+        except Exception as error:              # else it would never be read again
+            log.exception("reading %s failed", self._path)
+            problems = [f"{self._path}: cannot be read: {type(error).__name__}"]
+        self._server.loop.run_here(self._apply, state, found, problems)
 
-    def _apply(self, mark: object, found: Whole | None, problems: list[str]) -> None:
+    def _apply(self, state: object, found: Whole | None, problems: list[str]) -> None:
         self._reading = False
-        self._mark = mark
+        self._watch.was_read(state, found is not None)
+        self._tell(problems)
         if found is None:
-            if problems != self.problems:
-                for problem in problems:
-                    log.error("the inventory stays as it was: %s", problem)
-            self.problems = problems
             return
-        self.problems = []
+        self._good_at = time.time()
         manta = found.accounts.get("poseidon")
         self.manta_owner = manta.uuid if manta is not None else ""
         self._directory.replace(found.accounts)
@@ -1569,10 +1802,33 @@ class FileSource:
         self._inventory.replace_nodes(found.nodes)
         self._inventory.confirm()
         if not self._inventory.ready:
-            gc.freeze()             # 10,000 VMs hold no circles: the collector need not walk them
+            gc.freeze()     # 10,000 VMs hold no cycles: the garbage collector need not walk them
         self._inventory.ready = True
-        log.info("inventory: %s accounts, %s compute nodes, %s containers from %s",
-                 len(found.accounts), len(found.nodes), len(found.vms), self._path)
+        log.info("inventory: %s from %s", found, self._path)
+        if found.warnings != self.warnings:
+            for warning in tell_warnings(found.warnings):
+                log.warning("%s", warning)
+        self.warnings = found.warnings
+
+    def _tell(self, problems: list[str]) -> None:
+        """Log problems once, and their end."""
+        if problems and problems != self.problems:
+            for problem in problems:
+                log.error("the inventory stays as it was: %s", problem)
+        elif self.problems and not problems:
+            log.info("the inventory file is good again")
+        self.problems = problems
+
+    def families(self) -> list[Family]:
+        """For the admin side."""
+        return [
+            Family("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
+                   "to read the inventory file succeeded.", [Sample((), int(not self.problems))]),
+            Family("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
+                   "inventory file was last read with success.", [Sample((), self._good_at)]),
+            Family("cmon_proxy_inventory_warnings", GAUGE, "What looks like a mistake in the "
+                   "inventory file; --check-config lists it.", [Sample((), len(self.warnings))]),
+        ]
 
 
 # --- Triton ---------------------------------------------------------------------------------------
@@ -3376,6 +3632,7 @@ class Proxy:
     def use(self, settings: Settings) -> None:
         """Take settings, at the start and after a SIGHUP."""
         self.settings = settings
+        self.inventory.max_age = settings.inventory.max_age
         tls = settings.tls
         self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, settings.require_approved)
         self.quotas.reload(settings.quota)
@@ -3507,9 +3764,10 @@ class Proxy:
         return text(200, "OK")
 
     def is_ready(self, _request: Request) -> Answer:
-        """The inventory is there."""
-        if not self.inventory.ready:
-            raise refused("inventory_not_ready")
+        """The inventory is there, and young enough for pages to be served."""
+        refusal = self.inventory.refusal
+        if refusal is not None:
+            raise refusal
         return text(200, "OK")
 
     # pages
@@ -3524,8 +3782,9 @@ class Proxy:
         if target is None or not may_see(granted, target, self.manta_owner):
             raise refused("no_such_target")
         now = self.server.now()
-        if now - inventory.confirmed > self.settings.inventory.max_age:
-            raise refused("inventory_too_old", since=utc(inventory.confirmed_at))
+        refusal = inventory.refusal
+        if refusal is not None:
+            raise refusal
         core = False
         if isinstance(target, Vm):
             if not state_of(target.state).page:
@@ -3865,8 +4124,8 @@ class Proxy:
                    "that another one had asked for.", [Sample((), self.shared)]),
             Family("cmon_proxy_relays_in_flight", GAUGE, "Pages under way.",
                    [Sample((), len(self.relays))]),
-            Family("cmon_proxy_inventory_ready", GAUGE, "Whether a whole inventory has been in.",
-                   [Sample((), int(self.inventory.ready))]),
+            Family("cmon_proxy_inventory_ready", GAUGE, "Whether there is a whole inventory, young "
+                   "enough to be believed.", [Sample((), int(not self.inventory.refusal))]),
             Family("cmon_proxy_inventory_age_seconds", GAUGE, "Time since the inventory was last "
                    "confirmed by its source.", [Sample((), round(age, 3))]),
             Family("cmon_proxy_inventory_vms", GAUGE, "Containers known, by state.",
@@ -4083,10 +4342,13 @@ MAX_BACKLOG = 8 << 20               # bytes for a worker that does not read; mor
 # gauges of which the least is the proxy's; others are summed up, and what is listed below is the
 # same in all, so that the greatest will do
 LEAST = frozenset(("cmon_proxy_node_up", "cmon_proxy_inventory_ready", "process_max_fds",
+                   "cmon_proxy_inventory_last_reload_successful",
+                   "cmon_proxy_inventory_last_reload_success_timestamp_seconds",
                    "cmon_proxy_changefeed_connected", "process_start_time_seconds",
                    "cmon_proxy_server_certificate_expiry_timestamp_seconds"))
 GREATEST = frozenset(("cmon_proxy_build_info", "cmon_proxy_inventory_age_seconds",
-                      "cmon_proxy_inventory_vms", "cmon_proxy_inventory_nodes"))
+                      "cmon_proxy_inventory_vms", "cmon_proxy_inventory_nodes",
+                      "cmon_proxy_inventory_warnings"))
 
 
 class Channel:
@@ -4162,7 +4424,7 @@ class WorkerSide:
         proxy = self._proxy
         fresh, proxy.fresh = proxy.fresh, {}
         self._channel.say({"spent": proxy.quotas.spent(), "last": fresh,
-                           "ready": proxy.inventory.ready})
+                           "ready": proxy.inventory.refusal is None})
 
     def _heard(self, message: Any) -> None:
         if "ask" in message:
@@ -4348,40 +4610,38 @@ class ServerCertificate:
 
     def __init__(self, proxy: Proxy, listener: Listener) -> None:
         self._proxy, self._listener = proxy, listener
-        self._mark = self._look()
-        self._bad: object = None                # the state of the files that was told to be bad
+        self._watch = FileWatch(proxy.server.now)
+        self._watch.was_read(self._look(), True)
+        self._problems: list[str] = []
         self._warned = float("inf")
         self.not_after = self._end()
         proxy.server.loop.every(1.0, self.tick)
 
     def _look(self) -> object:
         tls = self._proxy.settings.tls
-        try:
-            return [(stat.st_mtime_ns, stat.st_size, stat.st_ino)
-                    for stat in (os.stat(tls.certificate), os.stat(tls.key))]
-        except OSError as error:
-            return str(error)
+        return self._watch.look(tls.certificate, tls.key)
 
     def _end(self) -> int:
         try:
-            path = self._proxy.settings.tls.certificate
-            pem = path.read_text("utf-8", errors="replace")
-            return certificate(first_certificate(pem)).not_after
+            return server_certificate(self._proxy.settings.tls.certificate).not_after
         except (OSError, CertificateError):
             return 0
 
     def tick(self) -> None:
         """Once a second: reread what has changed, as a whole or not at all."""
-        mark = self._look()
-        if mark not in (self._mark, self._bad):
+        state = self._look()
+        if self._watch.is_due(state):
+            problems: list[str] = []
             try:
                 self._listener.set_tls(make_tls(self._proxy.settings))
-                self._mark, self._bad, self._warned = mark, None, float("inf")
-                self.not_after = self._end()
+                self._warned, self.not_after = float("inf"), self._end()
                 log.info("the server certificate was reread")
-            except ConfigError as error:
-                self._bad = mark                # certificate and key may come one after the other
-                log.warning("the old certificate stays: %s", error)
+            except ConfigError as error:        # certificate and key may come one after the other
+                problems = error.problems
+            self._watch.was_read(state, not problems)
+            for problem in problems if problems != self._problems else ():
+                log.warning("the old certificate stays: %s", problem)
+            self._problems = problems
         left = (self.not_after - self._proxy.clock()) / 86400
         due = [days for days in WARN_DAYS if left <= days]
         if due and min(due) < self._warned:
@@ -4416,7 +4676,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
         proxy.source = TritonSource(settings, proxy, random.random,
                                     place is None or place.number == 0)
         proxy.directory = proxy.source.accounts
-        registry.collect(proxy.source.families)
+    registry.collect(proxy.source.families)
     proxy.source.start()
 
     def listen(address: tuple[str, int] | socket.socket) -> None:
@@ -4465,6 +4725,33 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
     return server, workers
 
 
+def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
+    """What --check-config has loaded, and its warnings; raises ConfigError."""
+    told: list[str] = []
+    warnings: list[str] = []
+    own, tls = settings.inventory, settings.tls
+    if own.file is not None:
+        found = read_inventory(own.file, settings.agent.port)
+        told.append(f"{own.file}: {found}")
+        warnings += tell_warnings(found.warnings)
+    else:
+        told.append(f"inventory from {own.vmapi}, {own.cnapi} and {own.mahi} (not asked)")
+    try:
+        shown = server_certificate(tls.certificate)
+    except (OSError, CertificateError) as error:
+        raise ConfigError(f"tls.certificate: {tls.certificate}: {error}") from None
+    names = names_of(shown)
+    told.append(f"{tls.certificate}: certificate for {', '.join(names) or shown.subject} until "
+                f"{utc(shown.not_after)}")
+    if shown.not_after < now:
+        warnings.append(f"{tls.certificate}: ended on {utc(shown.not_after)}: clients will refuse "
+                        "it; put a new one in its place")
+    if not any(name.startswith("*.") for name in names):
+        warnings.append(f"{tls.certificate}: has no name such as *.cmon.dc.example: clients can "
+                        "use paths below /v1, but not UUID.SUFFIX as the host")
+    return told, warnings
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -4497,12 +4784,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return server
 
     def check(settings: Settings) -> list[str]:
-        if settings.inventory.file is None:
-            return []
         try:
-            read_inventory(settings.inventory.file, settings.agent.port)
+            told, warnings = summary_of(settings, time.time())
         except ConfigError as error:
             return error.problems
+        complain("cmon_proxy", [f"warning: {warning}" for warning in warnings])
+        for line in told:
+            print(f"cmon_proxy: {line}")
         return []
 
     def reload(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support import Address, Program
+from support import Address, Program, http_get, samples
 
 TLS = Path(__file__).parent / "tls"
 PAGE = "# HELP mem_limit x\n# TYPE mem_limit gauge\n"
@@ -235,3 +235,8 @@ def proxy(folder: Path, **more: Any) -> Iterator[Program]:
     with Program.proxy(proxy_config(folder, **more)) as program:
         program.addresses(2 if more.get("admin_listen", "") is not None else 1)
         yield program
+
+
+def admin(program: Program) -> dict[str, float]:
+    """The proxy's own metrics."""
+    return samples(http_get(program.addresses(2)[1], "/metrics").text)

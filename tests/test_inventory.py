@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agents import (
-    ALICE, BOB, BOBS, CORE, DB, NAT, NODE_1, OPERATOR, STOPPED, WEB, inventory, key, uuid, vm)
-from cmon_agent import ConfigError
+    ALICE, BOB, BOBS, CORE, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, admin, client_tls,
+    inventory, key, proxy, proxy_config, uuid, vm, write_inventory)
+from cmon_agent import ConfigError, Registry, Server
 from cmon_proxy import (
     STATES, Account, AuthorizedKey, Directory, Grant, Inventory, Node, Selection, Vm, by_owner,
-    groups_of, may_see, read_inventory, shard_of, state_of, vm_of)
+    FileSource, ServerCertificate, Settings, TlsSettings, InventorySettings, groups_of, may_see,
+    merged, read_inventory, shard_of, state_of, vm_of)
+
+
+from support import Program, http_get, wait_until
 
 
 def load(folder: Path, content: Any) -> Any:
@@ -53,22 +59,39 @@ def test_optional_and_unknown_members(tmp_path: Path) -> None:
     ({"accounts": [], "servers": [], "vms": {}}, "vms: must be a list"),
     ({"accounts": [1], "servers": [], "vms": []}, r"accounts\[0\]: must be an object"),
     ({"accounts": [{"uuid": ALICE}], "servers": [], "vms": []}, r"accounts\[0\]: needs a login"),
-    ({"accounts": [{"uuid": "x", "login": "a"}], "servers": [], "vms": []}, "needs a uuid"),
+    ({"accounts": [{"uuid": "x", "login": "a"}], "servers": [], "vms": []}, "uuid must be a UUID"),
+    ({"accounts": [{"login": "a"}], "servers": [], "vms": []}, r"accounts\[0\]: needs uuid"),
+    ({"accounts": [{"uuid": ALICE[:-1], "login": "a"}], "servers": [], "vms": []},
+     f"not '{ALICE[:-1]}' with 35 characters instead of 36"),
+    ({"accounts": [{"uuid": ALICE, "login": "a", "keys": [(TLS / "ec.key").read_text()]}],
+      "servers": [], "vms": []}, r"keys\[0\]: a private key, which only its owner may have"),
+    ({"accounts": [], "servers": [], "vms": [{"uuid": "x", "owner_uuid": ALICE}]},
+     r"vms\[0\]: uuid must be a UUID"),
+    ({"accounts": [{"uuid": ALICE, "login": "a", "administrators": 5}], "servers": [], "vms": []},
+     r"accounts\[0\].administrators: must be a list, not 5"),
+    ({"accounts": [{"uuid": ALICE, "login": "a", "users": True}], "servers": [], "vms": []},
+     r"users: must be a list, not True"),
+    ({"accounts": [{"uuid": ALICE, "login": "a", "users": [{"groups": "web"}]}], "servers": [],
+      "vms": []}, r"users\[0\].groups: must be a list of texts"),
+    ({"accounts": [], "servers": [{"uuid": NODE_1, "admin_ip": "10.0.0.1\0"}], "vms": []},
+     r"admin_ip must be an IP address, with or without a port, not '10.0.0.1\\x00'"),
+    ({"accounts": [], "servers": [{"uuid": NODE_1, "admin_ip": "\ud800"}], "vms": []},
+     "admin_ip must be an IP address"),
     ({"accounts": [{"uuid": ALICE, "login": "a", "keys": ["ssh-rsa AAAA"]}], "servers": [],
       "vms": []}, r"accounts\[0\].keys\[0\]"),
-    ({"accounts": [{"uuid": ALICE, "login": "a", "keys": "x"}], "servers": [], "vms": []},
-     r"accounts\[0\].keys\[0\]"),
+    ({"accounts": [{"uuid": ALICE, "login": "a", "keys": "ssh-rsa A"}], "servers": [], "vms": []},
+     r"accounts\[0\].keys: must be a list of public keys, such as \[.*\], not 'ssh-rsa A'"),
     ({"accounts": [{"uuid": ALICE, "login": "a", "operator": "yes"}], "servers": [], "vms": []},
      "operator: must be true or false"),
     ({"accounts": [{"uuid": ALICE, "login": "a", "administrators": [3]}], "servers": [],
       "vms": []}, r"administrators\[0\]"),
-    ({"accounts": [{"uuid": ALICE, "login": "a"}] * 2, "servers": [], "vms": []}, "stands twice"),
-    ({"accounts": [], "servers": [{"uuid": NODE_1}] * 2, "vms": []}, "stands twice"),
-    ({"accounts": [], "servers": [], "vms": [vm(WEB, ALICE)] * 2}, "stands twice"),
+    ({"accounts": [{"uuid": ALICE, "login": "a"}] * 2, "servers": [], "vms": []}, "is used twice"),
+    ({"accounts": [], "servers": [{"uuid": NODE_1}] * 2, "vms": []}, "is used twice"),
+    ({"accounts": [], "servers": [], "vms": [vm(WEB, ALICE)] * 2}, "is used twice"),
     ({"accounts": [], "servers": [{"uuid": NODE_1, "admin_ip": "cn1.example"}], "vms": []},
      "must be an IP address"),
     ({"accounts": [], "servers": [{"uuid": NODE_1, "admin_ip": 7}], "vms": []}, "IP address"),
-    ({"accounts": [], "servers": [], "vms": [{"uuid": WEB}]}, r"vms\[0\]: needs uuid and owner"),
+    ({"accounts": [], "servers": [], "vms": [{"uuid": WEB}]}, r"vms\[0\]: needs owner_uuid"),
 ], ids=lambda value: json.dumps(value)[:50])
 def test_a_bad_file_is_refused_whole(content: Any, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
@@ -84,6 +107,307 @@ def test_all_problems_are_told_but_not_without_end(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, {"accounts": [1] * 3, "servers": [], "vms": [2] * 100})
     assert len(caught.value.problems) == 20
+    assert caught.value.problems[-1].endswith("84 more problems of this kind")
+
+
+@pytest.mark.parametrize("change, warning", [
+    (lambda content: content["vms"][0].update(alais=content["vms"][0].pop("alias")),
+     "vms[0]: unknown member 'alais': did you mean 'alias'?"),
+    (lambda content: [one.update(tag=one.pop("tags")) for one in content["vms"]],
+     "vms[0]: unknown member 'tag': did you mean 'tags'? (and 5 more)"),
+    (lambda content: content["accounts"][2].update(operater=content["accounts"][2].pop("operator")),
+     "accounts[2]: unknown member 'operater': did you mean 'operator'?"),
+    (lambda content: content["accounts"][0].update(key=content["accounts"][0].pop("keys")),
+     "accounts[0]: unknown member 'key': did you mean 'keys'?"),
+    (lambda content: content["vms"][1]["tags"].update({"triton.cmon.group": "x"})
+     or content["vms"][1]["tags"].pop("triton.cmon.groups"),
+     "vms[1].tags: unknown member 'triton.cmon.group': did you mean 'triton.cmon.groups'?"),
+    (lambda content: content["accounts"].pop(1),
+     f"vms[5]: owner_uuid {BOB} is no account of this file: nobody can see this VM"),
+    (lambda content: content["servers"].pop(1),
+     f"vms[1]: server_uuid '{NODE_2}' is no server of this file: this VM has no page"),
+    (lambda content: content["vms"][0].update(server_uuid=NODE_1[:-1]),
+     f"vms[0]: server_uuid '{NODE_1[:-1]}' is no server of this file: this VM has no page"),
+    (lambda content: content["accounts"][1].update(keys=[]),
+     "accounts[1]: the account 'bob' has no keys: nobody can come in with it"),
+    (lambda content: content["vms"][0].update(brand=7),
+     "vms[0]: brand must be a text, not 7: ignored"),
+    (lambda content: content["vms"][0].update(tags="web"),
+     "vms[0]: tags must be an object, not 'web': ignored"),
+    (lambda content: content["vms"][0].update(state="runing"),
+     "vms[0]: unknown state 'runing': taken for running"),
+    (lambda content: content["accounts"][1].update(login="b" * 65),
+     "accounts[1]: no certificate can name the login '" + "b" * 58),
+    (lambda content: content["accounts"][1].update(uuid=ALICE),
+     "accounts: two logins have the same uuid, so both own its VMs"),
+])
+def test_what_looks_like_a_mistake_is_a_warning(change: Any, warning: str, tmp_path: Path) -> None:
+    content = inventory("10.0.0.1")
+    assert not load(tmp_path, content).warnings
+    change(content)
+    path = tmp_path / "inventory.json"
+    assert any(line.startswith(f"{path}: {warning}") for line in load(tmp_path, content).warnings)
+
+
+def test_members_of_other_tools_are_no_mistake(tmp_path: Path) -> None:
+    content = inventory("10.0.0.1")
+    for record in content["vms"]:
+        record.update(zone_state="running", ram=7, role_tags={}, nics=[], datasets=[], quota=1)
+        record["tags"].update(role="web", name="x")
+    for record in content["servers"]:
+        record.update(datacenter="a", status="running", setup=True, sysinfo={})
+    for record in content["accounts"]:
+        record.update(email="a@b", cn="x", company="y", hobby="chess")
+    assert not load(tmp_path, content).warnings
+
+
+def test_half_a_surrogate_pair_does_not_leave_the_inventory(tmp_path: Path) -> None:
+    content = inventory("10.0.0.1")
+    content["vms"][0].update(alias="a\ud800b", tags={"triton.cmon.groups": "\udfff,x"})
+    found = load(tmp_path, content).vms[WEB]
+    assert (found.alias, found.groups) == ("a?b", ("?", "x"))
+
+
+# --- the file as it changes -----------------------------------------------------------------------
+
+class Desk:
+    """A file source on a clock of the test's: `pass_by` is time with its ticks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.at = 1000.0
+        self.folder, self.path = folder, folder / "inventory.json"
+        write_inventory(folder, inventory("10.0.0.1"))
+        self.server = Server("proxy", Registry(), now=lambda: self.at)
+        self.inventory, self.directory = Inventory(self.server.now), Directory()
+        self.inventory.max_age = 100.0
+        self.source = FileSource(self.path, 9163, self.inventory, self.directory, self.server)
+        self.source._pool = self  # type: ignore[assignment]
+        self.reads = 0
+        self.jobs: list[Any] = []
+        self.source.start()
+        self.server.loop.run_due()
+
+    def submit(self, function: Any, *args: Any) -> bool:
+        """Read after the tick, in this thread."""
+        self.reads += 1
+        self.jobs.append((function, args))
+        return True
+
+    def pass_by(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.at += 1.0
+            self.source.tick()
+            while self.jobs:
+                function, args = self.jobs.pop()
+                function(*args)
+            self.server.loop.run_due()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return {family.name[len("cmon_proxy_inventory_"):]: family.samples[0].value
+                for family in self.source.families()}
+
+    @property
+    def age(self) -> float:
+        return self.at - self.inventory.confirmed
+
+
+@pytest.fixture()
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def without_alice() -> Any:
+    content = inventory("10.0.0.1")
+    del content["accounts"][0]
+    return content
+
+
+def test_a_change_counts_within_a_second(desk: Desk) -> None:
+    desk.pass_by(5)
+    assert desk.directory.find("alice") and desk.age <= 1 and desk.reads == 0
+    assert desk.metrics == {"last_reload_successful": 1, "warnings": 0,
+                            "last_reload_success_timestamp_seconds": desk.source._good_at}
+    write_inventory(desk.folder, without_alice())
+    desk.pass_by(1)
+    assert desk.directory.find("alice") is None and desk.metrics["warnings"] == 1
+
+
+@pytest.mark.parametrize("failure", [
+    PermissionError(13, "Permission denied"), OSError(24, "Too many open files"),
+    MemoryError(), TypeError("a fault of the program")], ids=repr)
+def test_a_read_that_failed_is_tried_again_though_the_file_stays_the_same(
+        desk: Desk, failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is good all the time; what fails is the reading."""
+    def refuse(*_: Any) -> Any:
+        raise failure
+    write_inventory(desk.folder, without_alice())
+    with monkeypatch.context() as broken:
+        broken.setattr("cmon_proxy.read_json", refuse)
+        desk.pass_by(10)
+        assert desk.directory.find("alice") and desk.age >= 10      # confirmed by nothing
+        assert desk.metrics["last_reload_successful"] == 0
+        assert 2 <= desk.reads <= 5                                 # with growing pauses
+    desk.pass_by(40)
+    assert desk.directory.find("alice") is None and desk.age <= 1
+    assert desk.metrics["last_reload_successful"] == 1
+
+
+def test_a_file_that_may_not_be_read_for_a_while(desk: Desk) -> None:
+    """chmod changes neither size nor date of the content."""
+    write_inventory(desk.folder, without_alice())
+    desk.path.chmod(0)
+    desk.pass_by(1)
+    desk.path.chmod(0o644)
+    desk.pass_by(1)
+    assert desk.directory.find("alice") is None
+
+
+@pytest.mark.parametrize("spoil, log", [
+    (lambda desk: desk.path.unlink(), "no such file"),
+    (lambda desk: desk.path.write_text("{"), "not JSON"),
+    (lambda desk: desk.path.write_bytes(b"\xff"), "not JSON"),
+    (lambda desk: (desk.path.unlink(), desk.path.mkdir()), "is a directory"),
+    (lambda desk: write_inventory(desk.folder, {"accounts": 5}), "must be a list"),
+], ids=["gone", "cut off", "garbage", "a folder", "wrong"])
+def test_a_bad_file_leaves_what_was_and_lets_it_age(desk: Desk, spoil: Any, log: str,
+                                                    caplog: pytest.LogCaptureFixture) -> None:
+    spoil(desk)
+    desk.pass_by(50)
+    assert desk.directory.find("alice") and desk.age >= 50 and not desk.inventory.refusal
+    assert desk.metrics["last_reload_successful"] == 0
+    told = [record.getMessage() for record in caplog.records if log in record.getMessage()]
+    assert len(told) == len(set(told)) > 0                          # once, not each time
+    desk.pass_by(51)
+    assert desk.inventory.refusal
+    assert dict(desk.inventory.refusal.headers)["X-Cmon-Error"] == "inventory_too_old"
+    if desk.path.is_dir():
+        desk.path.rmdir()
+    write_inventory(desk.folder, without_alice())
+    desk.pass_by(1)
+    assert desk.directory.find("alice") is None and not desk.inventory.refusal
+
+
+def test_the_same_bad_content_put_back_to_what_it_was_is_good_again(desk: Desk) -> None:
+    good = desk.path.rename(desk.folder / "aside")
+    desk.pass_by(3)
+    good.rename(desk.path)
+    desk.pass_by(40)
+    assert desk.age <= 1 and desk.metrics["last_reload_successful"] == 1
+
+
+def test_a_proxy_says_that_its_inventory_has_gone(tmp_path: Path) -> None:
+    write_inventory(tmp_path, inventory("127.0.0.1:1"))
+    with proxy(tmp_path, inventory={"file": "inventory.json", "max_age": 2}) as program:
+        wait_until(lambda: admin(program)["cmon_proxy_inventory_ready"] == 1)
+        (tmp_path / "inventory.json").rename(tmp_path / "aside.json")
+        wait_until(lambda: admin(program)["cmon_proxy_inventory_last_reload_successful"] == 0)
+        wait_until(lambda: admin(program)["cmon_proxy_inventory_ready"] == 0)
+        assert admin(program)["cmon_proxy_inventory_age_seconds"] > 2
+        for address in program.addresses(2):
+            tls = client_tls() if address == program.address else None
+            answer = http_get(address, "/-/ready", {"Host": "cmon.test"}, tls=tls)
+            assert (answer.status, answer.headers["x-cmon-error"]) == (503, "inventory_too_old")
+        (tmp_path / "aside.json").rename(tmp_path / "inventory.json")
+        wait_until(lambda: admin(program)["cmon_proxy_inventory_ready"] == 1)
+
+
+# --- the server's certificate ---------------------------------------------------------------------
+
+def test_a_certificate_that_could_not_be_read_is_tried_again(tmp_path: Path) -> None:
+    for name in ("server.pem", "server.key"):
+        (tmp_path / name).write_bytes((TLS / name).read_bytes())
+    settings = Settings(TlsSettings(tmp_path / "server.pem", tmp_path / "server.key"),
+                        InventorySettings(file=tmp_path / "x"))
+    given: list[Any] = []
+    at = [1000.0]
+
+    class Stub:
+        """What of the proxy and its listener is used."""
+        server = Server("proxy", Registry(), now=lambda: at[0])
+
+        @staticmethod
+        def clock() -> float:
+            return 1.8e9
+
+        @staticmethod
+        def set_tls(context: Any) -> None:
+            given.append(context)
+    Stub.settings = settings  # type: ignore[attr-defined]
+    watched = ServerCertificate(Stub, Stub)  # type: ignore[arg-type]
+    watched.tick()
+    assert not given
+    key = tmp_path / "server.key"
+    right = key.read_bytes()
+    key.write_bytes((TLS / "rsa.key").read_bytes())
+    at[0] += 1
+    watched.tick()
+    assert not given
+    key.write_bytes(right)
+    at[0] += 1
+    watched.tick()
+    assert len(given) == 1
+
+
+# --- --check-config -------------------------------------------------------------------------------
+
+def check(folder: Path, **more: Any) -> Program:
+    program = Program.proxy(proxy_config(folder, **more), "--check-config")
+    program.wait()
+    return program
+
+
+def test_check_config_says_what_it_has_loaded(tmp_path: Path) -> None:
+    content = inventory("10.0.0.1")
+    content["vms"][0]["alais"] = content["vms"][0].pop("alias")
+    write_inventory(tmp_path, content)
+    done = check(tmp_path)
+    assert done.wait() == 0
+    assert done.output.splitlines() == [
+        f"cmon_proxy: {tmp_path}/inventory.json: 3 accounts, 6 keys, 2 servers, 6 VMs",
+        f"cmon_proxy: {TLS}/server.pem: certificate for localhost, *.cmon.test, cmon.test, "
+        "127.0.0.1 until 2120-01-01 00:00:00Z", "cmon_proxy: the settings are good"]
+    assert done.log.splitlines() == [
+        f"cmon_proxy: warning: {tmp_path}/inventory.json: vms[0]: unknown member 'alais': did you "
+        "mean 'alias'?"]
+
+
+@pytest.mark.parametrize("cert, private, said", [
+    ("old_rsa", "rsa", "old_rsa.pem: has no name such as *.cmon.dc.example"),
+    ("old_expired", "rsa", "old_expired.pem: ended on 2019-01-01 00:00:00Z"),
+])
+def test_check_config_warns_of_the_certificate(cert: str, private: str, said: str, tmp_path: Path
+                                               ) -> None:
+    write_inventory(tmp_path, inventory("10.0.0.1"))
+    done = check(tmp_path, tls={"certificate": str(TLS / f"{cert}.pem"),
+                                "key": str(TLS / f"{private}.key")})
+    assert done.wait() == 0 and said in done.log
+
+
+@pytest.mark.parametrize("tls, said", [
+    ({"key": "rsa.key"}, "tls.key: DIR/rsa.key is not the key of DIR/server.pem: name the key"),
+    ({"key": "openssh"}, "is in OpenSSH's own format; convert a copy with `ssh-keygen -p -m PEM"),
+    ({"key": "locked"}, "has a passphrase, which nobody can type for a service"),
+    ({"key": "rsa.pub"}, "tls.key: DIR/rsa.pub: not a private key in PEM"),
+    ({"certificate": "rsa.pub"}, "tls.certificate: DIR/rsa.pub: no certificate in PEM; it must be"),
+    ({"certificate": "server.key", "key": "server.pem"}, "tls.certificate: DIR/server.key: no"),
+    ({"client_auth": "ca", "client_ca": "rsa.pub"}, "tls.client_ca: DIR/rsa.pub holds no certif"),
+], ids=str)
+def test_files_of_tls_that_do_not_fit_are_named(tls: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "openssh").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n"
+                                      "-----END OPENSSH PRIVATE KEY-----\n")
+    (tmp_path / "locked").write_bytes(subprocess.run(
+        ["openssl", "pkey", "-in", TLS / "ec.key", "-aes128", "-passout", "pass:x"], check=True,
+        stdout=subprocess.PIPE).stdout)
+
+    def path(name: str) -> str:
+        return str(tmp_path / name if (tmp_path / name).exists() else TLS / name)
+    write_inventory(tmp_path, inventory("10.0.0.1"))
+    done = check(tmp_path, tls={
+        "certificate": path("server.pem"), "key": path("server.key"),
+        **{name: path(value) if name != "client_auth" else value for name, value in tls.items()}})
+    assert done.wait() == 2 and said.replace("DIR", str(TLS)) in done.log, done.log
+    assert "_ssl.c" not in done.log and "Traceback" not in done.log
 
 
 ROWS = {    # state: listed, listed with stopped, page, on the fleet page
@@ -189,8 +513,8 @@ def test_accounts_that_stay_the_same_stay_the_same_object() -> None:
     directory = Directory()
     first = {"a": Account("1", "a", {}), "b": Account("2", "b", {})}
     directory.replace(first)
-    directory.replace(directory.merged(
-        {"a": Account("1", "a", {}), "b": Account("2", "b", {}, True)}))
+    directory.replace(merged(
+        first, {"a": Account("1", "a", {}), "b": Account("2", "b", {}, True)}))
     assert directory.find("a") is first["a"] and directory.find("b") is not first["b"]
     assert directory.find("c") is None
 

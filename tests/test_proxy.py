@@ -440,9 +440,9 @@ def test_a_bad_inventory_is_refused_whole_and_told_once(running: Program, folder
     content["vms"].append({"uuid": "x"})
     content["vms"][0]["owner_uuid"] = content["accounts"][1]["uuid"]
     write_inventory(folder, content)
-    running.wait_for_log(r"the inventory stays as it was: .*vms\[6\]: needs uuid")
+    running.wait_for_log(r"the inventory stays as it was: .*vms\[6\]: needs owner_uuid")
     assert get(running, page(WEB)).status == 200
-    assert running.log.count("stays as it was") == 2
+    assert running.log.count("stays as it was") == 3     # two lines the second time
     (folder / "inventory.json").unlink()
     running.wait_for_log("stays as it was: .*no such file")
     assert get(running, "/v1/discover").status == 200
@@ -511,8 +511,10 @@ def test_quota_in_two_steps(folder: Path, agent: Agent) -> None:
 
 @pytest.mark.parametrize("change, problem", [
     ({"tls": {"certificate": "absent.pem", "key": "absent.key"}}, "tls.certificate: cannot read"),
-    ({"tls": {"certificate": str(TLS / "server.pem"), "key": str(TLS / "ca.key")}}, "tls: "),
-    ({"tls": {"certificate": str(TLS / "server.key"), "key": str(TLS / "server.key")}}, "tls: "),
+    ({"tls": {"certificate": str(TLS / "server.pem"), "key": str(TLS / "ca.key")}},
+     "is not the key of"),
+    ({"tls": {"certificate": str(TLS / "server.key"), "key": str(TLS / "server.key")}},
+     "tls.certificate: "),
     ({"inventory": {}}, "inventory: needs file, or vmapi, cnapi and mahi"),
     ({"inventory": {"vmapi": "http://x"}}, "missing: cnapi, mahi"),
     ({"inventory": {"file": "a", "vmapi": "http://x", "cnapi": "http://x", "mahi": "http://x"}},

@@ -16,14 +16,14 @@ import pytest
 
 import cmon_proxy
 from agents import (
-    ALICE, BOB, BOBS, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, Agent, client_tls, key,
-    proxy_config, uuid, vm)
+    ALICE, BOB, BOBS, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, Agent, admin,
+    client_tls, key, proxy_config, uuid, vm)
 from cmon_agent import Backoff, Deferred, Refused, Registry, Server
 from cmon_proxy import (
     Frames, InventorySettings, Mahi, Proxy, ServiceError, Settings, Snapshot, TlsSettings,
     TritonSource, account_of, frame_of, make_certificate, nodes_of, public_key,
     vm_of)
-from support import Answer, Program, free_port, http_get, samples, wait_until
+from support import Answer, Program, free_port, http_get, wait_until
 
 OWNER = ("old_rsa", "rsa")
 SERVICES = Path(__file__).parent / "triton" / "services.py"
@@ -135,10 +135,6 @@ def listed(program: Program, who: Any = OWNER) -> dict[str, Any]:
     answer = get(program, "/v1/discover", who)
     assert answer.status == 200, answer
     return {row["vm_uuid"]: row for row in json.loads(answer.text)["containers"]}
-
-
-def admin(program: Program) -> dict[str, float]:
-    return samples(http_get(program.addresses(2)[1], "/metrics").text)
 
 
 def test_bootstrap(running: Program, cloud: Cloud) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agents import NODE_1, WEB, Agent, client_tls, inventory, proxy, write_inventory
+from agents import NODE_1, WEB, Agent, admin, client_tls, inventory, proxy, write_inventory
 from cmon_agent import COUNTER, GAUGE, HISTOGRAM, Family, Sample
 from cmon_proxy import Account, Quotas, QuotaSettings, interpreter_command, summed
 from support import Answer, Connection, Program, http_get, samples, wait_until
@@ -23,10 +23,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     write_inventory(tmp_path, inventory(agent.text))
     yield tmp_path
     agent.close()
-
-
-def admin(program: Program) -> dict[str, float]:
-    return samples(http_get(program.addresses(2)[1], "/metrics").text)
 
 
 def ready(program: Program) -> bool:
