@@ -82,7 +82,7 @@ __version__ = "1.0.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
     "Backoff", "Breaker",
-    "Client", "ClientError", "ClientResponse", "command_line", "ConfigError", "COUNTER",
+    "Client", "ClientError", "ClientResponse", "command_line", "complain", "ConfigError", "COUNTER",
     "Deferred",
     "ExpositionError",
     "Family",
