@@ -3,7 +3,7 @@
 """The command of Container Monitor's users and operators.
 
     cmon.py discover [--groups A,B] [--json]    containers of an account, as the proxy lists them
-    cmon.py monitor NAME|UUID                   the page of metrics of one of them
+    cmon.py monitor NAME|UUID [--use]           the page of metrics of one of them, or a table
     cmon.py certgen --account LOGIN --ssh-key FILE
                                                 a certificate for the proxy
     cmon.py demo [--once]                       a compute node, a proxy and a tenant on this machine
@@ -16,7 +16,9 @@ Map (`grep '^# ---'`):
 
     client
     display
+    figures
     monitor
+    recordings
     discover
     certificates
     demo
@@ -28,9 +30,12 @@ import argparse
 import base64
 import difflib
 import errno
+import functools
 import getpass
+import gzip
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -44,9 +49,12 @@ import sys
 import tempfile
 import textwrap
 import time
+import unicodedata
 import urllib.parse
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, NoReturn, Sequence
+from typing import IO, Any, Callable, NamedTuple, NoReturn, Union
 
 if sys.version_info < (3, 9):       # a traceback is no answer to that
     sys.exit(f"cmon: needs Python 3.9 or later, this is {sys.version.split()[0]}")
@@ -54,7 +62,9 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
-        UUID, Client, ClientError, ClientResponse, ExpositionError, Sample, __version__, parse)
+        COUNTER, GAUGE, MAX_BODY, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Client,
+        ClientError, ClientResponse, ExpositionError, Labels, Number, Sample, Use, __version__,
+        metadata, number, parse)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
 
@@ -262,18 +272,72 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
+def colours() -> bool:
+    """Whether a person looks on, at a terminal with colours, and does not mind them."""
+    return (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb")
+
+
 def emphasis(text: str) -> str:
-    """Bold, where a person looks on and does not mind."""
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        return f"\x1b[1m{text}\x1b[0m"
-    return text
+    """Bold, where that is wanted."""
+    return f"\x1b[1m{text}\x1b[0m" if colours() else text
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with aligned columns; the header first."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-             for row in (header, *rows)]
+def coloured(text: str, colour: int) -> str:
+    """In a colour of ISO 6429, where that is wanted; 0 is none."""
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour and colours() else text
+
+
+def cells_of(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(char) else
+               2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def clipped(text: str, width: int) -> str:
+    """The text, cut with an ellipsis where it is wider."""
+    if cells_of(text) <= width:
+        return text
+    while text and cells_of(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()
+            ) -> list[str]:
+    """Lines with aligned columns, the header first; columns `right` to the right."""
+    widths = [max(map(cells_of, column)) for column in zip(header, *rows)]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(" " * (width - cells_of(cell)) + cell if index in right else
+                         cell + " " * (width - cells_of(cell))
+                         for index, (cell, width) in enumerate(zip(row, widths))).rstrip()
+    return [line(header), *map(line, rows)]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()
+          ) -> list[str]:
+    """The same, with an emphasised header."""
+    lines = aligned(header, rows, right)
+    return [emphasis(lines[0]), *lines[1:]]
+
+
+def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int,
+           drop: Sequence[str] = (), left: int = 1) -> list[str]:
+    """A table with its first `left` columns to the left, the others to the right; where it is too
+    wide, columns are dropped in the order of `drop`."""
+    keep = list(range(len(header)))
+    for title in ("", *drop):
+        if title in header:
+            keep.remove(header.index(title))
+        lines = aligned([header[index] for index in keep],
+                        [[row[index] for index in keep] for row in rows],
+                        [place for place, index in enumerate(keep) if index >= left])
+        if max(map(cells_of, lines)) <= width:
+            break
+    lines = [clipped(line, width) for line in lines]
     return [emphasis(lines[0]), *lines[1:]]
 
 
@@ -281,13 +345,12 @@ def container_table(containers: Sequence[Container], width: int) -> list[str]:
     """Containers as a table; where it would be too wide, nodes and then aliases are cut."""
     rows: list[Sequence[str]] = [*containers]
     header = ("ALIAS", "UUID", "BRAND", "STATE", "NODE")
-    if containers and max(map(len, table(header, rows))) > width:
+    if containers and max(map(cells_of, aligned(header, rows))) > width:
         rows = [(*row[:4], row[4][:8]) for row in rows]
-        excess = max(map(len, table(header, rows))) - width
+        excess = max(map(cells_of, aligned(header, rows))) - width
         if excess > 0:
-            longest = max(max(len(row[0]) for row in rows) - excess, 8)
-            rows = [(row[0] if len(row[0]) <= longest else row[0][:longest - 1] + "…", *row[1:])
-                    for row in rows]
+            longest = max(max(cells_of(row[0]) for row in rows) - excess, 8)
+            rows = [(clipped(row[0], longest), *row[1:]) for row in rows]
     return table(header, rows)
 
 
@@ -296,18 +359,858 @@ def screen_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
+def brief(value: Number, step: int = 1000, prefixes: str = "kMGTPE") -> str:
+    """A number in a few characters: 0.012, 3.1, 42, 1.37 M."""
+    size = abs(quotient(value, 1))
+    if not math.isfinite(size):
+        return number(float(value)) if isinstance(value, float) else "huge"
+    prefix = ""
+    for prefix in ("", *prefixes):
+        if size < max(step, 10_000 if not prefix and step == 1000 else 0):
+            break
+        size /= step
+    else:
+        size *= step
+    digits = f"{size:.3g}" if size < 1000 else f"{size:.0f}"
+    sign = "-" if value < 0 else ""
+    return f"{sign}{digits} {prefix}".rstrip()
+
+
+def amount(value: Number | None, unit: str) -> str:
+    """A value with its unit, for people; "-" where there is none."""
+    if value is None:
+        return "-"
+    rate = "/s" if unit.endswith("/s") else ""
+    unit = unit[:-len(rate)] if rate else unit
+    if unit in ("bytes", "bytes per second"):
+        text = brief(value, 1024, "KMGTPE")
+        text += "iB" if text[-1] in "KMGTPE" else " B"
+        return text + (rate or ("/s" if unit != "bytes" else ""))
+    if unit == "nanoseconds":
+        return brief(quotient(value, 10 ** 9)) + " s" + rate
+    if unit == "share of ns":
+        return f"{quotient(value, 10 ** 7):.1f} %"
+    if unit == "sum of ns":
+        return brief(quotient(value, 10 ** 9))
+    if unit == "share":
+        return f"{quotient(value, 1) * 100:.1f} %"
+    shown = {"percent": " %", "seconds": " s", "milliseconds": " ms", "ppm": " ppm"}.get(unit, "")
+    whole = unit == "seconds" and isinstance(value, int) and not rate
+    return (str(value) if whole else brief(value)) + shown + rate
+
+
+class Painter:
+    """Shows tables and pages one after another, or in place of each other."""
+
+    def __init__(self, in_place: bool) -> None:
+        self._in_place = in_place and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown = False
+        self._note = ""
+
+    def raw(self, page: Page) -> None:
+        """A page as it came; on a terminal, with nothing in it that would drive the terminal."""
+        if self._in_place or sys.stdout.isatty():
+            self.lines(["".join(char if char.isprintable() else "?" for char in line)
+                        for line in page.body.decode("utf-8", "replace").splitlines()])
+        else:
+            sys.stdout.buffer.write(page.body)      # whatever the locale
+            sys.stdout.flush()
+            self._shown = True
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """A table."""
+        if not self._in_place:
+            print("\n".join([*([""] if self._shown else []), *lines]), flush=True)
+            self._shown = True
+            return
+        columns, height = shutil.get_terminal_size()
+        if self._note:
+            lines = [*lines, "", clipped(self._note, columns)]
+        if len(lines) >= height:
+            lines = [*lines[:height - 2], f"… {len(lines) - height + 2} more lines"]
+        # each line is cleared behind its end, and all below: what was there before does not flash
+        print(("\x1b[H" if self._shown else "\x1b[2J\x1b[H")
+              + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
+        self._shown = True
+        self._note = ""
+
+    def line(self, text: str) -> None:
+        """One line, as it is."""
+        print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        """What went wrong meanwhile: below the next table, or on stderr."""
+        if self._in_place and self._shown:
+            self._note = text
+            height = shutil.get_terminal_size().lines
+            print(f"\x1b7\x1b[{height}H{clipped(text, screen_width())}\x1b[K\x1b8", end="",
+                  flush=True)
+        else:
+            print(text, file=sys.stderr)
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+LEAST_SPAN = 0.2                # seconds; closer readings are one reading, answered twice
+OLDEST_COPY = 60.0              # seconds that another proxy's copy may be older than the last page
+_METRIC = r'[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})?'
+_OPERAND = rf"rate\(\s*{_METRIC}\s*\)|{_METRIC}"
+_EXPRESSION = re.compile(rf"\s*({_OPERAND})\s*(?:/\s*({_OPERAND})\s*)?")
+_LIMIT = r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
+_RANGE = re.compile(rf"(@?)(?:({_LIMIT}|~):)?({_LIMIT})?")
+OK, WARNING, CRITICAL, UNKNOWN = range(4)       # of the plugin guidelines, and their exit status
+
+
+@functools.lru_cache(maxsize=None)
+def facts() -> dict[str, dict[str, Any]]:
+    """What the agent's tables say of each metric, by name."""
+    return {row["name"]: row for row in metadata()}
+
+
+class Page(NamedTuple):
+    """One scrape of one container."""
+    at: float                   # wall clock, when the answer came
+    uuid: str
+    alias: str
+    body: bytes
+
+
+class Figures:
+    """The samples of a page by name and labels; with an earlier page, rates of its counters.
+
+    A rate is taken over the true time between two readings: the node's clock less the age that the
+    agent states for the collector. Where a collector was not read again since, its last rates stay.
+    A counter that has become smaller began again at 0.
+    """
+
+    def __init__(self, page: Page, before: Figures | None = None) -> None:
+        self.page = page
+        self.values: dict[str, dict[Labels, Number]] = {}
+        self.rates: dict[str, dict[Labels, float]] = {}
+        self.counters: list[str] = []
+        try:
+            families = parse(page.body.decode())
+        except (ExpositionError, UnicodeDecodeError) as error:
+            raise Failure(f"the page of {page.alias} is not in Prometheus' text format: "
+                          + printable(str(error))) from None
+        for family in families:
+            for sample in family.samples:
+                name = family.name + sample.suffix
+                if name not in self.values:
+                    self.values[name] = {}
+                    if family.kind != GAUGE:
+                        self.counters.append(name)
+                self.values[name][tuple(sorted(sample.labels))] = sample.value
+        self.ages = {labels[0][1]: age for labels, age in self.values.get(
+            "cmon_sample_age_seconds", {}).items() if labels}
+        clock = self.values.get("time_of_day", {}).get(())
+        self.node_clock = clock is not None
+        now = page.at if clock is None else quotient(clock, 1000) + self.ages.get("time", 0)
+        self.taken = {collector: now - age for collector, age in self.ages.items()}
+        self.taken[""] = now
+        if before is not None and before.node_clock == self.node_clock:
+            self._compare(before)
+
+    def _compare(self, before: Figures) -> None:
+        spans = {collector: taken - before.taken.get(collector, before.taken[""])
+                 for collector, taken in self.taken.items()}
+        for collector, span in spans.items():
+            if -OLDEST_COPY < span < LEAST_SPAN:
+                self.taken[collector] = before.taken.get(collector, before.taken[""])
+        for name in self.counters:
+            span = spans[self.collector(name)]
+            if span < LEAST_SPAN:
+                if name in before.rates and span > -OLDEST_COPY:
+                    self.rates[name] = before.rates[name]
+                continue
+            earlier = before.values.get(name, {})
+            self.rates[name] = {
+                labels: quotient(value - earlier[labels] if value >= earlier[labels] else value,
+                                 span)
+                for labels, value in self.values[name].items() if labels in earlier}
+
+    def collector(self, name: str) -> str:
+        """Which collector of the page a metric comes from; "" when the page does not say."""
+        collector = str(facts().get(name, {}).get("collector", ""))
+        if collector in self.ages:
+            return collector
+        return next((one for one in self.ages if name.startswith(one + "_")), "")
+
+
+def quotient(value: Number, divisor: Number) -> float:
+    """A division of numbers of any size; infinite where the result is too large for a float."""
+    try:
+        return value / divisor
+    except OverflowError:
+        return math.inf
+
+
+class Operand(NamedTuple):
+    """A metric, some of its samples, or their rate."""
+    name: str
+    labels: Labels
+    rate: bool
+
+    def of(self, figures: Figures) -> dict[Labels, Number]:
+        """Its value for each set of labels."""
+        found: Mapping[Labels, Number] = (figures.rates if self.rate else figures.values).get(
+            self.name, {})
+        return {labels: value for labels, value in found.items()
+                if set(self.labels) <= set(labels) and math.isfinite(quotient(value, 1))}
+
+    def unit(self) -> str:
+        """The unit of its values, as the agent's tables have it."""
+        unit = str(facts().get(self.name, {}).get("unit", ""))
+        return (unit + "/s").replace("boolean", "") if self.rate else unit
+
+
+class Expression(NamedTuple):
+    """`METRIC`, `METRIC{label="value"}`, `rate(…)`, or one of them divided by another."""
+    text: str
+    over: Operand
+    under: Operand | None
+
+    @classmethod
+    def of_text(cls, text: str) -> Expression:
+        """The expression; raises Usage."""
+        match = _EXPRESSION.fullmatch(text)
+        if match is None:
+            raise Usage(f"{text!r} is not an expression: METRIC, METRIC{{label=\"value\"}}, "
+                        "rate(METRIC) or A/B")
+        over, under = match.groups()
+        return cls(text.strip(), operand(over), operand(under) if under else None)
+
+    def of(self, figures: Figures) -> dict[Labels, Number]:
+        """Its value for each set of labels; divided are samples with the same labels, or by the one
+        that there is. What cannot be divided has no value."""
+        over = self.over.of(figures)
+        if self.under is None:
+            return over
+        under = self.under.of(figures)
+        single = next(iter(under.values())) if len(under) == 1 else 0
+        return {labels: quotient(value, under.get(labels, single))
+                for labels, value in over.items() if under.get(labels, single)}
+
+    def unit(self) -> str:
+        """The unit of its values; "" for a count, "share" for what is divided."""
+        return "share" if self.under is not None else self.over.unit()
+
+
+def operand(text: str) -> Operand:
+    """One operand of an expression, its labels read as a page's are."""
+    rate = text.startswith("rate(")
+    series = text[5:-1].strip() if rate else text
+    try:
+        family, = parse(f"{series} 0\n")
+    except ExpositionError:
+        raise Usage(f"{text!r} is not an expression: labels stand as in a page, "
+                    "{label=\"value\"}") from None
+    return Operand(family.name, tuple(sorted(family.samples[0].labels)), rate)
+
+
+class Range(NamedTuple):
+    """A range of the plugin guidelines: it alerts outside of `low` to `high`, with `@` inside."""
+    text: str
+    low: float
+    high: float
+    inverted: bool
+
+    @classmethod
+    def of_text(cls, text: str) -> Range:
+        """The range; raises Usage. https://www.monitoring-plugins.org/doc/guidelines.html"""
+        match = _RANGE.fullmatch(text)
+        if match is None or (match.group(2) is None and match.group(3) is None):
+            raise Usage(f"{text!r} is not a range: 10, 10:, ~:10, 10:20 or @10:20")
+        low = -math.inf if match.group(2) == "~" else float(match.group(2) or 0)
+        high = float(match.group(3) or "inf")
+        if low > high:
+            raise Usage(f"{text!r} is not a range: it begins above its end")
+        return cls(text, low, high, match.group(1) == "@")
+
+    def alerts(self, value: Number) -> bool:
+        """Whether the value is one to alert for."""
+        return (self.low <= value <= self.high) == self.inverted
+
+
+class Threshold(NamedTuple):
+    """`EXPR,WARN,CRIT`: what to look at, and when to be worried."""
+    expression: Expression
+    warning: Range | None
+    critical: Range | None
+
+    @classmethod
+    def of_text(cls, text: str) -> Threshold:
+        """From a word of the command line; both ranges may be empty or missing. Raises Usage."""
+        match = _EXPRESSION.match(text)
+        rest = text[match.end():] if match else ""
+        words = rest.split(",") if rest else ["", ""]
+        if match is None or words[0] or len(words) > 3:
+            raise Usage(f"{text!r} is not EXPR,WARN,CRIT: 'load_average,4,8', "
+                        "'rate(net_drops_in_total),0', 'mem_agg_usage/mem_limit,0.8,0.9'")
+        ranges = [Range.of_text(word.strip()) if word.strip() else None for word in words[1:]]
+        return cls(Expression.of_text(match.group()), *(ranges + [None, None])[:2])
+
+    def status(self, value: Number) -> int:
+        """OK, WARNING or CRITICAL."""
+        if self.critical is not None and self.critical.alerts(value):
+            return CRITICAL
+        return WARNING if self.warning is not None and self.warning.alerts(value) else OK
+
+
+CELLS = ("utilisation", "saturation", "errors")
+VERDICT_WORDS = ("ok", "watch", "bad")
+
+
+class Cell(NamedTuple):
+    """One cell of the USE table: its verdict (None: nothing to judge by) and its figures."""
+    resource: str
+    name: str
+    verdict: int | None
+    figures: tuple[Expression, ...]
+    thresholds: tuple[Threshold, ...]
+
+
+@functools.lru_cache(maxsize=None)
+def figure_of(name: str) -> Expression:
+    """What is shown of a metric: the rate of a counter, the value of a gauge."""
+    counts = facts().get(name, {}).get("type") == COUNTER
+    return Expression.of_text(f"rate({name})" if counts else name)
+
+
+@functools.lru_cache(maxsize=None)
+def cell_thresholds(use: Use, cell: str) -> tuple[Threshold, ...]:
+    """What judges a cell: a share is worth a look from USE_BUSY and bad from USE_FULL; saturation
+    is worth a look, and errors are bad, from USE_FROM."""
+    if cell == "utilisation":
+        if not use.share:
+            return ()
+        text = f"{figure_of(use.share[0]).text}/{use.share[1]}"
+        return (Threshold(Expression.of_text(text), below(USE_BUSY), below(USE_FULL)),)
+    thresholds: list[Threshold] = []
+    for name in getattr(use, cell):
+        limit = Range.of_text("1:") if name in USE_UP else below(USE_FROM.get(name, 0))
+        if USE_FROM.get(name, 0) != math.inf:
+            bad = cell == "errors"
+            thresholds.append(Threshold(figure_of(name), None if bad else limit,
+                                        limit if bad else None))
+    return tuple(thresholds)
+
+
+def below(limit: float) -> Range:
+    """The range that alerts from this value on; for 0, above it."""
+    return Range("", -math.inf, math.nextafter(limit, 0) if limit else 0, False)
+
+
+def scope_of(figures: Figures) -> str:
+    """Whether a page is a zone's or a compute node's."""
+    return "node" if "alloc_cpus" in figures.values or "cpu_idle_seconds_total" in figures.values \
+        else "zone"
+
+
+def use_cells(figures: Figures) -> list[Cell]:
+    """The USE table of a page; resources of which the page says nothing are left out."""
+    cells: list[Cell] = []
+    scope = scope_of(figures)
+    for use in USE:
+        metrics = (use.utilisation, use.saturation, use.errors)
+        if use.scope != scope or not any(
+                name in figures.values for names in metrics for name in names):
+            continue
+        for cell, names in zip(CELLS, metrics):
+            if names:
+                thresholds = cell_thresholds(use, cell)
+                found = [one.status(value) for one in thresholds
+                         for value in one.expression.of(figures).values()]
+                shown = tuple(figure_of(name) for name in names if name in figures.values)
+                cells.append(Cell(use.resource, cell, max(found, default=None), shown, thresholds))
+    return cells
+
+
 # --- monitor --------------------------------------------------------------------------------------
+
+ONCE_SECONDS = 2.0              # between the two scrapes of a table with rates, and of --watch
+MOST_SCRAPES = 5                # for one table: an agent that saves CPU may repeat its last values
+RECORD_SECONDS = 10.0
+
+
+class Cap(NamedTuple):
+    """One row of --caps."""
+    resource: str
+    cap: str
+    used: str
+    highest: str = ""
+    above: str = ""
+
+
+CAPS = (
+    Cap("cpu", "cpucap_limit_percentage", "cpucap_cur_usage_percentage",
+        "cpucap_max_usage_percentage", "cpucap_above_seconds_total"),
+    Cap("memory", "mem_limit", "mem_agg_usage"),
+    Cap("swap", "mem_swap_limit", "mem_swap"),
+    Cap("reserved swap", "mem_swap_reserved_limit_bytes", "mem_swap_reserved_bytes"),
+    Cap("locked memory", "mem_locked_limit_bytes", "mem_locked_bytes"),
+    Cap("disk space", "zfs_quota", "zfs_used"),
+    Cap("processes", "proc_processes_limit", "proc_processes"),
+)
+
+
+class Column(NamedTuple):
+    """A column of --net and --disk: an expression, and the unit to show it in, if not its own."""
+    title: str
+    expression: str
+    unit: str = ""
+
+
+class Layout(NamedTuple):
+    """A table with a row for each value of some labels."""
+    labels: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+
+NET = (
+    Layout(("interface", "nic_tag"), (
+        Column("IN", "rate(net_agg_bytes_in)"), Column("OUT", "rate(net_agg_bytes_out)"),
+        Column("PKTS IN", "rate(net_agg_packets_in)"),
+        Column("PKTS OUT", "rate(net_agg_packets_out)"),
+        Column("DROPS IN", "rate(net_drops_in_total)"),
+        Column("DROPS OUT", "rate(net_drops_out_total)"),
+        Column("ERRS IN", "rate(net_errors_in_total)"),
+        Column("ERRS OUT", "rate(net_errors_out_total)"),
+        Column("UP", "net_link_up"), Column("SPEED", "net_speed_bytes_per_second"))),
+    Layout(("link",), (
+        Column("IN", "rate(link_bytes_in_total)"), Column("OUT", "rate(link_bytes_out_total)"),
+        Column("DROPS IN", "rate(link_drops_in_total)"),
+        Column("DROPS OUT", "rate(link_drops_out_total)"),
+        Column("ERRS IN", "rate(link_errors_in_total)"),
+        Column("ERRS OUT", "rate(link_errors_out_total)"),
+        Column("UP", "link_up"), Column("SPEED", "link_speed_bytes_per_second"))),
+)
+DISK = (
+    Layout((), (
+        Column("READ", "rate(vfs_bytes_read_count)"),
+        Column("WRITTEN", "rate(vfs_bytes_written_count)"),
+        Column("READS", "rate(vfs_read_operation_count)"),
+        Column("WRITES", "rate(vfs_write_operation_count)"),
+        Column("BUSY", "rate(vfs_run_time_count)", "share of ns"),
+        Column("WAITING", "rate(vfs_wait_length_time_count)", "sum of ns"),
+        Column(">10MS", 'rate(vfs_slow_operations_total{over="10ms"})'),
+        Column(">1S", 'rate(vfs_slow_operations_total{over="1s"})'))),
+    Layout((), (
+        Column("USED", "zfs_used"), Column("AVAILABLE", "zfs_available"),
+        Column("QUOTA", "zfs_quota"), Column("SHARE", "zfs_used/zfs_quota"),
+        Column("COMPRESSION", "zfs_compressratio"))),
+    Layout(("device",), (
+        Column("READ", "rate(disk_read_bytes_total)"),
+        Column("WRITTEN", "rate(disk_written_bytes_total)"),
+        Column("READS", "rate(disk_reads_total)"), Column("WRITES", "rate(disk_writes_total)"),
+        Column("BUSY", "rate(disk_busy_seconds_total)", "share"),
+        Column("WAITING", "rate(disk_wait_length_seconds_total)", "count"))),
+    Layout(("pool",), (
+        Column("SIZE", "zpool_size_bytes"), Column("USED", "zpool_allocated_bytes"),
+        Column("SHARE", "zpool_allocated_bytes/zpool_size_bytes"),
+        Column("FRAGMENTED", "zpool_fragmentation_percent"),
+        Column("HEALTH", "zpool_health_status"))),
+)
+
+
+def one_value(figures: Figures, text: str) -> Number | None:
+    """The value of an expression that has one, for the whole container."""
+    return Expression.of_text(text).of(figures).get(()) if text else None
+
+
+def caps_rows(figures: Figures) -> list[dict[str, Any]]:
+    """--caps, exactly; where there is no cap, it and the share are None."""
+    rows = []
+    for row in CAPS:
+        cap, used, highest, above = (one_value(figures, text) for text in row[1:])
+        if used is not None:
+            rows.append({"resource": row.resource, "cap": cap or None, "used": used,
+                         "share": quotient(used, cap) if cap else None, "highest": highest,
+                         "above_seconds": above})
+    return rows
+
+
+def caps_lines(figures: Figures, width: int) -> list[str]:
+    """--caps for people."""
+    rows = []
+    for row, spec in ((row, spec) for row in caps_rows(figures) for spec in CAPS
+                      if spec.resource == row["resource"]):
+        unit = operand(spec.used).unit()
+        rows.append((row["resource"], amount(row["cap"], unit) if row["cap"] else "none",
+                     amount(row["used"], unit), amount(row["share"], "share"),
+                     amount(row["highest"], unit), amount(row["above_seconds"], "seconds")))
+    return fitted(("RESOURCE", "CAP", "USED", "SHARE", "HIGHEST", "ABOVE"), rows, width,
+                  drop=("HIGHEST", "CAP")) if rows else []
+
+
+def use_rows(figures: Figures) -> list[dict[str, Any]]:
+    """--use, exactly: a row for each cell."""
+    return [{"resource": cell.resource, "cell": cell.name,
+             "verdict": None if cell.verdict is None else VERDICT_WORDS[cell.verdict],
+             "figures": {one.text: [{"labels": dict(labels), "value": value}
+                                    for labels, value in one.of(figures).items()]
+                         for one in cell.figures}} for cell in use_cells(figures)]
+
+
+def use_lines(figures: Figures, width: int) -> list[str]:
+    """--use for people: the figures of a cell beside it, or below it where it is narrow."""
+    cells = use_cells(figures)
+    heads = aligned(("RESOURCE", "CELL", "VERDICT"), [
+        (clipped(cell.resource, 16 if width < 100 else 40), cell.name,
+         "-" if cell.verdict is None else VERDICT_WORDS[cell.verdict]) for cell in cells])
+    indent = max(map(cells_of, heads)) + 2
+    beside = width - indent >= 44
+    first = heads[0] + " " * (indent - cells_of(heads[0])) + "FIGURES" if beside else heads[0]
+    lines = [emphasis(clipped(first, width))]
+    for head, cell in zip(heads[1:], cells):
+        texts = [f"{one.over.name} {combined(one, figures)}{share_of(one, cell, figures)}"
+                 for one in cell.figures]
+        if beside:      # a figure is not torn apart
+            words = ", ".join(texts).replace(" ", "\0").replace(",\0", ", ").replace("\0(", " (")
+            texts = [clipped(text.replace("\0", " "), width - indent) for text in
+                     textwrap.wrap(words, width - indent, break_long_words=False)]
+            lines.append(judged(head) + " " * (indent - cells_of(head)) + "".join(texts[:1]))
+            lines += [" " * indent + text for text in texts[1:]]
+        else:
+            lines += [judged(clipped(head, width)),
+                      *(clipped("  " + text, width) for text in texts)]
+    return [line.rstrip() for line in lines] if cells else []
+
+
+def share_of(figure: Expression, cell: Cell, figures: Figures) -> str:
+    """What a figure is compared with, where its cell is judged by a share of something."""
+    for one in cell.thresholds:
+        under = one.expression.under
+        if cell.name == "utilisation" and under is not None and one.expression.over == figure.over:
+            shares = one.expression.of(figures).values()
+            return f" ({amount(max(shares), 'share')} of {under.name})" if shares else ""
+    return ""
+
+
+def judged(line: str) -> str:
+    """A line that ends with a verdict, in its colour."""
+    word = line.rsplit(" ", 1)[-1]
+    return coloured(line, {"watch": 33, "bad": 31}.get(word, 0))
+
+
+def combined(expression: Expression, figures: Figures) -> str:
+    """What an expression says of the whole container: the sum over its samples; of samples that
+    contain each other (`over`) the largest, of yes and no whether all say yes."""
+    found = expression.of(figures)
+    if not found:
+        return "-"
+    nested = any(name == "over" for labels in found for name, _ in labels)
+    combine = max if nested else min if expression.unit() == "boolean" else sum
+    return amount(combine(found.values()), expression.unit())
+
+
+def layout_rows(layouts: Sequence[Layout], figures: Figures
+                ) -> list[tuple[Layout, list[tuple[tuple[str, ...], list[Number | None]]]]]:
+    """The rows of each layout that the page has something for: label values, then columns."""
+    tables = []
+    for layout in layouts:
+        columns = [Expression.of_text(column.expression) for column in layout.columns]
+        rows: dict[tuple[str, ...], list[Number | None]] = {}
+        for index, expression in enumerate(columns):
+            if expression.over.name not in figures.values:
+                continue
+            for labels in figures.values[expression.over.name]:
+                key = tuple(dict(labels).get(name, "") for name in layout.labels)
+                rows.setdefault(key, [None] * len(columns))
+            for labels, value in expression.of(figures).items():
+                key = tuple(dict(labels).get(name, "") for name in layout.labels)
+                rows[key][index] = value
+        if rows:
+            tables.append((layout, list(rows.items())))
+    return tables
+
+
+def layout_objects(layouts: Sequence[Layout], figures: Figures) -> list[dict[str, Any]]:
+    """--net or --disk, exactly: label names and expressions are the keys."""
+    return [{**dict(zip(layout.labels, key)),
+             **{column.expression: value for column, value in zip(layout.columns, values)}}
+            for layout, rows in layout_rows(layouts, figures) for key, values in rows]
+
+
+def layout_lines(layouts: Sequence[Layout], figures: Figures, width: int) -> list[str]:
+    """--net or --disk for people."""
+    lines: list[str] = []
+    for layout, found in layout_rows(layouts, figures):
+        units = [column.unit or Expression.of_text(column.expression).unit()
+                 for column in layout.columns]
+        header = (*(name.upper().replace("_", " ") for name in layout.labels),
+                  *(column.title for column in layout.columns))
+        rows = [(*map(printable, key),
+                 *(amount(value, unit) for value, unit in zip(values, units)))
+                for key, values in found]
+        lines += [""] * bool(lines) + fitted(
+            header, rows, width, left=len(layout.labels),
+            drop=("NIC TAG", *(column.title for column in reversed(layout.columns[2:]))))
+    return lines
+
+
+class Table(NamedTuple):
+    """One way to look at a page: for people and exactly; `rates`: it takes two scrapes."""
+    help: str
+    rates: bool
+    lines: Callable[[Figures, int], list[str]]
+    objects: Callable[[Figures], list[dict[str, Any]]]
+
+
+TABLES = {
+    "caps": Table("its caps: cap, used, share, highest use, seconds above the cap", False,
+                  caps_lines, caps_rows),
+    "use": Table("utilisation, saturation and errors of each resource, with a verdict", True,
+                 use_lines, use_rows),
+    "net": Table("its network interfaces, as rates", True,
+                 functools.partial(layout_lines, NET), functools.partial(layout_objects, NET)),
+    "disk": Table("its file systems, as rates, and disk space", True,
+                  functools.partial(layout_lines, DISK), functools.partial(layout_objects, DISK)),
+}
+
+
+def page_objects(figures: Figures) -> dict[str, Any]:
+    """A whole page, exactly."""
+    return {name: [{"labels": dict(labels), "value": value} for labels, value in found.items()]
+            for name, found in figures.values.items()}
+
+
+def as_json(figures: Figures, table: Table | None, indent: int | None) -> str:
+    """One page or table as one object. JSON knows no infinity: what is no number becomes text."""
+    page = figures.page
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return number(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps({"alias": page.alias, "uuid": page.uuid, "at": round(page.at, 3),
+                       **({"metrics": plain(page_objects(figures))} if table is None else
+                          {"rows": plain(table.objects(figures))})}, indent=indent)
+
+
+Scrape = Union[Page, Failure]
+
+
+def live_pages(proxy: Proxy, container: Container, interval: float) -> Iterator[Scrape]:
+    """A page of the container every so many seconds; a later one that fails is a Failure."""
+    due = time.monotonic()
+    first = True
+    while True:
+        try:
+            body = proxy.scrape(container.uuid)
+            yield Page(time.time(), container.uuid, container.alias, body)
+        except Failure as failure:
+            if first:
+                raise
+            yield failure
+        first = False
+        due = max(due + interval, time.monotonic())
+        time.sleep(max(due - time.monotonic(), 0))
+
 
 def monitor(arguments: argparse.Namespace) -> int:
     """`cmon.py monitor`"""
+    name = next((name for name in TABLES if getattr(arguments, name)), "")
+    table = TABLES.get(name)
+    if not arguments.container and not arguments.replay:
+        raise Usage("whose metrics? give an alias, a UUID or the beginning of one")
+    if arguments.record and arguments.replay:
+        raise Usage("--record and --replay exclude each other: a recording is already there")
+    for flag in ("speed", "count"):
+        if getattr(arguments, flag) is not None and not (
+                arguments.replay if flag == "speed" else arguments.record or
+                arguments.watch is not None):
+            raise Usage("--speed goes with --replay" if flag == "speed" else
+                        "--count goes with --watch or --record")
+    if arguments.replay:
+        return show_pages(arguments, table, replayed_pages(arguments), math.inf)
     proxy = proxy_of(arguments)
-    page = proxy.scrape(proxy.find(arguments.container).uuid)
-    if sys.stdout.isatty():                 # what a zone wrote must not drive the terminal
-        for line in page.decode("utf-8", "replace").splitlines():
-            print("".join(char if char.isprintable() else "?" for char in line))
-    else:
-        sys.stdout.buffer.write(page)       # as it came, whatever the locale
+    container = proxy.find(arguments.container)
+    going_on = arguments.watch is not None or bool(arguments.record)
+    interval = arguments.watch or (RECORD_SECONDS if arguments.record else ONCE_SECONDS)
+    pages = live_pages(proxy, container, interval)
+    most = (arguments.count or math.inf) if going_on else 1
+    return show_pages(arguments, table, pages, most)
+
+
+def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterator[Scrape],
+               most: float) -> int:
+    """Record and show pages until there are `most`, the source ends, or Ctrl-C."""
+    several = most > 1
+    recorder = Recorder(arguments.record) if arguments.record else None
+    painter = Painter(in_place=several and arguments.watch is not None)
+    silent = recorder is not None and table is None and arguments.watch is None \
+        and not arguments.json
+    earlier: dict[str, Figures] = {}        # by container
+    waiting: Figures | None = None          # a first page, for which there are no rates yet
+    done = shown = 0
+    try:
+        for page in pages:
+            if isinstance(page, Failure):
+                painter.note(f"cmon: {page}")
+                continue
+            done += 1
+            if recorder is not None:
+                recorder.add(page)
+            if not silent and table is None and not arguments.json:
+                painter.raw(page)
+            elif not silent:
+                before = earlier.get(page.uuid)
+                waiting = figures = earlier[page.uuid] = Figures(page, before)
+                if figures.rates or table is None or not table.rates or not figures.counters or (
+                        before and (several or done >= MOST_SCRAPES)):
+                    waiting = None
+                    paint(painter, figures, table, arguments, several)
+                    shown += 1
+            if done >= most and waiting is None:
+                break
+        if waiting is not None and not shown:
+            paint(painter, waiting, table, arguments, several)
+    except KeyboardInterrupt:
+        if not several:
+            raise
+    finally:
+        if recorder is not None:
+            recorder.close()
+            print(f"cmon: {done} pages in {arguments.record}", file=sys.stderr)
+    if not done and arguments.replay:
+        raise Failure(f"{arguments.replay} has no whole page"
+                      + (f" of {arguments.container}" if arguments.container else ""))
     return 0
+
+
+def paint(painter: Painter, figures: Figures, table: Table | None, arguments: argparse.Namespace,
+          several: bool) -> None:
+    """Show one table."""
+    if arguments.json:
+        painter.line(as_json(figures, table, None if several else 2))
+        return
+    assert table is not None
+    lines = table.lines(figures, screen_width()) or ["the page has no figures for this table"]
+    if several:
+        page = figures.page
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(page.at))
+        lines = [clipped(f"{page.alias}  {when}", screen_width()), "", *lines]
+    painter.lines(lines)
+
+
+# --- recordings -----------------------------------------------------------------------------------
+
+# A recording is pages, each behind a line that says when and of whom it is and how long. With .gz
+# each page is a gzip member of its own, so that a recording that was cut off is good up to the cut,
+# and pages can be appended to it.
+LONGEST_PAUSE = 60.0            # seconds that --replay waits where the recording has a gap
+HEAD = re.compile(rb"# cmon page at=([0-9]{1,12}(?:\.[0-9]{1,6})?) uuid=(" + UUID.pattern.encode()
+                  + rb") alias=(\S{1,400}) bytes=([0-9]{1,9})\n")
+LONGEST_HEAD = 600
+
+
+class Recorder:
+    """Appends pages to a file; what an interrupted recording has left of a page is cut away."""
+
+    def __init__(self, path: str) -> None:
+        self.packed = path.endswith(".gz")
+        try:
+            self._file = open(path, "a+b")
+            whole = self._whole()
+            self._file.truncate(whole)
+            self._file.seek(whole)
+        except OSError as error:
+            raise Failure(f"cannot record to {path}: {words_of(error)}") from None
+        except Failure as failure:
+            raise Failure(f"will not append to {path}: {failure}") from None
+
+    def _whole(self) -> int:
+        """How many bytes of the file are whole pages; Failure if what follows is no cut-off one."""
+        self._file.seek(0)
+        end = 0
+        if self.packed:
+            end = whole_members(self._file)
+        else:
+            for _ in recorded(self._file):
+                end = self._file.tell()
+        self._file.seek(end)
+        magic = b"\x1f\x8b" if self.packed else b"# cmon page "
+        if not magic.startswith(self._file.read(len(magic))):
+            raise Failure("it holds something else than a recording")
+        return end
+
+    def add(self, page: Page) -> None:
+        """Append one page, at once."""
+        alias = urllib.parse.quote(page.alias)
+        head = f"# cmon page at={page.at:.3f} uuid={page.uuid} alias={alias} " \
+               f"bytes={len(page.body)}\n"
+        whole = head.encode() + page.body
+        self._file.write(gzip.compress(whole) if self.packed else whole)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def whole_members(file: IO[bytes]) -> int:
+    """Where the last whole member of a gzip file ends."""
+    end = position = 0
+    unpacker = zlib.decompressobj(31)
+    while True:
+        piece = file.read(65536)
+        if not piece:
+            return end
+        while piece:
+            try:
+                unpacker.decompress(piece)
+            except zlib.error:
+                return end
+            if not unpacker.eof:
+                position += len(piece)
+                break
+            position += len(piece) - len(unpacker.unused_data)
+            piece, end, unpacker = unpacker.unused_data, position, zlib.decompressobj(31)
+
+
+def recorded(file: Union[IO[bytes], gzip.GzipFile]) -> Iterator[Page]:
+    """The pages of a recording, up to where it is cut off."""
+    try:
+        while True:
+            match = HEAD.fullmatch(file.readline(LONGEST_HEAD))
+            size = int(match.group(4)) if match else MAX_BODY + 1
+            if match is None or size > MAX_BODY:
+                return
+            body = file.read(size)
+            if len(body) < size:
+                return
+            yield Page(float(match.group(1)), match.group(2).decode(),
+                       printable(urllib.parse.unquote(match.group(3).decode("latin-1"))), body)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return
+
+
+def recording(path: str) -> Iterator[Page]:
+    """The pages of a file; Failure if it cannot be read or is none."""
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            yield from recorded(file)
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {words_of(error)}") from None
+
+
+def replayed_pages(arguments: argparse.Namespace) -> Iterator[Scrape]:
+    """The pages of --replay: with --watch at the pace of the recording times --speed, or at the one
+    that --watch gives; else at once."""
+    name = (arguments.container or "").lower()
+    last: Page | None = None
+    for page in recording(arguments.replay):
+        if name and name != page.alias.lower() and not page.uuid.startswith(name):
+            continue
+        if last is not None and arguments.watch is not None:
+            pause = arguments.watch or min(max(page.at - last.at, 0), LONGEST_PAUSE) / (
+                arguments.speed or 1)
+            time.sleep(pause)
+        last = page
+        yield page
 
 
 # --- discover -------------------------------------------------------------------------------------
@@ -969,12 +1872,21 @@ class Command(NamedTuple):
     help: str
     run: Callable[[argparse.Namespace], int]
     arguments: Callable[[argparse.ArgumentParser], None]
+    example: str
 
 
 def seconds(text: str) -> float:
     """A flag's value: a time that is positive and ends."""
     value = float(text)
     if not 0 < value <= 3600:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    """A flag's value: how many times."""
+    value = int(text)
+    if value < 1:
         raise ValueError
     return value
 
@@ -1013,8 +1925,22 @@ def discover_arguments(parser: argparse.ArgumentParser) -> None:
 
 def monitor_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `monitor`."""
-    parser.add_argument("container", metavar="NAME|UUID",
-                        help="an alias, a UUID, or the beginning of a UUID that only one has")
+    add = parser.add_argument
+    add("container", metavar="NAME|UUID", nargs="?", default="",
+        help="an alias, a UUID, or the beginning of a UUID that only one has")
+    tables = parser.add_mutually_exclusive_group()
+    for name, one in TABLES.items():
+        tables.add_argument(f"--{name}", action="store_true", help=one.help)
+    add("--json", action="store_true", help="as one JSON object, numbers exact")
+    add("--watch", metavar="SECONDS", nargs="?", type=seconds, const=0.0,
+        help=f"again and again, in place on a terminal, until Ctrl-C ({ONCE_SECONDS:g})")
+    add("--record", metavar="FILE", default="",
+        help="append pages with their time, until Ctrl-C; gzip if it ends with .gz; every "
+             f"{RECORD_SECONDS:g} s without --watch")
+    add("--count", metavar="N", type=count, help="end --watch or --record after so many pages")
+    add("--replay", metavar="FILE", default="", help="show a recording instead; with --watch at "
+        "its own pace, without at once")
+    add("--speed", metavar="FACTOR", type=seconds, help="of --replay with --watch (1)")
     connection_arguments(parser)
 
 
@@ -1060,12 +1986,14 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = (
-    Command("discover", "list the containers of your account", discover, discover_arguments),
-    Command("monitor", "print the metrics of one container", monitor, monitor_arguments),
+    Command("discover", "list the containers of your account", discover, discover_arguments,
+            "cmon.py discover --groups web,db"),
+    Command("monitor", "show the metrics of one container: its page, or a table", monitor,
+            monitor_arguments, "cmon.py monitor web01 --use --watch 5"),
     Command("certgen", "make a certificate for the proxy with an SSH key of your account", certgen,
-            certgen_arguments),
+            certgen_arguments, "cmon.py certgen --account alice --ssh-key ~/.ssh/id_rsa"),
     Command("demo", "see all of it work on this machine, with nothing installed", demo,
-            demo_arguments),
+            demo_arguments, "cmon.py demo"),
 )
 
 
@@ -1079,7 +2007,8 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         inner = commands.add_parser(command.name, help=command.help, allow_abbrev=False,
-                                    description=command.help[0].upper() + command.help[1:] + ".")
+                                    description=command.help[0].upper() + command.help[1:] + ".",
+                                    epilog=f"Example: {command.example}")
         command.arguments(inner)
         inner.set_defaults(run=command.run)
     return parser

@@ -90,14 +90,16 @@ __all__ = [     # what the other programs import
     "HTML",
     "is_address", "is_ip",
     "JSON",
-    "Listener", "load_settings", "log",
+    "Labels", "Listener", "load_settings", "log",
+    "MAX_BODY", "metadata",
+    "number", "Number",
     "one_of",
     "PAGE", "parse", "parse_address", "Pool", "prepare", "Prepared",
-    "read_json", "Refused", "register_process_metrics", "Registry", "render", "Request", "Response",
-    "Route", "run_daemon",
+    "read_json", "Refused", "register_process_metrics", "Registry", "render", "Request",
+    "Response", "Route", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting",
     "text",
-    "UUID",
+    "Use", "USE", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
