@@ -4678,11 +4678,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif wanted:
             self._wait_for(wanted)
         else:
-            self.server.shook("done")
             tls = typing.cast(ssl.SSLSocket, self.connection)
-            self.peer.certificate = tls.getpeercert(True)
-            if self._listener.on_handshake is not None:
-                self._listener.on_handshake(tls)
+            try:
+                if self._listener.on_handshake is not None:
+                    self._listener.on_handshake(tls)
+                self.peer.certificate = tls.getpeercert(True)
+            except OSError as error:
+                self._shaken(error)
+                return
+            self.server.shook("done")
             self._state = IDLE
             self._since = self.server.now()
             self._wait_for(selectors.EVENT_READ)
@@ -4702,8 +4706,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         name = _STATE_LIMITS.get(self._state)
         if self._state == IDLE:
             name = "stranger_seconds" if self.stranger else "idle_seconds"
-        with_worker = self._state == HANDSHAKE and not self._events
-        if name and not with_worker and now - self._since > getattr(self.server.limits, name):
+        if name and not self.is_working \
+                and now - self._since > getattr(self.server.limits, name):
             if name != "idle_seconds":
                 self.server.refused(name)
             if self._state == READING:
@@ -4716,13 +4720,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def leave(self) -> None:
         """The server stops: stay only for an answer that is under way."""
-        if self._state in (IDLE, READING) or (self._state == HANDSHAKE and self._events):
+        if self._state != WRITING and not self.is_working:
             self.close()
 
+    def since(self) -> float:
+        """When its state began."""
+        return self._since
+
     @property
-    def idle_since(self) -> float | None:
-        """Since when nothing is asked; None while something is."""
-        return self._since if self._state == IDLE else None
+    def is_working(self) -> bool:
+        """Whether an answer is being made, or a worker takes a step of the handshake: to close the
+        descriptor under it would let that step read from the next connection of that number."""
+        return self._state == BUSY or (self._state == HANDSHAKE and not self._events)
 
     @property
     def state(self) -> int:
@@ -4803,7 +4812,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Listen on one more address, or on a socket that listens already; raises OSError.
 
         `fallback` is asked first and must be a pure function of the request's bytes. `on_handshake`
-        sees each connection after its TLS handshake.
+        sees each connection after its TLS handshake; it may refuse it by OSError.
         """
         if isinstance(address, socket.socket):
             listening = address
@@ -4945,20 +4954,18 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _make_room(self) -> bool:
         """Close a few connections: strangers, of the address that has most of them, oldest first;
-        where there is none, the one that has been idle longest. Whether there is room now."""
+        where there is none, those that have been idle longest. Whether there is room now."""
         count = 1 + len(self.connections) // 1024       # the search is paid once for so many
         if self._strangers:
             crowd = max(self._strangers.values(), key=len)
-            for connection in [one for one in crowd if one.state != BUSY][:count]:
-                connection.close()
-                count = 0
-        if count:
-            idle = [(connection.idle_since, id(connection), connection)
-                    for connection in self.connections if connection.idle_since is not None]
-            for _, _, connection in heapq.nsmallest(count, idle):
-                connection.close()
-                count = 0
-        return not count
+            victims = [connection for connection in crowd if not connection.is_working][:count]
+        else:
+            victims = heapq.nsmallest(
+                count, (connection for connection in self.connections if connection.state == IDLE),
+                key=Connection.since)
+        for connection in victims:
+            connection.close()
+        return bool(victims)
 
     def joined(self, connection: Connection) -> None:
         """A connection has begun."""

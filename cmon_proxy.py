@@ -316,14 +316,15 @@ def utc(seconds: float) -> str:
 
 CMON_PURPOSE = "1.3.6.1.4.1.38678.1.4.2"        # extended key usage joyentCmon
 CLIENT_PURPOSE, SERVER_PURPOSE = "1.3.6.1.5.5.7.3.2", "1.3.6.1.5.5.7.3.1"
-_MAX_CERTIFICATE = 65536                        # bytes; OpenSSL itself takes chains up to 100 kB
+_MAX_CERTIFICATE = 8192                         # bytes; one with RSA keys of 16,384 bits has 5 kB
+_MAX_CERTIFICATE_LIST = 16384                   # bytes of a client's chain; OpenSSL takes 100 kB
 _MAX_KEY_TEXT = 32768                           # an RSA key of 16,384 bits needs 3 kB
 # numbers from <openssl/obj_mac.h> and <openssl/ssl.h>
 _NID_CN, _NID_SKI, _NID_USAGE, _NID_SAN, _NID_BASIC, _NID_AKI = 13, 82, 83, 85, 87, 90
 _NID_EKU = 126
 _NID_RSA, _NID_EC, _NID_ED25519 = 6, 408, 1087
 _CURVES = {415: "nistp256", 715: "nistp384", 716: "nistp521"}
-_UTF8, _UNCOMPRESSED, _CTRL_SESSION_CACHE = 0x1000, 4, 44
+_UTF8, _UNCOMPRESSED, _CTRL_SESSION_CACHE, _CTRL_MAX_CERT_LIST = 0x1000, 4, 44, 51
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _S, _Z = ctypes.c_char_p, ctypes.c_size_t
@@ -340,6 +341,7 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("ASN1_TIME_to_tm", _I, (_P, _P)), ("ASN1_TIME_set", _P, (_P, _L)),
     ("OBJ_obj2txt", _I, (_P, _I, _P, _I)), ("OBJ_nid2sn", _S, (_I,)),
     ("OPENSSL_sk_num", _I, (_P,)), ("OPENSSL_sk_value", _P, (_P, _I)),
+    ("OPENSSL_sk_pop", _P, (_P,)), ("SSL_get_peer_cert_chain", _P, (_P,)),
     ("EXTENDED_KEY_USAGE_free", None, (_P,)),
     ("EVP_PKEY_new", _P, ()), ("EVP_PKEY_free", None, (_P,)), ("EVP_sha256", _P, ()),
     ("EVP_sha384", _P, ()), ("EVP_sha512", _P, ()),
@@ -977,6 +979,25 @@ def _context_pointer(context: ssl.SSLContext) -> int:
     return pointer
 
 
+def forget_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> None:
+    """After a handshake: free what the client sent beside its own certificate; nobody reads it.
+
+    Parsed names take ten times their size, for as long as a connection lasts. OSError where the
+    certificate itself is larger than any that could be good; the connection is then closed.
+    """
+    inner = getattr(tls, "_sslobj")
+    # PySSLSocket of Modules/_ssl.c, 3.9 to 3.13: head, socket, SSL, context
+    _, pointer, context = (ctypes.c_void_p * 3).from_address(id(inner) + object.__basicsize__)
+    if context != id(tls.context) or not pointer:
+        raise OSError("the TLS connection of this Python is not laid out as expected")
+    library = _library()
+    chain = library.SSL_get_peer_cert_chain(pointer)
+    while chain and library.OPENSSL_sk_num(chain) > 0:
+        library.X509_free(library.OPENSSL_sk_pop(chain))
+    if len(tls.getpeercert(True) or b"") > _MAX_CERTIFICATE:
+        raise OSError(f"the client certificate is larger than {_MAX_CERTIFICATE} bytes")
+
+
 def ask_for_any_certificate(context: ssl.SSLContext) -> None:
     """Let clients show whatever certificate they have; the application decides, not a CA.
 
@@ -1004,6 +1025,7 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
             except ssl.SSLWantReadError:
                 pass
         if not waiting:
+            forget_chain(ends[1])
             return ends[1].getpeercert(True)
     raise OSError("the handshake does not end")
 
@@ -1057,6 +1079,7 @@ def server_context(certificate_file: str, key_file: str,
     except OSError:                             # with a CA nothing depends on what follows
         return context
     library.SSL_CTX_ctrl(pointer, _CTRL_SESSION_CACHE, 0, None)
+    library.SSL_CTX_ctrl(pointer, _CTRL_MAX_CERT_LIST, _MAX_CERTIFICATE_LIST, None)
     library.SSL_CTX_set_ciphersuites(
         pointer, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
     return context
@@ -4680,7 +4703,8 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
     proxy.source.start()
 
     def listen(address: tuple[str, int] | socket.socket) -> None:
-        proxy.listener = server.listen(address, proxy.routes(), context, "main", proxy.by_host)
+        proxy.listener = server.listen(address, proxy.routes(), context, "main", proxy.by_host,
+                                       None if proxy.policy.by_ca else forget_chain)
         registry.collect(ServerCertificate(proxy, proxy.listener).families)
     if place is not None:
         WorkerSide(proxy, registry, socket.socket(fileno=place.channel))
