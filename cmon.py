@@ -6,6 +6,7 @@
     cmon.py monitor NAME|UUID [--use]           the page of metrics of one of them, or a table
     cmon.py certgen --account LOGIN --ssh-key FILE
                                                 a certificate for the proxy
+    cmon.py rules | dashboard [NAME]            what to load into Prometheus and Grafana
     cmon.py demo [--once]                       a compute node, a proxy and a tenant on this machine
 
 Where the proxy is and who asks: --url, --cert, --key, --ca, before the command or behind it, or
@@ -21,6 +22,7 @@ Map (`grep '^# ---'`):
     recordings
     discover
     certificates
+    rules and dashboards
     demo
     commands
 """
@@ -1489,9 +1491,40 @@ def read_text(path: Path, what: str) -> str:
         raise Failure(f"cannot read the {what} {path}: {words_of(error)}") from None
 
 
-# --- demo -----------------------------------------------------------------------------------------
+# --- rules and dashboards -------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
+DASHBOARDS = ("fleet", "container", "node", "proxy")
+
+
+def example(name: str) -> Path:
+    """A file of examples/, from a checkout or from an installed package."""
+    for folder in (HERE / "examples", Path(sys.prefix) / "share" / "cmon" / "examples"):
+        if (folder / name).is_file():
+            return folder / name
+    raise Failure(f"{HERE / 'examples' / name} is missing: run cmon.py in a copy of the whole "
+                  "project, or install it with pip")
+
+
+def rules(arguments: argparse.Namespace) -> int:
+    """`cmon.py rules`"""
+    print(example("rules.yml").read_text("utf-8"), end="")
+    return 0
+
+
+def dashboard(arguments: argparse.Namespace) -> int:
+    """`cmon.py dashboard`"""
+    if arguments.name:
+        print(example(f"dashboards/{arguments.name}.json").read_text("utf-8"), end="")
+    else:
+        rows = [(name, json.loads(example(f"dashboards/{name}.json").read_text("utf-8"))["title"])
+                for name in DASHBOARDS]
+        print("\n".join(table(("NAME", "TITLE"), rows)))
+    return 0
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
 LOOPBACK = "127.0.0.1"
 SUFFIX = "demo.localhost"       # OpenSSL takes no wildcard right below a top-level name
 START_SECONDS = 30.0            # for a child to listen: a small machine may compile for ten
@@ -1685,15 +1718,6 @@ scrape_configs:
       - source_labels: [__meta_triton_machine_alias]
         target_label: alias
 """
-
-
-def example(name: str) -> Path:
-    """A file of examples/, from a checkout or from an installed package."""
-    for folder in (HERE / "examples", Path(sys.prefix) / "share" / "cmon" / "examples"):
-        if (folder / name).is_file():
-            return folder / name
-    raise Failure(f"the demo needs {HERE / 'examples' / name}: "
-                  "run it in a copy of the whole project")
 
 
 def require_free(program: str, port: int) -> None:
@@ -1976,6 +2000,16 @@ def certgen_arguments(parser: argparse.ArgumentParser) -> None:
         f"{RENEW_DAYS} days; otherwise leave it")
 
 
+def dashboard_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `dashboard`."""
+    parser.add_argument("name", metavar="NAME", nargs="?", choices=DASHBOARDS,
+                        help=" or ".join(DASHBOARDS) + "; without it, a list of them")
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    """A command without flags."""
+
+
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `demo`."""
     parser.add_argument("--once", action="store_true",
@@ -1992,6 +2026,10 @@ COMMANDS = (
             monitor_arguments, "cmon.py monitor web01 --use --watch 5"),
     Command("certgen", "make a certificate for the proxy with an SSH key of your account", certgen,
             certgen_arguments, "cmon.py certgen --account alice --ssh-key ~/.ssh/id_rsa"),
+    Command("rules", "print rules for Prometheus: what to record, and when to alert", rules,
+            no_arguments, "cmon.py rules > rules.yml"),
+    Command("dashboard", "print a dashboard for Grafana", dashboard, dashboard_arguments,
+            "cmon.py dashboard fleet > fleet.json"),
     Command("demo", "see all of it work on this machine, with nothing installed", demo,
             demo_arguments, "cmon.py demo"),
 )

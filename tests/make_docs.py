@@ -5,6 +5,7 @@
 docs/SETTINGS.md   every setting of the servers' JSON files
 docs/METRICS.md    every metric of the agent, and the table of what to look at
 docs/COMMANDS.md   every command with its flags
+examples/dashboards/   Grafana's dashboards, from examples/make_dashboards.py
 docs/TROUBLESHOOTING.md   the blocks between `<!-- generated: NAME -->` and `<!-- end -->`
 
 tests/test_layout.py fails while a file on disk differs from what this would write.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -22,11 +24,12 @@ from typing import Any, Callable, Union
 from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
 import cmon             # noqa: E402  (after the path)
 import cmon_agent       # noqa: E402
 import cmon_proxy       # noqa: E402
+import make_dashboards  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- generated: ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -251,6 +254,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/METRICS.md": metrics,
     "docs/SETTINGS.md": settings,
     "docs/TROUBLESHOOTING.md": troubleshooting,
+    **{f"examples/dashboards/{row[0]}.json": functools.partial(make_dashboards.text, row[0])
+       for row in make_dashboards.DASHBOARDS},
 }
 
 

@@ -725,7 +725,7 @@ def copy(tmp_path: Path) -> Callable[..., "Done[str]"]:
 @pytest.mark.parametrize("name", ["node.json", "inventory.json"])
 def test_demo_without_examples(name: str, copy: Any) -> None:
     one_line(copy(lambda folder: (folder / "examples" / name).unlink()), 1,
-             f"examples/{name}: run it in a copy of the whole project")
+             f"examples/{name} is missing: run cmon.py in a copy of the whole project")
 
 
 def test_demo_with_a_program_that_does_not_start(copy: Any) -> None:

@@ -207,10 +207,11 @@ class DataCenter:
         return Program(tool("unshare"), "-m", "sh", "-c", inside, "sh",
                        self.folder / "resolv.conf", *command)
 
-    def start_prometheus(self, jobs: list[dict[str, Any]], name: str = "prometheus") -> Prometheus:
-        """Debian's Prometheus, which sees only our names."""
+    def start_prometheus(self, jobs: list[dict[str, Any]], name: str = "prometheus",
+                         **more: Any) -> Prometheus:
+        """Debian's Prometheus, which sees only our names; `more` goes into its configuration."""
         need_root()
-        return Prometheus(self, jobs, name)
+        return Prometheus(self, jobs, name, more)
 
     def job(self, login: str, **discovery: Any) -> dict[str, Any]:
         """A scrape job as the README has it; `triton` or `http` discovery."""
@@ -248,11 +249,12 @@ class DataCenter:
 class Prometheus:
     """A running Prometheus and its API."""
 
-    def __init__(self, center: DataCenter, jobs: list[dict[str, Any]], name: str) -> None:
+    def __init__(self, center: DataCenter, jobs: list[dict[str, Any]], name: str,
+                 more: Mapping[str, Any]) -> None:
         folder = center.folder / name
         folder.mkdir()
         config = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-                  "scrape_configs": jobs}
+                  "scrape_configs": jobs, **more}
         (folder / "prometheus.yml").write_text(json.dumps(config))      # JSON is YAML
         subprocess.run([tool("promtool"), "check", "config", folder / "prometheus.yml"], check=True,
                        stdout=subprocess.PIPE)
