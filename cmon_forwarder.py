@@ -1,0 +1,2836 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MPL-2.0
+"""Scrapes a tenant's containers through the proxy and pushes their metrics to other systems.
+
+    cmon_forwarder.py --config FILE [--check-config] [--dry-run] [--once] [--smf] …
+
+For systems that cannot pull: InfluxDB, Graphite, StatsD, syslog, Graylog, Elasticsearch, Splunk,
+Prometheus remote write, files. A scrape is encoded for each sink at once and appended to the
+sink's spool; a thread for each sink reads the spool and delivers. So what has been scraped is on
+disk before anything is sent, and a sink that is slow or dead delays nobody else.
+
+The thread in `Server.serve_forever` owns discovery, scraping and encoding; a spool is shared by it
+and the thread of its sink, under the spool's lock.
+
+Map (`grep '^# ---'`):
+
+    settings
+    discovery
+    scraping
+    encoders
+    spool
+    delivery
+    main
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import dataclasses
+import email.utils
+import errno
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import html
+import json
+import math
+import os
+import random
+import re
+import select
+import selectors
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Union
+
+# The agent is the one file that must run alone, so it carries the kit that we share.
+from cmon_agent import (
+    COUNTER, GAUGE, HISTOGRAM, HTML, LEVELS, MAX_JSON_BYTES, PAGE, READ_SIZE, SUFFIXES, SUMMARY,
+    Answer, AnswerReader, Client, ClientError, ConfigError, ExpositionError, Family, Number,
+    Labels, Registry, Request, Response, Route, Sample, Server, at_least, command_line, complain,
+    __version__, gunzip, gzip, is_address, label_text, load_settings, log, number, one_of, parse,
+    parse_address, register_process_metrics, render, run_daemon, setting, start_logging,
+    stop_logging, text, valid_label_name, valid_metric_name)
+
+# --- settings -------------------------------------------------------------------------------------
+
+USER_AGENT = f"cmon-forwarder/{__version__}"
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """The proxy whose containers are scraped."""
+    url: str = setting(dataclasses.MISSING, "https://HOST:PORT of the proxy")
+    cert: Path | None = setting(None, "PEM file: the tenant's certificate")
+    key: Path | None = setting(None, "PEM file: its private key")
+    ca: Path | None = setting(None, "PEM file: CA of the proxy's certificate; null: the system's")
+
+
+@dataclass(frozen=True)
+class SinkSettings:
+    """Where samples go; which keys a type takes is in the table SINKS."""
+    type: str = setting(dataclasses.MISSING, "what listens there")
+    url: str | None = setting(None, "http or https URL")
+    database: str | None = setting(None, "InfluxDB 1: the database")
+    org: str | None = setting(None, "InfluxDB 2: the organisation")
+    bucket: str | None = setting(None, "InfluxDB 2: the bucket")
+    token: str | None = setting(None, "secret that the sink wants")
+    token_file: Path | None = setting(None, "file that holds the token; read for each request")
+    headers: dict[str, str] | None = setting(None, "further HTTP headers")
+    address: str | None = setting(None, "HOST:PORT", lambda value: None
+                                  if value is None else is_address(value))
+    transport: str | None = setting(None, "udp, tcp or tls")
+    form: str | None = setting(None, "which of the sink's formats")
+    prefix: str | None = setting(None, "first part of dotted names (cmon)")
+    tags: bool | None = setting(None, "StatsD: tags as DogStatsD has them (false)")
+    index: str | None = setting(None, "Elasticsearch: index or data stream (cmon)")
+    path: Path | None = setting(None, "the file")
+    rotate_bytes: int | None = setting(None, "size at which a new file begins (64 MiB)",
+                                       at_least(1))
+    keep: int | None = setting(None, "rotated files to keep (5)", at_least(0))
+    cert: Path | None = setting(None, "PEM file: client certificate for the sink")
+    key: Path | None = setting(None, "PEM file: its private key")
+    ca: Path | None = setting(None, "PEM file: CA of the sink's certificate; null: the system's")
+    timeout: float = setting(10.0, "seconds for one delivery", at_least(0.1))
+    batch_bytes: int = setting(1 << 20, "a delivery is at most about as large as this",
+                               at_least(1))
+    batch_age: float = setting(1.0, "seconds that a sample waits for company", at_least(0))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of the forwarder."""
+    proxy: ProxySettings = setting(dataclasses.MISSING, "whose containers are scraped")
+    sinks: dict[str, SinkSettings] = setting(dataclasses.MISSING, "where samples go, by name")
+    interval: float = setting(15.0, "seconds between two scrapes of a container", at_least(0.1))
+    groups: list[str] = setting([], "only containers of these groups; empty: all")
+    shard: str | None = setting(None, "k/n: this forwarder's share of the containers, k from 1")
+    timeout: float = setting(10.0, "seconds for a scrape, at most the interval", at_least(0.1))
+    max_in_flight: int = setting(32, "scrapes, and connections to the proxy, at once", at_least(1))
+    spool: Path | None = setting(None, "folder for what waits; null: `spool` beside this file")
+    spool_bytes: int = setting(256 << 20, "disk that one sink's spool may take", at_least(4096))
+    listen: str = setting("127.0.0.1:9164", "address for health and own metrics", is_address)
+    labels: dict[str, str] = setting({}, "labels that every sample gets")
+    include: list[str] = setting([], "globs: only these metrics; empty: all")
+    exclude: list[str] = setting([], "globs: not these metrics")
+    rename: dict[str, str] = setting({}, "new names of metrics, by the old one")
+    log_level: str = setting("info", "least level that is logged", one_of(*LEVELS))
+    log_format: str = setting("", "text or bunyan; empty: text on a terminal, else bunyan",
+                              one_of("", "text", "bunyan"))
+
+
+def problems_of(settings: Settings) -> list[str]:
+    """What the types of the settings cannot say."""
+    problems: list[str] = []
+
+    def check(wrong: object, message: str) -> None:
+        if wrong:
+            problems.append(message)
+    check(not is_url(settings.proxy.url), "proxy.url: must be https://HOST:PORT")
+    check((settings.proxy.cert is None) != (settings.proxy.key is None),
+          "proxy: cert and key go together")
+    check(is_url(settings.proxy.url) and settings.proxy.url.startswith("https:")
+          and settings.proxy.cert is None, "proxy.cert: is missing")
+    if settings.shard is not None:
+        match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", settings.shard)
+        check(match is None or not 1 <= int(match.group(1)) <= int(match.group(2)),
+              f"shard: must be k/n with k from 1 to n, not {settings.shard!r}")
+    for group in settings.groups:
+        check(not group or "," in group, f"groups: {group!r} is no group")
+    for name in settings.labels:
+        check(not valid_label_name(name), f"labels: {name!r} is no name of a label")
+        check(name in OWN_LABELS, f"labels: {name} is the container's")
+    for name in ("include", "exclude"):
+        for pattern in getattr(settings, name):
+            check(Pattern.read(pattern) is None,
+                  f"{name}: {pattern!r} is not NAME or NAME{{LABEL=GLOB,…}}")
+    for old, new in settings.rename.items():
+        check(not valid_metric_name(new), f"rename.{old}: {new!r} is no name of a metric")
+    check(not settings.sinks, "sinks: there is none")
+    for name, sink in settings.sinks.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name):
+            problems.append(f"sinks: {name!r}: names are letters, digits, _ and -, at most 64")
+        problems += [f"sinks.{name}{problem}" for problem in problems_of_sink(sink)]
+    return problems
+
+
+SINK_KEYS_OF_ALL = frozenset(("type", "timeout", "batch_bytes", "batch_age"))
+TLS_KEYS = ("cert", "key", "ca")
+
+
+def problems_of_sink(sink: SinkSettings) -> list[str]:
+    """Which keys are missing, not for this type, or wrong; each begins with the key's path."""
+    row = SINKS.get(sink.type)
+    if row is None:
+        return [f".type: must be one of {', '.join(SINKS)}, not {sink.type!r}"]
+    problems: list[str] = []
+    taken = SINK_KEYS_OF_ALL.union(row.required, row.optional)
+    for field in dataclasses.fields(sink):
+        if field.name not in taken and getattr(sink, field.name) is not None:
+            problems.append(f".{field.name}: not a setting of {sink.type}; there are "
+                            f"{', '.join(sorted(taken))}")
+    problems += [f".{key}: is missing" for key in row.required if getattr(sink, key) is None]
+    if sink.url is not None and not is_url(sink.url):
+        problems.append(".url: must be an http or https URL")
+    for key, words in (("form", row.forms), ("transport", row.transports)):
+        if words and getattr(sink, key) not in (None, *words):
+            problems.append(f".{key}: must be one of {', '.join(words)}")
+    if (sink.cert is None) != (sink.key is None):
+        problems.append(": cert and key go together")
+    if sink.token is not None and sink.token_file is not None:
+        problems.append(": token or token_file, not both")
+    if sink.type == "influxdb" and (sink.database is None) == (
+            sink.org is None or sink.bucket is None):
+        problems.append(": needs database (InfluxDB 1), or org and bucket (InfluxDB 2)")
+    for name, value in (sink.headers or {}).items():
+        if not re.fullmatch(r"[A-Za-z0-9-]+", name) or not re.fullmatch(r"[\t -~]*", value):
+            problems.append(f".headers: {name!r} cannot be sent")
+    return problems
+
+
+def is_url(value: str) -> bool:
+    """Whether a client of ours can be sent there."""
+    try:
+        parts = urllib.parse.urlsplit(value)
+        return (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+                and re.fullmatch(r"[!-~]+", value) is not None)
+    except ValueError:
+        return False
+
+
+def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.SSLContext:
+    """TLS as a client, with a certificate if there is one; raises ConfigError."""
+    def refuse_passphrase() -> str:
+        raise ConfigError(f"{key}: has a passphrase, and a service has nobody to ask")
+    try:
+        context = ssl.create_default_context(cafile=None if ca is None else str(ca))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{ca}: {words_of(error)}, wanted a CA certificate in PEM") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if cert is not None and key is not None:
+        try:
+            context.load_cert_chain(cert, key, password=refuse_passphrase)
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:      # SSLError is an OSError
+            raise ConfigError(f"{cert}, {key}: {words_of(error)}") from None
+    return context
+
+
+def words_of(error: Exception) -> str:
+    """An error of the system or of OpenSSL in a few words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or str(error)).replace("_", " ").lower()
+    if isinstance(error, socket.timeout):
+        return "timed out"
+    if isinstance(error, socket.gaierror):
+        return "the name does not resolve"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+# --- discovery ------------------------------------------------------------------------------------
+
+OWN_LABELS = ("alias", "instance")      # every sample has them, before all others
+
+
+class Target(NamedTuple):
+    """A container: who it is, where its page is, and the labels that all its samples get."""
+    instance: str                           # UUID
+    alias: str
+    path: str                               # of its page, at the proxy
+    labels: Labels                          # alias, instance, and those of the settings
+
+
+class DiscoveryError(ValueError):
+    """The proxy's answer is no list of targets; the targets that are known stay."""
+
+
+def discovery_path(groups: Sequence[str], shard: str | None) -> str:
+    """What to ask the proxy for."""
+    query = {name: value for name, value in (("groups", ",".join(groups)), ("shard", shard))
+             if value}
+    return "/v1/sd" + ("?" + urllib.parse.urlencode(query) if query else "")
+
+
+def read_targets(body: bytes, static: Mapping[str, str]) -> dict[str, Target]:
+    """An answer of HTTP service discovery as targets by UUID; raises DiscoveryError."""
+    try:
+        groups = json.loads(body.decode())
+    except (ValueError, RecursionError):
+        raise DiscoveryError("not JSON") from None
+    if not isinstance(groups, list):
+        raise DiscoveryError("not a list of targets")
+    targets: dict[str, Target] = {}
+    for group in groups:
+        labels = group.get("labels") if isinstance(group, dict) else None
+        if not isinstance(labels, dict) or not all(
+                isinstance(value, str) for value in labels.values()):
+            raise DiscoveryError("a target has no labels")
+        instance = labels.get("instance") or labels.get("__meta_triton_machine_id")
+        path = labels.get("__metrics_path__", "")
+        if not instance or not re.fullmatch(r"/[!-~]*", path):
+            raise DiscoveryError("a target has no instance or no __metrics_path__")
+        alias = labels.get("__meta_triton_machine_alias") or instance
+        targets[instance] = Target(instance, alias, path, (
+            ("alias", alias), ("instance", instance), *static.items()))
+    return targets
+
+# --- scraping -------------------------------------------------------------------------------------
+
+
+class Series(NamedTuple):
+    """Name and labels of a sample, those of its target left out."""
+    name: str
+    labels: Labels
+    counter: bool = False                   # it only grows, until it starts again at zero
+
+
+class Scrape(NamedTuple):
+    """What one scrape of one target has brought; what encoders are given."""
+    target: Target
+    at: int                                 # when it began, milliseconds since 1970
+    points: Sequence[tuple[Series, Number]]
+    increases: Mapping[Series, Number] = {}     # of counters, since the scrape before
+    gone: Sequence[Series] = ()             # series of the scrape before that this one has not
+
+
+UP = Series("up", ())
+DURATION = Series("scrape_duration_seconds", ())
+SCRAPED = Series("scrape_samples_scraped", ())
+MADE_HERE = (UP, DURATION, SCRAPED)
+SHAPES = 65_536             # lines whose parse is remembered; all zones' pages share most of theirs
+
+
+class Pattern(NamedTuple):
+    """`NAME` or `NAME{LABEL=GLOB,…}`, all of them globs; a missing label is empty."""
+    name: str
+    labels: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def read(cls, word: str) -> Pattern | None:
+        """From the settings; None when it is none."""
+        match = re.fullmatch(r"([^{}=,]*)(?:\{([^{}]+)\})?", word)
+        if match is None or not word:
+            return None
+        pairs = [pair.partition("=") for pair in match.group(2).split(",")] \
+            if match.group(2) else []
+        if not all(name and equals for name, equals, _ in pairs):
+            return None
+        return cls(match.group(1) or "*", tuple((name, glob) for name, _, glob in pairs))
+
+    def fits(self, name: str, labels: Mapping[str, str]) -> bool:
+        """Whether a sample is meant."""
+        return fnmatch.fnmatchcase(name, self.name) and all(
+            fnmatch.fnmatchcase(labels.get(label, ""), glob) for label, glob in self.labels)
+
+
+class Selector:
+    """Which samples go on, and under which name, as the settings say."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.include, self.exclude = ([pattern for pattern in map(Pattern.read, words) if pattern]
+                                      for words in (settings.include, settings.exclude))
+        self.rename = dict(settings.rename)
+        self.reserved = frozenset((*OWN_LABELS, *settings.labels))
+        # patterns on labels of the target cannot be decided once for all targets
+        self.by_target = any(name in self.reserved for pattern in (*self.include, *self.exclude)
+                             for name, _ in pattern.labels)
+
+    def takes(self, name: str, labels: Mapping[str, str]) -> bool:
+        """Whether a sample of a page goes on."""
+        return ((not self.include or any(one.fits(name, labels) for one in self.include))
+                and not any(one.fits(name, labels) for one in self.exclude))
+
+    def made_here(self, target: Target, points: Iterable[tuple[Series, Number]]
+                  ) -> list[tuple[Series, Number]]:
+        """`up` and its like: only `exclude` holds for them."""
+        labels = dict(target.labels)
+        return [(self.series(series), value) for series, value in points
+                if not any(one.fits(series.name, labels) for one in self.exclude)]
+
+    def series(self, series: Series) -> Series:
+        """As it goes on: a label that is the target's by name becomes `exported_…`."""
+        labels = tuple([(f"exported_{name}" if name in self.reserved else name, value)
+                        for name, value in series.labels if value])
+        return Series(self.rename.get(series.name, series.name), labels, series.counter)
+
+    def points(self, target: Target, points: Sequence[tuple[Series, Series, Number]]
+               ) -> list[tuple[Series, Number]]:
+        """What goes on of a page's samples (as they are, as they go on, value)."""
+        if self.by_target:
+            labels = dict(target.labels)
+            return [(series, value) for bare, series, value in points
+                    if self.takes(bare.name, {**dict(bare.labels), **labels})]
+        return [(series, value) for _, series, value in points]
+
+
+class PageReader:
+    """Parses pages; a line that was seen before costs a look into a table.
+
+    Pages of zones differ in their values and little else. The kit's parser is the judge: it reads
+    the whole page whenever a line is new or the lines come in a way that is not plainly right.
+    """
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
+        # `NAME{LABELS}` as written -> name and TYPE, as it is, as it goes on (None: not at all)
+        self._shapes: dict[str, tuple[tuple[str, str], Series, Series | None]] = {}
+        self._heads: dict[str, tuple[str, str] | None] = {}     # comment -> name and TYPE
+
+    def read(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
+        """Samples that go on, and how many the page has; raises ExpositionError."""
+        found = self._quick(page)
+        if found is None:
+            self._learn(page)
+            found = self._quick(page)
+        if found is None:                   # more shapes than are remembered, or odd order
+            found = self._slow(page)
+        return found
+
+    def _quick(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int] | None:
+        """As `read`; None for a page that has something new."""
+        if not page.endswith("\n"):
+            return None
+        shapes, heads = self._shapes, self._heads
+        family = ("", "")
+        points: list[tuple[Series, Series, Number]] = []
+        seen: set[str] = set()
+        count = 0
+        for line in page.split("\n"):
+            if line[:1] == "#":
+                head = heads.get(line, family)
+                if head is family or head is not None and f"#{head[0]}" in seen:
+                    return None
+                if head is not None:
+                    family = head
+                    seen.add(f"#{family[0]}")
+                continue
+            if not line:
+                continue
+            key, _, word = line.rpartition(" ")
+            shape = shapes.get(key)
+            if shape is None or shape[0] != family or key in seen:
+                return None
+            seen.add(key)
+            if word.isdigit() and len(word) <= 20 and word.isascii():
+                value: Number = int(word)
+            else:
+                try:
+                    value = self._value(word)
+                except ExpositionError:
+                    return None
+            count += 1
+            if shape[2] is not None:
+                points.append((shape[1], shape[2], value))
+        return points, count
+
+    @staticmethod
+    @functools.lru_cache(4096)
+    def _value(word: str) -> Number:
+        """A value as the kit reads it."""
+        return parse(f"x {word}\n")[0].samples[0].value
+
+    def _learn(self, page: str) -> None:
+        """Let the kit read the page, and remember its lines; raises ExpositionError."""
+        parse(page)
+        if len(self._shapes) > SHAPES or len(self._heads) > SHAPES:
+            self._shapes.clear()
+            self._heads.clear()
+        family, kind = "", ""
+        for line in page.split("\n"):
+            if line[:1] == "#":
+                words = line[1:].split()
+                if words[:1] == ["TYPE"]:
+                    family, kind = words[1], words[2]
+                self._heads[line] = (family, kind) if words[:1] == ["TYPE"] else None
+            elif line.strip(" \t\r"):
+                name, _, _, (sample,) = parse(line + "\n")[0]
+                key = line.rpartition(" ")[0]
+                # with a timestamp, or apart from its family: remains the slow way's
+                if (key == name or key.endswith("}")) and name in [family] + [
+                        family + suffix for suffix in SUFFIXES.get(kind, ())]:
+                    self._shapes[key] = ((family, kind), *self._series(name, kind, sample.labels))
+
+    def _series(self, name: str, kind: str, labels: Labels) -> tuple[Series, Series | None]:
+        counter = kind == COUNTER or kind in (HISTOGRAM, SUMMARY) and name.endswith(
+            SUFFIXES[kind])
+        bare = Series(name, labels, counter)
+        takes = self.selector.by_target or self.selector.takes(name, dict(labels))
+        return bare, self.selector.series(bare) if takes else None
+
+    def _slow(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
+        points = []
+        count = 0
+        for family in parse(page):
+            for sample in family.samples:
+                count += 1
+                bare, series = self._series(family.name + sample.suffix, family.kind,
+                                            sample.labels)
+                if series is not None:
+                    points.append((bare, series, sample.value))
+        return points, count
+
+
+class Reply(NamedTuple):
+    """What a fetch has brought: an answer, or why there is none."""
+    status: int
+    body: bytes
+    problem: str = ""
+
+
+Finish = Callable[[Reply], None]
+IDLE_SECONDS = 60.0         # kept connections to the proxy that are not used are closed then
+
+
+class Fetch:
+    """One GET: its deadline starts when a connection is free for it."""
+    __slots__ = ("path", "timeout", "finish", "done", "began", "again", "max_body")
+
+    def __init__(self, path: str, timeout: float, finish: Finish, max_body: int) -> None:
+        self.path, self.timeout, self.finish, self.max_body = path, timeout, finish, max_body
+        self.done = False
+        self.began: Callable[[], None] | None = None
+        self.again = False                  # it was lost on a kept connection, and sent again
+
+
+class Link:
+    """One connection to the proxy, in the server's selector; TLS in steps."""
+
+    def __init__(self, fetcher: Fetcher, address: Any, family: int, fetch: Fetch) -> None:
+        self.fetcher, self.fetch = fetcher, fetch
+        self.used = False                   # it has carried an answer
+        self.idle_since = 0.0
+        self._reader: AnswerReader | None = None
+        self._unsent = b""
+        self._step = self._connected
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.connect_ex(address)     # what is wrong shows when it becomes writable
+        fetcher.server.watch(self.socket, selectors.EVENT_WRITE, self.ready)
+
+    def ready(self, _mask: int) -> None:
+        """The selector's call."""
+        try:
+            self._step()
+        except ssl.SSLWantReadError:
+            self._watch(selectors.EVENT_READ)
+        except ssl.SSLWantWriteError:
+            self._watch(selectors.EVENT_WRITE)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except (OSError, ValueError) as error:      # SSLError is an OSError
+            self.fetcher.lost(self, words_of(error))
+        except ClientError as error:
+            self.fetcher.lost(self, str(error))
+
+    def _watch(self, events: int) -> None:
+        self.fetcher.server.watch(self.socket, events, self.ready)
+
+    def _connected(self) -> None:
+        error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        context = self.fetcher.context
+        if context is None:
+            self.send(self.fetch)
+            return
+        self.fetcher.server.unwatch(self.socket)    # before it changes hands
+        self.socket = context.wrap_socket(self.socket, do_handshake_on_connect=False,
+                                          server_hostname=self.fetcher.host)
+        self._step = self._shake
+        self._watch(selectors.EVENT_WRITE)
+        self._shake()
+
+    def _shake(self) -> None:
+        assert isinstance(self.socket, ssl.SSLSocket)
+        self.socket.do_handshake()
+        self.send(self.fetch)
+
+    def send(self, fetch: Fetch) -> None:
+        """Begin a request."""
+        self.fetch = fetch
+        self._reader = AnswerReader(max_body=fetch.max_body)
+        self._unsent = self.fetcher.head_of(fetch)
+        self._step = self._send
+        self.ready(selectors.EVENT_WRITE)
+
+    def _send(self) -> None:
+        while self._unsent:
+            try:
+                sent = self.socket.send(self._unsent)
+            except BlockingIOError:
+                self._watch(selectors.EVENT_WRITE)
+                return
+            self._unsent = self._unsent[sent:]
+        self._step = self._read
+        self._watch(selectors.EVENT_READ)
+
+    def _read(self) -> None:
+        reader = self._reader
+        while True:
+            received = self.socket.recv(READ_SIZE)
+            if reader is None:
+                raise ClientError("")       # idle: closed, or it says what nobody asked
+            if received:
+                reader.feed(received)
+            else:
+                reader.end()
+            if reader.done:
+                break
+            if not isinstance(self.socket, ssl.SSLSocket) or not self.socket.pending():
+                self._watch(selectors.EVENT_READ)
+                return
+        self._reader, self.used = None, True
+        self._watch(selectors.EVENT_READ)
+        self.fetcher.answered(self, reader)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a byte of the answer has come."""
+        return self._reader is not None and self._reader.begun
+
+    def close(self) -> None:
+        """End it."""
+        self.fetcher.server.unwatch(self.socket)
+        self.socket.close()
+
+
+class Fetcher:
+    """GETs of the proxy's pages over a few kept connections; all in the server's thread."""
+
+    def __init__(self, server: Server, settings: Settings, context: ssl.SSLContext | None) -> None:
+        self.server = server
+        self.links: set[Link] = set()
+        self._idle: list[Link] = []
+        self._queue: collections.deque[Fetch] = collections.deque()
+        self._flying: dict[Fetch, Link] = {}
+        self._addresses: list[tuple[int, Any]] = []
+        self._resolving = False
+        self._turn = 0
+        self.host, self.port, self.context, self.most = "", 0, context, 1
+        self.use(settings, context)
+        server.every(IDLE_SECONDS / 4, self._close_idle)
+
+    def use(self, settings: Settings, context: ssl.SSLContext | None) -> None:
+        """Follow new settings; requests under way end as they began."""
+        parts = urllib.parse.urlsplit(settings.proxy.url)
+        self.context = context
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if context is not None else 80)
+        shown = f"[{self.host}]" if ":" in self.host else self.host
+        self._host_line = shown if parts.port is None else f"{shown}:{self.port}"
+        self.most = settings.max_in_flight
+        for link in self._idle:
+            link.close()
+            self.links.discard(link)
+        self._idle.clear()
+        self._addresses = []
+        self.resolve()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have a connection."""
+        return len(self._flying)
+
+    def resolve(self) -> None:
+        """Look the proxy's addresses up, in a worker: a resolver may take its time."""
+        if not self._resolving:
+            self._resolving = self.server.spawn(self._look_up, self.host, self.port)
+
+    def _look_up(self, host: str, port: int) -> None:
+        found: list[tuple[int, Any]] = []
+        problem = ""
+        try:
+            found = [(family, address) for family, _, _, _, address in
+                     socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        except (OSError, ValueError) as error:
+            problem = words_of(error)
+        self.server.call_soon(self._looked_up, host, port, found, problem)
+
+    def _looked_up(self, host: str, port: int, found: list[tuple[int, Any]], problem: str) -> None:
+        self._resolving = False
+        if (host, port) != (self.host, self.port):
+            self.resolve()
+            return
+        if found:
+            self._addresses = found
+        elif not self._addresses:
+            for fetch in list(self._queue):
+                self._end(fetch, Reply(0, b"", f"{host}: {problem}"))
+            self._queue.clear()
+        self._start_next()
+
+    def fetch(self, path: str, timeout: float, finish: Finish, max_body: int,
+              began: Callable[[], None] | None = None) -> None:
+        """Get a page; `began` is called when its time starts, `finish` once, with the outcome."""
+        fetch = Fetch(path, timeout, finish, max_body)
+        fetch.began = began
+        self._queue.append(fetch)
+        if not self._addresses:
+            self.resolve()
+        self._start_next()
+
+    def head_of(self, fetch: Fetch) -> bytes:
+        """The request."""
+        return (f"GET {fetch.path} HTTP/1.1\r\nHost: {self._host_line}\r\nUser-Agent: {USER_AGENT}"
+                "\r\nAccept: text/plain;version=0.0.4;q=1,application/json;q=0.9\r\n"
+                f"Accept-Encoding: gzip\r\nX-Prometheus-Scrape-Timeout-Seconds: {fetch.timeout:g}"
+                "\r\n\r\n").encode("ascii", "replace")
+
+    def _start_next(self) -> None:
+        while self._queue and self._addresses and len(self._flying) < self.most:
+            fetch = self._queue.popleft()
+            self.server.call_later(fetch.timeout, self._expire, fetch)
+            if fetch.began is not None:
+                fetch.began()
+            self._start(fetch, self._idle.pop() if self._idle else None)
+
+    def _start(self, fetch: Fetch, link: Link | None) -> None:
+        if link is not None:
+            self._flying[fetch] = link
+            link.send(fetch)
+            return
+        self._turn += 1
+        family, address = self._addresses[self._turn % len(self._addresses)]
+        try:
+            fresh = Link(self, address, family, fetch)
+        except OSError as error:            # out of descriptors
+            self._end(fetch, Reply(0, b"", words_of(error)))
+            return
+        self.links.add(fresh)
+        self._flying[fetch] = fresh
+
+    def _expire(self, fetch: Fetch) -> None:
+        link = self._flying.get(fetch)
+        if not fetch.done and link is not None:
+            self._drop(link)
+            self._end(fetch, Reply(0, b"", "timed out"))
+
+    def _drop(self, link: Link) -> None:
+        link.close()
+        self.links.discard(link)
+        if link in self._idle:
+            self._idle.remove(link)
+
+    def lost(self, link: Link, problem: str) -> None:
+        """A connection failed; one that had been idle costs its request one more try."""
+        fetch = link.fetch
+        again = link.used and not link.begun and not fetch.again
+        self._drop(link)
+        if self._flying.get(fetch) is not link:
+            return
+        if again:
+            fetch.again = True
+            self._start(fetch, None)
+            return
+        self.resolve()                      # it may have moved
+        self._end(fetch, Reply(0, b"", problem))
+
+    def answered(self, link: Link, reader: AnswerReader) -> None:
+        """A whole answer came."""
+        fetch = link.fetch
+        body, problem = reader.body, ""
+        if reader.headers.get("content-encoding", "").lower() == "gzip":
+            try:
+                body = gunzip(body, fetch.max_body)
+            except ClientError as error:
+                problem = str(error)
+        if reader.keep_alive and len(self.links) <= self.most:
+            link.idle_since = self.server.now()
+            self._idle.append(link)
+        else:
+            self._drop(link)
+        self._end(fetch, Reply(0 if problem else reader.status, body, problem))
+
+    def _end(self, fetch: Fetch, reply: Reply) -> None:
+        self._flying.pop(fetch, None)
+        if not fetch.done:
+            fetch.done = True
+            try:
+                fetch.finish(reply)
+            finally:
+                self.server.call_soon(self._start_next)
+
+    def _close_idle(self) -> None:
+        end = self.server.now() - IDLE_SECONDS
+        for link in [link for link in self._idle if link.idle_since < end]:
+            self._drop(link)
+
+    def close(self) -> None:
+        """End all connections."""
+        for link in list(self.links):
+            self._drop(link)
+
+
+MAX_PAGE = 16 << 20
+FORGET_AFTER = 4            # a target keeps values of counters that are away for some scrapes
+
+
+class TargetState:
+    """What is remembered of a target from one scrape to the next."""
+    __slots__ = ("target", "busy", "started", "began", "values", "live", "removed")
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.busy = self.removed = False
+        self.started = 0.0                  # monotonic
+        self.began = 0                      # milliseconds since 1970
+        self.values: dict[Series, Number] = {}      # counters' last values
+        self.live: frozenset[Series] | None = frozenset()   # what the scrape before had
+
+
+def is_finite(value: Number) -> bool:
+    """Neither NaN nor infinite; whole numbers always are."""
+    return type(value) is int or math.isfinite(value)
+
+
+def offset_of(instance: str, interval: float) -> float:
+    """When in an interval a target is scraped: the same at each start, and spread evenly."""
+    digest = hashlib.blake2b(instance.encode(), digest_size=8).digest()
+    return interval * (int.from_bytes(digest, "big") / 2 ** 64)
+
+
+def increase(value: Number, before: Number) -> Number:
+    """What a counter has grown by; one that is lower than before has started again at zero."""
+    return value - before if value >= before else value
+
+
+class Scraper:
+    """Discovers and scrapes; each scrape is handed to `deliver`. All in the server's thread."""
+
+    def __init__(self, server: Server, settings: Settings, context: ssl.SSLContext | None,
+                 deliver: Callable[[Scrape], None], registry: Registry,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.server, self.settings, self.clock = server, settings, clock
+        self.deliver = deliver
+        self.fetcher = Fetcher(server, settings, context)
+        self.targets: dict[str, TargetState] = {}
+        self.ready = False                  # targets are known
+        self.reader = PageReader(Selector(settings))
+        self.baseline: dict[str, dict[str, Number]] = {}    # counters before the restart
+        self.differences = self.stale = True    # whether a sink wants them
+        self.once: Callable[[str], None] | None = None      # told when a round is over
+        self._discovered = b""
+        self._problem = ""
+        self._waiting = 0                   # targets of the one round
+        self._results = registry.counter(
+            "cmon_forwarder_scrapes_total", "Scrapes by what became of them.", "result")
+        self._samples = registry.counter(
+            "cmon_forwarder_samples_scraped_total", "Samples on the pages that were scraped.")
+        self._skipped = registry.counter(
+            "cmon_forwarder_scrapes_skipped_total",
+            "Scrapes left out because the one before had not ended.")
+        self._discoveries = registry.counter(
+            "cmon_forwarder_discoveries_total", "Discoveries by what became of them.", "result")
+        registry.collect(self._families)
+
+    def _families(self) -> list[Family]:
+        return [Family("cmon_forwarder_targets", GAUGE, "Containers that are scraped.",
+                       [Sample((), len(self.targets))]),
+                Family("cmon_forwarder_scrapes_in_flight", GAUGE, "Scrapes under way.",
+                       [Sample((), self.fetcher.in_flight)]),
+                Family("cmon_forwarder_proxy_connections", GAUGE, "Open connections to the proxy.",
+                       [Sample((), len(self.fetcher.links))])]
+
+    def start(self) -> None:
+        """Discover now and every interval."""
+        self.discover()
+        if self.once is None:
+            self.server.call_later(self.settings.interval, self._again)
+
+    def _again(self) -> None:
+        self.discover()
+        self.server.call_later(self.settings.interval, self._again)
+
+    def use(self, settings: Settings, context: ssl.SSLContext | None) -> None:
+        """Follow new settings."""
+        before, self.settings = self.settings, settings
+        self.fetcher.use(settings, context)
+        self.reader = PageReader(Selector(settings))
+        self._discovered = b""
+        if settings.interval != before.interval:
+            for state in self.targets.values():
+                state.removed = True        # ends its timer
+                fresh = TargetState(state.target)
+                fresh.values, fresh.live = state.values, state.live
+                self.targets[state.target.instance] = fresh
+                self._schedule(fresh)
+        self.discover()
+
+    # discovery
+
+    def discover(self) -> None:
+        """Ask for the targets."""
+        self.fetcher.fetch(discovery_path(self.settings.groups, self.settings.shard),
+                           max(self.settings.timeout, 10.0), self._discovered_now, MAX_JSON_BYTES)
+
+    def _discovered_now(self, reply: Reply) -> None:
+        problem = reply.problem
+        targets: dict[str, Target] | None = None
+        if not problem and reply.status != 200:
+            line = reply.body.decode("utf-8", "replace").partition("\n")[0]
+            problem = f"{reply.status} {line[:200]!r}"
+        if not problem and reply.body != self._discovered:
+            try:
+                targets = read_targets(reply.body, self.settings.labels)
+            except DiscoveryError as error:
+                problem = str(error)
+        self._discoveries.add(1, "failed" if problem else "ok")
+        if problem:
+            if problem != self._problem:
+                log.warning("discovery at %s failed, %d targets stay: %s", self.settings.proxy.url,
+                            len(self.targets), problem)
+            self._problem = problem
+            if self.once is not None:
+                self.once(f"discovery at {self.settings.proxy.url}: {problem}")
+            return
+        if self._problem or not self.ready:
+            log.info("discovery works: %d targets", len(self.targets if targets is None
+                                                        else targets))
+        self._problem, self.ready = "", True
+        if targets is not None:
+            self._discovered = reply.body
+            self._update(targets)
+
+    def _update(self, targets: Mapping[str, Target]) -> None:
+        for instance in [one for one in self.targets if one not in targets]:
+            self._remove(self.targets.pop(instance))
+        fresh = []
+        for instance, target in targets.items():
+            state = self.targets.get(instance)
+            if state is None:
+                state = self.targets[instance] = TargetState(target)
+                fresh.append(state)
+            elif state.target != target:
+                self._vanish(state)
+                state.target = target
+        if self.once is not None:
+            self._waiting = len(fresh)
+            for state in fresh:
+                self._scrape(state)
+            if not fresh:
+                self.once("")
+            return
+        for state in fresh:
+            self._schedule(state)
+
+    def _remove(self, state: TargetState) -> None:
+        state.removed = True
+        self._vanish(state)
+
+    def _vanish(self, state: TargetState) -> None:
+        """All series of a target end: it is gone, or has another alias now."""
+        if state.live:
+            self.deliver(Scrape(state.target, int(self.clock() * 1000), (),
+                                gone=[*state.live]))
+            state.live = frozenset()
+
+    # scraping
+
+    def _schedule(self, state: TargetState) -> None:
+        """The next scrape, at the target's place in the interval."""
+        interval = self.settings.interval
+        wait = (offset_of(state.target.instance, interval) - self.clock()) % interval
+        if wait < interval * 0.01:          # this one has just been
+            wait += interval
+        self.server.call_later(wait, self._due, state)
+
+    def _due(self, state: TargetState) -> None:
+        if state.removed:
+            return
+        self._schedule(state)
+        if state.busy:
+            self._skipped.add()
+        else:
+            self._scrape(state)
+
+    def _scrape(self, state: TargetState) -> None:
+        state.busy = True
+
+        def began() -> None:
+            state.started, state.began = self.server.now(), int(self.clock() * 1000)
+        self.fetcher.fetch(state.target.path, min(self.settings.timeout, self.settings.interval),
+                           lambda reply: self._scraped(state, reply), MAX_PAGE, began)
+
+    def _scraped(self, state: TargetState, reply: Reply) -> None:
+        state.busy = False
+        points: Sequence[tuple[Series, Series, Number]] = ()
+        count = 0
+        problem = reply.problem or ("" if reply.status == 200 else f"status {reply.status}")
+        if not state.began:                 # it never got a connection
+            state.started, state.began = self.server.now(), int(self.clock() * 1000)
+        if not problem:
+            try:
+                points, count = self.reader.read(reply.body.decode())
+            except (ExpositionError, UnicodeDecodeError) as error:
+                problem = str(error)
+        self._results.add(1, "failed" if problem else "ok")
+        self._samples.add(count)
+        if problem:
+            log.debug("scrape of %s (%r): %s", state.target.instance, state.target.alias, problem)
+        if not state.removed:
+            self.deliver(self._made(state, points, count, not problem))
+        if self.once is not None:
+            self._waiting -= 1
+            if not self._waiting:
+                self.once("")
+
+    def _made(self, state: TargetState, page: Sequence[tuple[Series, Series, Number]], count: int,
+              good: bool) -> Scrape:
+        """A scrape with what is known by comparing it with the one before."""
+        selector = self.reader.selector
+        target = state.target
+        points = selector.points(target, page)
+        increases: dict[Series, Number] = {}
+        if self.differences and good:
+            baseline = self.baseline.pop(target.instance, None)
+            values = state.values
+            for series, value in points:
+                if series.counter:
+                    before = values.get(series)
+                    if before is None and baseline is not None:
+                        before = baseline.get(series.name + label_text(series.labels))
+                    if not is_finite(value):
+                        continue
+                    if before is not None:
+                        increases[series] = increase(value, before)
+                    values[series] = value
+            if len(values) > FORGET_AFTER * (len(points) + 100):
+                kept = {series for series, _ in points}
+                state.values = {series: value for series, value in values.items()
+                                if series in kept}
+        points += selector.made_here(target, (
+            (UP, int(good)), (DURATION, round(self.server.now() - state.started, 6)),
+            (SCRAPED, count)))
+        gone: Sequence[Series] = ()
+        if self.stale:
+            live = frozenset([series for series, _ in points])
+            if state.live is not None and state.live != live:
+                gone = sorted(state.live - live)
+                state.live = live
+        at, state.began = state.began, 0
+        return Scrape(target, at, points, increases, gone)
+
+    # counters over a restart
+
+    def counters(self) -> dict[str, dict[str, Number]]:
+        """Values of counters, to go on from after a restart."""
+        return {**self.baseline, **{
+            instance: {series.name + label_text(series.labels): value
+                       for series, value in state.values.items()}
+            for instance, state in self.targets.items() if state.values}}
+
+# --- encoders -------------------------------------------------------------------------------------
+
+# An encoder is a pure function: a sink's settings and a scrape in, records out, one a sample. What
+# a sink can carry arrives as it was; a character that it cannot carry becomes `_`; a NaN or an
+# infinity that it cannot carry is left out (docs/FORWARDER.md). To add a sink: write its encoder
+# (and `frame`, how records follow one another on the wire), then a row in SINKS.
+
+Records = list[bytes]
+Encoder = Callable[[SinkSettings, Scrape], Records]
+MAX_INT64, MAX_UINT64 = 2 ** 63 - 1, 2 ** 64 - 1
+REMEMBERED = 65_536         # encoded names and labels; as many as SHAPES
+
+
+def lines(records: Iterable[bytes]) -> bytes:
+    """Records as lines."""
+    return b"".join([record + b"\n" for record in records])
+
+
+def unprintable(word: str, odd: re.Pattern[str]) -> str:
+    """A text with `_` for what a sink cannot carry."""
+    return odd.sub("_", word)
+
+
+# InfluxDB: https://docs.influxdata.com/influxdb/v1/write_protocols/line_protocol_reference/
+
+# Nothing escapes a line end, and a backslash before one of `,= ` or at the end is an escape itself.
+_INFLUX_ODD = re.compile(r"[\n\r\0]|\\(?=[\\,= ]|$)")
+_INFLUX_ESCAPE = re.compile(r"([,= ])")
+
+
+@functools.lru_cache(REMEMBERED)
+def _influx_tags(labels: Labels) -> str:
+    return "".join([f",{name}=" + _INFLUX_ESCAPE.sub(r"\\\1", unprintable(value, _INFLUX_ODD))
+                    for name, value in labels if value])
+
+
+def influx_value(value: Number, unsigned: bool) -> str | None:
+    """A field's value; None for what the line protocol has no word for."""
+    if isinstance(value, int):
+        if -MAX_INT64 - 1 <= value <= MAX_INT64:
+            return f"{value}i"
+        if unsigned and 0 <= value <= MAX_UINT64:
+            return f"{value}u"
+        try:
+            value = float(value)
+        except OverflowError:
+            return None
+    return repr(value) if math.isfinite(value) else None
+
+
+def influx_records(sink: SinkSettings, scrape: Scrape) -> Records:
+    """`NAME,alias=…,instance=…,label=… value=123i TIMESTAMP`"""
+    target = _influx_tags(scrape.target.labels)
+    end = f" {scrape.at}000000"
+    records: Records = []
+    for series, value in scrape.points:
+        field = influx_value(value, sink.bucket is not None)
+        if field is not None:
+            records.append(f"{series.name}{target}{_influx_tags(series.labels)} value={field}{end}"
+                           .encode())
+    return records
+
+
+# Graphite: https://graphite.readthedocs.io/en/latest/tags.html
+
+_GRAPHITE_ODD = re.compile(r"[\s;\x00-\x1f\x7f]|^~")
+_DOTTED_ODD = re.compile(r"[^A-Za-z0-9_-]")
+
+
+@functools.lru_cache(REMEMBERED)
+def _graphite_tags(labels: Labels) -> str:
+    return "".join([f";{name}={unprintable(value, _GRAPHITE_ODD)}" for name, value in labels
+                    if value])
+
+
+@functools.lru_cache(REMEMBERED)
+def dotted(*parts: str) -> str:
+    """Parts of a path: each a word, so that a dot in one makes no level."""
+    return ".".join([unprintable(part, _DOTTED_ODD) or "_" for part in parts])
+
+
+def _path(sink: SinkSettings, scrape: Scrape, series: Series) -> str:
+    """PREFIX.ALIAS.NAME.LABELVALUES; the prefix may have levels."""
+    prefix = "cmon" if sink.prefix is None else sink.prefix
+    path = f"{dotted(scrape.target.alias)}.{dotted(series.name, *[v for _, v in series.labels])}"
+    return f"{prefix}.{path}" if prefix else path
+
+
+def graphite_records(sink: SinkSettings, scrape: Scrape) -> Records:
+    """`NAME;alias=…;instance=…;label=… VALUE TIMESTAMP`, or dotted."""
+    end = f" {scrape.at // 1000}"
+    points = [(series, value) for series, value in scrape.points if is_finite(value)]
+    if sink.form == "dotted":
+        return [f"{_path(sink, scrape, series)} {number(value)}{end}".encode()
+                for series, value in points]
+    target = _graphite_tags(scrape.target.labels)
+    return [f"{series.name}{target}{_graphite_tags(series.labels)} {number(value)}{end}".encode()
+            for series, value in points]
+
+
+# StatsD: https://github.com/statsd/statsd/blob/master/docs/metric_types.md
+
+_STATSD_TAG_ODD = re.compile(r"[\s,|#\x00-\x1f\x7f]")
+
+
+@functools.lru_cache(REMEMBERED)
+def _statsd_tags(labels: Labels) -> str:
+    return ",".join([f"{name}:{unprintable(value, _STATSD_TAG_ODD)}" for name, value in labels])
+
+
+def statsd_records(sink: SinkSettings, scrape: Scrape) -> Records:
+    """`cmon.ALIAS.NAME.LABELVALUES:VALUE|g`, or `cmon.NAME:VALUE|g|#alias:…`; counters as what they
+    have grown by since the scrape before."""
+    records: Records = []
+    tags = "|#" + _statsd_tags(scrape.target.labels) if sink.tags else ""
+    prefix = "cmon" if sink.prefix is None else sink.prefix
+    for series, value in scrape.points:
+        if sink.tags:
+            name = f"{prefix}.{series.name}" if prefix else series.name
+            end = tags + ("," + _statsd_tags(series.labels) if series.labels else "")
+        else:
+            name, end = _path(sink, scrape, series), ""
+        if series.counter:
+            grown = scrape.increases.get(series)
+            if grown is not None and is_finite(grown):
+                records.append(f"{name}:{number(grown)}|c{end}".encode())
+        elif is_finite(value):
+            line = f"{name}:{number(value)}|g{end}"
+            if value < 0:       # a sign makes it a difference, so it starts from zero
+                line = f"{name}:0|g{end}\n{line}"
+            records.append(line.encode())
+    return records
+
+
+# Syslog: RFC 5424; octet counting: RFC 6587, 3.4.1
+
+SYSLOG_PRIORITY = 16 * 8 + 6        # local0, informational
+_SD_ESCAPE = re.compile(r'(["\\\]])')
+
+
+@functools.lru_cache(REMEMBERED)
+def _syslog_parameters(labels: Labels) -> str:
+    # name and value are the sample's; names have 32 characters at the most
+    return "".join([" {}=\"{}\"".format((f"exported_{name}" if name in ("name", "value") else name
+                                         )[:32], _SD_ESCAPE.sub(r"\\\1", value))
+                    for name, value in labels if value])
+
+
+def utc(milliseconds: int) -> str:
+    """A time of RFC 3339."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
+    return f"{when}.{milliseconds % 1000:03d}Z"
+
+
+def syslog_records(_sink: SinkSettings, scrape: Scrape) -> Records:
+    """`<134>1 TIME HOST cmon - metric [cmon@38678 name="…" value="…" alias="…" …]`"""
+    host = re.sub(r"[^!-~]", "_", scrape.target.alias)[:255]
+    head = f"<{SYSLOG_PRIORITY}>1 {utc(scrape.at)} {host} cmon - metric [cmon@38678 name=\""
+    target = _syslog_parameters(scrape.target.labels)
+    return [f'{head}{series.name}" value="{number(value)}"{target}'
+            f"{_syslog_parameters(series.labels)}]".encode() for series, value in scrape.points]
+
+
+def octet_counted(records: Iterable[bytes]) -> bytes:
+    """Messages with their lengths before them."""
+    return b"".join([b"%d %s" % (len(record), record) for record in records])
+
+
+# GELF 1.1: https://go2docs.graylog.org/current/getting_in_log_data/gelf.html
+
+GELF_CHUNK = 1420                   # bytes of a datagram that pass any network
+GELF_CHUNKS = 128
+_GELF_RESERVED = frozenset(("id", "value"))     # `_id` is refused by the format, `_value` is ours
+
+
+@functools.lru_cache(REMEMBERED)
+def _gelf_fields(labels: Labels) -> str:
+    return "".join([', "_{}": {}'.format(f"exported_{name}" if name in _GELF_RESERVED else name,
+                                         json.dumps(value)) for name, value in labels])
+
+
+def gelf_records(_sink: SinkSettings, scrape: Scrape) -> Records:
+    """One JSON object a sample: short_message is the name, `_value` the value."""
+    head = f'{{"version": "1.1", "host": {json.dumps(scrape.target.alias)}, "short_message": "'
+    middle = f'", "timestamp": {scrape.at / 1000!r}, "level": 6, "_value": '
+    target = _gelf_fields(scrape.target.labels)
+    return [f"{head}{series.name}{middle}{number(value)}{target}{_gelf_fields(series.labels)}}}"
+            .encode() for series, value in scrape.points if is_finite(value)]
+
+
+def gelf_datagrams(record: bytes) -> list[bytes]:
+    """A message as datagrams: compressed, in chunks when it is large; none when it is too large."""
+    packed = zlib.compress(record, 6)
+    if len(packed) <= GELF_CHUNK:
+        return [packed]
+    size = GELF_CHUNK - 12
+    pieces = [packed[at:at + size] for at in range(0, len(packed), size)]
+    if len(pieces) > GELF_CHUNKS:
+        return []
+    name = hashlib.blake2b(record, digest_size=8).digest()
+    return [b"\x1e\x0f" + name + bytes((place, len(pieces))) + piece
+            for place, piece in enumerate(pieces)]
+
+
+def nul_ended(records: Iterable[bytes]) -> bytes:
+    """Messages with a NUL after each."""
+    return b"".join([record + b"\0" for record in records])
+
+
+# JSON over HTTP, and files
+
+@functools.lru_cache(REMEMBERED)
+def _json_members(labels: Labels) -> str:
+    return ", ".join([f"{json.dumps(name)}: {json.dumps(value)}" for name, value in labels])
+
+
+def _json_labels(target: Labels, series: Series) -> str:
+    own = _json_members(target)
+    return f"{own}, {_json_members(series.labels)}" if series.labels else own
+
+
+def json_value(value: Number) -> str:
+    """A number; NaN and infinities, which JSON has not, as texts."""
+    return number(value) if is_finite(value) else f'"{number(value)}"'
+
+
+def json_records(_sink: SinkSettings, scrape: Scrape) -> Records:
+    """`{"name": …, "labels": {…}, "value": …, "timestamp": SECONDS}`"""
+    target, end = scrape.target.labels, f', "timestamp": {scrape.at / 1000!r}}}'
+    return [f'{{"name": "{series.name}", "labels": {{{_json_labels(target, series)}}}, "value": '
+            f"{json_value(value)}{end}".encode() for series, value in scrape.points]
+
+
+def elasticsearch_records(sink: SinkSettings, scrape: Scrape) -> Records:
+    """Two lines of a bulk request; the id makes that a document is not there twice."""
+    index = json.dumps("cmon" if sink.index is None else sink.index)
+    end = f', "@timestamp": "{utc(scrape.at)}"}}'
+    records: Records = []
+    for series, value in scrape.points:
+        if is_finite(value):
+            labels = _json_labels(scrape.target.labels, series)
+            name = hashlib.blake2b(f"{series.name}{{{labels}}} {scrape.at}".encode(),
+                                   digest_size=15).digest()
+            action = (f'{{"create": {{"_index": {index}, "_id": '
+                      f'"{base64.urlsafe_b64encode(name).decode()}"}}}}')
+            records.append(f'{action}\n{{"name": "{series.name}", "labels": {{{labels}}}, "value": '
+                           f"{number(value)}{end}".encode())
+    return records
+
+
+def splunk_records(_sink: SinkSettings, scrape: Scrape) -> Records:
+    """An event of the HTTP event collector, in its form for metrics."""
+    host = json.dumps(scrape.target.alias)
+    head = f'{{"time": {scrape.at / 1000!r}, "host": {host}, "source": "cmon", "event": "metric", '
+    return [f'{head}"fields": {{"metric_name:{series.name}": {number(value)}, '
+            f"{_json_labels(scrape.target.labels, series)}}}}}".encode()
+            for series, value in scrape.points if is_finite(value)]
+
+
+# Prometheus remote write 1.0: https://prometheus.io/docs/specs/prw/remote_write_spec/
+#   WriteRequest { repeated TimeSeries timeseries = 1; }
+#   TimeSeries { repeated Label labels = 1; repeated Sample samples = 2; }
+#   Label { string name = 1; string value = 2; }  Sample { double value = 1; int64 timestamp = 2; }
+
+STALE_NAN = struct.pack("<Q", 0x7ff0000000000002)       # "this series ends here"
+PLAIN_NAN = struct.pack("<Q", 0x7ff8000000000001)
+
+
+def varint(value: int) -> bytes:
+    """A number as protobuf and snappy write lengths; not negative."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def field(place: int, content: bytes) -> bytes:
+    """A field of protobuf that has a length (wire type 2)."""
+    return bytes((place << 3 | 2,)) + varint(len(content)) + content
+
+
+@functools.lru_cache(REMEMBERED)
+def _pb_label(name: str, value: str) -> bytes:
+    return field(1, field(1, name.encode()) + field(2, value.encode()))
+
+
+def time_series(labels: Iterable[tuple[str, str]], value: bytes, at: int) -> bytes:
+    """One series with one sample, as a field of the request; labels are sorted."""
+    content = b"".join([_pb_label(name, text) for name, text in sorted(labels) if text])
+    return field(1, content + field(2, b"\x09" + value + b"\x10" + varint(at)))
+
+
+def remote_write_records(_sink: SinkSettings, scrape: Scrape) -> Records:
+    """A TimeSeries for each sample, and a stale marker for each series that has ended."""
+    records: Records = []
+    for series, value in scrape.points:
+        try:
+            packed = PLAIN_NAN if value != value else struct.pack("<d", value)
+        except OverflowError:               # beyond 10^308
+            packed = struct.pack("<d", math.inf if value > 0 else -math.inf)
+        records.append(time_series((("__name__", series.name), *scrape.target.labels,
+                                    *series.labels), packed, scrape.at))
+    records += [time_series((("__name__", series.name), *scrape.target.labels, *series.labels),
+                            STALE_NAN, scrape.at) for series in scrape.gone]
+    return records
+
+
+SNAPPY_LITERAL = 65_536
+
+
+def snappy(content: bytes) -> bytes:
+    """The block format of snappy (format_description.txt), by literals alone: no compression."""
+    out = [varint(len(content))]
+    for at in range(0, len(content), SNAPPY_LITERAL):
+        piece = content[at:at + SNAPPY_LITERAL]
+        out += [b"\xf4" + struct.pack("<H", len(piece) - 1), piece]     # 61 << 2: two bytes follow
+    return b"".join(out)
+
+
+def read_time_series(record: bytes) -> str:
+    """For --dry-run: a series as a line of text, `NAME{labels} VALUE MILLISECONDS`."""
+    def fields(content: bytes) -> Iterable[tuple[int, Any]]:
+        at = 0
+
+        def integer() -> int:
+            nonlocal at
+            value = shift = 0
+            while True:
+                byte = content[at]
+                at += 1
+                value |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    return value
+        while at < len(content):
+            key = integer()
+            if key & 7 == 0:
+                yield key >> 3, integer()
+            elif key & 7 == 1:
+                at += 8
+                yield key >> 3, content[at - 8:at]
+            else:
+                size = integer()
+                at += size
+                yield key >> 3, content[at - size:at]
+    labels: list[tuple[str, str]] = []
+    name, value, when = "", b"", 0
+    for place, part in fields(next(iter(fields(record)))[1]):
+        members = dict(fields(part))
+        if place == 2:
+            value, when = members[1], members[2]
+        elif members[1] == b"__name__":
+            name = members[2].decode()
+        else:
+            labels.append((members[1].decode(), members[2].decode()))
+    shown = "StaleNaN" if value == STALE_NAN else number(struct.unpack("<d", value)[0])
+    return f"{name}{label_text(tuple(labels))} {shown} {when}"
+
+
+class Refusal(NamedTuple):
+    """What a sink said about records of a delivery: those to try again, those never to."""
+    again: Records
+    never: Records
+    reason: str
+
+
+def read_bulk(records: Sequence[bytes], body: bytes) -> Refusal:
+    """Elasticsearch's answer to a bulk request, which is 200 whatever became of its documents."""
+    again: Records = []
+    never: Records = []
+    reason = ""
+    try:
+        content = json.loads(body)
+        items = content["items"] if content["errors"] else []
+        for record, item in zip(records, items):
+            result = next(iter(item.values()))
+            status = int(result["status"])
+            if status == 429 or status >= 500:
+                again.append(record)
+            elif status >= 400 and status != 409:   # 409: it is there already
+                never.append(record)
+            if status >= 400 and status != 409:
+                reason = reason or f"{status} {json.dumps(result.get('error'))[:200]}"
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
+        return Refusal([*records], [], f"the answer is not Elasticsearch's: {body[:80]!r}")
+    return Refusal(again, never, reason)
+
+
+class Post(NamedTuple):
+    """How records become the body of a request, and what stands in its head."""
+    path: str                               # used when the URL of the settings has none
+    body: Callable[[Sequence[bytes]], bytes]
+    headers: Mapping[str, str]
+    authorization: str                      # the word before the token
+    packs: bool = True                      # the sink takes gzip
+    judge: Callable[[Sequence[bytes], bytes], Refusal] | None = None
+
+
+JSON_LINES = {"Content-Type": "application/x-ndjson"}
+POSTS = {       # (type, form)
+    ("influxdb", None): Post("", lines, {"Content-Type": "text/plain; charset=utf-8"}, "Token"),
+    ("http", "lines"): Post("/", lines, JSON_LINES, "Bearer"),
+    ("http", "elasticsearch"): Post("/_bulk", lines, JSON_LINES, "ApiKey", judge=read_bulk),
+    ("http", "splunk"): Post("/services/collector", lines, {"Content-Type": "application/json"},
+                             "Splunk"),
+    ("remote_write", None): Post(
+        "/api/v1/write", lambda records: snappy(b"".join(records)),
+        {"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy",
+         "X-Prometheus-Remote-Write-Version": "0.1.0"}, "Bearer", packs=False),
+}
+
+
+def post_url(sink: SinkSettings) -> str:
+    """Where a sink's requests go."""
+    url = sink.url or ""
+    parts = urllib.parse.urlsplit(url)
+    if sink.type == "influxdb":
+        if sink.database is not None:
+            path, query = "/write", {"db": sink.database, "precision": "ns"}
+        else:
+            path, query = "/api/v2/write", {"org": sink.org or "", "bucket": sink.bucket or "",
+                                            "precision": "ns"}
+        base = parts.path.rstrip("/")
+        return parts._replace(path=base if base.endswith(path) else base + path, fragment="",
+                              query=urllib.parse.urlencode(query)).geturl()
+    if parts.path in ("", "/"):
+        return parts._replace(path=POSTS[sink.type, sink.form].path).geturl()
+    return url
+
+
+DATAGRAM_BYTES = 1432       # of lines in one datagram: what Ethernet carries in one frame
+Packet = tuple[list[bytes], int]        # datagrams that go together, and how many records they are
+
+
+def packed_lines(records: Sequence[bytes]) -> list[Packet]:
+    """Lines in as few datagrams as fit; a record is never split."""
+    packets: list[Packet] = []
+    waiting: list[bytes] = []
+    size = 0
+    for record in records:
+        if waiting and size + len(record) + 1 > DATAGRAM_BYTES:
+            packets.append(([b"\n".join(waiting)], len(waiting)))
+            waiting, size = [], 0
+        waiting.append(record)
+        size += len(record) + 1
+    if waiting:
+        packets.append(([b"\n".join(waiting)], len(waiting)))
+    return packets
+
+
+def one_by_one(records: Sequence[bytes]) -> list[Packet]:
+    """A datagram for each record."""
+    return [([record], 1) for record in records]
+
+
+def gelf_packets(records: Sequence[bytes]) -> list[Packet]:
+    """As GELF wants them."""
+    return [(gelf_datagrams(record), 1) for record in records]
+
+
+class SinkType(NamedTuple):
+    """All that is special about a type of sink."""
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    encoders: Mapping[str | None, Encoder]          # by form; the first is the default
+    transports: tuple[str, ...] = ()                # for sinks with an address; first: default
+    stream: Callable[[Iterable[bytes]], bytes] = lines      # framing on a connection
+    packets: Callable[[Sequence[bytes]], list[Packet]] = one_by_one     # and in datagrams
+    differences: bool = False                       # wants counters' differences
+    stale: bool = False                             # wants to know which series have ended
+    inexact: str = ""                               # what does not arrive exactly
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The words that `form` may be."""
+        return tuple(form for form in self.encoders if form is not None)
+
+
+DOUBLES = "whole numbers beyond 2^53 are rounded: it keeps 64-bit floating point"
+SINKS = {
+    "influxdb": SinkType(
+        ("url",), ("database", "org", "bucket", "token", "token_file", "headers", *TLS_KEYS),
+        {None: influx_records},
+        inexact="NaN and infinities are left out; InfluxDB 1 gets whole numbers beyond 2^63 as "
+                "floating point"),
+    "graphite": SinkType(("address",), ("form", "prefix"),
+                         {"tagged": graphite_records, "dotted": graphite_records}, ("tcp",),
+                         inexact=DOUBLES + "; NaN and infinities are left out"),
+    "statsd": SinkType(("address",), ("tags", "prefix"), {None: statsd_records}, ("udp",),
+                       packets=packed_lines, differences=True,
+                       inexact=DOUBLES + "; datagrams may be lost, or sent twice after a failure"),
+    "syslog": SinkType(("address",), ("transport", *TLS_KEYS), {None: syslog_records},
+                       ("udp", "tcp", "tls"), octet_counted,
+                       inexact="messages may come twice after a failure, datagrams may be lost"),
+    "gelf": SinkType(("address",), ("transport",), {None: gelf_records}, ("udp", "tcp"),
+                     nul_ended, gelf_packets,
+                     inexact="messages may come twice after a failure, datagrams may be lost; NaN "
+                             "and infinities are left out"),
+    "http": SinkType(("url",), ("form", "headers", "token", "token_file", "index", *TLS_KEYS),
+                     {"lines": json_records, "elasticsearch": elasticsearch_records,
+                      "splunk": splunk_records},
+                     inexact="lines may come twice after a failure"),
+    "remote_write": SinkType(("url",), ("headers", "token", "token_file", *TLS_KEYS),
+                             {None: remote_write_records}, stale=True, inexact=DOUBLES),
+    "file": SinkType(("path",), ("rotate_bytes", "keep"), {None: json_records}),
+}
+
+
+def with_defaults(sink: SinkSettings) -> SinkSettings:
+    """Settings with form and transport filled in."""
+    row = SINKS[sink.type]
+    return dataclasses.replace(
+        sink, form=sink.form or next(iter(row.encoders)),
+        transport=sink.transport or next(iter(row.transports), None))
+
+
+def encode(sink: SinkSettings, scrape: Scrape) -> Records:
+    """What a sink gets of a scrape."""
+    return SINKS[sink.type].encoders[sink.form](sink, scrape)
+
+
+def shown(sink: SinkSettings, record: bytes) -> str:
+    """A record for people."""
+    return read_time_series(record) if sink.type == "remote_write" else record.decode()
+
+# --- spool ----------------------------------------------------------------------------------------
+
+# A folder for each sink. `0000000000000007.log` is a segment: entries of a header and records, each
+# record behind its length. `cursor` says up to where all is delivered. Entries are written whole
+# with one call and never changed, so that a process that is killed leaves at most one torn entry at
+# a segment's end; a new process begins a new segment. Nothing waits for the disk itself: a machine
+# that loses power may lose the last seconds.
+
+ENTRY = struct.Struct(">IIId")          # bytes and CRC-32 of the records, how many, and when
+CURSOR = struct.Struct(">QQI")          # segment and offset of what comes next, CRC-32 of the two
+LENGTH = struct.Struct(">I")
+SEGMENT_BYTES = 8 << 20
+MEMORY_BYTES = 4 << 20                  # of entries that a full disk does not take
+REFUSED_FILES = 100                     # kept in a sink's `refused`, the newest
+REFUSED_BYTES = 64 << 20
+
+
+class SpoolError(Exception):
+    """The spool cannot be used; the text is for the operator."""
+
+
+class Batch(NamedTuple):
+    """Records that are delivered together."""
+    records: Records
+    oldest: float                           # when the first was scraped, seconds since 1970
+    end: tuple[int, int]                    # segment and offset behind it
+
+
+class _Segment:
+    __slots__ = ("number", "size", "samples")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.size = 0                       # up to the last whole entry
+        self.samples = 0                    # of entries that have not been taken
+
+
+class Spool:
+    """What waits for one sink: appended by the server's thread, taken by the sink's."""
+
+    def __init__(self, folder: Path, form: str, limit: int,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.folder, self._form, self._clock = folder, form, clock
+        self._limit = limit
+        self._lock = threading.Condition()      # all below; the sink's thread waits on it
+        self._segments: list[_Segment] = []     # the oldest first
+        self._writer: int | None = None         # descriptor of the last segment
+        self._reader: tuple[int, int] | None = None     # number and descriptor of a segment
+        self._head = (0, 0)                     # behind what was taken last
+        self._memory: collections.deque[tuple[bytes, int, float]] = collections.deque()
+        self._memory_bytes = 0
+        self._held: Batch | None = None
+        self._oldest: float | None = None       # of what is at the head
+        self.dropped: dict[str, int] = {}       # samples by reason
+        self._failing = ""
+        self._stopped = False
+        self._open()
+
+    # at start
+
+    def _open(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            os.chmod(self.folder, 0o700)
+            self._check_form()
+            self._cursor = os.open(self.folder / "cursor", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+                                   0o600)
+            self._head = self._read_cursor()
+            numbers = sorted(int(path.name[:16], 16) for path in self.folder.glob("*.log")
+                             if re.fullmatch(r"[0-9a-f]{16}\.log", path.name))
+            for number_of in numbers:
+                if number_of < self._head[0]:
+                    self._path(number_of).unlink()
+                    continue
+                segment = self._scan(number_of)
+                if segment.samples:
+                    self._segments.append(segment)
+                else:
+                    self._path(number_of).unlink()
+        except OSError as error:
+            raise SpoolError(f"spool {self.folder}: {words_of(error)}") from None
+        self._next = max([self._head[0], *numbers], default=0) + 1
+        self._find_head()
+        self._peek()
+
+    def _check_form(self) -> None:
+        """Records of another kind of sink cannot be delivered to this one."""
+        mark = self.folder / "form"
+        waiting = [path for path in self.folder.glob("*.log")]
+        if mark.exists() and mark.read_text() != self._form and waiting:
+            aside = self.folder / "refused" / f"spool-{self._clock():.0f}"
+            aside.mkdir(parents=True)
+            for path in waiting:
+                path.rename(aside / path.name)
+            (aside / "reason.txt").write_text(
+                f"written for {mark.read_text()}, and the sink is {self._form} now\n")
+            log.warning("%s: %d segments were written for another kind of sink; they are in %s",
+                        self.folder, len(waiting), aside)
+        if not mark.exists() or mark.read_text() != self._form:
+            mark.write_text(self._form)
+
+    def _read_cursor(self) -> tuple[int, int]:
+        content = os.pread(self._cursor, CURSOR.size, 0)
+        if len(content) == CURSOR.size:
+            segment, offset, check = CURSOR.unpack(content)
+            if zlib.crc32(content[:16]) == check:
+                return segment, offset
+        return 0, 0                         # none, or torn by a power failure: all is sent again
+
+    def _scan(self, number_of: int) -> _Segment:
+        """What a segment of an earlier process holds behind the cursor."""
+        segment = _Segment(number_of)
+        with open(self._path(number_of), "rb") as file:
+            whole = os.fstat(file.fileno()).st_size
+            while True:
+                header = file.read(ENTRY.size)
+                if len(header) < ENTRY.size:
+                    break
+                size, _, samples, _ = ENTRY.unpack(header)
+                if segment.size + ENTRY.size + size > whole:
+                    break
+                if (number_of, segment.size) >= self._head:
+                    segment.samples += samples
+                segment.size += ENTRY.size + size
+                file.seek(segment.size)
+        return segment
+
+    # the server's side
+
+    def append(self, records: Sequence[bytes], at: float) -> None:
+        """Take what a scrape has brought; never raises, what finds no room is counted."""
+        if not records:
+            return
+        body = b"".join([part for record in records
+                         for part in (LENGTH.pack(len(record)), record)])
+        entry = ENTRY.pack(len(body), zlib.crc32(body), len(records), at) + body
+        with self._lock:
+            self._memory.append((entry, len(records), at))
+            self._memory_bytes += len(entry)
+            self._to_disk()
+            while self._memory_bytes > MEMORY_BYTES:
+                self._forget("disk full")
+            if self._oldest is None:
+                self._oldest = at
+            self._lock.notify_all()
+
+    def _forget(self, reason: str) -> None:
+        entry, samples, _ = self._memory.popleft()
+        self._memory_bytes -= len(entry)
+        self._drop(samples, reason)
+
+    def _drop(self, samples: int, reason: str) -> None:
+        if samples:
+            self.dropped[reason] = self.dropped.get(reason, 0) + samples
+
+    def _to_disk(self) -> None:
+        """Write what is in memory, the oldest first; make room where the disk has none."""
+        while self._memory:
+            entry, samples, _ = self._memory[0]
+            problem = self._write(entry, samples)
+            if problem is not None and self._drop_oldest("disk full"):
+                continue
+            if problem is not None:
+                if not self._failing:
+                    log.error("spool %s: %s; what fits into memory is kept there", self.folder,
+                              problem)
+                self._failing = problem
+                return
+            self._memory.popleft()
+            self._memory_bytes -= len(entry)
+            if self._failing:
+                log.info("spool %s: can be written again", self.folder)
+            self._failing = ""
+            while sum(segment.size for segment in self._segments) > self._limit:
+                if not self._drop_oldest("spool full"):
+                    break
+
+    def _write(self, entry: bytes, samples: int) -> str | None:
+        """One entry, whole or not at all; None, or what is wrong."""
+        most = max(min(self._limit // 8, SEGMENT_BYTES), 1024)
+        if self._writer is not None and self._segments and \
+                self._segments[-1].size + len(entry) > most:
+            self._end_writer()
+        try:
+            if self._writer is None:
+                self._writer = os.open(self._path(self._next), os.O_WRONLY | os.O_CREAT
+                                       | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                self._segments.append(_Segment(self._next))
+                self._next += 1
+                self._find_head()
+            segment = self._segments[-1]
+            view = memoryview(entry)
+            while view:
+                view = view[os.write(self._writer, view):]
+        except OSError as error:
+            if self._writer is not None:
+                try:
+                    os.ftruncate(self._writer, self._segments[-1].size)
+                except OSError:             # a torn entry that nobody reads: behind it begins
+                    self._end_writer()      # another segment
+            return words_of(error)
+        segment.size += len(entry)
+        segment.samples += samples
+        return None
+
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            os.close(self._writer)
+            self._writer = None
+
+    def _drop_oldest(self, reason: str) -> bool:
+        """Give the oldest segment up, unless it is the one that is written."""
+        if len(self._segments) < 2:
+            return False
+        segment = self._segments.pop(0)
+        self._drop(segment.samples, reason)
+        self._unlink(segment.number)
+        self._find_head()
+        self._peek()
+        return True
+
+    # the sink's side
+
+    def take(self, most_bytes: int, age: float, stop: threading.Event) -> Batch | None:
+        """Wait for a batch that is large or old enough; None when it is time to stop.
+
+        What was taken is held until `settle`; it is the same batch again if that is not called.
+        """
+        with self._lock:
+            while not stop.is_set():
+                if self._held is not None:
+                    return self._held
+                if self._oldest is not None:
+                    left = self._oldest + age - self._clock()
+                    if left <= 0 or self._waiting_bytes() >= most_bytes:
+                        batch = self._take(most_bytes)
+                        if batch.records:
+                            self._held = batch
+                            return batch
+                        continue
+                    self._lock.wait(min(left, 1.0))
+                else:
+                    self._lock.wait(1.0)
+            return None
+
+    def wake(self) -> None:
+        """Have `take` look at its `stop`."""
+        with self._lock:
+            self._lock.notify_all()
+
+    def settle(self) -> None:
+        """What was taken last is delivered, or set aside: forget it."""
+        with self._lock:
+            assert self._held is not None
+            end, self._held = self._held.end, None
+            packed = CURSOR.pack(*end, 0)[:16]
+            try:
+                os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
+            except OSError as error:        # a full disk: after a restart some is sent twice
+                log.warning("spool %s: cursor: %s", self.folder, words_of(error))
+            for segment in [one for one in self._segments if one.number < end[0] or (
+                    one.number == end[0] and end[1] >= one.size and one is not self._last())]:
+                self._segments.remove(segment)
+                self._unlink(segment.number)
+            last = self._last()
+            if last is not None and last.size and (last.number, last.size) <= end:
+                self._end_writer()          # all is delivered: take no room
+                self._segments.remove(last)
+                self._unlink(last.number)
+            self._find_head()
+
+    def _last(self) -> _Segment | None:
+        return self._segments[-1] if self._writer is not None and self._segments else None
+
+    def _waiting_bytes(self) -> int:
+        return (sum(segment.size for segment in self._segments if segment.number >= self._head[0])
+                - self._head[1] + self._memory_bytes)
+
+    def _take(self, most_bytes: int) -> Batch:
+        records: Records = []
+        oldest = self._oldest or 0.0
+        size = 0
+        for segment in list(self._segments):
+            if segment.number < self._head[0]:
+                continue
+            offset = self._head[1] if segment.number == self._head[0] else 0
+            while offset < segment.size and (not records or size < most_bytes):
+                found = self._read(segment, offset)
+                if found is None:
+                    log.error("spool %s: segment %016x is damaged at %d; the rest of it is "
+                              "dropped", self.folder, segment.number, offset)
+                    self._drop(segment.samples, "damaged")
+                    segment.samples = 0
+                    offset = segment.size
+                    if segment is self._last():
+                        self._end_writer()
+                    break
+                entry_records, end = found
+                records += entry_records
+                segment.samples -= len(entry_records)
+                size += end - offset
+                offset = end
+            self._head = (segment.number, offset)
+            if offset < segment.size:
+                break
+        while self._memory and (not records or size < most_bytes) and not self._on_disk():
+            entry, samples, _ = self._memory.popleft()
+            self._memory_bytes -= len(entry)
+            records += self._split(entry[ENTRY.size:])
+            size += len(entry)
+        self._find_head()
+        self._peek()
+        return Batch(records, oldest, self._head)
+
+    def _on_disk(self) -> bool:
+        """Whether a segment has something that has not been taken."""
+        return any((segment.number, segment.size) > self._head and segment.size
+                   for segment in self._segments if segment.number >= self._head[0])
+
+    def _read(self, segment: _Segment, offset: int) -> tuple[Records, int] | None:
+        """The entry at an offset, and where the next begins; None for a damaged one."""
+        try:
+            if self._reader is None or self._reader[0] != segment.number:
+                self._end_reader()
+                self._reader = (segment.number, os.open(self._path(segment.number),
+                                                        os.O_RDONLY | os.O_CLOEXEC))
+            header = os.pread(self._reader[1], ENTRY.size, offset)
+            if len(header) < ENTRY.size:
+                return None
+            size, check, samples, _ = ENTRY.unpack(header)
+            if offset + ENTRY.size + size > segment.size:
+                return None
+            body = os.pread(self._reader[1], size, offset + ENTRY.size)
+        except OSError as error:
+            log.error("spool %s: %s", self.folder, words_of(error))
+            return None
+        if len(body) != size or zlib.crc32(body) != check:
+            return None
+        records = self._split(body)
+        return (records, offset + ENTRY.size + size) if len(records) == samples else None
+
+    @staticmethod
+    def _split(body: bytes) -> Records:
+        records: Records = []
+        at = 0
+        while at < len(body):
+            size = LENGTH.unpack_from(body, at)[0]
+            records.append(body[at + 4:at + 4 + size])
+            at += 4 + size
+        return records
+
+    def _find_head(self) -> None:
+        """Move the head to where there is something, or will be."""
+        for segment in self._segments:
+            if segment.number > self._head[0]:
+                self._head = (segment.number, 0)
+                return
+            if segment.number == self._head[0] and (
+                    self._head[1] < segment.size or segment is self._last()):
+                return
+
+    def _peek(self) -> None:
+        """Note how old what comes next is."""
+        self._oldest = self._memory[0][2] if self._memory else None
+        for segment in self._segments:
+            if segment.number < self._head[0]:
+                continue
+            offset = self._head[1] if segment.number == self._head[0] else 0
+            if offset < segment.size:
+                try:
+                    with open(self._path(segment.number), "rb") as file:
+                        file.seek(offset)
+                        self._oldest = ENTRY.unpack(file.read(ENTRY.size))[3]
+                except (OSError, struct.error):
+                    self._oldest = 0.0
+                return
+
+    def _end_reader(self) -> None:
+        if self._reader is not None:
+            os.close(self._reader[1])
+            self._reader = None
+
+    def _unlink(self, number_of: int) -> None:
+        if self._reader is not None and self._reader[0] == number_of:
+            self._end_reader()
+        try:
+            self._path(number_of).unlink()
+        except OSError as error:
+            log.warning("spool %s: %s", self.folder, words_of(error))
+
+    def _path(self, number_of: int) -> Path:
+        return self.folder / f"{number_of:016x}.log"
+
+    # for both
+
+    def state(self) -> tuple[int, int, float]:
+        """Samples that wait, bytes on disk, and the age of the oldest sample."""
+        with self._lock:
+            held = self._held
+            samples = (sum(segment.samples for segment in self._segments)
+                       + sum(count for _, count, _ in self._memory)
+                       + (len(held.records) if held else 0))
+            oldest = held.oldest if held else self._oldest
+            return (samples, sum(segment.size for segment in self._segments),
+                    0.0 if oldest is None else max(self._clock() - oldest, 0.0))
+
+    def set_limit(self, limit: int) -> None:
+        """Another limit, from the next append on."""
+        with self._lock:
+            self._limit = limit
+
+    def close(self) -> None:
+        """Nothing is taken or appended any more; what is in memory alone is counted as dropped."""
+        with self._lock:
+            self._to_disk()
+            while self._memory:
+                self._forget("disk full")
+            self._end_writer()
+            self._end_reader()
+            os.close(self._cursor)
+
+    def set_aside(self, records: Sequence[bytes], reason: str) -> None:
+        """Keep what a sink refuses for good, with the reason; the oldest of it goes."""
+        folder = self.folder / "refused"
+        try:
+            folder.mkdir(exist_ok=True)
+            stem = f"{self._clock():.6f}"
+            (folder / f"{stem}.records").write_bytes(lines(records))
+            (folder / f"{stem}.reason").write_text(f"{len(records)} samples: {reason}\n")
+            kept = sorted(folder.glob("*.records"))
+            sizes = [path.stat().st_size for path in kept]
+            while len(kept) > REFUSED_FILES or sum(sizes) > REFUSED_BYTES:
+                kept[0].with_suffix(".reason").unlink()
+                kept.pop(0).unlink()
+                sizes.pop(0)
+        except OSError as error:
+            log.error("%s: %s; %d refused samples are lost", folder, words_of(error), len(records))
+
+# --- delivery -------------------------------------------------------------------------------------
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between tries; doubled, and varied by half
+MOST_RETRY_AFTER = 3600.0
+GRACE_SECONDS = 3.0         # at the end: how long a delivery that is under way may take
+
+
+class Later(Exception):
+    """A delivery failed and is tried again; `left`: what of it has not been accepted."""
+
+    def __init__(self, reason: str, left: Sequence[bytes], after: float | None = None) -> None:
+        super().__init__(reason)
+        self.left, self.after = [*left], after
+
+
+class TooLarge(Exception):
+    """The sink wants less at once."""
+
+
+class Never(Exception):
+    """The sink refuses records for good; `left`: what of the delivery is still to be sent."""
+
+    def __init__(self, reason: str, records: Sequence[bytes], left: Sequence[bytes] = ()) -> None:
+        super().__init__(reason)
+        self.records, self.left = [*records], [*left]
+
+
+def retry_after(value: str, now: float) -> float | None:
+    """Seconds that a Retry-After asks for, bounded; None when it is none."""
+    try:
+        if re.fullmatch(r"[0-9]{1,9}", value.strip()):
+            seconds = float(value)
+        else:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), MOST_RETRY_AFTER)
+
+
+class HttpTransport:
+    """Requests to an HTTP sink, on a kept connection."""
+
+    def __init__(self, sink: SinkSettings) -> None:
+        self.sink = sink
+        self.post = POSTS[sink.type, sink.form]
+        self.url = post_url(sink)
+        tls = client_context(sink.cert, sink.key, sink.ca) \
+            if self.url.startswith("https:") else None
+        self._client = Client(tls, max_idle=1, max_body=1 << 20)
+
+    def headers(self) -> dict[str, str]:
+        """The head of a request; the token is read again each time."""
+        found = {"User-Agent": USER_AGENT, **self.post.headers}
+        token = self.sink.token
+        if self.sink.token_file is not None:
+            try:
+                token = self.sink.token_file.read_text("utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ClientError(f"{self.sink.token_file}: {words_of(error)}") from None
+        if token is not None:
+            found["Authorization"] = f"{self.post.authorization} {token}"
+        return {**found, **(self.sink.headers or {})}
+
+    def send(self, records: Sequence[bytes]) -> None:
+        """Deliver, or raise Later, TooLarge or Never."""
+        body = self.post.body(records)
+        try:
+            headers = self.headers()
+            if self.post.packs:
+                body, headers["Content-Encoding"] = gzip(body), "gzip"
+            answer = self._client.request("POST", self.url, headers, body, self.sink.timeout)
+        except (ClientError, UnicodeEncodeError) as error:
+            raise Later(str(error), records) from None
+        reason = f"{answer.status} {answer.body[:200].decode('utf-8', 'replace').strip()!r}"
+        if 200 <= answer.status < 300:
+            if self.post.judge is not None:
+                said = self.post.judge(records, answer.body)
+                if said.never:
+                    raise Never(said.reason, said.never, said.again)
+                if said.again:
+                    raise Later(said.reason, said.again)
+            return
+        if answer.status == 413:
+            raise TooLarge(reason)
+        if 400 <= answer.status < 500 and answer.status not in (408, 429):
+            raise Never(reason, records)
+        raise Later(reason, records, retry_after(answer.headers.get("retry-after", ""),
+                                                 time.time()))
+
+    def check(self) -> None:
+        """Reach the sink; raises OSError, ClientError."""
+        parts = urllib.parse.urlsplit(self.url)
+        self.headers()
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname or "", port), self.sink.timeout) as plain:
+            if parts.scheme == "https":
+                context = client_context(self.sink.cert, self.sink.key, self.sink.ca)
+                context.wrap_socket(plain, server_hostname=parts.hostname).close()
+
+    def close(self) -> None:
+        """End it."""
+        self._client.close()
+
+
+class StreamTransport:
+    """A connection for each delivery, TCP or TLS.
+
+    These protocols have no answer. So we end our side and wait until the sink ends its own, which
+    it does once it has read all: what it had not read when it died comes back as a reset, and the
+    delivery is tried again.
+    """
+
+    def __init__(self, sink: SinkSettings) -> None:
+        self.sink = sink
+        self.address = parse_address(sink.address or "")
+        self._context = client_context(sink.cert, sink.key, sink.ca) \
+            if sink.transport == "tls" else None
+        self._frame = SINKS[sink.type].stream
+        self._silent = False                # it does not end its side, and we have said so
+
+    def _connect(self, deadline: float) -> socket.socket:
+        plain = socket.create_connection(self.address, _left(deadline))
+        if self._context is None:
+            return plain
+        try:
+            plain.settimeout(_left(deadline))
+            return self._context.wrap_socket(plain, server_hostname=self.address[0])
+        except (OSError, ValueError):
+            plain.close()
+            raise
+
+    def send(self, records: Sequence[bytes]) -> None:
+        """Deliver, or raise Later."""
+        deadline = time.monotonic() + self.sink.timeout
+        shown_address = "%s:%d" % self.address
+        try:
+            with self._connect(deadline) as connection:
+                connection.settimeout(_left(deadline))
+                connection.sendall(self._frame(records))
+                if not self._confirmed(connection, deadline):
+                    if not self._silent:
+                        log.warning("%s does not end connections that we have ended: deliveries "
+                                    "to it are not confirmed", shown_address)
+                    self._silent = True
+        except (OSError, ValueError) as error:
+            raise Later(f"{shown_address}: {words_of(error)}", records) from None
+
+    def _confirmed(self, connection: socket.socket, deadline: float) -> bool:
+        """Whether the sink has read all; False when it does not tell. Raises OSError."""
+        try:
+            if isinstance(connection, ssl.SSLSocket):
+                connection.settimeout(_left(deadline))
+                try:
+                    connection = connection.unwrap()
+                except ssl.SSLError:        # it closed without a word of TLS
+                    return True
+            connection.shutdown(socket.SHUT_WR)
+            while True:
+                connection.settimeout(_left(deadline))
+                if not connection.recv(READ_SIZE):
+                    return True
+        except socket.timeout:
+            if unacknowledged(connection):
+                raise socket.timeout("timed out") from None
+            return False
+        except OSError as error:
+            if error.errno == errno.ENOTCONN:       # it ended first
+                return True
+            raise
+
+    def check(self) -> None:
+        """Reach the sink; raises OSError."""
+        self._connect(time.monotonic() + self.sink.timeout).close()
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def unacknowledged(connection: socket.socket) -> bool:
+    """Whether bytes wait that the other machine has not taken, where the system tells."""
+    try:                                    # SIOCOUTQ, <linux/sockios.h>; the same as TIOCOUTQ
+        packed = fcntl.ioctl(connection.fileno(), 0x5411, b"\0" * 4)
+        return sys.platform == "linux" and packed != b"\0" * 4
+    except OSError:
+        return False
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    return left
+
+
+MAX_DATAGRAM = 65_507               # IPv4
+BURST = 16                          # datagrams between two pauses: receivers' buffers are small
+BURST_PAUSE = 0.002
+REFUSAL_PAUSE = 0.02                # within which a machine nearby says that nobody listens
+
+
+class DatagramTransport:
+    """UDP. Nobody confirms a datagram; that nobody listens is noticed where the network tells."""
+
+    def __init__(self, sink: SinkSettings) -> None:
+        self.sink = sink
+        self.address = parse_address(sink.address or "")
+        self._packets = SINKS[sink.type].packets
+
+    def _connect(self) -> socket.socket:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            *self.address, type=socket.SOCK_DGRAM)[0]
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.connect(address)
+            connection.settimeout(self.sink.timeout)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    def send(self, records: Sequence[bytes]) -> None:
+        """Deliver, or raise Later or Never."""
+        done = sure = 0                     # records sent; and those that nothing spoke against
+        too_large: Records = []
+        try:
+            with self._connect() as connection:
+                for place, (datagrams, count) in enumerate(self._packets(records)):
+                    if not datagrams or max(map(len, datagrams)) > MAX_DATAGRAM:
+                        too_large += records[done:done + count]
+                        datagrams = []
+                    for datagram in datagrams:
+                        connection.send(datagram)
+                    done += count
+                    if place % BURST == 0:
+                        _heard(connection, BURST_PAUSE if place else REFUSAL_PAUSE)
+                        sure = done
+                _heard(connection, REFUSAL_PAUSE)
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:       # this system's limit is lower
+                raise Never("larger than a datagram", records[done:done + 1],
+                            records[done + 1:]) from None
+            raise Later("%s:%d: %s" % (*self.address, words_of(error)), records[sure:]) from None
+        if too_large:
+            raise Never(f"larger than a datagram of {MAX_DATAGRAM} bytes", too_large)
+
+    def check(self) -> None:
+        """Its name resolves, and it can be routed; nothing more can be known."""
+        self._connect().close()
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def _heard(connection: socket.socket, seconds: float) -> None:
+    """Wait, and raise OSError when the network said that nobody listens."""
+    select.select([connection], [], [], seconds)
+    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+class FileTransport:
+    """JSON lines in a file that is rotated; a line that was cut off by a crash is taken away."""
+
+    def __init__(self, sink: SinkSettings) -> None:
+        assert sink.path is not None
+        self.path = sink.path
+        self._most = sink.rotate_bytes or 64 << 20
+        self._keep = 5 if sink.keep is None else sink.keep
+        self._file: int | None = None
+
+    def _open(self) -> int:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        size = os.fstat(file).st_size
+        end = size
+        while end:
+            at = max(end - 65536, 0)
+            newline = os.pread(file, end - at, at).rfind(b"\n")
+            end = at + newline + 1 if newline >= 0 else at
+            if newline >= 0:
+                break
+        if end < size:
+            os.ftruncate(file, end)
+        return file
+
+    def send(self, records: Sequence[bytes]) -> None:
+        """Append, or raise Later."""
+        try:
+            if self._file is not None and not self._same(self._file):
+                self.close()                # somebody else rotates it
+            if self._file is None:
+                self._file = self._open()
+            size = os.fstat(self._file).st_size
+            content = lines(records)
+            if size and size + len(content) > self._most:
+                self._rotate()
+                self._file, size = self._open(), 0
+            view = memoryview(content)
+            try:
+                while view:
+                    view = view[os.write(self._file, view):]
+            except OSError:
+                os.ftruncate(self._file, size)
+                raise
+        except OSError as error:
+            raise Later(f"{self.path}: {words_of(error)}", records) from None
+
+    def _same(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _rotate(self) -> None:
+        self.close()
+        names = [self.path] + [self.path.with_name(f"{self.path.name}.{place}")
+                               for place in range(1, self._keep + 1)]
+        for older, newer in zip(reversed(names), reversed(names[:-1])):
+            if newer.exists():
+                newer.replace(older)
+        if not self._keep:
+            self.path.unlink()
+
+    def check(self) -> None:
+        """It can be opened; raises OSError."""
+        fresh = not self.path.exists()
+        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640))
+        if fresh:
+            self.path.unlink()
+
+    def close(self) -> None:
+        """End it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+Transport = Union[HttpTransport, StreamTransport, DatagramTransport, FileTransport]
+
+
+def transport_of(sink: SinkSettings) -> Transport:
+    """What carries a sink's records; raises ConfigError."""
+    if sink.url is not None:
+        return HttpTransport(sink)
+    if sink.path is not None:
+        return FileTransport(sink)
+    return DatagramTransport(sink) if sink.transport == "udp" else StreamTransport(sink)
+
+
+class Delivery:
+    """One sink: its spool, and the thread that delivers from it."""
+
+    def __init__(self, name: str, sink: SinkSettings, folder: Path, limit: int,
+                 random: Callable[[], float] = random.random) -> None:
+        self.name, self.sink = name, with_defaults(sink)
+        self._random = random
+        self._transport = transport_of(self.sink)
+        self.spool = Spool(folder / name, f"{sink.type} {self.sink.form or ''}".strip(), limit)
+        self._stop = threading.Event()
+        # counted by the thread, read by the server's
+        self.sent = self.refused = self.failures = 0
+        self.problem = ""                   # why nothing is delivered just now
+        self._thread = threading.Thread(target=self._run, name=f"sink-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def give(self, scrape: Scrape) -> None:
+        """Encode a scrape, and have it delivered."""
+        self.spool.append(encode(self.sink, scrape), scrape.at / 1000)
+
+    def stop(self) -> None:
+        """End after what is under way; the rest stays in the spool."""
+        self._stop.set()
+        self.spool.wake()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread; close the spool when it has ended."""
+        self._thread.join(seconds)
+        if not self._thread.is_alive():
+            self._transport.close()
+            self.spool.close()
+
+    def _run(self) -> None:
+        while True:
+            batch = self.spool.take(self.sink.batch_bytes, self.sink.batch_age, self._stop)
+            if batch is None:
+                return
+            try:
+                done = self._deliver(batch.records)
+            except Exception:               # a bug of ours must not end deliveries for good
+                log.exception("sink %s: a delivery failed", self.name)
+                self.spool.set_aside(batch.records, "internal error; see the log")
+                self.refused += len(batch.records)
+                done = True
+            if done:
+                self.spool.settle()
+
+    def _deliver(self, records: Records) -> bool:
+        """Until all is accepted or set aside; False when it is time to stop before that."""
+        work: list[Records] = [records]
+        tries = 0
+        while work:
+            part = work.pop(0)
+            left: Records = []
+            try:
+                self._transport.send(part)
+                self._works()
+            except TooLarge as error:
+                if len(part) > 1:
+                    work[:0] = [part[:len(part) // 2], part[len(part) // 2:]]
+                    continue
+                self._refuse(part, str(error))
+                continue
+            except Never as error:
+                self._refuse(error.records, str(error))
+                left = error.left
+                self.sent += len(part) - len(error.records) - len(left)
+                tries = 0
+            except Later as error:
+                left = error.left
+                self.sent += len(part) - len(left)
+                self._fails(str(error), sum(map(len, work)) + len(left))
+                pause = min(FIRST_PAUSE * 2 ** min(tries, 10), LONGEST_PAUSE)
+                pause *= 0.5 + 0.5 * self._random()
+                if error.after is not None:
+                    pause = max(error.after, FIRST_PAUSE * 0.1) + 0.1 * self._random()
+                tries += 1
+                if self._stop.wait(pause):
+                    return False
+            else:
+                self.sent += len(part)
+                tries = 0
+            if left:
+                work.insert(0, left)
+            if work and self._stop.is_set():
+                return False
+        return True
+
+    def _refuse(self, records: Records, reason: str) -> None:
+        self.refused += len(records)
+        log.error("sink %s refuses %d samples for good, they are in %s: %s", self.name,
+                  len(records), self.spool.folder / "refused", reason)
+        self.spool.set_aside(records, reason)
+
+    def _fails(self, reason: str, waiting: int) -> None:
+        self.failures += 1
+        if not self.problem:
+            log.warning("sink %s: delivery fails, %d samples and what follows wait: %s",
+                        self.name, waiting, reason)
+        self.problem = reason
+
+    def _works(self) -> None:
+        if self.problem:
+            log.info("sink %s: delivers again", self.name)
+        self.problem = ""
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+class SinkState(NamedTuple):
+    """What is told of a sink."""
+    name: str
+    type: str
+    sent: int
+    spooled: int
+    dropped: int
+    refused: int
+    oldest: float
+    problem: str
+
+
+class Forwarder:
+    """All parts while they run; the server's thread's."""
+
+    def __init__(self, settings: Settings, once: bool = False) -> None:
+        self.settings = settings
+        self.registry = Registry()
+        self.server = Server("forwarder", self.registry)
+        register_process_metrics(self.registry, "forwarder")
+        self.deliveries: dict[str, Delivery] = {}
+        self._leaving: list[Delivery] = []
+        self._lock = self._lock_spool(settings)
+        self.scraper = Scraper(self.server, settings, proxy_context(settings), self.deliver,
+                               self.registry)
+        self.scraper.baseline = read_counters(self._state_path)
+        self._use_sinks(settings, once)
+        self.registry.collect(self._families)
+
+    @property
+    def _state_path(self) -> Path:
+        return spool_of(self.settings) / "counters.json"
+
+    @staticmethod
+    def _lock_spool(settings: Settings) -> int:
+        """One process a spool; raises ConfigError, SpoolError."""
+        folder = spool_of(settings)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"spool {folder}: {words_of(error)}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"spool {folder}: another forwarder uses it") from None
+        return lock
+
+    def deliver(self, scrape: Scrape) -> None:
+        """A scrape to each sink."""
+        for delivery in self.deliveries.values():
+            delivery.give(scrape)
+
+    def _use_sinks(self, settings: Settings, once: bool = False) -> None:
+        """Start new sinks, stop old ones, restart those that changed."""
+        for name, delivery in list(self.deliveries.items()):
+            sink = settings.sinks.get(name)
+            if sink is None or with_defaults(sink) != delivery.sink:
+                delivery.stop()
+                delivery.join(GRACE_SECONDS)
+                del self.deliveries[name]
+        for name, sink in settings.sinks.items():
+            known = self.deliveries.get(name)
+            if known is not None:
+                known.spool.set_limit(settings.spool_bytes)
+                continue
+            if once:
+                sink = dataclasses.replace(sink, batch_age=0.0)
+            try:
+                delivery = Delivery(name, sink, spool_of(settings), settings.spool_bytes)
+            except SpoolError as error:
+                raise ConfigError(str(error)) from None
+            self.deliveries[name] = delivery
+            if SINKS[sink.type].inexact:
+                log.info("sink %s (%s): %s", name, sink.type, SINKS[sink.type].inexact)
+            delivery.start()
+        rows = [SINKS[sink.type] for sink in settings.sinks.values()]
+        self.scraper.differences = any(row.differences for row in rows)
+        self.scraper.stale = any(row.stale for row in rows)
+
+    def reload(self, settings: Settings) -> None:
+        """Follow new settings; raises ConfigError for those that need a restart."""
+        fixed = [name for name in ("listen",) if getattr(settings, name) != getattr(
+            self.settings, name)]
+        if spool_of(settings) != spool_of(self.settings):
+            fixed.append("spool")
+        if fixed:
+            raise ConfigError(f"{', '.join(fixed)}: cannot change while the forwarder runs: "
+                              "restart it")
+        context = proxy_context(settings)
+        for sink in settings.sinks.values():
+            transport_of(with_defaults(sink))       # certificates are looked at before all else
+        self._use_sinks(settings)
+        self.settings = settings
+        self.scraper.use(settings, context)
+
+    def finish(self) -> None:
+        """At the end: the spools keep what is not delivered, and counters are remembered."""
+        for delivery in self.deliveries.values():
+            delivery.stop()
+        end = time.monotonic() + GRACE_SECONDS
+        for delivery in self.deliveries.values():
+            delivery.join(max(end - time.monotonic(), 0.0))
+        if self.scraper.differences:
+            write_counters(self._state_path, self.scraper.counters())
+
+    # what is told
+
+    def states(self) -> list[SinkState]:
+        """All sinks as they are now."""
+        found = []
+        for name, delivery in self.deliveries.items():
+            spooled, _, oldest = delivery.spool.state()
+            found.append(SinkState(name, delivery.sink.type, delivery.sent, spooled,
+                                   sum(delivery.spool.dropped.values()), delivery.refused, oldest,
+                                   delivery.problem))
+        return found
+
+    def _families(self) -> list[Family]:
+        states = self.states()
+
+        def family(name: str, kind: str, help_text: str, values: Iterable[Number]) -> Family:
+            return Family(f"cmon_forwarder_sink_{name}", kind, help_text, [
+                Sample((("sink", state.name), ("type", state.type)), value)
+                for state, value in zip(states, values)])
+        dropped = [Sample((("sink", name), ("reason", reason)), count)
+                   for name, delivery in self.deliveries.items()
+                   for reason, count in delivery.spool.dropped.copy().items()]
+        return [
+            family("up", GAUGE, "1: the last delivery was accepted, or there was none.",
+                   [int(not state.problem) for state in states]),
+            family("samples_sent_total", COUNTER, "Samples that the sink accepted.",
+                   [state.sent for state in states]),
+            family("samples_refused_total", COUNTER, "Samples that the sink refused for good.",
+                   [state.refused for state in states]),
+            family("spool_samples", GAUGE, "Samples that wait.",
+                   [state.spooled for state in states]),
+            family("spool_bytes", GAUGE, "Disk that the spool takes, in bytes.",
+                   [delivery.spool.state()[1] for delivery in self.deliveries.values()]),
+            family("spool_oldest_seconds", GAUGE, "Age of the oldest sample that waits.",
+                   [round(state.oldest, 3) for state in states]),
+            family("failures_total", COUNTER, "Deliveries that failed and were tried again.",
+                   [delivery.failures for delivery in self.deliveries.values()]),
+            Family("cmon_forwarder_sink_samples_dropped_total", COUNTER,
+                   "Samples given up, the oldest first.", dropped)]
+
+    def routes(self) -> tuple[Route, ...]:
+        """What is served on `listen`."""
+        return (Route("GET", "/", self._overview), Route("GET", "/metrics", self._metrics),
+                Route("GET", "/-/healthy", lambda _: text(200, "OK")),
+                Route("GET", "/-/ready", self._is_ready))
+
+    def _metrics(self, _request: Request) -> Answer:
+        return Response(200, render(self.registry.families()).encode(), PAGE)
+
+    def _is_ready(self, _request: Request) -> Answer:
+        return text(200, "OK") if self.scraper.ready else text(
+            503, "no targets yet: the proxy has not answered")
+
+    def _overview(self, _request: Request) -> Answer:
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in (
+                state.name, state.type, state.sent, state.spooled, state.dropped, state.refused,
+                f"{state.oldest:.0f} s", state.problem or "delivers")) + "</tr>\n"
+            for state in self.states())
+        return Response(200, f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Container Monitor forwarder</title></head>
+<body><h1>Container Monitor forwarder</h1>
+<p>{len(self.scraper.targets)} containers · <a href="/metrics">metrics</a></p>
+<table><tr><th>sink</th><th>type</th><th>sent</th><th>spooled</th><th>dropped</th><th>refused</th>
+<th>oldest</th><th>state</th></tr>
+{rows}</table></body></html>
+""".encode(), HTML)
+
+
+def spool_of(settings: Settings) -> Path:
+    """The folder of the spools."""
+    assert settings.spool is not None       # load_forwarder
+    return settings.spool
+
+
+def proxy_context(settings: Settings) -> ssl.SSLContext | None:
+    """TLS towards the proxy; None for plain HTTP. Raises ConfigError."""
+    if not settings.proxy.url.startswith("https:"):
+        return None
+    return client_context(settings.proxy.cert, settings.proxy.key, settings.proxy.ca)
+
+
+def read_counters(path: Path) -> dict[str, dict[str, Number]]:
+    """Counters as the process before left them; the file goes, so that nothing counts twice."""
+    try:
+        content = json.loads(path.read_bytes())
+        path.unlink()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s: %s; differences begin again", path,
+                    words_of(error) if isinstance(error, OSError) else "not JSON")
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {instance: {series: value for series, value in counters.items()
+                       if type(value) in (int, float)}
+            for instance, counters in content.items() if isinstance(counters, dict)}
+
+
+def write_counters(path: Path, counters: Mapping[str, Mapping[str, Number]]) -> None:
+    """Leave counters for the next process, whole or not at all."""
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.write_text(json.dumps(counters, separators=(",", ":")))
+        fresh.replace(path)
+    except OSError as error:
+        log.error("%s: %s; differences begin again after the restart", path, words_of(error))
+
+
+def load_forwarder(arguments: argparse.Namespace) -> Settings:
+    """The settings; raises ConfigError."""
+    settings = load_settings(Settings, arguments.config, {
+        "listen": arguments.listen, "log_level": arguments.log_level,
+        "log_format": arguments.log_format})
+    problems = [f"{arguments.config}: {problem}" for problem in problems_of(settings)]
+    if problems:
+        raise ConfigError(*problems)
+    if settings.spool is None:
+        settings = dataclasses.replace(
+            settings, spool=Path(arguments.config).resolve().parent / "spool")
+    return settings
+
+
+def reach(settings: Settings) -> list[str]:
+    """--check-config: what of the proxy and the sinks cannot be reached."""
+    problems: list[str] = []
+    try:
+        client = Client(proxy_context(settings), max_body=MAX_JSON_BYTES)
+        answer = client.request("GET", settings.proxy.url.rstrip("/") + discovery_path(
+            settings.groups, settings.shard), timeout=max(settings.timeout, 1.0))
+        client.close()
+        if answer.status != 200:
+            line = answer.body.decode("utf-8", "replace").partition("\n")[0]
+            raise ClientError(f"{answer.status} {line[:200]!r}")
+        read_targets(answer.body, {})
+    except ConfigError as error:
+        problems += error.problems
+    except (ClientError, DiscoveryError) as error:
+        problems.append(f"proxy: {error}")
+    for name, sink in settings.sinks.items():
+        try:
+            transport = transport_of(with_defaults(sink))
+            transport.check()
+            transport.close()
+        except ConfigError as error:
+            problems += [f"sinks.{name}: {problem}" for problem in error.problems]
+        except (OSError, ValueError, ClientError) as error:
+            where = sink.url or sink.address or sink.path
+            problems.append(f"sinks.{name}: cannot use {where}: {words_of(error)}")
+    folder = spool_of(settings)
+    try:
+        fresh = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if fresh:
+            folder.rmdir()
+    except OSError as error:
+        problems.append(f"spool {folder}: {words_of(error)}")
+    return problems
+
+
+def run_round(settings: Settings, deliver: Callable[[Scrape], None],
+              forwarder: Forwarder | None) -> str:
+    """Discover and scrape all once; what is wrong, or nothing."""
+    if forwarder is not None:
+        server, scraper = forwarder.server, forwarder.scraper
+    else:
+        server = Server("forwarder", Registry())
+        scraper = Scraper(server, settings, proxy_context(settings), deliver, Registry())
+    problems: list[str] = []
+
+    def over(problem: str) -> None:
+        problems.append(problem)
+        server.stop()
+    scraper.once = over
+    server.call_soon(scraper.start)
+    server.serve_forever()
+    scraper.fetcher.close()
+    return problems[0] if problems else "interrupted"
+
+
+def dry_run(settings: Settings) -> int:
+    """`--dry-run`: print what one round would send."""
+    sinks = {name: with_defaults(sink) for name, sink in settings.sinks.items()}
+    scrapes: list[Scrape] = []
+    problem = run_round(settings, scrapes.append, None)
+    if problem:
+        complain("cmon_forwarder", [problem])
+        return 1
+    for name, sink in sinks.items():
+        records = [record for scrape in scrapes for record in encode(sink, scrape)]
+        where = post_url(sink) if sink.url else sink.address or sink.path
+        print(f"cmon_forwarder: sink {name} ({sink.type}): {len(records)} samples to {where}",
+              file=sys.stderr)
+        sys.stdout.write("".join([shown(sink, record) + "\n" for record in records]))
+    sys.stdout.flush()
+    return 0
+
+
+def once(settings: Settings) -> int:
+    """`--once`: one round; 0 when every sink accepted all."""
+    forwarder = Forwarder(settings, once=True)
+    try:
+        problem = run_round(settings, forwarder.deliver, forwarder)
+        problems = [problem] if problem else []
+        for name, delivery in forwarder.deliveries.items():
+            while not delivery.problem and delivery.spool.state()[0]:
+                time.sleep(0.01)
+    finally:
+        forwarder.finish()
+    for state in forwarder.states():
+        print(f"{state.name}: {state.sent} samples sent, {state.spooled} wait, {state.refused} "
+              f"refused, {state.dropped} dropped")
+        if state.problem:
+            problems.append(f"sink {state.name}: {state.problem}")
+        elif state.refused or state.dropped or state.spooled:
+            problems.append(f"sink {state.name}: not all was accepted")
+    complain("cmon_forwarder", problems)
+    return 1 if problems else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command_line("cmon_forwarder.py", "Scrapes a tenant's containers through the proxy "
+                          "and pushes their metrics to other systems.")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="scrape once and print what would be sent, a line a sample")
+    parser.add_argument("--once", action="store_true",
+                        help="scrape and send once; 0 when every sink accepted all")
+    arguments = parser.parse_args(argv)
+    if arguments.config is None:
+        parser.error("--config FILE is needed: it names the proxy and the sinks")
+    running: list[Forwarder] = []
+
+    def start(settings: Settings) -> Server:
+        forwarder = Forwarder(settings)
+        forwarder.server.listen(parse_address(settings.listen), forwarder.routes())
+        running.append(forwarder)
+        forwarder.server.call_soon(forwarder.scraper.start)
+        return forwarder.server
+
+    def reload(settings: Settings) -> None:
+        for forwarder in running:
+            forwarder.reload(settings)
+    if not (arguments.dry_run or arguments.once) or arguments.check_config:
+        try:
+            return run_daemon("forwarder", arguments, lambda: load_forwarder(arguments), start,
+                              reload, reach)
+        finally:
+            for forwarder in running:
+                forwarder.finish()
+    try:
+        settings = load_forwarder(arguments)
+        start_logging("forwarder", arguments.log_level or "warning", settings.log_format)
+        return dry_run(settings) if arguments.dry_run else once(settings)
+    except ConfigError as error:
+        complain("cmon_forwarder", error.problems)
+        return 2
+    finally:
+        stop_logging()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
