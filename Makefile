@@ -2,7 +2,7 @@
 # `make` alone prints the targets. None of them is needed to run the programs.
 
 PYTHON = python3
-PROGRAMS = cmon_agent.py cmon_proxy.py cmon.py
+PROGRAMS = cmon_agent.py cmon_proxy.py cmon_forwarder.py cmon.py
 
 # $(call if_found,TOOL,COMMAND): what is not installed is said, not failed
 if_found = @if command -v $(1) >/dev/null 2>&1; then echo '$(2)'; $(2); \
@@ -18,7 +18,7 @@ check:		## compile, ruff, mypy, manifests, metric rules
 	$(PYTHON) -m py_compile $(PROGRAMS)
 	$(call if_found,ruff,ruff check $(PROGRAMS) tests)
 	$(call if_found,mypy,mypy --strict $(PROGRAMS))
-	$(call if_found,xmllint,xmllint --noout --nonet --dtdvalid tests/smf.dtd smf/cmon-agent.xml smf/cmon-proxy.xml)
+	$(call if_found,xmllint,xmllint --noout --nonet --dtdvalid tests/smf.dtd smf/cmon-*.xml)
 	sh -n smf/cmon-agent-setup
 
 golden:		## rewrite tests/golden from the captures; then read the diff

@@ -86,20 +86,22 @@ __all__ = [     # what the other programs import
     "Deferred",
     "ExpositionError",
     "Family",
-    "GAUGE", "gunzip",
-    "HTML",
+    "GAUGE", "gunzip", "gzip",
+    "HISTOGRAM", "HTML",
     "is_address", "is_ip",
     "JSON",
-    "Labels", "Listener", "load_settings", "log",
-    "MAX_BODY", "metadata",
-    "number", "Number",
+    "label_text", "Labels", "LEVELS", "Listener", "load_settings", "log", "Loop",
+    "MAX_BODY", "MAX_JSON_BYTES", "metadata",
+    "Number", "number",
     "one_of",
     "PAGE", "parse", "parse_address", "Pool", "prepare", "Prepared",
-    "read_json", "Refused", "register_process_metrics", "Registry", "render", "Request",
-    "Response", "Route", "run_daemon",
-    "Sample", "scrape_deadline", "Server", "setting",
+    "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
+    "render", "Request", "Response", "Route", "run_daemon",
+    "Sample", "scrape_deadline", "Server", "setting", "start_logging", "stop_logging", "SUFFIXES",
+    "SUMMARY",
     "text",
-    "Use", "USE", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
+    "USE", "Use", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
+    "valid_label_name", "valid_metric_name",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -1325,7 +1327,7 @@ class Vms:
                 self._told("nobody listens there")
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 self.absent = False
-                self._told(_reason(error))
+                self._told(reason_of(error))
             first.set()
             self._stopping.wait(self._backoff.next())
 
@@ -5342,7 +5344,7 @@ class Client:
         try:
             plain = socket.create_connection(address, self._left(deadline, shown))
         except OSError as error:
-            raise ClientError(f"cannot reach {shown}: {_reason(error)}") from None
+            raise ClientError(f"cannot reach {shown}: {reason_of(error)}") from None
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if origin.scheme == "http":
@@ -5352,7 +5354,7 @@ class Client:
             return context.wrap_socket(plain, server_hostname=origin.host.strip("[]"))
         except (OSError, ValueError) as error:
             plain.close()
-            raise ClientError(f"no TLS with {shown}: {_reason(error)}") from None
+            raise ClientError(f"no TLS with {shown}: {reason_of(error)}") from None
 
     def _exchange(self, origin: _Origin, connection: socket.socket, whole: bytes,
                   reader: AnswerReader, deadline: float) -> ClientResponse:
@@ -5372,7 +5374,7 @@ class Client:
         except ClientError as error:
             raise ClientError(f"{shown}: {error}") from None
         except OSError as error:
-            raise ClientError(f"cannot talk to {shown}: {_reason(error)}") from None
+            raise ClientError(f"cannot talk to {shown}: {reason_of(error)}") from None
         finally:
             self._give_back(origin, connection, good)
         body = reader.body
@@ -5395,7 +5397,7 @@ class Client:
         return left
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Why a connection failed, in the words that people know."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"

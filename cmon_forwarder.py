@@ -9,8 +9,8 @@ Prometheus remote write, files. A scrape is encoded for each sink at once and ap
 sink's spool; a thread for each sink reads the spool and delivers. So what has been scraped is on
 disk before anything is sent, and a sink that is slow or dead delays nobody else.
 
-The thread in `Server.serve_forever` owns discovery, scraping and encoding; a spool is shared by it
-and the thread of its sink, under the spool's lock.
+The thread of the server's loop owns discovery, scraping and encoding; a spool is shared by it and
+the thread of its sink, under the spool's lock.
 
 Map (`grep '^# ---'`):
 
@@ -57,12 +57,12 @@ from typing import Any, Callable, NamedTuple, Union
 
 # The agent is the one file that must run alone, so it carries the kit that we share.
 from cmon_agent import (
-    COUNTER, GAUGE, HISTOGRAM, HTML, LEVELS, MAX_JSON_BYTES, PAGE, READ_SIZE, SUFFIXES, SUMMARY,
-    Answer, AnswerReader, Client, ClientError, ConfigError, ExpositionError, Family, Number,
-    Labels, Registry, Request, Response, Route, Sample, Server, at_least, command_line, complain,
-    __version__, gunzip, gzip, is_address, label_text, load_settings, log, number, one_of, parse,
-    parse_address, register_process_metrics, render, run_daemon, setting, start_logging,
-    stop_logging, text, valid_label_name, valid_metric_name)
+    Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
+    Family, GAUGE, HISTOGRAM, HTML, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
+    READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server, __version__,
+    at_least, command_line, complain, gunzip, gzip, is_address, label_text, load_settings, log,
+    number, one_of, parse, parse_address, reason_of, register_process_metrics, render, run_daemon,
+    setting, start_logging, stop_logging, text, valid_label_name, valid_metric_name)
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -138,7 +138,8 @@ def problems_of(settings: Settings) -> list[str]:
     def check(wrong: object, message: str) -> None:
         if wrong:
             problems.append(message)
-    check(not is_url(settings.proxy.url), "proxy.url: must be https://HOST:PORT")
+    check(not re.fullmatch(r"https?://[^/?#]+/?", settings.proxy.url)
+          or not is_url(settings.proxy.url), "proxy.url: must be https://HOST:PORT")
     check((settings.proxy.cert is None) != (settings.proxy.key is None),
           "proxy: cert and key go together")
     check(is_url(settings.proxy.url) and settings.proxy.url.startswith("https:")
@@ -217,7 +218,7 @@ def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.
     try:
         context = ssl.create_default_context(cafile=None if ca is None else str(ca))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{ca}: {words_of(error)}, wanted a CA certificate in PEM") from None
+        raise ConfigError(f"{ca}: {reason_of(error)}, wanted a CA certificate in PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert is not None and key is not None:
         try:
@@ -225,23 +226,8 @@ def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.
         except ConfigError:
             raise
         except (OSError, ValueError) as error:      # SSLError is an OSError
-            raise ConfigError(f"{cert}, {key}: {words_of(error)}") from None
+            raise ConfigError(f"{cert}, {key}: {reason_of(error)}") from None
     return context
-
-
-def words_of(error: Exception) -> str:
-    """An error of the system or of OpenSSL in a few words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or str(error)).replace("_", " ").lower()
-    if isinstance(error, socket.timeout):
-        return "timed out"
-    if isinstance(error, socket.gaierror):
-        return "the name does not resolve"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error) or type(error).__name__
 
 # --- discovery ------------------------------------------------------------------------------------
 
@@ -509,7 +495,7 @@ class Fetch:
 
 
 class Link:
-    """One connection to the proxy, in the server's selector; TLS in steps."""
+    """One connection to the proxy, in the loop's selector; TLS in steps."""
 
     def __init__(self, fetcher: Fetcher, address: Any, family: int, fetch: Fetch) -> None:
         self.fetcher, self.fetch = fetcher, fetch
@@ -522,7 +508,7 @@ class Link:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.connect_ex(address)     # what is wrong shows when it becomes writable
-        fetcher.server.watch(self.socket, selectors.EVENT_WRITE, self.ready)
+        fetcher.loop.watch(self.socket, selectors.EVENT_WRITE, self.ready)
 
     def ready(self, _mask: int) -> None:
         """The selector's call."""
@@ -535,12 +521,12 @@ class Link:
         except (BlockingIOError, InterruptedError):
             pass
         except (OSError, ValueError) as error:      # SSLError is an OSError
-            self.fetcher.lost(self, words_of(error))
+            self.fetcher.lost(self, reason_of(error))
         except ClientError as error:
             self.fetcher.lost(self, str(error))
 
     def _watch(self, events: int) -> None:
-        self.fetcher.server.watch(self.socket, events, self.ready)
+        self.fetcher.loop.watch(self.socket, events, self.ready)
 
     def _connected(self) -> None:
         error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -550,7 +536,7 @@ class Link:
         if context is None:
             self.send(self.fetch)
             return
-        self.fetcher.server.unwatch(self.socket)    # before it changes hands
+        self.fetcher.loop.unwatch(self.socket)    # before it changes hands
         self.socket = context.wrap_socket(self.socket, do_handshake_on_connect=False,
                                           server_hostname=self.fetcher.host)
         self._step = self._shake
@@ -607,15 +593,16 @@ class Link:
 
     def close(self) -> None:
         """End it."""
-        self.fetcher.server.unwatch(self.socket)
+        self.fetcher.loop.unwatch(self.socket)
         self.socket.close()
 
 
 class Fetcher:
-    """GETs of the proxy's pages over a few kept connections; all in the server's thread."""
+    """GETs of the proxy's pages over a few kept connections; all in the loop's thread."""
 
-    def __init__(self, server: Server, settings: Settings, context: ssl.SSLContext | None) -> None:
-        self.server = server
+    def __init__(self, loop: Loop, settings: Settings, context: ssl.SSLContext | None) -> None:
+        self.loop = loop
+        self._resolver = Pool("resolver", 1)
         self.links: set[Link] = set()
         self._idle: list[Link] = []
         self._queue: collections.deque[Fetch] = collections.deque()
@@ -625,7 +612,7 @@ class Fetcher:
         self._turn = 0
         self.host, self.port, self.context, self.most = "", 0, context, 1
         self.use(settings, context)
-        server.every(IDLE_SECONDS / 4, self._close_idle)
+        loop.every(IDLE_SECONDS / 4, self._close_idle)
 
     def use(self, settings: Settings, context: ssl.SSLContext | None) -> None:
         """Follow new settings; requests under way end as they began."""
@@ -651,7 +638,7 @@ class Fetcher:
     def resolve(self) -> None:
         """Look the proxy's addresses up, in a worker: a resolver may take its time."""
         if not self._resolving:
-            self._resolving = self.server.spawn(self._look_up, self.host, self.port)
+            self._resolving = self._resolver.submit(self._look_up, self.host, self.port)
 
     def _look_up(self, host: str, port: int) -> None:
         found: list[tuple[int, Any]] = []
@@ -660,8 +647,8 @@ class Fetcher:
             found = [(family, address) for family, _, _, _, address in
                      socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         except (OSError, ValueError) as error:
-            problem = words_of(error)
-        self.server.call_soon(self._looked_up, host, port, found, problem)
+            problem = reason_of(error)
+        self.loop.call_soon(self._looked_up, host, port, found, problem)
 
     def _looked_up(self, host: str, port: int, found: list[tuple[int, Any]], problem: str) -> None:
         self._resolving = False
@@ -696,7 +683,7 @@ class Fetcher:
     def _start_next(self) -> None:
         while self._queue and self._addresses and len(self._flying) < self.most:
             fetch = self._queue.popleft()
-            self.server.call_later(fetch.timeout, self._expire, fetch)
+            self.loop.call_later(fetch.timeout, self._expire, fetch)
             if fetch.began is not None:
                 fetch.began()
             self._start(fetch, self._idle.pop() if self._idle else None)
@@ -711,7 +698,7 @@ class Fetcher:
         try:
             fresh = Link(self, address, family, fetch)
         except OSError as error:            # out of descriptors
-            self._end(fetch, Reply(0, b"", words_of(error)))
+            self._end(fetch, Reply(0, b"", reason_of(error)))
             return
         self.links.add(fresh)
         self._flying[fetch] = fresh
@@ -752,7 +739,7 @@ class Fetcher:
             except ClientError as error:
                 problem = str(error)
         if reader.keep_alive and len(self.links) <= self.most:
-            link.idle_since = self.server.now()
+            link.idle_since = self.loop.now()
             self._idle.append(link)
         else:
             self._drop(link)
@@ -765,15 +752,16 @@ class Fetcher:
             try:
                 fetch.finish(reply)
             finally:
-                self.server.call_soon(self._start_next)
+                self.loop.call_soon(self._start_next)
 
     def _close_idle(self) -> None:
-        end = self.server.now() - IDLE_SECONDS
+        end = self.loop.now() - IDLE_SECONDS
         for link in [link for link in self._idle if link.idle_since < end]:
             self._drop(link)
 
     def close(self) -> None:
         """End all connections."""
+        self._resolver.close()
         for link in list(self.links):
             self._drop(link)
 
@@ -812,14 +800,14 @@ def increase(value: Number, before: Number) -> Number:
 
 
 class Scraper:
-    """Discovers and scrapes; each scrape is handed to `deliver`. All in the server's thread."""
+    """Discovers and scrapes; each scrape is handed to `deliver`. All in the loop's thread."""
 
-    def __init__(self, server: Server, settings: Settings, context: ssl.SSLContext | None,
+    def __init__(self, loop: Loop, settings: Settings, context: ssl.SSLContext | None,
                  deliver: Callable[[Scrape], None], registry: Registry,
                  clock: Callable[[], float] = time.time) -> None:
-        self.server, self.settings, self.clock = server, settings, clock
+        self.loop, self.settings, self.clock = loop, settings, clock
         self.deliver = deliver
-        self.fetcher = Fetcher(server, settings, context)
+        self.fetcher = Fetcher(loop, settings, context)
         self.targets: dict[str, TargetState] = {}
         self.ready = False                  # targets are known
         self.reader = PageReader(Selector(settings))
@@ -852,11 +840,11 @@ class Scraper:
         """Discover now and every interval."""
         self.discover()
         if self.once is None:
-            self.server.call_later(self.settings.interval, self._again)
+            self.loop.call_later(self.settings.interval, self._again)
 
     def _again(self) -> None:
         self.discover()
-        self.server.call_later(self.settings.interval, self._again)
+        self.loop.call_later(self.settings.interval, self._again)
 
     def use(self, settings: Settings, context: ssl.SSLContext | None) -> None:
         """Follow new settings."""
@@ -949,7 +937,7 @@ class Scraper:
         wait = (offset_of(state.target.instance, interval) - self.clock()) % interval
         if wait < interval * 0.01:          # this one has just been
             wait += interval
-        self.server.call_later(wait, self._due, state)
+        self.loop.call_later(wait, self._due, state)
 
     def _due(self, state: TargetState) -> None:
         if state.removed:
@@ -964,7 +952,7 @@ class Scraper:
         state.busy = True
 
         def began() -> None:
-            state.started, state.began = self.server.now(), int(self.clock() * 1000)
+            state.started, state.began = self.loop.now(), int(self.clock() * 1000)
         self.fetcher.fetch(state.target.path, min(self.settings.timeout, self.settings.interval),
                            lambda reply: self._scraped(state, reply), MAX_PAGE, began)
 
@@ -974,7 +962,7 @@ class Scraper:
         count = 0
         problem = reply.problem or ("" if reply.status == 200 else f"status {reply.status}")
         if not state.began:                 # it never got a connection
-            state.started, state.began = self.server.now(), int(self.clock() * 1000)
+            state.started, state.began = self.loop.now(), int(self.clock() * 1000)
         if not problem:
             try:
                 points, count = self.reader.read(reply.body.decode())
@@ -1016,7 +1004,7 @@ class Scraper:
                 state.values = {series: value for series, value in values.items()
                                 if series in kept}
         points += selector.made_here(target, (
-            (UP, int(good)), (DURATION, round(self.server.now() - state.started, 6)),
+            (UP, int(good)), (DURATION, round(self.loop.now() - state.started, 6)),
             (SCRAPED, count)))
         gone: Sequence[Series] = ()
         if self.stale:
@@ -1335,7 +1323,7 @@ def remote_write_records(_sink: SinkSettings, scrape: Scrape) -> Records:
     records: Records = []
     for series, value in scrape.points:
         try:
-            packed = PLAIN_NAN if value != value else struct.pack("<d", value)
+            packed = PLAIN_NAN if value != value else struct.pack("<d", float(value))
         except OverflowError:               # beyond 10^308
             packed = struct.pack("<d", math.inf if value > 0 else -math.inf)
         records.append(time_series((("__name__", series.name), *scrape.target.labels,
@@ -1643,7 +1631,7 @@ class Spool:
                 else:
                     self._path(number_of).unlink()
         except OSError as error:
-            raise SpoolError(f"spool {self.folder}: {words_of(error)}") from None
+            raise SpoolError(f"spool {self.folder}: {reason_of(error)}") from None
         self._next = max([self._head[0], *numbers], default=0) + 1
         self._find_head()
         self._peek()
@@ -1763,7 +1751,7 @@ class Spool:
                     os.ftruncate(self._writer, self._segments[-1].size)
                 except OSError:             # a torn entry that nobody reads: behind it begins
                     self._end_writer()      # another segment
-            return words_of(error)
+            return reason_of(error)
         segment.size += len(entry)
         segment.samples += samples
         return None
@@ -1822,7 +1810,7 @@ class Spool:
             try:
                 os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
             except OSError as error:        # a full disk: after a restart some is sent twice
-                log.warning("spool %s: cursor: %s", self.folder, words_of(error))
+                log.warning("spool %s: cursor: %s", self.folder, reason_of(error))
             for segment in [one for one in self._segments if one.number < end[0] or (
                     one.number == end[0] and end[1] >= one.size and one is not self._last())]:
                 self._segments.remove(segment)
@@ -1897,7 +1885,7 @@ class Spool:
                 return None
             body = os.pread(self._reader[1], size, offset + ENTRY.size)
         except OSError as error:
-            log.error("spool %s: %s", self.folder, words_of(error))
+            log.error("spool %s: %s", self.folder, reason_of(error))
             return None
         if len(body) != size or zlib.crc32(body) != check:
             return None
@@ -1951,7 +1939,7 @@ class Spool:
         try:
             self._path(number_of).unlink()
         except OSError as error:
-            log.warning("spool %s: %s", self.folder, words_of(error))
+            log.warning("spool %s: %s", self.folder, reason_of(error))
 
     def _path(self, number_of: int) -> Path:
         return self.folder / f"{number_of:016x}.log"
@@ -1999,11 +1987,11 @@ class Spool:
                 kept.pop(0).unlink()
                 sizes.pop(0)
         except OSError as error:
-            log.error("%s: %s; %d refused samples are lost", folder, words_of(error), len(records))
+            log.error("%s: %s; %d refused samples are lost", folder, reason_of(error), len(records))
 
 # --- delivery -------------------------------------------------------------------------------------
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between tries; doubled, and varied by half
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between tries
 MOST_RETRY_AFTER = 3600.0
 GRACE_SECONDS = 3.0         # at the end: how long a delivery that is under way may take
 
@@ -2059,7 +2047,7 @@ class HttpTransport:
             try:
                 token = self.sink.token_file.read_text("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise ClientError(f"{self.sink.token_file}: {words_of(error)}") from None
+                raise ClientError(f"{self.sink.token_file}: {reason_of(error)}") from None
         if token is not None:
             found["Authorization"] = f"{self.post.authorization} {token}"
         return {**found, **(self.sink.headers or {})}
@@ -2146,7 +2134,7 @@ class StreamTransport:
                                     "to it are not confirmed", shown_address)
                     self._silent = True
         except (OSError, ValueError) as error:
-            raise Later(f"{shown_address}: {words_of(error)}", records) from None
+            raise Later(f"{shown_address}: {reason_of(error)}", records) from None
 
     def _confirmed(self, connection: socket.socket, deadline: float) -> bool:
         """Whether the sink has read all; False when it does not tell. Raises OSError."""
@@ -2242,7 +2230,7 @@ class DatagramTransport:
             if error.errno == errno.EMSGSIZE:       # this system's limit is lower
                 raise Never("larger than a datagram", records[done:done + 1],
                             records[done + 1:]) from None
-            raise Later("%s:%d: %s" % (*self.address, words_of(error)), records[sure:]) from None
+            raise Later("%s:%d: %s" % (*self.address, reason_of(error)), records[sure:]) from None
         if too_large:
             raise Never(f"larger than a datagram of {MAX_DATAGRAM} bytes", too_large)
 
@@ -2306,7 +2294,7 @@ class FileTransport:
                 os.ftruncate(self._file, size)
                 raise
         except OSError as error:
-            raise Later(f"{self.path}: {words_of(error)}", records) from None
+            raise Later(f"{self.path}: {reason_of(error)}", records) from None
 
     def _same(self, file: int) -> bool:
         try:
@@ -2403,7 +2391,7 @@ class Delivery:
     def _deliver(self, records: Records) -> bool:
         """Until all is accepted or set aside; False when it is time to stop before that."""
         work: list[Records] = [records]
-        tries = 0
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE, self._random)
         while work:
             part = work.pop(0)
             left: Records = []
@@ -2420,21 +2408,19 @@ class Delivery:
                 self._refuse(error.records, str(error))
                 left = error.left
                 self.sent += len(part) - len(error.records) - len(left)
-                tries = 0
+                backoff.reset()
             except Later as error:
                 left = error.left
                 self.sent += len(part) - len(left)
                 self._fails(str(error), sum(map(len, work)) + len(left))
-                pause = min(FIRST_PAUSE * 2 ** min(tries, 10), LONGEST_PAUSE)
-                pause *= 0.5 + 0.5 * self._random()
+                pause = backoff.next()
                 if error.after is not None:
-                    pause = max(error.after, FIRST_PAUSE * 0.1) + 0.1 * self._random()
-                tries += 1
+                    pause = max(error.after, 0.1) + 0.1 * self._random()
                 if self._stop.wait(pause):
                     return False
             else:
                 self.sent += len(part)
-                tries = 0
+                backoff.reset()
             if left:
                 work.insert(0, left)
             if work and self._stop.is_set():
@@ -2485,7 +2471,7 @@ class Forwarder:
         self.deliveries: dict[str, Delivery] = {}
         self._leaving: list[Delivery] = []
         self._lock = self._lock_spool(settings)
-        self.scraper = Scraper(self.server, settings, proxy_context(settings), self.deliver,
+        self.scraper = Scraper(self.server.loop, settings, proxy_context(settings), self.deliver,
                                self.registry)
         self.scraper.baseline = read_counters(self._state_path)
         self._use_sinks(settings, once)
@@ -2503,7 +2489,7 @@ class Forwarder:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise ConfigError(f"spool {folder}: {words_of(error)}") from None
+            raise ConfigError(f"spool {folder}: {reason_of(error)}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -2659,7 +2645,7 @@ def read_counters(path: Path) -> dict[str, dict[str, Number]]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         log.warning("%s: %s; differences begin again", path,
-                    words_of(error) if isinstance(error, OSError) else "not JSON")
+                    reason_of(error) if isinstance(error, OSError) else "not JSON")
         return {}
     if not isinstance(content, dict):
         return {}
@@ -2675,7 +2661,7 @@ def write_counters(path: Path, counters: Mapping[str, Mapping[str, Number]]) -> 
         fresh.write_text(json.dumps(counters, separators=(",", ":")))
         fresh.replace(path)
     except OSError as error:
-        log.error("%s: %s; differences begin again after the restart", path, words_of(error))
+        log.error("%s: %s; differences begin again after the restart", path, reason_of(error))
 
 
 def load_forwarder(arguments: argparse.Namespace) -> Settings:
@@ -2717,7 +2703,7 @@ def reach(settings: Settings) -> list[str]:
             problems += [f"sinks.{name}: {problem}" for problem in error.problems]
         except (OSError, ValueError, ClientError) as error:
             where = sink.url or sink.address or sink.path
-            problems.append(f"sinks.{name}: cannot use {where}: {words_of(error)}")
+            problems.append(f"sinks.{name}: cannot use {where}: {reason_of(error)}")
     folder = spool_of(settings)
     try:
         fresh = not folder.exists()
@@ -2727,35 +2713,26 @@ def reach(settings: Settings) -> list[str]:
         if fresh:
             folder.rmdir()
     except OSError as error:
-        problems.append(f"spool {folder}: {words_of(error)}")
+        problems.append(f"spool {folder}: {reason_of(error)}")
     return problems
 
 
-def run_round(settings: Settings, deliver: Callable[[Scrape], None],
-              forwarder: Forwarder | None) -> str:
+def run_round(scraper: Scraper) -> str:
     """Discover and scrape all once; what is wrong, or nothing."""
-    if forwarder is not None:
-        server, scraper = forwarder.server, forwarder.scraper
-    else:
-        server = Server("forwarder", Registry())
-        scraper = Scraper(server, settings, proxy_context(settings), deliver, Registry())
     problems: list[str] = []
-
-    def over(problem: str) -> None:
-        problems.append(problem)
-        server.stop()
-    scraper.once = over
-    server.call_soon(scraper.start)
-    server.serve_forever()
+    scraper.once = problems.append
+    scraper.start()
+    scraper.loop.run(lambda: bool(problems))
     scraper.fetcher.close()
-    return problems[0] if problems else "interrupted"
+    return problems[0]
 
 
 def dry_run(settings: Settings) -> int:
     """`--dry-run`: print what one round would send."""
     sinks = {name: with_defaults(sink) for name, sink in settings.sinks.items()}
     scrapes: list[Scrape] = []
-    problem = run_round(settings, scrapes.append, None)
+    problem = run_round(Scraper(Loop(), settings, proxy_context(settings), scrapes.append,
+                                Registry()))
     if problem:
         complain("cmon_forwarder", [problem])
         return 1
@@ -2773,7 +2750,7 @@ def once(settings: Settings) -> int:
     """`--once`: one round; 0 when every sink accepted all."""
     forwarder = Forwarder(settings, once=True)
     try:
-        problem = run_round(settings, forwarder.deliver, forwarder)
+        problem = run_round(forwarder.scraper)
         problems = [problem] if problem else []
         for name, delivery in forwarder.deliveries.items():
             while not delivery.problem and delivery.spool.state()[0]:
@@ -2808,7 +2785,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         forwarder = Forwarder(settings)
         forwarder.server.listen(parse_address(settings.listen), forwarder.routes())
         running.append(forwarder)
-        forwarder.server.call_soon(forwarder.scraper.start)
+        forwarder.server.loop.call_soon(forwarder.scraper.start)
         return forwarder.server
 
     def reload(settings: Settings) -> None:

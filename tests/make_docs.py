@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
 import cmon             # noqa: E402  (after the path)
 import cmon_agent       # noqa: E402
+import cmon_forwarder   # noqa: E402
 import cmon_proxy       # noqa: E402
 import make_dashboards  # noqa: E402
 
@@ -105,7 +106,7 @@ def settings_of(module: Any) -> str:
     return table(("setting", "type", "default", "meaning"), list(setting_rows(found[0])))
 
 
-SERVERS = (cmon_agent, cmon_proxy)
+SERVERS = (cmon_agent, cmon_proxy, cmon_forwarder)
 
 
 def settings() -> str:
@@ -151,7 +152,8 @@ def commands() -> str:
     text += [manual(f"cmon.py {name}", one) for name, one in inner.choices.items()]
     text += [manual("cmon_agent.py", parser_of(cmon_agent.main, [])),
              manual("cmon_agent.py capture", parser_of(cmon_agent.main, ["capture"])),
-             manual("cmon_proxy.py", parser_of(cmon_proxy.main, []))]
+             manual("cmon_proxy.py", parser_of(cmon_proxy.main, [])),
+             manual("cmon_forwarder.py", parser_of(cmon_forwarder.main, []))]
     return "".join(text).rstrip("\n") + "\n"
 
 

@@ -103,7 +103,7 @@ for tool in ruff mypy; do
     fi
     case $tool in
     ruff) arguments="check ." ;;
-    mypy) arguments="--strict cmon_agent.py cmon_proxy.py cmon.py" ;;
+    mypy) arguments="--strict cmon_agent.py cmon_proxy.py cmon_forwarder.py cmon.py" ;;
     esac
     say "$tool $arguments"
     "$command" $arguments || failed="$failed $tool"
@@ -140,7 +140,7 @@ if [ "$oldest" != "$newest" ]; then
     [ "$(cat "$work/oldest.status")" = 0 ] || failed="$failed tests-oldest"
 fi
 
-say "coverage of the three programs, at least $COVERAGE_LEAST % of lines"
+say "coverage of the programs, at least $COVERAGE_LEAST % of lines"
 export COVERAGE_FILE=$work/coverage/data
 if "$newest" -c 'import coverage' 2>/dev/null; then
     "$newest" -m coverage combine -q --rcfile=tests/coverage.ini "$work/coverage" &&

@@ -96,6 +96,12 @@ class Program:
                    "--config", config, *arguments, **more)
 
     @classmethod
+    def forwarder(cls, config: str | Path, *arguments: str | Path, **more: Any) -> Program:
+        """The forwarder with its configuration file."""
+        return cls(sys.executable, "-sE", ROOT / "cmon_forwarder.py", "--log-format", "text",
+                   "--config", config, *arguments, **more)
+
+    @classmethod
     def cmon(cls, *arguments: str | Path, **more: Any) -> Program:
         """The users' command."""
         return cls(sys.executable, ROOT / "cmon.py", *arguments, **more)

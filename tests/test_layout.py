@@ -16,7 +16,7 @@ import make_docs
 import pytest
 from support import NODE, ROOT, Program, http_get
 
-PROGRAMS = ("cmon_agent.py", "cmon_proxy.py", "cmon.py")
+PROGRAMS = ("cmon_agent.py", "cmon_proxy.py", "cmon_forwarder.py", "cmon.py")
 # Units of metrics are stated once, in the agent's tables, which are no kit: the command shows them.
 TABLES = {"metadata"}
 BANNER = re.compile(r"^# --- (.+?)( \[kit\])? (-+)$", re.M)
@@ -272,7 +272,8 @@ def section_of(document: str, title: str) -> str:
     return re.split(r"(?m)^## ", source(document).partition(f"## {title}\n")[2])[0]
 
 
-@pytest.mark.parametrize("program, title", [("cmon_agent.py", "Agent"), ("cmon_proxy.py", "Proxy")])
+@pytest.mark.parametrize("program, title", [
+    ("cmon_agent.py", "Agent"), ("cmon_proxy.py", "Proxy"), ("cmon_forwarder.py", "Forwarder")])
 def test_the_documents_have_every_endpoint_and_no_other(program: str, title: str) -> None:
     """A route in the program is one in docs/ENDPOINTS.md; a route's parts are named alike."""
     routes = set(re.findall(r'Route\(\s*"(?:GET|POST)",\s*"(/[^"]*)"', source(program)))

@@ -16,7 +16,8 @@ from support import ROOT
 
 MANIFESTS = sorted(path.name for path in (ROOT / "smf").glob("*.xml"))
 SERVICES = {"site/cmon-agent-setup": "cmon-agent.xml", "site/cmon-agent": "cmon-agent.xml",
-            "site/cmon-proxy": "cmon-proxy.xml"}
+            "site/cmon-proxy": "cmon-proxy.xml",
+            "site/cmon-forwarder": "cmon-forwarder.xml"}
 BASIC = {"file_link_any", "proc_info", "proc_session", "proc_fork", "proc_exec", "file_read",
          "file_write", "net_access"}
 
@@ -79,7 +80,8 @@ def test_all_services_are_known() -> None:
 # --- least privilege ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, user", [("site/cmon-agent", "noaccess"),
-                                        ("site/cmon-proxy", "cmon")])
+                                        ("site/cmon-proxy", "cmon"),
+                                        ("site/cmon-forwarder", "cmon")])
 def test_daemon_has_no_more_than_the_basic_privileges(name: str, user: str) -> None:
     credential = next(service(name).iter("method_credential"))
     assert (credential.get("user"), credential.get("group")) == (user, user)
@@ -106,7 +108,8 @@ def test_working_directory_is_set(name: str) -> None:
 
 # --- life -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["site/cmon-agent", "site/cmon-proxy"])
+@pytest.mark.parametrize("name", ["site/cmon-agent", "site/cmon-proxy",
+                                  "site/cmon-forwarder"])
 def test_refresh_is_a_hangup_and_stop_a_term(name: str) -> None:
     assert method(name, "refresh").get("exec") == ":kill -HUP"
     assert method(name, "stop").get("exec") == ":kill"
@@ -115,6 +118,7 @@ def test_refresh_is_a_hangup_and_stop_a_term(name: str) -> None:
 @pytest.mark.parametrize("name, program, python, isolation", [
     ("site/cmon-agent", "cmon_agent.py", "/opt/tools/bin/python3.11", "-I"),
     ("site/cmon-proxy", "cmon_proxy.py", "/opt/local/bin/python3.11", "-sE"),
+    ("site/cmon-forwarder", "cmon_forwarder.py", "/opt/local/bin/python3.11", "-sE"),
 ])
 def test_start_tells_readiness(name: str, program: str, python: str, isolation: str) -> None:
     """As the README installs it; --smf is what makes "online" mean "listening"."""
