@@ -3222,7 +3222,9 @@ class Use(NamedTuple):
     utilisation: tuple[str, ...]
     saturation: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
-    share: tuple[str, ...] = ()             # what is used, and of how much (counters: a second)
+    share: tuple[str, ...] = ()             # what is used, and of how much; counters a second;
+    #                                         a single counter of seconds: of its number of samples
+    left: bool = False                      # the share is of what is left, not of what is used
 
 
 USE = (                         # https://www.brendangregg.com/usemethod.html
@@ -3253,12 +3255,15 @@ USE = (                         # https://www.brendangregg.com/usemethod.html
         ("proc_fork_failures_total", "proc_map_failures_total"),
         ("proc_processes", "proc_processes_limit")),
     Use("node", "CPU", ("cpu_idle_seconds_total", "cpu_kernel_seconds_total",
-                        "cpu_user_seconds_total"), ("load_average",), ("cpu_info_cpus",)),
+                        "cpu_user_seconds_total"), ("load_average",), ("cpu_info_cpus",),
+        ("cpu_idle_seconds_total",), left=True),
     Use("node", "memory", ("memory_free_bytes", "memory_total_bytes"),
-        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total")),
+        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total"),
+        share=("memory_free_bytes", "memory_total_bytes"), left=True),
     Use("node", "swap", ("swap_available_bytes", "swap_reserved_bytes")),
     Use("node", "disks", ("disk_busy_seconds_total",),
-        ("disk_wait_length_seconds_total", "disk_waiting_operations"), ("zpool_health_status",)),
+        ("disk_wait_length_seconds_total", "disk_waiting_operations"), ("zpool_health_status",),
+        ("disk_busy_seconds_total",)),
     Use("node", "disk space", ("zpool_allocated_bytes", "zpool_size_bytes"),
         ("zpool_fragmentation_percent",), share=("zpool_allocated_bytes", "zpool_size_bytes")),
     Use("node", "network", ("link_bytes_in_total", "link_bytes_out_total",
@@ -3281,8 +3286,9 @@ USE_FROM = {
     "tcp_failed_connection_attempt_count": 1, "vfs_wait_length_time_count": 1e9,
     "vfs_slow_operations_total": 10, "vfs_delay_seconds_total": 0.01,
     "disk_wait_length_seconds_total": 4, "disk_waiting_operations": 16,
-    "zpool_fragmentation_percent": 70, "ntp_leap_indicator_status": 2,
-    "memory_scanned_pages": 100, "alloc_uncapped_zones": math.inf,
+    "zpool_fragmentation_percent": 70, "ntp_leap_indicator_status": 3,
+    "ntp_peer_last8_polls_failure_count": math.inf, "memory_scanned_pages": 100,
+    "alloc_uncapped_zones": math.inf,
 }
 USE_UP = ("net_link_up", "link_up")         # trouble where these are 0
 

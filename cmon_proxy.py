@@ -37,6 +37,7 @@ import gc
 import hashlib
 import html
 import json
+import math
 import os
 import random
 import re
@@ -58,11 +59,12 @@ from typing import Any, Callable, NamedTuple, Union
 
 # The agent is the one file that must run alone, so it carries the kit that we share.
 from cmon_agent import (
-    COUNTER, GAUGE, HTML, JSON, PAGE, UUID, Answer, AnswerReader, Backoff, Breaker, Client,
-    ClientError, ConfigError, Deferred, Family, Listener, Pool, Prepared, Refused, Registry,
-    Request, Response, Route, Sample, Server, admin_address, at_least, command_line, complain,
-    gunzip, is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
-    register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
+    COUNTER, GAUGE, HTML, JSON, PAGE, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Answer,
+    AnswerReader, Backoff, Breaker, Client, ClientError, ConfigError, Deferred, Family, Listener,
+    Pool, Prepared, Refused, Registry, Request, Response, Route, Sample, Server, __version__,
+    admin_address, at_least, command_line, complain, gunzip, is_address, is_ip, load_settings, log,
+    one_of, parse_address, prepare, read_json, register_process_metrics, render, run_daemon,
+    scrape_deadline, setting, text)
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -1128,6 +1130,11 @@ class Grant(NamedTuple):
     groups: frozenset[str] | None
     identity: Identity
 
+    @property
+    def sees_nodes(self) -> bool:
+        """Operators see the compute nodes; a user limited to groups never does."""
+        return self.account.operator and self.groups is None
+
 
 # A tenant's scraper shows one certificate on thousands of connections. Both functions are pure, so
 # their results are kept: half of what a new connection costs, and bounded at some 4 kB each.
@@ -1454,7 +1461,7 @@ def may_see(granted: Grant, target: Vm | Node | None, manta_owner: str = "") -> 
         return (target.owner == granted.account.uuid and not target.hidden and (
             granted.groups is None
             or not granted.groups.isdisjoint(groups_of(target, manta_owner))))
-    return target is not None and granted.account.operator and granted.groups is None
+    return target is not None and granted.sees_nodes
 
 
 class Directory:
@@ -3645,9 +3652,11 @@ class Proxy:
         self._answers: dict[tuple[object, ...], tuple[object, Prepared]] = {}
         self._answers_bytes = 0
         self.listener: Listener | None = None
-        kept = (("Cache-Control", "max-age=300"), ("X-Content-Type-Options", "nosniff"))
-        self._css = prepare(Response(200, PAGE_CSS.encode(), "text/css; charset=utf-8", kept))
-        self._js = prepare(Response(200, PAGE_JS.encode(), "text/javascript; charset=utf-8", kept))
+        kept = (("Cache-Control", "max-age=86400"), ("X-Content-Type-Options", "nosniff"))
+        types = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+        self._css, self._js = (
+            prepare(Response(200, content.encode(), types[name.partition(".")[2]], kept))
+            for name, content in page_files())
         self.use(settings)
         registry.collect(self.families)
         server.loop.every(1.0, self._each_second)
@@ -3681,6 +3690,8 @@ class Proxy:
             Route("GET", "/v1/fleet/metrics", self._entered(self.fleet)),
             Route("GET", "/v1/{uuid}/metrics", self._entered(self.page)),
             Route("GET", "/", self._entered(self.people)),
+            Route("GET", "/c/{name}", self._entered(self.container)),
+            Route("GET", "/n/{name}", self._entered(self.machine)),
             Route("GET", "/page.css", lambda _request: self._css),
             Route("GET", "/page.js", lambda _request: self._js),
         )
@@ -4007,7 +4018,7 @@ class Proxy:
 
     def _nodes(self, granted: Grant, query: Mapping[str, str]) -> tuple[Selection, list[Node]]:
         """Which nodes an operator asks for, and those there are; raises Refused for others."""
-        if not (granted.account.operator and granted.groups is None):
+        if not granted.sees_nodes:
             raise refused("not_operator")
         # groups mean nothing here, as in the original
         selection = Selection.of(query)._replace(groups=frozenset())
@@ -4112,13 +4123,50 @@ class Proxy:
         word = query.pop("from", "0")
         first = int(word) if re.fullmatch(r"[0-9]{1,6}", word) else 0
         rows = self.fleet_rows(granted, Selection.of(query))
-        nodes = []
-        if granted.account.operator and granted.groups is None:
+        nodes, own = [], []
+        if granted.sees_nodes:
             down = self._down()
             nodes = [(node, node.uuid not in down) for node in sorted(
-                self.inventory.nodes.values())[:ROWS_SHOWN] if may_see(granted, node)]
-        page = people_page(rows, first, granted, allowance, nodes, self.clock())
+                self.inventory.nodes.values(), key=lambda node: node.hostname)[:ROWS_SHOWN]]
+            own = self.in_words()
+        page = people_page(rows, first, granted, allowance, nodes, self.clock(), query, own)
         return Response(200, page.encode(), HTML, PAGE_HEADERS)
+
+    def in_words(self) -> list[tuple[str, str]]:
+        """The proxy's own state, for operators."""
+        inventory = self.inventory
+        down = self._down()
+        return [("compute nodes", f"{len(inventory.nodes)}, {len(down)} of them silent"),
+                ("containers", str(len(inventory.vms))),
+                ("inventory confirmed", utc(inventory.confirmed_at)),
+                ("pages under way", str(len(self.relays))),
+                *((f"relayed, {name}", str(count)) for name, count in self.results.items()
+                  if count),
+                ("version", __version__)]
+
+    def container(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int,
+                  name: str) -> Answer | Deferred:
+        """The page for people of one container, by UUID or alias."""
+        rows = [row for row in self.fleet_rows(granted, Selection())
+                if name in (row.vm.uuid, row.vm.alias)]
+        if not rows:
+            raise refused("no_such_target")
+        if len(rows) > 1:                   # an alias of several
+            page = people_page(rows, 0, granted, allowance, (), self.clock())
+        else:
+            page = container_page(rows[0], granted, allowance, request.headers.get("host", ""))
+        return Response(200, page.encode(), HTML, PAGE_HEADERS)
+
+    def machine(self, _request: Request, granted: Grant, allowance: QuotaBucket, _standing: int,
+                name: str) -> Answer | Deferred:
+        """The page for people of one compute node, by UUID or host name."""
+        for node in self.inventory.nodes.values():
+            if name in (node.uuid, node.hostname) and may_see(granted, node):
+                here = sorted((vm for vm in self.inventory.vms.values() if vm.server == node.uuid),
+                              key=lambda vm: vm.alias)
+                page = node_page(node, node.uuid not in self._down(), here, granted, allowance)
+                return Response(200, page.encode(), HTML, PAGE_HEADERS)
+        raise refused("no_such_target")
 
     def _down(self) -> set[str]:
         return {uuid for uuid, port in self.forwarder.ports.items() if port.suspect}
@@ -4168,187 +4216,1168 @@ def _is_own_name(host: str) -> bool:
 
 # --- page for people ------------------------------------------------------------------------------
 
-# A table that needs no script; the script adds small charts from the same pages that Prometheus
-# reads, one request at a time, never more a minute than the page says in `data-per-minute`. Ten
-# minutes are kept in the browser, nothing here. Nothing is loaded from elsewhere or stands inline.
+# The server makes plain tables that need no script. The script (PAGE_JS, below) turns them into
+# live ones: it reads the pages of metrics that Prometheus reads, one for each container that is on
+# the screen and never more a minute than `data-per-minute` says, judges them by the kit's USE table
+# (`RULES`) and keeps the figures of an hour in the browser. Nothing is kept here, nothing is
+# loaded from elsewhere, nothing is inline. To change it: edit the text below, restart the proxy.
 
-ROWS_SHOWN = 80                 # a row has 300 to 500 bytes, and the page stays below 60 kB
-POLLS_PER_MINUTE = 60.0         # at the most; never more than a tenth of the account's quota
+ROWS_SHOWN = 75                 # a row has up to 350 bytes; the page stays below 40 kB
+POLLS_PER_MINUTE = 240.0        # at most, and at most a tenth of the account's quota
+MOST_LISTED = 200               # containers on the page of a compute node
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 PAGE_HEADERS = (("Content-Security-Policy", CSP), ("Referrer-Policy", "no-referrer"),
                 ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
-PAGE_CSS = """\
-:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --dim: #777; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 76rem;
-  padding: 0 1rem; }
-h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
-p { margin: .2rem 0 1rem; color: var(--dim); }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: middle; }
-th { font-weight: 600; }
-td small { color: var(--dim); display: block; }
-code { font: 12px ui-monospace, monospace; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-td svg { display: block; width: 110px; height: 26px; }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.3; }
-.scroll { overflow-x: auto; }
-"""
-PAGE_JS = """\
-'use strict';
-// Small charts from the pages that Prometheus reads: one request at a time, in turn.
-(() => {
-  const KEEP = 600000;
-  const rows = [...document.querySelectorAll('tr[data-uuid]')].map(row => ({
-    row, uuid: row.dataset.uuid, before: null, series: {cpu: [], mem: [], net: []}}));
-  const pause = 60000 / Number(document.body.dataset.perMinute);
-  const wanted = new Set(['cpu_user_usage', 'cpu_sys_usage', 'mem_agg_usage', 'mem_limit',
-    'net_agg_bytes_in', 'net_agg_bytes_out']);
-  const read = text => {
-    const sums = {};
-    for (const line of text.split('\\n')) {
-      const end = line.search(/[{ ]/);
-      const name = line.slice(0, end);
-      if (wanted.has(name))
-        sums[name] = (sums[name] || 0) + Number(line.slice(line.lastIndexOf(' ') + 1));
-    }
-    return sums;
-  };
-  const bytes = n => {
-    for (const unit of ['B', 'kB', 'MB', 'GB', 'TB']) {
-      if (n < 1000 || unit === 'TB') return (n < 10 ? n.toFixed(1) : n.toFixed(0)) + ' ' + unit;
-      n /= 1000;
-    }
-  };
-  const draw = (one, name, label) => {
-    const cell = one.row.querySelector('[data-chart=' + name + ']');
-    const points = one.series[name];
-    const now = Date.now(), most = Math.max(...points.map(p => p[1]), 1e-9);
-    const line = points.map(([at, value]) =>
-      (110 - (now - at) / KEEP * 110).toFixed(1) + ',' + (25 - value / most * 24).toFixed(1));
-    let svg = cell.querySelector('svg');
-    if (!svg) {
-      cell.textContent = '';
-      svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
-      svg.setAttribute('viewBox', '0 0 110 26');
-      svg.setAttribute('role', 'img');
-      svg.append(document.createElementNS(svg.namespaceURI, 'polyline'));
-      cell.append(svg, document.createElement('small'));
-    }
-    svg.firstChild.setAttribute('points', line.join(' '));
-    svg.setAttribute('aria-label', label);
-    cell.querySelector('small').textContent = label;
-  };
-  const add = (one, name, value, label) => {
-    if (!Number.isFinite(value)) return;
-    const series = one.series[name];
-    series.push([Date.now(), value]);
-    while (series[0][0] < Date.now() - KEEP) series.shift();
-    draw(one, name, label);
-  };
-  const poll = async one => {
-    const answer = await fetch('/v1/' + one.uuid + '/metrics');
-    if (!answer.ok) return Number(answer.headers.get('Retry-After') || 0) * 1000;
-    const values = read(await answer.text()), at = performance.now(), before = one.before;
-    // the agent may have shown the same sample again: not a rate of zero
-    if (before && at - before.at < 20000
-        && values.cpu_user_usage === before.values.cpu_user_usage
-        && values.cpu_sys_usage === before.values.cpu_sys_usage) return 0;
-    add(one, 'mem', values.mem_agg_usage, bytes(values.mem_agg_usage)
-      + (values.mem_limit ? ' of ' + bytes(values.mem_limit) : ''));
-    if (before) {
-      const seconds = (at - before.at) / 1000;
-      const rate = name => Math.max(0, (values[name] - before.values[name]) / seconds);
-      const cpu = (rate('cpu_user_usage') + rate('cpu_sys_usage')) / 1e7;
-      add(one, 'cpu', cpu, cpu.toFixed(1) + ' % of a CPU');
-      const net = rate('net_agg_bytes_in') + rate('net_agg_bytes_out');
-      add(one, 'net', net, bytes(net) + '/s');
-    }
-    one.before = {at, values};
-    return 0;
-  };
-  let turn = 0;
-  const step = async () => {
-    let wait = pause;
-    if (!document.hidden && rows.length) {
-      try {
-        wait = Math.max(pause, await poll(rows[turn++ % rows.length]));
-      } catch (error) {
-        wait = Math.max(pause, 10000);
-      }
-    }
-    setTimeout(step, wait);
-  };
-  step();
-})();
-"""
 
 
-def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance: QuotaBucket,
-                nodes: Sequence[tuple[Node, bool]], now: float) -> str:
-    """The page as HTML; whatever comes from outside is escaped."""
-    cert = granted.identity.cert
-    terms = allowance.terms
-    polls = POLLS_PER_MINUTE if terms.exempt else min(POLLS_PER_MINUTE, terms.per_minute / 10)
-    facts = [f"account {html.escape(granted.account.login)}", f"{len(rows)} containers"]
+def use_rules() -> str:
+    """The kit's USE table for the script, as JSON; null where a value is not judged."""
+    return json.dumps({
+        "busy": USE_BUSY, "full": USE_FULL, "up": USE_UP,
+        "from": {name: None if value == math.inf else value for name, value in USE_FROM.items()},
+        "use": {scope: [use._asdict() for use in USE if use.scope == scope]
+                for scope in ("zone", "node")}}, separators=(",", ":"))
+
+
+def framed(main: str, title: str, granted: Grant, allowance: QuotaBucket) -> str:
+    """A whole page around its <main>: who looks, and what the script may ask."""
+    cert, terms = granted.identity.cert, allowance.terms
+    facts = [f"account {html.escape(granted.account.login)}"]
     if cert is not None:
-        facts.append(f"certificate until {utc(cert.not_after)}")
+        facts.append(f"certificate until {utc(cert.not_after)[:10]}")
+    polls = POLLS_PER_MINUTE
     if not terms.exempt:
+        polls = min(polls, max(terms.per_minute / 10, 1))
         facts.append(f"quota {terms.per_minute:g} requests a minute, "
                      f"{100 * (1 - max(allowance.soft, 0) / terms.burst):.0f} % of the burst used")
-    shown = rows[first:first + ROWS_SHOWN]
-    links = []
-    if first:
-        links.append(f'<a href="/?from={max(first - ROWS_SHOWN, 0)}">before</a>')
-    if first + ROWS_SHOWN < len(rows):
-        links.append(f'<a href="/?from={first + ROWS_SHOWN}">more</a>')
-    body = "".join([_row(row, now) for row in shown])
-    about = "".join([
-        f"<tr><td>{html.escape(node.hostname)}<small><code>{node.uuid}</code></small></td>"
-        f"<td>{_mark(up, 'answers', 'does not answer')}</td></tr>" for node, up in nodes])
-    machines = f"""<h1>Compute nodes</h1>
-<table><tr><th>node</th><th>agent</th></tr>{about}</table>""" if nodes else ""
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Container Monitor</title>
-<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/page.css">
-<script src="/page.js" defer></script></head>
-<body data-per-minute="{max(polls, 1):g}">
-<h1>Containers</h1>
-<p>{" · ".join(facts)} · <a href="/v1/fleet/metrics">fleet page</a> ·
-<a href="/v1/discover">discovery</a> · <a href="/v1/sd">for http_sd_configs</a></p>
-<div class="scroll"><table>
-<tr><th>container</th><th>state</th><th>compute node</th><th>last scrape</th><th>CPU</th>\
-<th>memory</th><th>network</th></tr>
-{body}</table></div>
-<p>{" · ".join(links)}</p>
-{machines}
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}Container Monitor</title>
+<meta name="viewport" content="width=device-width">
+<link rel="stylesheet" href="/page.css?{__version__}">
+<script src="/page.js?{__version__}" defer></script></head>
+<body data-per-minute="{polls:g}">
+<header><h1><a href="/">Container Monitor</a></h1>
+<ul class="facts"><li>{"</li><li>".join(facts)}</li></ul></header>
+<p id="banner" class="banner" role="alert" hidden></p>
+{main}
 </body></html>
 """
 
 
-def _mark(good: bool, yes: str, no: str) -> str:
-    return f'<span class="{"good" if good else "bad"}">{html.escape(yes if good else no)}</span>'
+def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance: QuotaBucket,
+                nodes: Sequence[tuple[Node, bool]], now: float,
+                query: Mapping[str, str] | None = None,
+                proxy: Sequence[tuple[str, str]] = ()) -> str:
+    """The overview: containers, for operators also compute nodes and facts about the proxy."""
+    rows = sorted(rows, key=lambda row: (not _silent(row), row.vm.alias, row.vm.uuid))
+
+    def link(start: int, words: str, rel: str) -> str:
+        there = urllib.parse.urlencode({**(query or {}), "from": start})
+        return f'<a rel="{rel}" href="/?{html.escape(there)}">{words}</a>'
+    links = [link(max(first - ROWS_SHOWN, 0), "previous", "prev")] if first else []
+    if first + ROWS_SHOWN < len(rows):
+        links.append(link(first + ROWS_SHOWN, "next", "next"))
+    silent = sum(map(_silent, rows))
+    known = (f"{silent} of {len(rows)} containers are on compute nodes that do not answer."
+             if silent else f"{len(rows)} containers. Live figures need JavaScript; "
+             "this table is complete without.")
+    body = "".join([_row(row, now) for row in rows[first:first + ROWS_SHOWN]])
+    machines = "".join([_node_row(node, up) for node, up in nodes])
+    machines = machines and f"""<h3>Compute nodes</h3>
+<table class="rows" data-scope="node"><thead><tr><th>compute node</th>\
+<th class="static">agent</th></tr></thead><tbody>
+{machines}</tbody></table>
+"""
+    own = "".join([f"<li>{html.escape(name)}: {html.escape(value)}</li>" for name, value in proxy])
+    own = own and f'<h3>This proxy</h3>\n<ul class="facts">{own}</ul>\n'
+    return framed(f"""<main><h2 tabindex="-1">Containers</h2>
+<div id="summary" role="status" class="{"bad" if silent else ""}">{known}</div>
+<form hidden>
+<label>Name <input type="search" name="text"></label>
+<label>Group <select name="group"><option value="">all</option></select></label>
+<label>State <select name="state"><option value="">all</option>\
+<option value="!">in trouble</option></select></label>
+<label>Sort by <select name="sort"></select></label>
+<label>Shown <output></output></label>
+<p class="dim">Charts: the last 15 minutes. Dashed: the limit.</p></form>
+<table class="rows" data-scope="zone"><thead><tr><th>container</th><th class="static">state</th>\
+<th class="static">compute node</th><th class="static">last scrape</th></tr></thead><tbody>
+{body}</tbody></table>
+<p class="pages">{" · ".join(links)}</p>
+{machines}{own}<p class="dim">As text: <a href="/v1/fleet/metrics">fleet</a> ·
+<a href="/v1/discover">discovery</a> · <a href="/v1/sd">discovery by HTTP</a></p>
+</main>""", "", granted, allowance)
+
+
+def _silent(row: FleetRow) -> bool:
+    return state_of(row.vm.state).page and bool(row.vm.server) and not row.reachable
+
+
+def _mark(good: bool, words: str) -> str:
+    return f'<span class="{"good" if good else "bad"}">{html.escape(words)}</span>'
+
+
+def _data(**data: str) -> str:
+    """Attributes for the script; those without a value are left out."""
+    return "".join([f' data-{name}="{html.escape(value)}"' for name, value in data.items()
+                    if value])
+
+
+def _vm_data(row: FleetRow) -> str:
+    vm = row.vm
+    return _data(uuid=vm.uuid, state=vm.state, groups=" ".join(row.groups),
+                 asks="1" if state_of(vm.state).page else "",
+                 silent=vm.server[:8] if _silent(row) else "")
+
+
+def _alias(vm: Vm) -> str:
+    return vm.alias[:40] or vm.uuid[:8]
 
 
 def _row(row: FleetRow, now: float) -> str:
-    vm = row.vm
-    runs = state_of(vm.state).page
-    name = html.escape(vm.alias[:40] or vm.uuid[:8])
-    if runs:
-        name = f'<a href="/v1/{vm.uuid}/metrics">{name}</a>'
+    vm, runs = row.vm, state_of(row.vm.state).page
     last = "never here"
     if row.last is not None:
-        last = (_mark(row.last.result in ("ok", "partial"), row.last.result, row.last.result)
-                + f"<small>{max(now - row.last.at, 0):.0f} s ago</small>")
-    node = _mark(row.reachable, "answers", "does not answer") if vm.server else "none yet"
-    charts = "".join([f'<td data-chart="{chart}">{"…" if runs else ""}</td>'
-                      for chart in ("cpu", "mem", "net")])
-    attribute = f' data-uuid="{vm.uuid}"' if runs else ""
-    return (f"<tr{attribute}><td>{name}<small><code>{vm.uuid}</code></small></td>"
-            f"<td>{_mark(runs, vm.state, vm.state)}<small>{html.escape(vm.brand[:20])}</small></td>"
-            f"<td>{node}<small><code>{vm.server[:8]}</code></small></td><td>{last}</td>"
-            f"{charts}</tr>\n")
+        last = (_mark(row.last.result in ("ok", "partial"), row.last.result)
+                + f" <small>{max(now - row.last.at, 0):.0f} s ago</small>")
+    node = "none yet"
+    if vm.server:
+        node = vm.server[:8] + " " + _mark(row.reachable,
+                                           "answers" if row.reachable else "does not answer")
+    return (f'<tr{_vm_data(row)}><th scope="row"><a href="/c/{vm.uuid}">'
+            f'{html.escape(_alias(vm))}</a></th><td class="static">{_mark(runs, vm.state)}</td>'
+            f'<td class="static">{node}</td><td class="static">{last}</td></tr>\n')
+
+
+def _node_row(node: Node, up: bool) -> str:
+    return (f'<tr{_data(uuid=node.uuid, asks="1", silent="" if up else node.hostname)}>'
+            f'<th scope="row"><a href="/n/{node.uuid}">{html.escape(node.hostname)}</a></th>'
+            f'<td class="static">{_mark(up, "answers" if up else "does not answer")}</td></tr>\n')
+
+
+def _use_table(scope: str) -> str:
+    """What to look at; the script adds values and verdicts to the names."""
+    cells = ("utilisation", "saturation", "errors")
+    rows = [f'<tr><th scope="row">{use.resource}</th>' + "".join([
+        f'<td data-cell="{cell}" data-resource="{number}"><span class="verdict"></span><ul>'
+        + "".join([f"<li>{name}</li>" for name in getattr(use, cell)]) + "</ul></td>"
+        for cell in cells]) + "</tr>\n"
+        for number, use in enumerate(use for use in USE if use.scope == scope)]
+    return ('<h3>Utilisation, saturation, errors</h3>\n<table class="use"><thead><tr><th></th>'
+            + "".join([f'<th scope="col">{cell}</th>' for cell in cells])
+            + f'</tr></thead><tbody>\n{"".join(rows)}</tbody></table>\n')
+
+
+def _details(data: str, name: str, facts: Sequence[str], scope: str, uuid: str, rest: str) -> str:
+    """The <main> that a container's and a compute node's page have in common."""
+    return f"""<main data-scope="{scope}"{data}{_data(name=name)}>
+<h2 tabindex="-1">{html.escape(name)}</h2>
+<ul class="facts"><li>{"</li><li>".join(map(html.escape, facts))}</li></ul>
+<div id="summary" role="status">Live figures need JavaScript.
+<a href="/v1/{uuid}/metrics">All metrics as text</a> need none.</div>
+<div class="charts"></div>
+{_use_table(scope)}<h3>Missing, and why</h3>
+<ul id="missing"><li>A collector with <code>cmon_collector_up</code> 0 in the metrics.</li></ul>
+{rest}<p class="dim">As text: <a href="/v1/{uuid}/metrics">all metrics</a></p>
+</main>"""
+
+
+SCRAPE_YML = """\
+scrape_configs:
+  - job_name: {name}
+    scheme: https
+    metrics_path: /v1/{uuid}/metrics
+    tls_config:
+      cert_file: {login}-cert.pem
+      key_file: {login}-key.pem
+    static_configs:
+      - targets: [{host}]
+        labels: {{instance: {uuid}, alias: {name}}}
+"""
+
+
+def container_page(row: FleetRow, granted: Grant, allowance: QuotaBucket, host: str) -> str:
+    """One container: charts, USE table, what is missing, its scrape configuration."""
+    vm, name = row.vm, _alias(row.vm)
+    facts = [vm.state, vm.brand, f"compute node {vm.server[:8] or 'none yet'}",
+             f"image {vm.image[:8]}", vm.uuid]
+    if row.groups:
+        facts.insert(2, "groups " + ", ".join(row.groups))
+    config = SCRAPE_YML.format(name=json.dumps(name), uuid=vm.uuid, host=json.dumps(host),
+                               login=granted.account.login)
+    return framed(_details(_vm_data(row), name, facts, "zone", vm.uuid, f"""\
+<h3>Scrape configuration</h3>
+<p>For this container; <a href="/v1/sd">discovery</a> finds all of the account.
+<button type="button" id="copy" hidden>Copy</button></p>
+<pre tabindex="0">{html.escape(config)}</pre>
+"""), f"{name} – ", granted, allowance)
+
+
+def node_page(node: Node, up: bool, rows: Sequence[Vm], granted: Grant,
+              allowance: QuotaBucket) -> str:
+    """One compute node, for operators: the same, and what runs there."""
+    address = f"agent at {node.address[0]}:{node.address[1]}" if node.address else "no address yet"
+    items = "".join([f"<li>{html.escape(_alias(vm))} <span class=\"dim\">{html.escape(vm.state)}"
+                     "</span></li>" for vm in rows[:MOST_LISTED]])
+    more = f"<li>and {len(rows) - MOST_LISTED} more</li>" if len(rows) > MOST_LISTED else ""
+    data = _data(uuid=node.uuid, asks="1", silent="" if up else node.hostname)
+    return framed(_details(data, node.hostname, [address, node.uuid], "node", node.uuid, f"""\
+<h3>Containers ({len(rows)})</h3>
+<ul class="facts">{items}{more}</ul>
+"""), f"{node.hostname} – ", granted, allowance)
+
+
+def page_files() -> Iterator[tuple[str, str]]:
+    """Name and text of what the pages load, as it is sent."""
+    yield "page.css", compact(PAGE_CSS)
+    yield "page.js", f"const RULES={use_rules()};\n{compact(PAGE_JS)}"
+
+
+def compact(source: str) -> str:
+    """A style sheet or script without comment lines and indentation. (No text in them spans lines.)
+    """
+    return re.sub(r"(?m)^[ \t]*(//.*)?\n?", "", source)
+
+
+PAGE_CSS = r"""
+:root { color-scheme: light dark; --back: #fff; --card: #f6f7f9; --text: #1c2128; --dim: #5c6670;
+  --line: #d7dce2; --link: #0550ae; --good: #1a7f37; --warn: #8a5a00; --bad: #b3261e;
+  --bad-back: #fdecea; --warn-back: #fff6e0; --ink: #2563a8; --grid: #e4e8ec; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14171b; --card: #1d2126; --text: #e3e6ea; --dim: #9aa4ae; --line: #363d45;
+    --link: #79b8ff; --good: #57c37a; --warn: #e0b252; --bad: #ff8a80; --bad-back: #3a1b1a;
+    --warn-back: #33290f; --ink: #6fb1f5; --grid: #2a3037; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem;
+  background: var(--back); color: var(--text); }
+h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1.25rem; margin: 1rem 0 .3rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+h1 a, tbody th a { color: inherit; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; align-items: baseline;
+  border-bottom: 1px solid var(--line); padding-bottom: .5rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 0; padding: 0;
+  list-style: none; color: var(--dim); font-size: .9rem; }
+.dim, small { color: var(--dim); } small { font-size: .82rem; }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+code, pre { font: 12.5px/1.5 ui-monospace, monospace; }
+pre { background: var(--card); border: 1px solid var(--line); padding: .7rem; overflow-x: auto; }
+[hidden] { display: none !important; }
+.banner, #summary { border-left: 4px solid var(--line); background: var(--card);
+  padding: .5rem .8rem; margin: .8rem 0; }
+.banner, #summary.bad { border-color: var(--bad); background: var(--bad-back);
+  color: var(--text); }
+#summary.warn { border-color: var(--warn); background: var(--warn-back); color: var(--text); }
+#summary.good { border-color: var(--good); color: var(--text); }
+#summary ul { margin: .2rem 0 0; padding: 0; list-style: none; columns: 22rem; }
+form { display: flex; flex-wrap: wrap; gap: .5rem .8rem; align-items: end; margin: .6rem 0; }
+label { font-size: .85rem; color: var(--dim); }
+input, select, button { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 4px; padding: .2rem .5rem; display: block; }
+button { cursor: pointer; } form p { margin: 0 0 0 auto; font-size: .85rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; font-weight: normal; }
+thead th { vertical-align: bottom; white-space: nowrap; font-size: .88rem; }
+thead button { border: 0; background: none; padding: 0; font-weight: 600; }
+thead [aria-sort] button::after { content: " ▾"; }
+thead [aria-sort=ascending] button::after { content: " ▴"; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem; }
+tr[data-level="3"] { background: linear-gradient(90deg, var(--bad-back), transparent 60%); }
+tr[data-level="2"] { background: linear-gradient(90deg, var(--warn-back), transparent 60%); }
+tr[data-level] > :first-child { border-left: 4px solid transparent; padding-left: .6rem; }
+tr[data-level="3"] > :first-child { border-left-color: var(--bad); }
+tr[data-level="2"] > :first-child { border-left-color: var(--warn); }
+td[data-column=trouble] { min-width: 9rem; max-width: 18rem; }
+td[data-column] { font-variant-numeric: tabular-nums; }
+.live { display: none; } .on .live { display: table-cell; } .on .static { display: none; }
+.stale td, .stale th { opacity: .6; }
+svg { display: block; width: 100%; height: 30px; overflow: visible; background: var(--card); }
+td svg { width: 8.5rem; margin-bottom: .1rem; }
+svg .grid { stroke: var(--grid); } svg .cap { stroke: var(--bad); stroke-dasharray: 4 3; }
+svg .line { stroke: var(--ink); fill: none; stroke-width: 1.6; }
+svg .area { fill: var(--ink); opacity: .14; }
+svg .at { stroke: var(--text); }
+svg * { vector-effect: non-scaling-stroke; }
+#tip { position: fixed; pointer-events: none; background: var(--text); color: var(--back);
+  padding: .1rem .45rem; border-radius: 3px; font-size: .82rem; white-space: nowrap; z-index: 2; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr));
+  gap: 1rem 1.4rem; }
+figure { margin: 0; } figure svg { height: 90px; }
+figcaption { display: flex; justify-content: space-between; gap: 1rem; }
+#copy { display: inline; } figcaption small { flex: 1; }
+figcaption b { font-variant-numeric: tabular-nums; }
+.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .75rem; }
+.use td { width: 28%; } .use ul { margin: 0; padding: 0; list-style: none; font-size: .88rem; }
+.use .verdict { font-weight: 600; }
+@media (max-width: 44rem) {
+  body { padding: .6rem; }
+  .rows thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden; }
+  .rows tr { display: grid; grid-template-columns: 1fr 1fr; gap: .1rem .8rem;
+    padding: .5rem .2rem; border-bottom: 1px solid var(--line); }
+  .rows td, .rows th, .on .rows .live { display: block; border-bottom: 0; padding: .1rem 0;
+    max-width: none; }
+  .rows .live.wide, .rows .wide { display: none; }
+  .rows tr > :first-child, .rows td[data-column=trouble] { grid-column: span 2; }
+  .rows td[data-title]::before { content: attr(data-title) " "; color: var(--dim);
+    font-size: .8rem; }
+  td svg { width: 100%; } .use td { width: auto; } .use { font-size: .9rem; }
+  .charts { grid-template-columns: 1fr; } }
+"""
+PAGE_JS = r"""
+'use strict';
+// Live figures for the tables. They come from the pages of metrics that Prometheus reads, in no
+// more requests a minute than the body's data-per-minute says. The browser keeps one hour of them.
+(() => {
+
+// --- settings
+
+const MINUTE = 60000, HOUR = 60 * MINUTE, FRAME = 15 * MINUTE;
+const LIST_PACE = 5000, ONE_PACE = 2000;    // milliseconds between two looks at a container
+const SLOW_PACE = MINUTE;                   // for those off the screen
+const AT_ONCE = 4;                          // requests in flight
+const HOLD = MINUTE;                        // how long a trouble is named after it was seen
+const MOST_ROWS = 2000;                     // more are left on the following pages
+const perMinute = Number(document.body.dataset.perMinute);
+const rules = RULES;                        // put in front of this script: the kit's USE table
+
+// --- numbers in words
+
+const scaled = (number, base, units, last) => {
+  let step = 0;
+  while (Math.abs(number) >= 1000 && step < units.length - 1) { number /= base; step++; }
+  const digits = number && Math.abs(number) < 10 && (step || !Number.isInteger(number)) ? 1 : 0;
+  return number.toFixed(digits) + ' ' + units[step] + last;
+};
+const bytes = number => scaled(number, 1024, ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'], '');
+const perSecond = number => bytes(number) + '/s';
+const count = number => scaled(number, 1000, ['', 'k', 'M', 'G', 'T'], '').trim();
+const rate = number => count(number) + '/s';
+const percent = number => number.toFixed(number < 10 ? 1 : 0) + ' %';
+const clock = at => new Date(at).toLocaleTimeString();
+const seconds = n => n < 120 ? n.toFixed(0) + ' s' : n < 7200 ? (n / 60).toFixed(0) + ' min' :
+  (n / 3600).toFixed(0) + ' h';
+const sum = (...parts) => parts.some(part => part === null) ? null : parts.reduce((a, b) => a + b);
+
+// --- a page of metrics
+
+// By name: kind, help, sum and least of the samples, how many there are. Of the agent's own
+// (cmon_…) also each sample with its labels.
+const parse = text => {
+  const found = {};
+  for (const line of text.split('\n')) {
+    if (line.startsWith('#')) {
+      const [, word, name, kind] = line.split(' ', 4);
+      const family = found[name] || (found[name] = {sum: 0, least: Infinity, count: 0, own: []});
+      if (word === 'TYPE') family.kind = kind;
+      if (word === 'HELP') family.help = line.slice(8 + name.length);
+    } else if (line) {
+      const end = line.search(/[{ ]/), name = line.slice(0, end);
+      const value = Number(line.slice(line.lastIndexOf(' ') + 1));
+      const family = found[name];
+      if (!family || !Number.isFinite(value)) continue;
+      family.sum += value;
+      family.least = Math.min(family.least, value);
+      family.count++;
+      if (name.startsWith('cmon_')) family.own.push([line.slice(end), value]);
+    }
+  }
+  return found;
+};
+
+// A page with the one before it. Each function gives a number, or null for one that is not there.
+class Look {
+  constructor(page, before, elapsed) {
+    this.page = page;
+    this.before = before;
+    this.elapsed = elapsed;
+  }
+  family(name) { const family = this.page[name]; return family && family.count ? family : null; }
+  now(name) { const family = this.family(name); return family ? family.sum : null; }
+  least(name) { const family = this.family(name); return family ? family.least : null; }
+  count(name) { const family = this.family(name); return family ? family.count : null; }
+  more(name) {                              // growth of a counter; it may have started again at 0
+    const now = this.family(name), before = this.before && this.before[name];
+    return now && before && now.sum >= before.sum ? now.sum - before.sum : null;
+  }
+  rate(name) { const more = this.more(name); return more === null ? null : more / this.elapsed; }
+  value(name) {
+    const family = this.family(name);
+    return family && family.kind === 'counter' ? this.rate(name) : this.now(name);
+  }
+}
+
+// --- what is in trouble: utilisation, saturation and errors by the rules that came with the page
+
+const shareOf = (use, look) => {
+  if (!use.share.length) return null;
+  const used = look.value(use.share[0]);
+  const whole = use.share.length > 1 ? look.now(use.share[1]) : look.count(use.share[0]);
+  if (used === null || !whole) return null;
+  return use.left ? 1 - used / whole : used / whole;
+};
+
+const isTrouble = (name, look) => {
+  if (rules.up.includes(name)) return look.least(name) === 0;
+  const value = look.value(name), from = name in rules.from ? rules.from[name] : 0;
+  return value !== null && from !== null && value > 0 && value >= from;
+};
+
+// For one resource: [level, words] for each cell. Levels: 0 well, 2 look at it, 3 trouble.
+const judge = (use, look) => {
+  const share = shareOf(use, look);
+  const full = share !== null && share >= rules.full;
+  const busy = share !== null && share >= rules.busy;
+  const named = cell => use[cell].filter(name => isTrouble(name, look));
+  const saturated = named('saturation'), failing = named('errors');
+  return {
+    utilisation: [full ? 3 : busy ? 2 : 0, full ? use.resource + ' limit reached' :
+      busy ? `${use.resource} at ${percent(share * 100)}` : '', share],
+    saturation: [saturated.length ? 2 : 0, saturated.length ? use.resource +
+      (saturated.every(name => name.includes('drop')) ? ' drops' : ' saturated') : '', saturated],
+    errors: [failing.length ? 3 : 0, failing.length ? use.resource + ' errors' : '', failing],
+  };
+};
+const CELLS = ['utilisation', 'saturation', 'errors'];
+
+// --- what is drawn: `cap` is the limit that belongs to it, `wide` is left out on a phone
+
+const LOST = ['net_drops_in_total', 'net_drops_out_total', 'net_errors_in_total',
+  'net_errors_out_total'];
+const SERIES = {
+  zone: {
+    cpu: {title: 'CPU', show: percent, cap: look => look.now('cpucap_limit_percentage'),
+      of: look => {
+        const used = sum(look.rate('cpu_user_usage'), look.rate('cpu_sys_usage'));
+        return used === null ? look.now('cpucap_cur_usage_percentage') : used / 1e7;
+      }},
+    mem: {title: 'Memory', show: bytes, of: look => look.now('mem_agg_usage'),
+      cap: look => look.now('mem_limit')},
+    swap: {title: 'Swap', show: bytes, of: look => look.now('mem_swap'),
+      cap: look => look.now('mem_swap_limit')},
+    net: {title: 'Network', show: perSecond,
+      of: look => sum(look.rate('net_agg_bytes_in'), look.rate('net_agg_bytes_out'))},
+    disk: {title: 'Files read and written', show: perSecond, of: look =>
+      sum(look.rate('vfs_bytes_read_count'), look.rate('vfs_bytes_written_count'))},
+    lost: {title: 'Drops and errors of the network', show: rate,
+      of: look => sum(...LOST.map(name => look.rate(name)))},
+    retransmitted: {title: 'TCP segments sent again', show: rate,
+      of: look => look.rate('tcp_retransmitted_segment_count')},
+    processes: {title: 'Processes', show: count, of: look => look.now('proc_processes'),
+      cap: look => look.now('proc_processes_limit')},
+  },
+  node: {
+    cpu: {title: 'CPU', show: percent, cap: () => 100, of: look => {
+      const idle = look.rate('cpu_idle_seconds_total');
+      return idle === null ? null :
+        Math.max(0, 100 - 100 * idle / look.count('cpu_idle_seconds_total'));
+    }},
+    load: {title: 'Load', show: number => number.toFixed(1), of: look => look.now('load_average'),
+      cap: look => look.now('alloc_cpus')},
+    mem: {title: 'Memory', show: bytes, cap: look => look.now('memory_total_bytes'), of: look =>
+      look.now('memory_free_bytes') === null ? null :
+        look.now('memory_total_bytes') - look.now('memory_free_bytes')},
+    disk: {title: 'Disks busy', show: percent, cap: () => 100, of: look => {
+      const busy = look.rate('disk_busy_seconds_total');
+      return busy === null ? null : 100 * busy / look.count('disk_busy_seconds_total');
+    }},
+    net: {title: 'Network', show: perSecond,
+      of: look => sum(look.rate('link_bytes_in_total'), look.rate('link_bytes_out_total'))},
+    pool: {title: 'Pool', show: bytes, of: look => look.now('zpool_allocated_bytes'),
+      cap: look => look.now('zpool_size_bytes')},
+    soldcpu: {title: 'CPUs sold', show: count, of: look => look.now('alloc_cpu_caps_cpus'),
+      cap: look => look.now('alloc_cpus')},
+    soldmem: {title: 'Memory sold', show: bytes, of: look => look.now('alloc_memory_caps_bytes'),
+      cap: look => look.now('alloc_memory_bytes')},
+  },
+};
+// Counters that move in a sample that is new, and the collector whose age says when it was taken.
+const MOVES = {zone: ['cpu_user_usage', 'cpu_sys_usage'], node: ['cpu_idle_seconds_total']};
+const DATED = {zone: '"zone_misc"', node: '"cpu_util"'};
+
+// --- one container or compute node
+
+const COLUMNS = {
+  zone: {name: 'Container', trouble: 'Trouble', cpu: 'CPU', mem: 'Memory', net: 'Network',
+    disk: 'Files', lost: 'Drops, errors', age: 'Age'},
+  node: {name: 'Compute node', trouble: 'Trouble', cpu: 'CPU', load: 'Load', mem: 'Memory',
+    disk: 'Disks busy', soldcpu: 'CPUs sold', soldmem: 'Memory sold', age: 'Age'},
+};
+const WIDE = ['disk', 'load', 'soldcpu'];   // columns that a phone leaves out
+const targets = new Map();
+
+class Target {
+  constructor(uuid, scope) {
+    Object.assign(this, {uuid, scope, name: '', points: [], caps: {}, seen: new Map(), lost: 0,
+      row: null, visible: false, asked: 0, retry: 0, waiting: false, page: null, at: 0, age: 0,
+      look: null, refusal: '', refusalLevel: 0, partial: ''});
+  }
+
+  // What the server knows: data-asks: it has a page; data-silent: its node does not answer.
+  facts(element) {
+    this.asks = 'asks' in element.dataset;
+    this.silent = element.dataset.silent || '';
+    this.state = element.dataset.state || '';
+    this.groups = (element.dataset.groups || '').split(' ');
+    this.name = element.dataset.name || element.querySelector('a').textContent;
+  }
+
+  take(text, partial) {
+    const page = parse(text), now = Date.now(), before = this.page;
+    const age = page.cmon_sample_age_seconds &&
+      page.cmon_sample_age_seconds.own.find(([labels]) => labels.includes(DATED[this.scope]));
+    const at = now - (age ? age[1] * 1000 : 0);
+    this.refusal = '';
+    this.silent = '';
+    this.partial = partial;
+    const same = before && at - this.at < 30000 && MOVES[this.scope].every(name =>
+      page[name] && before[name] && page[name].sum === before[name].sum);
+    if (before && (same || at <= this.at)) {        // the same sample again is no rate of zero
+      this.look = new Look(page, this.look && this.look.before, this.look && this.look.elapsed);
+      return;
+    }
+    const look = new Look(page, before, (at - this.at) / 1000);
+    const point = {at};
+    for (const [name, series] of Object.entries(SERIES[this.scope])) {
+      point[name] = series.of(look);
+      this.caps[name] = series.cap ? series.cap(look) : null;
+    }
+    this.points.push(point);
+    while (this.points[0].at < now - HOUR) this.points.shift();
+    for (const name of LOST) this.lost += look.more(name) || 0;
+    Object.assign(this, {page, look, at});
+    for (const use of rules.use[this.scope] || []) {
+      const cells = judge(use, look);
+      for (const cell of CELLS)
+        if (cells[cell][0]) this.seen.set(use.resource + ' ' + cell, [cells[cell], now]);
+    }
+  }
+
+  // [level, words] of each trouble at present, the worst first.
+  troubles() {
+    if (this.silent) return [[3, 'compute node does not answer' + (this.scope === 'zone' ?
+      ' (' + this.silent + ')' : '')]];
+    if (this.refusal) return [[this.refusalLevel, this.refusal]];
+    if (!this.asks) return [[0, this.state]];
+    const found = [];
+    for (const [key, [[level, words], at]] of this.seen)
+      if (at < Date.now() - HOLD) this.seen.delete(key); else found.push([level, words]);
+    if (this.partial) found.push([2, 'incomplete: ' + this.partial]);
+    return found.sort((a, b) => b[0] - a[0]);
+  }
+  level() { return Math.max(0, ...this.troubles().map(trouble => trouble[0])); }
+  words() { return this.troubles().map(trouble => trouble[1]).join('; '); }
+  value(name) {
+    for (let i = this.points.length - 1; i >= Math.max(0, this.points.length - 3); i--)
+      if (this.points[i][name] !== null) return this.points[i][name];
+    return null;
+  }
+  // What a column sorts by: of those with a cap, how much of it.
+  rank(name) {
+    const value = this.value(name), cap = this.caps[name];
+    return value === null || value === undefined ? -1 : cap ? value / cap : value / 1e15;
+  }
+  said(name) {
+    const value = this.value(name), cap = this.caps[name], show = SERIES[this.scope][name].show;
+    if (value === null || value === undefined) return this.points.length ? 'none' : '';
+    return cap ? `${show(value)} of ${show(cap)}` : show(value);
+  }
+}
+
+// --- asking
+
+const sent = [];                            // times of the requests of the last minute
+let flying = 0, silentSince = 0, failures = 0, restUntil = 0;
+
+const left = () => {
+  while (sent.length && sent[0] < Date.now() - MINUTE) sent.shift();
+  return perMinute - sent.length;
+};
+
+const banner = document.getElementById('banner');
+const say = words => {
+  banner.hidden = !words;
+  if (banner.textContent !== words) banner.textContent = words;
+  document.body.classList.toggle('stale', Boolean(words));
+};
+
+const rest = (milliseconds, words) => {
+  restUntil = Date.now() + milliseconds;
+  say(words);
+};
+
+// An answer, or null when there was none; what concerns all requests alike is dealt with here.
+const ask = async path => {
+  sent.push(Date.now());
+  flying++;
+  const stop = new AbortController(), timer = setTimeout(() => stop.abort(), 15000);
+  try {
+    const answer = await fetch(path, {signal: stop.signal, cache: 'no-store'});
+    const body = await answer.text();
+    failures = silentSince = 0;
+    if (answer.status === 401 || answer.status === 403)
+      rest(MINUTE, 'The proxy refuses this browser: ' + body.trim());
+    else if (answer.status === 429)
+      rest(1000 * Number(answer.headers.get('Retry-After') || 10), 'Paused: ' + body.trim());
+    else if (Date.now() > restUntil) say('');
+    return {status: answer.status, body, headers: answer.headers};
+  } catch (error) {
+    silentSince = silentSince || Date.now();
+    const pause = Math.min(MINUTE, 2500 * Math.pow(2, failures++));
+    rest(pause, `The proxy has not answered since ${clock(silentSince)}: these figures are old. ` +
+      'It is asked again by itself.');
+    return null;
+  } finally {
+    clearTimeout(timer);
+    flying--;
+  }
+};
+
+const poll = async target => {
+  target.asked = Date.now();
+  target.waiting = true;
+  const answer = await ask(`/v1/${target.uuid}/metrics`);
+  target.waiting = false;
+  if (!answer) return;
+  if (answer.status === 200) {
+    target.retry = 0;
+    target.take(answer.body, answer.headers.get('X-Cmon-Partial') || '');
+  } else if (![401, 403, 429].includes(answer.status)) {
+    const code = answer.headers.get('X-Cmon-Error') || '', silent = code.startsWith('node_');
+    target.refusal = silent ? 'compute node: ' + answer.body.trim() : answer.body.trim();
+    if (code === 'node_silent') target.refusal = 'compute node does not answer';
+    target.refusalLevel = silent || answer.status === 504 ? 3 : 2;
+    target.retry = 20000;
+  }
+  paint(target);
+};
+
+const next = () => {
+  const now = Date.now(), open = left();
+  const all = [...targets.values()].filter(target => target.asks);
+  const seen = all.filter(target => target.visible);
+  const pace = Math.max(shown.uuid ? ONE_PACE : LIST_PACE,
+    seen.length * MINUTE / (perMinute * .75));
+  let best = null, most = 0;
+  for (const target of open > 0 ? seen : []) {
+    const late = now - target.asked - Math.max(pace, target.retry);
+    if (!target.waiting && late > most) { best = target; most = late; }
+  }
+  if (best || open < perMinute * .25) return best;
+  for (const target of all) {
+    const late = now - target.asked - SLOW_PACE;
+    if (!target.waiting && late > most) { best = target; most = late; }
+  }
+  return best;
+};
+
+// --- charts
+
+const WIDTH = 300, HEIGHT = 60;
+const make = (name, attributes) => {
+  const made = document.createElementNS('http://www.w3.org/2000/svg', name);
+  for (const key of Object.keys(attributes)) made.setAttribute(key, attributes[key]);
+  return made;
+};
+
+const chart = (target, name, span) => {
+  const svg = make('svg', {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: 'none',
+    role: 'img'});
+  for (const third of [0, 1, 2, 3])
+    svg.append(make('path', {class: 'grid', d: `M${third * WIDTH / 3} 0V${HEIGHT}`}));
+  svg.append(make('path', {class: 'area'}), make('path', {class: 'line'}),
+    make('path', {class: 'cap'}), make('path', {class: 'at'}));
+  svg.chart = {target, name, span};
+  return svg;
+};
+
+const draw = svg => {
+  const {target, name, span} = svg.chart, now = Date.now(), cap = target.caps[name];
+  const points = target.points.filter(point => point.at > now - span && point[name] !== null);
+  const top = 1.06 * Math.max(cap || 0, ...points.map(point => point[name])) || 1;
+  const y = value => (HEIGHT - value / top * HEIGHT).toFixed(1);
+  let line = '', area = '', last = null, from = 0;
+  points.forEach((point, index) => {
+    const x = WIDTH - (now - point.at) / span * WIDTH, gap = !last || point.at - last > 3 * MINUTE;
+    if (gap && last) area += `V${HEIGHT}H${from}Z`;
+    if (gap) from = x.toFixed(1);
+    line += `${gap ? 'M' : 'L'}${x.toFixed(1)} ${y(point[name])}`;
+    area += `${gap ? `M${from} ${HEIGHT}L` : 'L'}${x.toFixed(1)} ${y(point[name])}`;
+    last = point.at;
+    if (index === points.length - 1) area += `V${HEIGHT}H${from}Z`;
+    if (gap) line += 'h1.5';                // a lone point is a dot
+  });
+  svg.querySelector('.line').setAttribute('d', line);
+  svg.querySelector('.area').setAttribute('d', area);
+  svg.querySelector('.cap').setAttribute('d', cap ? `M0 ${y(cap)}H${WIDTH}` : '');
+  const values = points.map(point => point[name]), show = SERIES[target.scope][name].show;
+  svg.most = values.length ? 'highest ' + show(Math.max(...values)) : '';
+  svg.setAttribute('aria-label', `${SERIES[target.scope][name].title} of ${target.name}: ` +
+    (values.length ? `${target.said(name)}; from ${show(Math.min(...values))} to ` +
+      `${show(Math.max(...values))} in ${span / MINUTE} minutes` : 'no figures yet'));
+};
+
+// Value and time under the pointer, or under the arrow keys.
+const tip = document.createElement('div');
+tip.id = 'tip';
+tip.hidden = true;
+tip.setAttribute('role', 'status');
+document.body.append(tip);
+let marked = null;
+const unmark = () => {
+  if (marked) marked.querySelector('.at').setAttribute('d', '');
+  marked = null;
+  tip.hidden = true;
+};
+const mark = (svg, share) => {
+  if (marked !== svg) unmark();
+  const {target, name, span} = svg.chart, now = Date.now();
+  const wanted = now - (1 - share) * span;
+  let best = null;
+  for (const point of target.points)
+    if (point[name] !== null && point.at > now - span &&
+        (!best || Math.abs(point.at - wanted) < Math.abs(best.at - wanted))) best = point;
+  if (!best) return;
+  marked = svg;
+  svg.share = 1 - (now - best.at) / span;
+  svg.querySelector('.at').setAttribute('d', `M${(svg.share * WIDTH).toFixed(1)} 0V${HEIGHT}`);
+  tip.textContent = `${SERIES[target.scope][name].show(best[name])} at ${clock(best.at)}`;
+  tip.hidden = false;
+  const box = svg.getBoundingClientRect();
+  const x = Math.min(Math.max(box.left + svg.share * box.width - tip.offsetWidth / 2, 4),
+    document.documentElement.clientWidth - tip.offsetWidth - 4);
+  tip.style.left = x + 'px';
+  tip.style.top = Math.max(box.top - tip.offsetHeight - 3, 2) + 'px';
+};
+for (const event of ['pointermove', 'pointerdown'])
+  document.addEventListener(event, ({target, clientX}) => {
+    const svg = target.closest && target.closest('svg');
+    if (!svg || !svg.chart) { unmark(); return; }
+    const box = svg.getBoundingClientRect();
+    mark(svg, (clientX - box.left) / box.width);
+  });
+document.addEventListener('keydown', event => {
+  const svg = document.activeElement, step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  if (event.key === 'Escape') unmark();
+  if (!step || !svg.chart) return;
+  event.preventDefault();
+  mark(svg, Math.min(1, Math.max(0, (svg.share === undefined ? 1 : svg.share) + step / 60)));
+});
+
+// --- what is on the screen: the overview, or one container or compute node
+
+let shown = {};                             // {main, uuid, figures}
+
+const put = (element, text) => {
+  if (element && element.textContent !== text) element.textContent = text;
+};
+
+const paint = target => {
+  if (shown.uuid) {
+    if (shown.uuid === target.uuid) paintOne(target);
+    return;
+  }
+  const row = target.row, level = target.level();
+  if (!row || (!target.visible && row.dataset.level === String(level))) return;
+  row.dataset.level = level;
+  const words = target.words();
+  for (const cell of row.querySelectorAll('[data-column]')) {
+    const name = cell.dataset.column;
+    if (name === 'trouble') {
+      put(cell, words || (target.page ? 'none seen' : target.asks ? '…' : target.state));
+      cell.className = level > 2 ? 'bad' : level > 1 ? 'warn' : 'dim';
+    } else if (name === 'lost') {
+      put(cell, target.page && target.asks ? count(target.lost) : '');
+      cell.classList.toggle('warn', target.lost > 0);
+    } else if (name !== 'age' && target.points.length) {
+      if (!cell.firstChild)
+        cell.append(chart(target, name, FRAME), document.createElement('small'));
+      draw(cell.firstChild);
+      put(cell.lastChild, target.said(name));
+    }
+  }
+};
+
+const paintAge = target => {
+  const cell = target.row && target.row.querySelector('[data-column=age]');
+  if (target.at) put(cell, seconds((Date.now() - target.at) / 1000));
+};
+
+const value = (name, look) => {
+  const number = look.value(name), family = look.family(name);
+  if (number === null) return family ? '…' : 'none';
+  if (/nanosecond/.test(family.help)) return (number / 1e9).toFixed(2) + ' s/s';
+  const show = /byte|zfs_(used|avail|quota)|mem_(agg|limit|swap)/.test(name) ? bytes : count;
+  return show(number) + (family.kind === 'counter' ? '/s' : '');
+};
+
+const paintOne = target => {
+  const {main, figures} = shown;
+  for (const {svg, said, most} of figures) {
+    draw(svg);
+    put(said, target.said(svg.chart.name));
+    put(most, svg.most);
+  }
+  const summary = main.querySelector('#summary'), level = target.level();
+  put(summary, target.words() || (target.page ? 'No trouble seen.' : 'Asking …'));
+  summary.className = level > 2 ? 'bad' : level > 1 ? 'warn' : 'good';
+  const look = target.look;
+  if (!look) return;
+  for (const cell of main.querySelectorAll('[data-cell]')) {
+    const use = rules.use[target.scope][Number(cell.dataset.resource)];
+    const [level, , detail] = judge(use, look)[cell.dataset.cell];
+    const names = use[cell.dataset.cell], known = names.filter(name => look.family(name));
+    const verdict = cell.querySelector('.verdict');
+    const words = !known.length ? '' :
+      cell.dataset.cell !== 'utilisation' ? (level ? 'yes' : 'no') :
+        detail !== null ? percent(detail * 100) : use.share.length ? 'no limit' : '';
+    put(verdict, words);
+    verdict.className = 'verdict ' + (level > 2 ? 'bad' : level > 1 ? 'warn' :
+      words === 'no limit' ? 'dim' : 'good');
+    cell.parentNode.hidden = !CELLS.some(cell => use[cell].some(name => look.family(name)));
+    cell.querySelectorAll('li').forEach((item, index) => {
+      const name = names[index], family = look.family(name);
+      item.hidden = !family;
+      if (!family) return;
+      item.title = family.help;
+      put(item, name + ': ' + value(name, look));
+    });
+  }
+  const own = (name, test) => ((look.page[name] || {own: []}).own).filter(([, number]) =>
+    test(number)).map(([labels, number]) => [labels.split('"')[1], number]);
+  const said = [
+    ...own('cmon_collector_up', number => number === 0).map(([name]) =>
+      `${name}: the agent cannot read it now; its log and its page say why`),
+    ...own('cmon_sample_age_seconds', number => number > 60).map(([name, age]) =>
+      `${name}: read ${seconds(age)} ago`),
+    ...Object.keys(look.page).filter(name => name.endsWith('_metrics_available_boolean') &&
+      look.now(name) === 0).map(name => name.replace('_metrics_available_boolean', '') +
+      ': this ' + (target.scope === 'zone' ? 'container' : 'node') + ' has none'),
+    ...rules.use[target.scope].filter(use => use.share.length > 1 && !look.family(use.share[1]) &&
+      look.family(use.share[0])).map(use => `${use.resource}: no limit is set (${use.share[1]})`),
+  ];
+  const list = main.querySelector('#missing');
+  if (list.textContent !== said.join('')) list.replaceChildren(...said.map(words => {
+    const item = document.createElement('li');
+    item.textContent = words;
+    return item;
+  }));
+};
+
+const onScreen = new IntersectionObserver(entries => {
+  for (const entry of entries) {
+    const target = targets.get(entry.target.dataset.uuid);
+    if (!target) continue;
+    target.visible = entry.isIntersecting;
+    if (target.visible) paint(target);
+  }
+}, {rootMargin: '60px'});
+
+// Rows of a page from the server become targets, or news of targets.
+const adopt = (main, fresh) => {
+  for (const row of main.querySelectorAll('tr[data-uuid]')) {
+    const {uuid} = row.dataset, scope = row.closest('table').dataset.scope;
+    let target = targets.get(uuid);
+    if (!target) targets.set(uuid, target = new Target(uuid, scope));
+    target.facts(row);
+    if (fresh && target.row) {              // keep the row that is shown; take what changed
+      Object.assign(target.row.dataset, {state: target.state, groups: row.dataset.groups || ''});
+      const old = target.row.querySelectorAll('.static'), now = row.querySelectorAll('.static');
+      old.forEach((cell, index) => now[index] && cell.replaceWith(now[index]));
+    } else if (target.row !== row) {
+      target.row = row;
+      for (const name of Object.keys(COLUMNS[scope]).slice(1)) {
+        const cell = row.insertCell();
+        Object.assign(cell.dataset, {column: name, title: COLUMNS[scope][name]});
+        if (WIDE.includes(name)) cell.className = 'wide';
+      }
+      const body = fresh && document.querySelector(`table[data-scope=${scope}] tbody`);
+      if (body) body.append(row);
+      onScreen.observe(row);
+    }
+  }
+};
+
+// --- the overview: sort, filter, what to look at first
+
+const form = () => shown.main.querySelector('form');
+let sortBy = 'trouble', upwards = false, touched = 0;
+
+const ranked = () => {
+  const rank = {trouble: t => t.level() * 2 + (t.asks ? 1 : 0), age: t => t.at ? -t.at : -Infinity,
+    lost: t => t.lost, name: null};
+  const of = rank[sortBy] || (target => target.rank(sortBy)), sign = upwards ? 1 : -1;
+  const byName = (a, b) => a.name.localeCompare(b.name, undefined, {numeric: true});
+  const keys = sortBy === 'name' ? null : new Map([...targets.values()].map(t => [t, of(t)]));
+  return [...targets.values()].filter(target => target.row).sort((a, b) =>
+    (keys ? sign * (keys.get(a) - keys.get(b)) : -sign * byName(a, b)) || byName(a, b));
+};
+
+const arrange = () => {
+  if (shown.uuid || !form()) return;
+  const {text, group, state} = form().elements, wanted = text.value.trim().toLowerCase();
+  let count = 0, all = 0;
+  for (const target of ranked()) {
+    const row = target.row, body = row.parentNode;
+    body.append(row);
+    if (target.scope !== 'zone') continue;
+    all++;
+    row.hidden = !((!wanted || target.name.toLowerCase().includes(wanted) ||
+      target.uuid.startsWith(wanted)) && (!group.value || target.groups.includes(group.value)) &&
+      (!state.value || (state.value === '!' ? target.level() > 1 : target.state === state.value)));
+    if (!row.hidden) count++;
+  }
+  put(form().querySelector('output'), count < all ? `${count} of ${all}` : `${all}`);
+  for (const head of shown.main.querySelectorAll('thead th')) {
+    const button = head.querySelector('button');
+    if (button && button.value === sortBy)
+      head.setAttribute('aria-sort', upwards ? 'ascending' : 'descending');
+    else head.removeAttribute('aria-sort');
+  }
+  form().elements.sort.value = sortBy;
+};
+
+const summarise = () => {
+  if (shown.uuid) return;
+  const all = [...targets.values()].filter(target => target.row);
+  const known = all.filter(target => target.page || target.refusal || !target.asks).length;
+  const ill = all.filter(target => target.level() > 1).sort((a, b) => b.level() - a.level());
+  const summary = shown.main.querySelector('#summary');
+  const words = ill.length ? `${ill.length} of ${all.length} need a look` :
+    known < all.length ? `Asking: ${known} of ${all.length} so far …` : 'No trouble seen.';
+  const lines = ill.slice(0, 12).map(target => `${target.name}\n${target.words()}`);
+  const key = words + lines.join('\n');
+  if (summary.key === key) return;
+  summary.key = key;
+  summary.className = ill.some(target => target.level() > 2) ? 'bad' : ill.length ? 'warn' : 'good';
+  const list = document.createElement('ul');
+  for (const target of ill.slice(0, 12)) {
+    const item = document.createElement('li'), link = document.createElement('a');
+    link.href = (target.scope === 'zone' ? '/c/' : '/n/') + target.uuid;
+    link.textContent = target.name;
+    item.append(link, ': ' + target.words());
+    list.append(item);
+  }
+  summary.replaceChildren(words, list);
+  document.title = (ill.length ? `(${ill.length}) ` : '') + 'Container Monitor';
+};
+
+// Buttons that sort, in place of the first heading and behind the others.
+const headings = table => {
+  const columns = COLUMNS[table.dataset.scope], row = table.tHead.rows[0];
+  for (const name of Object.keys(columns)) {
+    const head = name === 'name' ? row.cells[0] : document.createElement('th');
+    const button = document.createElement('button');
+    Object.assign(button, {type: 'button', value: name, textContent: columns[name]});
+    button.addEventListener('click', () => {
+      upwards = sortBy === name ? !upwards : name === 'name';
+      sortBy = name;
+      arrange();
+    });
+    head.setAttribute('scope', 'col');
+    if (WIDE.includes(name)) head.className = 'wide';
+    head.replaceChildren(button);
+    row.append(head);
+    if (name === 'name') row.prepend(head);
+  }
+};
+
+const options = (select, values) => {
+  for (const value of Object.keys(values)) {
+    if (!value || [...select.options].some(option => option.value === value)) continue;
+    select.append(new Option(values[value], value));
+  }
+  select.parentNode.hidden = select.options.length < 2;
+};
+
+const fill = () => {
+  if (!form()) return;
+  const all = [...targets.values()].filter(target => target.scope === 'zone');
+  const present = values => values.sort().reduce((a, v) => Object.assign(a, {[v]: v}), {});
+  options(form().elements.group, present([].concat(...all.map(target => target.groups))));
+  options(form().elements.state, present(all.map(target => target.state)));
+};
+
+const home = '/' + (location.pathname === '/' ? location.search : '');
+
+// The other pages of a long list, and each minute what has changed on the server.
+let renewed = Date.now(), renewing = false;
+const renew = async first => {
+  renewing = true;
+  const present = new Set();
+  for (let path = home, rows = 0, whole = true; ; ) {
+    let page = document;
+    if (!first || path !== home) {
+      const answer = left() > 0 ? await ask(path) : null;
+      if (!answer || answer.status !== 200) break;
+      page = new DOMParser().parseFromString(answer.body, 'text/html');
+      adopt(page.querySelector('main'), true);
+    }
+    for (const row of page.querySelectorAll('tr[data-uuid]')) present.add(row.dataset.uuid);
+    const more = page.querySelector('a[rel=next]');
+    rows = present.size;
+    if (more && rows < MOST_ROWS) { path = more.getAttribute('href'); continue; }
+    whole = !more;
+    for (const target of whole ? targets.values() : [])
+      if (!present.has(target.uuid)) {
+        if (target.row) target.row.remove();
+        targets.delete(target.uuid);
+      }
+    for (const link of document.querySelectorAll('.pages')) link.hidden = whole;
+    break;
+  }
+  fill();
+  arrange();
+  renewed = Date.now();
+  renewing = false;
+};
+
+// --- one container or compute node
+
+const openOne = main => {
+  const {uuid, scope} = main.dataset;
+  let target = targets.get(uuid);
+  if (!target) targets.set(uuid, target = new Target(uuid, scope));
+  target.facts(main);
+  target.visible = true;
+  const charts = main.querySelector('.charts'), figures = [];
+  for (const name of Object.keys(SERIES[scope])) {
+    const figure = document.createElement('figure'), caption = document.createElement('figcaption');
+    const svg = chart(target, name, HOUR), said = document.createElement('b');
+    const axis = document.createElement('div');
+    axis.className = 'axis';
+    for (const words of ['60 min ago', '40', '20', 'now']) {
+      const tick = document.createElement('span');
+      tick.textContent = words;
+      axis.append(tick);
+    }
+    const most = document.createElement('small');
+    svg.setAttribute('tabindex', '0');
+    caption.append(SERIES[scope][name].title, most, said);
+    figure.append(caption, svg, axis);
+    charts.append(figure);
+    figures.push({svg, said, most});
+  }
+  shown = {main, uuid, figures};
+  const copy = main.querySelector('#copy');
+  if (copy && navigator.clipboard) {
+    copy.hidden = false;
+    copy.onclick = () => navigator.clipboard.writeText(main.querySelector('pre').textContent)
+      .then(() => put(copy, 'Copied'), () => put(copy, 'Select and copy it by hand'));
+  }
+  paintOne(target);
+};
+
+const openList = main => {
+  shown = {main};
+  if (!main.adopted) {
+    main.adopted = true;
+    adopt(main, false);
+    form().hidden = false;
+    form().addEventListener('input', event => {
+      if (event.target.name === 'sort') {
+        sortBy = event.target.value;
+        upwards = sortBy === 'name';
+      }
+      arrange();
+    });
+    form().addEventListener('submit', event => event.preventDefault());
+    for (const table of main.querySelectorAll('table')) headings(table);
+    options(form().elements.sort, COLUMNS.zone);
+    renew(true);
+  }
+  for (const target of targets.values()) {
+    if (target.row) { onScreen.unobserve(target.row); onScreen.observe(target.row); }
+    else target.visible = false;
+  }
+  arrange();
+};
+
+const open = main => {
+  unmark();
+  for (const target of targets.values()) target.visible = false;
+  document.title = (main.dataset.name ? main.dataset.name + ' – ' : '') + 'Container Monitor';
+  if (main.dataset.uuid) openOne(main); else openList(main);
+};
+
+// Links between the pages exchange <main>, so that the figures so far are kept.
+let list = null, scrolled = 0;
+const go = async path => {
+  let main = path === '/' ? list : null;
+  if (!main) {
+    const answer = await ask(path);
+    if (!answer || answer.status !== 200) {
+      if (answer) say(answer.body.trim());
+      return false;
+    }
+    main = new DOMParser().parseFromString(answer.body, 'text/html').querySelector('main');
+    document.adoptNode(main);
+  }
+  if (shown.main === list) scrolled = window.scrollY;
+  if (path === '/') list = main;
+  shown.main.replaceWith(main);
+  open(main);
+  window.scrollTo(0, main === list ? scrolled : 0);
+  main.querySelector('h2').focus({preventScroll: true});
+  return true;
+};
+
+document.addEventListener('click', async event => {
+  const link = event.target.closest && event.target.closest('a');
+  if (!link || event.button || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey ||
+      !/^\/(([cn]\/.+)|$)/.test(link.getAttribute('href'))) return;
+  event.preventDefault();
+  if (await go(link.getAttribute('href'))) history.pushState(null, '', link.getAttribute('href'));
+});
+window.addEventListener('popstate', () => go(location.pathname));
+
+// --- figures outlive a reload
+
+const KEPT = 'cmon-figures';
+window.addEventListener('pagehide', () => {
+  const kept = {};
+  for (const target of targets.values())
+    kept[target.uuid] = target.points.filter(point => point.at > Date.now() - FRAME);
+  try { sessionStorage.setItem(KEPT, JSON.stringify(kept)); } catch (error) { /* full: not kept */ }
+});
+
+// --- begin
+
+document.body.classList.add('on');
+const main = document.querySelector('main');
+if (location.pathname === '/') list = main;
+open(main);
+try {
+  const kept = JSON.parse(sessionStorage.getItem(KEPT)) || {};
+  for (const target of targets.values()) target.points = kept[target.uuid] || [];
+} catch (error) { /* none */ }
+
+setInterval(() => {
+  if (document.hidden || Date.now() < restUntil) return;
+  while (flying < AT_ONCE) {
+    const target = next();
+    if (!target) break;
+    poll(target);
+  }
+}, 200);
+setInterval(() => {
+  if (document.hidden) return;
+  for (const target of targets.values()) if (target.visible) paintAge(target);
+  summarise();
+}, 1000);
+setInterval(() => {                         // no row moves under the pointer or the keyboard
+  if (document.hidden || shown.uuid) return;
+  for (const target of targets.values()) paint(target);
+  const rows = shown.main.querySelector('tbody');
+  if (!shown.main.querySelector('tbody:hover') && !(rows && rows.contains(document.activeElement)))
+    arrange();
+  if (Date.now() - renewed > MINUTE && !renewing && Date.now() > restUntil) renew(false);
+}, 3000);
+
+})();
+"""
 
 
 # --- workers --------------------------------------------------------------------------------------

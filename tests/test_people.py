@@ -2,16 +2,20 @@
 """The page for people: small, closed, escaped, whole without script."""
 from __future__ import annotations
 
+import gzip
+import html
 import re
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
+from cmon_agent import USE
 from agents import ALICE, NODE_1, TLS, uuid, vm
 from cmon_proxy import (
-    Account, QuotaBucket, CSP, FleetRow, Grant, Identity, LastScrape, Node, PAGE_CSS, PAGE_JS,
-    QuotaSettings, ROWS_SHOWN, first_certificate, people_page, quota_limits_of, vm_of)
+    CSP, PAGE_CSS, PAGE_JS, ROWS_SHOWN, Account, FleetRow, Grant, Identity, LastScrape, Node,
+    QuotaBucket, QuotaSettings, compact, container_page, first_certificate, node_page, page_files,
+    people_page, quota_limits_of, vm_of)
 
 EVIL = "<script>alert('&\"x')</script>"
 
@@ -31,11 +35,13 @@ def granted(login: str = "alice", operator: bool = False) -> Grant:
     return Grant(Account(ALICE, login, {}, operator), None, identity)
 
 
+def bucket(login: str = "alice", **quota: Any) -> QuotaBucket:
+    return QuotaBucket(login, False, quota_limits_of(QuotaSettings(**quota), login, False), 0.0)
+
+
 def page(found: list[FleetRow], first: int = 0, nodes: Any = (), login: str = "alice",
-         **quota: Any) -> str:
-    limits = quota_limits_of(QuotaSettings(**quota), login, False)
-    allowance = QuotaBucket(login, False, limits, 0.0)
-    return people_page(found, first, granted(login), allowance, nodes, 100.0)
+         operator: bool = False, **more: Any) -> str:
+    return people_page(found, first, granted(login, operator), bucket(login), nodes, 100.0, **more)
 
 
 class Outline(HTMLParser):
@@ -52,54 +58,104 @@ class Outline(HTMLParser):
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
         self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in ("meta", "link"):
+        if tag not in ("meta", "link", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
-def test_the_largest_page_is_below_60_kb() -> None:
+def test_the_largest_page_is_below_40_kb() -> None:
     nodes = [(Node(uuid(n), f"compute-node-{n:04d}.example", None), n % 2 == 0)
-             for n in range(ROWS_SHOWN)]
-    assert len(page(rows(5000), 160, nodes).encode()) < 60_000
-    assert len(PAGE_JS) + len(PAGE_CSS) < 10_000
+             for n in range(10)]
+    assert len(page(rows(5000), 160, nodes, operator=True).encode()) < 40_000
+    sent = [page(rows(5000)), *(content for _, content in page_files())]
+    assert len(gzip.compress("".join(sent).encode())) < 20_000, "all of it, as browsers get it"
 
 
-def test_nothing_comes_from_elsewhere_and_nothing_is_inline() -> None:
-    outline = Outline(page(rows(3)))
-    assert "unsafe" not in CSP and "*" not in CSP and "default-src 'none'" in CSP
+def every_page() -> dict[str, str]:
+    """Each kind of page, with names that are hostile."""
+    found = rows(2, alias=EVIL, brand=EVIL, image_uuid=None)
+    found[0] = found[0]._replace(groups=(EVIL,))
+    node = Node(NODE_1, EVIL, ("10.0.0.1", 9163))
+    operator = granted(EVIL, True)
+    return {"overview": page(found, nodes=[(node, True), (node, False)], login=EVIL, operator=True,
+                             query={"groups": EVIL}, proxy=[(EVIL, EVIL)]),
+            "container": container_page(found[0], operator, bucket(), EVIL),
+            "node": node_page(node, False, [row.vm for row in found], operator, bucket())}
+
+
+@pytest.mark.parametrize("kind", ["overview", "container", "node"])
+def test_nothing_comes_from_elsewhere_and_nothing_is_inline(kind: str) -> None:
+    outline = Outline(every_page()[kind])
     for name, value in outline.attributes:
         assert name != "style" and not name.startswith("on")
         if name in ("src", "href"):
-            assert re.fullmatch(r"/[\w./?=-]*", value), value
+            assert re.fullmatch(r"/[\w./?=&%+-]*", value), value
+    assert outline.tags.count("script") == 1
+
+
+def test_script_and_style_come_from_here_alone() -> None:
+    assert "unsafe" not in CSP and "*" not in CSP and "default-src 'none'" in CSP
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", PAGE_JS + PAGE_CSS)
     assert "innerHTML" not in PAGE_JS and "eval" not in PAGE_JS
 
 
-def test_what_comes_from_outside_is_escaped() -> None:
-    found = rows(2, alias=EVIL, brand=EVIL)
-    text = page(found, nodes=[(Node(NODE_1, EVIL, None), True)], login=EVIL)
+@pytest.mark.parametrize("kind", ["overview", "container", "node"])
+def test_what_comes_from_outside_is_escaped(kind: str) -> None:
+    text = every_page()[kind]
     assert "<script>alert" not in text and "alert" in text
-    assert Outline(text).tags.count("script") == 1
 
 
 @pytest.mark.parametrize("first, shown, links", [
-    (0, ROWS_SHOWN, ["more"]), (ROWS_SHOWN, ROWS_SHOWN, ["before", "more"]),
-    (2 * ROWS_SHOWN, 7, ["before"]), (99_999, 0, ["before"])])
+    (0, ROWS_SHOWN, ["next"]), (ROWS_SHOWN, ROWS_SHOWN, ["previous", "next"]),
+    (2 * ROWS_SHOWN, 7, ["previous"]), (99_999, 0, ["previous"])])
 def test_long_lists_have_pages(first: int, shown: int, links: list[str]) -> None:
-    text = page(rows(2 * ROWS_SHOWN + 7), first)
+    text = page(rows(2 * ROWS_SHOWN + 7), first, query={"groups": "web"})
     assert text.count("<tr data-uuid=") == shown
-    assert re.findall(r'href="/\?from=\d+">(\w+)<', text) == links
+    assert re.findall(r'href="/\?groups=web&amp;from=\d+">(\w+)<', text) == links
 
 
-def test_a_stopped_container_has_neither_link_nor_charts() -> None:
+def test_containers_on_a_silent_node_come_first() -> None:
+    text = page(rows(6))
+    silent = [name for name in re.findall(r"machine-(\d+)-", text)]
+    assert silent == ["0000", "0003", "0001", "0002", "0004", "0005"]
+    assert "2 of 6 containers are on compute nodes that do not answer" in text
+
+
+def test_a_stopped_container_is_not_asked() -> None:
     text = page(rows(1, state="stopped", server_uuid=None))
-    assert "stopped" in text and "none yet" in text and "data-uuid" not in text
-    assert f"/v1/{uuid(1)}/metrics" not in text
+    assert "stopped" in text and "none yet" in text and "data-asks" not in text
 
 
-@pytest.mark.parametrize("per_minute, polls", [(1000, "60"), (100, "10"), (1, "1"), (0, "1")])
+@pytest.mark.parametrize("per_minute, polls", [(6000, "240"), (1000, "100"), (100, "10"), (1, "1"),
+                                               (0, "1")])
 def test_the_browser_asks_for_a_tenth_of_the_quota_at_the_most(per_minute: float, polls: str
                                                                ) -> None:
-    assert f'data-per-minute="{polls}"' in page(rows(1), per_minute=per_minute)
+    text = people_page(rows(1), 0, granted(), bucket(per_minute=per_minute), (), 100.0)
+    assert f'data-per-minute="{polls}"' in text
+
+
+def test_a_tenant_is_shown_nothing_of_nodes_and_the_proxy() -> None:
+    assert "Compute nodes" not in page(rows(1)) and "This proxy" not in page(rows(1))
+
+
+def test_the_scrape_configuration_is_for_this_container() -> None:
+    row = rows(1, alias="db: #1")[0]
+    text = html.unescape(container_page(row, granted(), bucket(), "cmon.example:9163"))
+    config = text.partition("<pre")[2].partition("</pre>")[0]
+    assert 'targets: ["cmon.example:9163"]' in config and 'job_name: "db: #1"' in config
+    assert f"metrics_path: /v1/{row.vm.uuid}/metrics" in config
+
+
+def test_the_use_table_is_whole_without_script() -> None:
+    text = container_page(rows(1)[0], granted(), bucket(), "cmon.example")
+    names = set(re.findall(r"<li>(\w+)</li>", text))
+    for use in USE:
+        if use.scope == "zone":
+            assert {*use.utilisation, *use.saturation, *use.errors} <= names
+
+
+def test_compact_takes_comments_and_indentation_away() -> None:
+    assert compact("a {\n  // why\n  b: 'x//y';  // kept\n\n}\n") == "a {\nb: 'x//y';  // kept\n}\n"
+    assert "`\n" not in PAGE_JS, "text over several lines would change"
