@@ -18,7 +18,7 @@ check:		## compile, ruff, mypy, manifests, metric rules
 	$(PYTHON) -m py_compile $(PROGRAMS)
 	$(call if_found,ruff,ruff check $(PROGRAMS) tests)
 	$(call if_found,mypy,mypy --strict $(PROGRAMS))
-	$(call if_found,xmllint,xmllint --noout --nonet --dtdvalid tests/smf.dtd smf/cmon-*.xml)
+	$(call if_found,xmllint,xmllint --noout --nonet --dtdvalid tests/smf.dtd smf/*.xml)
 	sh -n smf/cmon-agent-setup
 
 golden:		## rewrite tests/golden from the captures; then read the diff

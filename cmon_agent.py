@@ -694,6 +694,9 @@ class Commands:
     One that survives SIGKILL (it waits in the kernel for a dead disk) is not waited for; the next
     with the same key is refused until it has gone.
     """
+    # `svcadm refresh` hangs up on every process of the service, commands included. What is ignored
+    # stays ignored for all that is run from here; a mask alone is taken away by some shells.
+    DEAF = ("/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh")
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -710,14 +713,18 @@ class Commands:
                                    f"{self._now() - hanging[1]:.0f} s and cannot be killed")
             self._hanging.pop(key, None)
         began = self._now()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))     # until ignored
         try:
+            os.stat(argv[0])                # the shell would say it in words of its own
             process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                start_new_session=True, cwd="/", env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                                                      "LC_ALL": "C"})
+                [*self.DEAF, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, start_new_session=True, cwd="/",
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"})
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise CommandError(f"{argv[0]}: {reason.lower()}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with self._lock:
             self._running.add(process)
         try:
@@ -1262,9 +1269,6 @@ class Vm(NamedTuple):
     zonepath: str
 
 
-ADMIN_TAG = re.compile(r"admin(_rack_[a-z0-9_-]+)?", re.IGNORECASE)     # as triton-netconfig
-
-
 def vm_of(record: Any) -> Vm | None:
     """A VM object as far as it can be used; None without a zone name."""
     if not isinstance(record, dict):
@@ -1275,15 +1279,18 @@ def vm_of(record: Any) -> Vm | None:
         return sys.intern(value) if isinstance(value, str) else ""
     zone = word("zonename") or word("uuid")
     nics = record.get("nics")
-    found = [(ADMIN_TAG.fullmatch(str(nic.get("nic_tag"))) is None, ip.split("/")[0])
-             for nic in (nics if isinstance(nics, list) else ()) if isinstance(nic, dict)
-             for ip in (nic.get("ip"),) if isinstance(ip, str) and is_ip(ip.split("/")[0])]
-    found.sort(key=lambda pair: pair[0])    # platform services answer on the admin network
-    addresses = tuple(address for _, address in found)
+    # Asked are the platform's own services, where they listen: a tenant chooses tags, ports and
+    # addresses of what is his, and must not send the global zone there.
+    platform = record.get("owner_uuid") == ADMIN_UUID
+    addresses = tuple(
+        ip.split("/")[0] for nic in (nics if platform and isinstance(nics, list) else ())
+        if isinstance(nic, dict) and _ADMIN_TAG.fullmatch(str(nic.get("nic_tag")))
+        for ip in (nic.get("ip"),) if isinstance(ip, str) and is_ip(ip.split("/")[0]))
     if not zone:
         return None
     return Vm(zone, word("alias"), word("brand"), word("zone_state") or word("state"),
-              word("owner_uuid"), nic_labels(record), is_core(record), tuple(metric_ports(record)),
+              word("owner_uuid"), nic_labels(record), is_core(record),
+              tuple(metric_ports(record)) if platform else (),
               addresses, word("zonepath"))
 
 
@@ -1293,7 +1300,8 @@ class Vms:
     `answered`: whether it has told of all VMs; `absent`: nobody listens there (an old platform).
     What was learned of a VM is kept while vminfod is away.
     """
-    SILENCE_SECONDS = 660.0                 # it refreshes everything every 300 s
+    READY_SECONDS = 60.0                    # for the first event; the others may be hours apart
+    PROBES = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
     MAX_LINE = 64 << 20                     # the first event holds all VMs
 
     def __init__(self, url: str, random_source: Callable[[], float] = random.random) -> None:
@@ -1315,12 +1323,16 @@ class Vms:
     def stop(self) -> None:
         """Follow it no longer."""
         self._stopping.set()
+        try:
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass                            # it has just been closed
 
     def _follow(self, first: threading.Event) -> None:
         while not self._stopping.is_set():
             try:
                 self._listen(first)
-                self._backoff.reset()
                 self._told("it closed the stream of events")
             except ConnectionRefusedError:
                 self.absent = not self.answered
@@ -1339,15 +1351,20 @@ class Vms:
 
     def _listen(self, first: threading.Event) -> None:
         parts = urllib.parse.urlsplit(self._url)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80,
-                                                timeout=self.SILENCE_SECONDS)
-        connection.timeout = 5.0            # to connect
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=5.0)
         connection.connect()
         self.absent = False
         first.set()
         try:
             assert connection.sock is not None
-            connection.sock.settimeout(self.SILENCE_SECONDS)
+            self._socket = connection.sock
+            # A quiet stream is a good one: it has no heartbeat, so that a dead peer shows by
+            # the kernel's probes alone.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in self.PROBES:
+                if hasattr(socket, name):
+                    self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            self._socket.settimeout(self.READY_SECONDS)
             connection.request("GET", "/events")
             answer = connection.getresponse()
             if answer.status != 200:
@@ -1359,6 +1376,7 @@ class Vms:
                 if line.strip():
                     self._take(json.loads(line))
         finally:
+            self._socket = None
             connection.close()
 
     def _take(self, event: Any) -> None:
@@ -1371,6 +1389,9 @@ class Vms:
             if not isinstance(records, list):
                 raise ValueError("the first event has no list of VMs")
             self.replace(records)
+            self._backoff.reset()
+            if self._socket is not None:
+                self._socket.settimeout(None)
             log.info("vminfod tells of %s VMs", len(self.vms))
         elif kind in ("create", "modify"):
             vm = vm_of(event.get("vm"))
@@ -1438,9 +1459,9 @@ class Host:
         """What sysinfo says as JSON: from the file that the root set-up service leaves, else from
         the command, which works for root only; raises ConfigError."""
         if self._sysinfo_file and os.path.exists(self._sysinfo_file):
-            return read_json(self._sysinfo_file)
+            return read_sysinfo_file(self._sysinfo_file)
         try:
-            output = self.run("sysinfo", [], 10.0)
+            output = self.run("sysinfo", ("-f",), 30.0)
             if output.status:
                 raise CommandError(f"{self.commands_of['sysinfo']}: "
                                    + (output.stderr.strip() or f"exit {output.status}")[:200])
@@ -1448,6 +1469,16 @@ class Host:
         except (CommandError, ValueError, RecursionError) as error:
             raise ConfigError(f"neither {self._sysinfo_file} nor sysinfo can be read: {error}"
                               ) from None
+
+
+def read_sysinfo_file(path: str) -> Any:
+    """What sysinfo printed; raises ConfigError. Not strict: sysinfo folds the names of boot
+    parameters, so that a key may be there twice."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: " + (error.strerror or str(error) if isinstance(error, OSError)
+                                         else f"not JSON: {error}")) from None
 
 
 class _Frame(NamedTuple):
@@ -3064,9 +3095,6 @@ def nic_labels(vm: Any) -> dict[str, tuple[str, str]]:
     return labels
 
 
-MAX_PORTS = 16
-
-
 def metric_ports(vm: Any) -> list[int]:
     """The ports that a core zone's own metrics are at: customer_metadata.metricPorts."""
     ports = _members(_members(vm).get("customer_metadata")).get("metricPorts")
@@ -3077,7 +3105,7 @@ def metric_ports(vm: Any) -> list[int]:
         port = int(text_) if re.fullmatch(r"[0-9]{1,5}", text_) else 0
         if 0 < port < 65536 and port not in found:
             found.append(port)
-    return found[:MAX_PORTS]
+    return found
 
 
 # The account of the operator, the same in every Triton installation. Tags alone prove nothing:
@@ -5426,7 +5454,8 @@ INTERVAL_SHARE = 0.8            # of the interval at which one asker comes, so t
 STALE_SECONDS = 300.0           # last values older than this and three lifetimes are left out
 UNKNOWN_SECONDS = 1.0           # how long a zone that is not there is not looked for again
 NEW_DATASET_SECONDS = 30.0      # a zone that an older zfs list does not have asks for a new one
-NICS_SECONDS = 60.0             # how long links wait for a vminfod that does not know their zone
+NICS_SECONDS = 60.0             # how long links wait for a vminfod that is followed and does not
+                                # know their zone: vmadm does not manage it
 FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
 BURST_SECONDS = 30.0            # of the CPU budget may be used at once
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
@@ -6024,7 +6053,8 @@ class Scraper:
         if flight is None:                      # a refresh has dropped it
             return
         now = self.server.now()
-        self.inherited.collected.observe(now - flight.began, key.partition(" ")[0])
+        self.inherited.collected.observe(now - flight.began, "plugin" if key.startswith("plugin_")
+                                         else key.partition(" ")[0])
         if key == "zfs":
             self._take_datasets(results["zfs"], now)
         for page in flight.pages:
@@ -6306,7 +6336,8 @@ class Scraper:
                     if name in skipped:
                         continue
                     if name == "link" and not decided:
-                        results[name] = Waits("vminfod has not told of this zone's NICs yet")
+                        results[name] = Waits("vminfod has not told of this zone's NICs yet" + (
+                            f" ({problem})" if (problem := self.host.vms.problem) else ""))
                         continue
                     try:
                         families = zone_families(name, reading.kstats, context)
@@ -6324,22 +6355,21 @@ class Scraper:
               ) -> tuple[bool, Mapping[str, tuple[str, str]] | None]:
         """Whether it is decided what labels a zone's links carry, and their labels; None: none.
 
-        Decided once for each boot of a zone, since labels that come and go break every rate.
+        Labels that are known stay for the boot of the zone, since such as come and go break every
+        rate. Without them links wait as long as vminfod can be expected to know them.
         """
-        vms, key = self.host.vms, (zone, zone_id)
+        vms, key, now = self.host.vms, (zone, zone_id), self.server.now()
         vm = vms.vms.get(zone)
-        if key not in self._labels:
-            if vm is None and not vms.absent:
-                since = self._unlabelled.setdefault(key, self.server.now())
-                if not vms.answered or self.server.now() - since < NICS_SECONDS:
-                    return False, None
+        if vm is not None and (vm.nics or key not in self._labels):
             if len(self._labels) > 20_000:
                 self._labels.clear()
             self._unlabelled.pop(key, None)
-            self._labels[key] = None if vm is None else vm.nics
-        elif vm is not None and vm.nics and self._labels[key] is not None:
-            self._labels[key] = vm.nics     # those of a zone that vminfod has lost stay
-        return True, self._labels[key]
+            self._labels[key] = vm.nics
+        elif key not in self._labels and not vms.absent:
+            if vms.problem or not vms.answered:         # it is away: it may know when it is back
+                self._unlabelled[key] = now
+            return now - self._unlabelled.setdefault(key, now) >= NICS_SECONDS, None
+        return True, self._labels.get(key)
 
     # kstats of the compute node
 
@@ -7652,6 +7682,24 @@ def _textfile(folder: int, name: str, device: int) -> Any:
     return [f"larger than {TEXTFILE_BYTES} bytes"]
 
 
+def print_address(arguments: argparse.Namespace) -> int:
+    """`cmon_agent.py address FILE`, for the set-up service: where the agent will listen."""
+    try:
+        settings = load_agent(arguments)
+    except ConfigError as error:
+        complain("cmon_agent", error.problems)
+        return EXIT_USAGE
+    try:
+        address = settings.listen or admin_address(read_sysinfo_file(arguments.file))
+        if address is None:
+            raise ConfigError(f"{arguments.file}: no address on the admin network")
+    except ConfigError as error:
+        complain("cmon_agent", error.problems)
+        return 1
+    print(address)
+    return 0
+
+
 def agent_command_line() -> argparse.ArgumentParser:
     """The agent's flags."""
     parser = command_line("cmon_agent.py", "Serve the metrics of this compute node and its zones; "
@@ -7681,6 +7729,17 @@ def capture_command_line() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="settings as JSON")
     add("--libkstat", metavar="PATH", help="the library that kstats are read with")
     parser.set_defaults(listen=None, log_level=None, log_format=None, replay=None)
+    return parser
+
+
+def address_command_line() -> argparse.ArgumentParser:
+    """The flags of `address`."""
+    parser = argparse.ArgumentParser(
+        prog="cmon_agent.py address", allow_abbrev=False,
+        description="Print where the agent would listen; exit 1 while there is no address.")
+    parser.add_argument("file", metavar="FILE", help="what `sysinfo -f` printed")
+    parser.add_argument("--config", metavar="FILE", help="settings as JSON")
+    parser.set_defaults(listen=None, log_level=None, log_format=None, libkstat=None)
     return parser
 
 
@@ -7720,6 +7779,8 @@ def main(argv: Sequence[str] | None = None, code: types.CodeType | None = None) 
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["capture"]:
         return capture(capture_command_line().parse_args(words[1:]))
+    if words[:1] == ["address"]:
+        return print_address(address_command_line().parse_args(words[1:]))
     if words[:1] == ["textfiles"] and len(words) == 2:      # for the agent itself
         try:
             return read_textfiles(words[1])

@@ -510,7 +510,7 @@ class Node:
                 f"/usr/sbin/{NTP_PEERS}": good(self.ntp_peers(frame)),
                 f"/usr/sbin/{NTP_SYSTEM.format(41210)}": good(self.ntp_system(frame)),
                 f"/usr/sbin/{ZONEADM}": good(self.zoneadm()),
-                "/usr/bin/sysinfo": good(json.dumps(SYSINFO, indent=2) + "\n")}
+                "/usr/bin/sysinfo -f": good(json.dumps(SYSINFO, indent=2) + "\n")}
 
     def zfs(self, frame: int) -> str:
         """zfs list -Hp: ratios keep their x, a volume has no recordsize and no quota."""

@@ -299,16 +299,25 @@ def test_pools_shrink_and_grow() -> None:
 
 @pytest.mark.parametrize(("nics", "expected"), [
     ([{"ip": "10.99.0.4", "nic_tag": "external"}, {"ip": "10.20.0.4", "nic_tag": "admin"}],
-     ("10.20.0.4", "10.99.0.4")),
+     ("10.20.0.4",)),
     ([{"ip": "10.99.0.4", "nic_tag": "x"}, {"ip": "10.20.0.4", "nic_tag": "admin_rack_A1"}],
-     ("10.20.0.4", "10.99.0.4")),
-    ([{"ip": "dhcp", "nic_tag": "admin"}, {"ip": "10.99.0.4"}, {"ip": "fd00::1"}, 7],
-     ("10.99.0.4", "fd00::1")),
-    ([{"ip": "10.99.0.4", "nic_tag": "sysadmin"}, {"ip": "10.99.0.5", "nic_tag": None}],
-     ("10.99.0.4", "10.99.0.5"))])
+     ("10.20.0.4",)),
+    ([{"ip": "dhcp", "nic_tag": "admin"}, {"ip": "10.99.0.4"}, {"ip": "fd00::1"}, 7], ()),
+    ([{"ip": "10.99.0.4", "nic_tag": "sysadmin"}, {"ip": "10.99.0.5", "nic_tag": None}], ()),
+    (7, ())])
 def test_a_core_zone_is_asked_on_the_admin_network(nics: Any, expected: tuple[str, ...]) -> None:
-    vm = agent.vm_of({"uuid": WEB01, "nics": nics})
+    vm = agent.vm_of({"uuid": WEB01, "nics": nics, "owner_uuid": agent.ADMIN_UUID})
     assert vm is not None and vm.addresses == expected
+
+
+@pytest.mark.parametrize("tags", [{"manta_role": "loadbalancer"}, {"smartdc_role": "cmon"}])
+def test_a_tenant_cannot_send_the_global_zone_anywhere(tags: dict[str, str]) -> None:
+    """Tags, ports and even the tag of a NIC are there; the owner is not the platform."""
+    vm = agent.vm_of({
+        "uuid": WEB01, "owner_uuid": "2f6d1c1a-9d3c-4a55-8f0e-2b8f3f3b7a10", "tags": tags,
+        "customer_metadata": {"metricPorts": "8881"},
+        "nics": [{"ip": "10.20.0.4", "nic_tag": "admin"}]})
+    assert vm is not None and (vm.addresses, vm.ports, vm.core) == ((), (), False)
 
 
 def test_a_stopped_zone_is_gone_soon_even_with_long_lifetimes(

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 from support import ROOT
 
 MANIFESTS = sorted(path.name for path in (ROOT / "smf").glob("*.xml"))
-SERVICES = {"site/cmon-agent-setup": "cmon-agent.xml", "site/cmon-agent": "cmon-agent.xml",
-            "site/cmon-proxy": "cmon-proxy.xml",
+SERVICES = {"site/cmon-agent-setup": "container-monitor-agent.xml",
+            "site/cmon-agent": "container-monitor-agent.xml",
+            "site/cmon-original-off": "cmon-original-off.xml", "site/cmon-proxy": "cmon-proxy.xml",
             "site/cmon-forwarder": "cmon-forwarder.xml"}
 BASIC = {"file_link_any", "proc_info", "proc_session", "proc_fork", "proc_exec", "file_read",
          "file_write", "net_access"}
@@ -64,7 +66,7 @@ def test_manifest_follows_the_grammar(name: str) -> None:
 ], ids=["method without a timeout", "unknown restart_on", "method that startd does not know",
         "no working directory", "property without a type", "wrong order"])
 def test_the_grammar_refuses(before: str, after: str, tmp_path: Path) -> None:
-    text = (ROOT / "smf" / "cmon-agent.xml").read_text()
+    text = (ROOT / "smf" / "container-monitor-agent.xml").read_text()
     assert before in text
     broken = tmp_path / "broken.xml"
     broken.write_text(text.replace(before, after))
@@ -137,6 +139,18 @@ def test_agent_waits_for_the_setup() -> None:
     assert (setup.get("grouping"), setup.get("restart_on")) == ("require_all", "restart")
 
 
+def test_the_original_is_kept_off_by_a_service_of_its_own_and_its_files_are_not_ours() -> None:
+    """Triton's agent: cmon-agent.xml, svc:/smartdc/agent/cmon-agent, its log rotation."""
+    [dependent] = service("site/cmon-original-off").iter("dependent")
+    assert [fmri.get("value") for fmri in dependent] == ["svc:/smartdc/agent/cmon-agent"]
+    assert (dependent.get("grouping"), dependent.get("restart_on")) == ("exclude_all", "none")
+    assert startd("site/cmon-original-off") == {"duration": "transient"}
+    for name in ("site/cmon-agent-setup", "site/cmon-agent"):
+        assert not list(service(name).iter("dependent")), "both can run side by side"
+    assert "cmon-agent.xml" not in MANIFESTS
+    assert "-w cmon-agent " not in SETUP.read_text()
+
+
 def test_core_of_a_plugin_does_not_restart_the_agent() -> None:
     assert startd("site/cmon-agent") == {"duration": "contract", "ignore_error": "core"}
 
@@ -153,14 +167,16 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 
 
 def run_setup(tmp_path: Path, sysinfo: str, logadm: str = "echo \"$*\" >> \"$0.log\"\n",
-              ) -> "subprocess.CompletedProcess[str]":
+              *command: str) -> "subprocess.CompletedProcess[str]":
     tools = tmp_path / "bin"
     tools.mkdir(exist_ok=True)
     stand_in(tools, "sysinfo", sysinfo)
     stand_in(tools, "logadm", logadm)
     stand_in(tools, "chown", "echo \"$*\" >> \"$0.log\"\n")
+    stand_in(tools, "sleep", "echo \"$*\" >> \"$0.log\"\n")
     return subprocess.run(
-        ["/bin/sh", str(SETUP), str(tmp_path / "run"), "noaccess", "/var/svc/log/x.log"],
+        ["/bin/sh", str(SETUP), str(tmp_path / "run"), "noaccess", "/var/svc/log/x.log",
+         *(command or ("true",))],
         env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, universal_newlines=True)
 
@@ -178,9 +194,46 @@ def test_setup_leaves_sysinfo_for_the_agent_alone(tmp_path: Path) -> None:
 def test_setup_bounds_the_log(tmp_path: Path) -> None:
     run_setup(tmp_path, "echo '{}'\n")
     assert (tmp_path / "bin" / "logadm.log").read_text() == (
-        "-w cmon-agent -C 10 -s 5m -c /var/svc/log/x.log\n")
-    log = shlex.split(str(method("site/cmon-agent-setup", "start").get("exec")))[-1]
+        "-w container-monitor-agent -C 10 -s 5m -c /var/svc/log/x.log\n")
+    log = shlex.split(str(method("site/cmon-agent-setup", "start").get("exec")))[4]
     assert log == "/var/svc/log/site-cmon-agent:default.log"
+
+
+def test_setup_waits_for_an_address_that_comes_late(tmp_path: Path) -> None:
+    """DHCP: the third sysinfo has one. What tells is the agent, as the manifest has it."""
+    config = tmp_path / "agent.json"
+    config.write_text("{}")
+    words = shlex.split(str(method("site/cmon-agent-setup", "start").get("exec")))[5:]
+    assert words[:5] == ["/opt/tools/bin/python3.11", "-I", "-X", "utf8",
+                         "/opt/custom/cmon/cmon_agent.py"] and words[5:7] == ["address", "--config"]
+    assert method("site/cmon-agent-setup", "start").get("timeout_seconds") == "0"
+    done = run_setup(tmp_path, """[ "$1" = -f ] || exit 1
+echo x >> "$0.count"
+[ "$(wc -l < "$0.count")" -lt 3 ] && echo '{"Admin IP": "dhcp"}' || echo '{"Admin IP": "10.0.0.5"}'
+""", ":\n", sys.executable, "-I", str(ROOT / "cmon_agent.py"), "address", "--config", str(config))
+    assert done.returncode == 0
+    assert done.stdout.count("waiting for the node's address: ") == 1, done.stdout
+    assert "no address on the admin network" in done.stdout
+    assert (tmp_path / "bin" / "sleep.log").read_text() == "5\n5\n"
+    assert (tmp_path / "run" / "sysinfo.json").read_text() == '{"Admin IP": "10.0.0.5"}\n'
+
+
+@pytest.mark.parametrize("config, sysinfo, status, said", [
+    ("{}", '{"Admin IP": "10.0.0.5", "Boot_x": 1, "Boot_x": 2}', 0, "10.0.0.5"),
+    ('{"listen": "10.0.0.9:9164"}', '{"Admin IP": "dhcp"}', 0, "10.0.0.9:9164"),
+    ("{}", '{"Admin IP": "dhcp"}', 1, "no address on the admin network"),
+    ("{}", "no JSON", 1, "not JSON"), ("{}", "[]", 1, "no address on the admin network"),
+    ('{"listne": 1}', "{}", 2, "unknown setting"), ("", "{}", 2, "not JSON")],
+    ids=["a key twice", "listen says it", "DHCP", "no JSON", "a list", "a typing error", "empty"])
+def test_whether_there_is_an_address(config: str, sysinfo: str, status: int, said: str,
+                                     tmp_path: Path) -> None:
+    (tmp_path / "agent.json").write_text(config)
+    (tmp_path / "sysinfo.json").write_text(sysinfo)
+    done = subprocess.run(
+        [sys.executable, "-I", str(ROOT / "cmon_agent.py"), "address", "--config",
+         str(tmp_path / "agent.json"), str(tmp_path / "sysinfo.json")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    assert done.returncode == status and said in done.stdout and "Traceback" not in done.stdout
 
 
 def test_setup_goes_on_without_logadm(tmp_path: Path) -> None:

@@ -543,8 +543,12 @@ def core(machine: MakeMachine) -> Iterator[Callable[..., Machine]]:
         infos.append(info)
         info.behave = info.ready([{
             "zonename": CMON0, "uuid": CMON0, "alias": "cmon0", "tags": {"smartdc_role": "cmon"},
-            "owner_uuid": "930896af-bf8c-48d4-885c-6573a94b1853",
-            "nics": [{"interface": "net0", "ip": "127.0.0.1"}],
+            "owner_uuid": agent.ADMIN_UUID,
+            "nics": [{"interface": "net0", "ip": "127.0.0.1", "nic_tag": "admin"}],
+            "customer_metadata": {"metricPorts": ",".join(map(str, ports))}}, {
+            "zonename": WEB01, "uuid": WEB01, "alias": "web01", "tags": {"manta_role": "x"},
+            "owner_uuid": "2f6d1c1a-9d3c-4a55-8f0e-2b8f3f3b7a10",
+            "nics": [{"interface": "net0", "ip": "127.0.0.1", "nic_tag": "admin"}],
             "customer_metadata": {"metricPorts": ",".join(map(str, ports))}}])
         one = machine(vminfod=info.url, **settings)
         wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
@@ -572,6 +576,9 @@ def test_a_core_zones_own_metrics_are_on_its_page(core: Callable[..., Machine]) 
     assert value(page, "triton_core_metrics_available_boolean") == 0
     page = one.zone(CMON0)
     assert "http_requests_completed" in page, "nobody says: by role and owner"
+    asked = len(port.asked)
+    page = one.zone(WEB01, x_joyent_cmon_opts=CORE)
+    assert "http_requests_completed" not in page and len(port.asked) == asked, "a tenant's"
 
 
 def test_a_port_that_fails_costs_that_port(core: Callable[..., Machine]) -> None:

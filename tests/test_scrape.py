@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -1083,7 +1084,79 @@ def test_links_wait_for_a_vminfod_that_does_not_know_their_zone_yet_but_not_for_
     assert not down(page) and links(page) == BARE
     one.host.vms.vms = {LB01: agent_module.vm_of(vm(LB01, NET, OVERLAY))}
     one.pass_by(45.0)
-    assert links(one.page(path)) == BARE, "and so it stays"
+    assert links(one.page(path)) == LABELLED, "as soon as they are known"
+    one.host.vms.vms = {}
+    one.pass_by(45.0)
+    assert links(one.page(path)) == LABELLED, "and so it stays"
+
+
+def test_links_of_a_zone_that_is_new_while_vminfod_is_away_wait_until_it_is_back(
+        desk: Callable[..., Desk]) -> None:
+    one: Any = desk(kstats=node_kstats())
+    vms = one.host.vms
+    vms.absent, vms.answered, vms.problem = False, True, "it closed the stream of events"
+    path = f"/v1/{LB01}/metrics"
+    for _ in range(5):
+        assert down(one.page(path)) == {"link"}
+        one.pass_by(45.0)
+    assert "vminfod has not told of this zone&#x27;s NICs yet (it closed the stream of events)" in \
+        one.page("/")
+    vms.vms, vms.problem = {LB01: agent_module.vm_of(vm(LB01, NET, OVERLAY))}, ""
+    one.pass_by(10.0)
+    page = one.page(path)
+    assert not down(page) and links(page) == LABELLED
+
+
+def test_a_vminfod_that_says_nothing_for_long_is_still_followed(
+        machine: MakeMachine, vminfod: MakeVminfod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream has no heartbeat, so only the first event has a time limit."""
+    info = vminfod()
+    info.behave = info.ready([])
+    vms = agent_module.Vms(info.url)
+    monkeypatch.setattr(vms, "READY_SECONDS", 0.2)
+    vms.start()
+    wait_until(lambda: vms.answered)
+    assert vms._socket is not None and vms._socket.gettimeout() is None
+    assert vms._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    wait_until(lambda: info.streams)
+    info.tell({"type": "create", "zonename": LB01, "uuid": LB01, "vm": vm(LB01, NET)})
+    wait_until(lambda: LB01 in vms.vms)
+    assert len(info.asked) == 1 and not vms.problem
+    vms.stop()
+
+
+def test_a_vminfod_that_accepts_and_never_begins_is_given_up(
+        vminfod: MakeVminfod, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = vminfod()                                # it accepts, and says nothing
+    vms = agent_module.Vms(info.url)
+    monkeypatch.setattr(vms, "READY_SECONDS", 0.05)
+    vms.start()
+    wait_until(lambda: vms.problem)
+    assert not vms.answered and not vms.absent
+    vms.stop()
+
+
+def test_the_pause_before_another_try_is_short_again_after_a_good_stream(
+        vminfod: MakeVminfod) -> None:
+    info = vminfod()
+    pauses: list[float] = []
+    vms = agent_module.Vms(info.url, lambda: 0.5)
+    ready = info.ready([])
+
+    def behave(stream: Any) -> None:
+        if len(info.asked) == 4:
+            ready(stream)
+        stream.shutdown(socket.SHUT_RDWR)
+    info.behave = behave
+
+    def wait(seconds: float) -> bool:
+        pauses.append(seconds)
+        if len(pauses) == 6:
+            vms.stop()
+        return vms._stopping.is_set()
+    vms._stopping.wait = wait                       # type: ignore[method-assign,assignment]
+    vms._follow(threading.Event())
+    assert pauses == [1.0, 2.0, 4.0, 1.0, 2.0, 4.0]
 
 
 def test_labels_wait_for_a_vminfod_that_is_slow(machine: MakeMachine, vminfod: MakeVminfod
@@ -1116,7 +1189,7 @@ def test_labels_wait_for_a_vminfod_that_is_slow(machine: MakeMachine, vminfod: M
     assert links(one.zone(LB01)) == LABELLED
 
 
-def test_links_go_out_without_labels_where_nobody_listens_and_stay_so(
+def test_links_go_out_without_labels_where_nobody_listens(
         machine: MakeMachine, vminfod: MakeVminfod) -> None:
     port = free_port()
     one = machine(vminfod=f"http://127.0.0.1:{port}")
@@ -1126,7 +1199,7 @@ def test_links_go_out_without_labels_where_nobody_listens_and_stay_so(
     info.behave = info.ready(ready)
     wait_until(lambda: one.own("cmon_agent_vminfod_up") == 1)
     one.refresh()
-    assert links(one.zone(LB01)) == BARE, "as long as the zone runs"
+    assert links(one.zone(LB01)) == LABELLED, "asked for again, and known now"
     assert links(one.zone(WEB01)) == {link for link in LABELLED if "vnic0" in link}
 
 
@@ -1235,6 +1308,37 @@ def test_hangup_takes_good_settings_and_keeps_the_old_ones_for_bad(machine: Make
     one.agent.wait_for_log("the old settings stay: libkstat.*restart")
     assert not down(one.zone(LB01))
     clean(one)
+
+
+def test_hanging_up_on_all_processes_of_the_service_kills_no_command(machine: MakeMachine) -> None:
+    """As `svcadm refresh` does it: `:kill -HUP` goes to every process of the contract."""
+    one = machine(start=False)
+    words = {name: (one.commands / name).read_text() for name in ("zpool", "ntpq")}
+    gates = {name: one.commands / f"{name}.go" for name in words}
+    for name, script in words.items():
+        started = one.commands / f"{name}.started"
+        one.script(name, f"#!/bin/sh\n: > {started}\n(while ! [ -e {gates[name]} ]; do "
+                         f"sleep 0.02; done) || exit 9\n{script}")
+    one.start()
+    asked = threading.Thread(target=one.node, kwargs={"timeout": 1.0})
+    asked.start()
+    wait_until(lambda: all((one.commands / f"{name}.started").exists() for name in words))
+    tree = [one.agent.pid]
+    for pid in tree:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            tree += [int(child) for child in (task / "children").read_text().split()]
+    assert len(tree) >= 5, "two shells and what they run"
+    for pid in tree:
+        try:
+            os.kill(pid, signal.SIGHUP)
+        except ProcessLookupError:
+            continue                                # a sleep that was over
+    one.agent.wait_for_log("settings were reread")
+    for gate in gates.values():
+        gate.touch()
+    asked.join()
+    wait_until(lambda: not {"zpool", "ntp"} & down(one.node()))
+    assert not one.agent.log.count(" of gz fails: "), one.agent.log
 
 
 def test_a_budget_of_null_is_none(machine: MakeMachine) -> None:
