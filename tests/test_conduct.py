@@ -241,7 +241,8 @@ def test_a_capture_goes_without_what_blocks(machine: MakeMachine, tmp_path: Path
         text=True, timeout=60, check=False)
     assert ended.returncode == 0 and "tcp:5:tcp does not return" in ended.stderr
     names = {(kstat["module"], kstat["instance"]) for kstat
-             in json.loads(path.read_text())["frames"][0]["kstats"]}
+             in json.loads(path.read_text())["frames"][0]["kstats"]
+             if kstat["name"] != "tcpstat"}
     assert ("zone_vfs", 5) in names and ("tcp", 7) in names
     assert not {("tcp", 5), ("memory_cap", 5)} & names
 
