@@ -82,12 +82,13 @@ __version__ = "1.0.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
     "Backoff", "Breaker",
-    "Client", "ClientError", "ClientResponse", "command_line", "complain", "ConfigError", "COUNTER",
+    "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line", "complain",
+    "ConfigError", "COUNTER",
     "Deferred",
     "ExpositionError",
     "Family",
     "GAUGE", "gunzip", "gzip",
-    "HISTOGRAM", "HTML",
+    "HISTOGRAM", "HTML", "http_date",
     "is_address", "is_ip",
     "JSON",
     "label_text", "Labels", "LEVELS", "Listener", "load_settings", "log", "Loop",
@@ -97,8 +98,8 @@ __all__ = [     # what the other programs import
     "PAGE", "parse", "parse_address", "Pool", "prepare", "Prepared",
     "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
     "render", "Request", "Response", "Route", "run_daemon",
-    "Sample", "scrape_deadline", "Server", "setting", "start_logging", "stop_logging", "SUFFIXES",
-    "SUMMARY",
+    "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "start_logging",
+    "stop_logging", "SUFFIXES", "SUMMARY",
     "text",
     "USE", "Use", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
     "valid_label_name", "valid_metric_name",
@@ -4089,23 +4090,25 @@ def _body_length(headers: Mapping[str, str], limits: Limits) -> int:
     return int(length)
 
 
+SHORTEST_TIMEOUT = 0.1      # seconds; nothing is done in less but begun in vain
+_SECONDS = re.compile(r"(?=.{1,32}$)[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?")
+
+
 def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float:
     """Until when this scrape must be answered, on the clock of `now`.
 
     Prometheus says how long it waits; a tenth of it, half a second at most, is for the way back.
-    The proxy has taken that margin already. Raises Refused for a header that is no number.
+    The proxy has taken that margin already. A tenth of a second is the least that is kept to.
+    Raises Refused for a header that is no number.
     """
     word = request.headers.get("x-prometheus-scrape-timeout-seconds")
     if word is None:
         return now + default
-    try:
-        seconds = float(word) if len(word) <= 32 else math.nan
-    except ValueError:
-        seconds = math.nan
+    seconds = float(word) if _SECONDS.fullmatch(word) else math.nan
     if not 0 < seconds < math.inf:
         raise Refused(400, "X-Prometheus-Scrape-Timeout-Seconds is not a number of seconds above 0",
                       code="bad_timeout")
-    seconds = min(seconds, 3600.0)
+    seconds = min(max(seconds, SHORTEST_TIMEOUT), 3600.0)
     if "x-joyent-cmon-opts" in request.headers:
         return now + seconds
     return now + seconds - min(0.1 * seconds, 0.5)
@@ -4116,7 +4119,8 @@ _phrases = {status: entry[0] for status, entry in
 _date = (0, "")                             # the second and its text; any thread may renew it
 
 
-def _http_date() -> str:
+def http_date() -> str:
+    """The time as a Date header has it."""
     global _date
     second = int(time.time())
     if _date[0] != second:
@@ -4139,7 +4143,7 @@ def gzip(body: bytes) -> bytes:
 def _wire(response: Response, body: bytes, extra: str) -> bytes:
     more = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
     return (f"HTTP/1.1 {response.status} {_phrases.get(response.status, 'Unknown')}\r\n"
-            f"Date: {_http_date()}\r\nContent-Type: {response.content_type}\r\n{more}{extra}"
+            f"Date: {http_date()}\r\nContent-Type: {response.content_type}\r\n{more}{extra}"
             f"Content-Length: {len(body)}\r\n\r\n").encode("latin-1") + body
 
 

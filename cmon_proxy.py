@@ -28,11 +28,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import ctypes
 import dataclasses
 import datetime
 import difflib
-import functools
 import gc
 import hashlib
 import html
@@ -59,12 +59,12 @@ from typing import Any, Callable, NamedTuple, Union
 
 # The agent is the one file that must run alone, so it carries the kit that we share.
 from cmon_agent import (
-    COUNTER, GAUGE, HTML, JSON, PAGE, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Answer,
-    AnswerReader, Backoff, Breaker, Client, ClientError, ConfigError, Deferred, Family, Listener,
-    Pool, Prepared, Refused, Registry, Request, Response, Route, Sample, Server, __version__,
-    admin_address, at_least, command_line, complain, gunzip, is_address, is_ip, load_settings, log,
-    one_of, parse_address, prepare, read_json, register_process_metrics, render, run_daemon,
-    scrape_deadline, setting, text)
+    COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP,
+    UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError, ConfigError, Deferred,
+    Family, Listener, Pool, Prepared, Refused, Registry, Request, Response, Route, Sample, Server,
+    __version__, admin_address, at_least, call, command_line, complain, gunzip, http_date,
+    is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
+    register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -297,9 +297,7 @@ def refused(code: str, *headers: tuple[str, str], **fields: Any) -> Refused:
     return Refused(status, message.format(**shown), *headers, code=code)
 
 
-def answer_to(refusal: Refused) -> Response:
-    """A refusal as the answer that it becomes."""
-    return text(refusal.status, str(refusal), *refusal.headers)
+NOSNIFF = (("X-Content-Type-Options", "nosniff"),)      # what is text stays text in a browser
 
 
 def utc(seconds: float) -> str:
@@ -1088,6 +1086,7 @@ def server_context(certificate_file: str, key_file: str,
 
 # --- identity -------------------------------------------------------------------------------------
 
+KEPT_CERTIFICATES_BYTES = 8 << 20
 CLOCK_SKEW_SECONDS = 300.0      # certgen does not date back, and clocks differ
 STRONG_DIGESTS = frozenset(("sha224", "sha256", "sha384", "sha512", "sha3-256", "sha3-384",
                             "sha3-512"))
@@ -1136,10 +1135,48 @@ class Grant(NamedTuple):
         return self.account.operator and self.groups is None
 
 
-# A tenant's scraper shows one certificate on thousands of connections. Both functions are pure, so
-# their results are kept: half of what a new connection costs, and bounded at some 4 kB each.
-_known_certificate = functools.lru_cache(maxsize=1024)(certificate)
-_known_signature = functools.lru_cache(maxsize=1024)(signed_by)
+
+def held(value: Any) -> int:
+    """Bytes of a value and of all that it refers to: for caches."""
+    size = sys.getsizeof(value)
+    if isinstance(value, (tuple, frozenset)):
+        return size + sum(map(held, value))
+    for name in getattr(type(value), "__slots__", ()):
+        size += held(getattr(value, name))
+    return size
+
+
+def entry_size(key: Any, value: Any) -> int:
+    """What an entry of a cache holds."""
+    return held(key) + held(value)
+
+
+class Certificates:
+    """Certificates that were read and signatures that were checked. A tenant's scraper shows one
+    certificate on thousands of connections: remembering saves half of what a new one costs."""
+
+    def __init__(self) -> None:
+        self.cache: Cache[object, Certificate | bool] = Cache(
+            "certificates", KEPT_CERTIFICATES_BYTES, entry_size)
+
+    def read(self, der: bytes) -> Certificate:
+        """What it says; raises CertificateError."""
+        known = self.cache.get(der)
+        if not isinstance(known, Certificate):
+            known = certificate(der)
+            self.cache.put(der, known)
+        return known
+
+    def signed(self, cert: Certificate, key: PublicKey) -> bool:
+        """Whether this key has signed it."""
+        known = self.cache.get((cert.der, key))
+        if known is None:
+            known = signed_by(cert, key)
+            self.cache.put((cert.der, key), known)
+        return known is True
+
+
+certificates = Certificates()       # of all connections of this process
 
 
 class Identity:
@@ -1148,7 +1185,7 @@ class Identity:
     The account, its key and the dates are looked at again on every request: see `grant`.
     """
     __slots__ = ("login", "key_id", "cert", "dated", "strong", "refusal", "header", "granted",
-                 "policy", "_signed")
+                 "policy")
 
     def __init__(self, der: bytes | None) -> None:
         self.login = self.key_id = ""
@@ -1159,12 +1196,11 @@ class Identity:
         self.header = b""                       # F18: told in every answer
         self.granted: Grant | None = None    # the last one; good while its account is the same
         self.policy: Policy | None = None    # and the settings that it was judged by
-        self._signed: dict[PublicKey, bool] = {}
         if der is None:
             self.refusal = refused("no_certificate")
             return
         try:
-            self.cert = cert = _known_certificate(der)
+            self.cert = cert = certificates.read(der)
         except CertificateError as error:
             self.refusal = refused("bad_certificate", why=error)
             return
@@ -1185,15 +1221,6 @@ class Identity:
         if not self.login:
             self.refusal = refused("bad_certificate", why="its subject has no common name")
 
-    def vouched(self, key: PublicKey) -> bool:
-        """Whether the certificate is signed by this key; worked out once for each key."""
-        known = self._signed.get(key)
-        if known is None and self.cert is not None:
-            if len(self._signed) >= 8:          # MD5 can be made to collide: keep no more of them
-                self._signed.clear()
-            known = self._signed[key] = _known_signature(self.cert, key)
-        return bool(known)
-
 
 def check_dates(cert: Certificate, now: float) -> None:
     """Raises Refused outside the certificate's dates."""
@@ -1213,12 +1240,14 @@ class Policy(NamedTuple):
 def grant(identity: Identity, account: Account | None, policy: Policy, now: float) -> Grant:
     """What this certificate may do as this account, now; raises Refused.
 
-    Runs on every request. As long as the account is the very object that it was, only the dates
-    are looked at: accounts are immutable and replaced when anything in them changes.
+    The only door: called on every request, and again before an answer that took a while is handed
+    over. As long as the account is the very object that it was, only the dates are looked at:
+    accounts are immutable and replaced when anything in them changes.
     """
     cert = identity.cert
     if cert is None or identity.refusal is not None:
-        raise identity.refusal or refused("no_certificate")
+        # with_traceback: one object for all requests would collect the traces of all
+        raise (identity.refusal or refused("no_certificate")).with_traceback(None)
     if identity.dated or policy.by_ca:
         check_dates(cert, now)
     granted = identity.granted
@@ -1234,7 +1263,7 @@ def grant(identity: Identity, account: Account | None, policy: Policy, now: floa
     else:
         # an unknown account and one without the key read the same: logins are not to be guessed
         holder = account.keys.get(identity.key_id) if account is not None else None
-        if account is None or holder is None or not identity.vouched(holder.key):
+        if account is None or holder is None or not certificates.signed(cert, holder.key):
             raise refused("unknown_key", login=identity.login, key="MD5:" + identity.key_id)
     if policy.require_approved and not account.approved:
         raise refused("not_approved", login=identity.login)
@@ -1296,6 +1325,12 @@ class Vm(NamedTuple):
     hidden: bool = False            # NAT zones: not to be seen by anybody
     since: str = ""                 # when we learned this, ISO 8601
     source: str = ""
+    number: int = 0                 # 64-bit hash of the UUID: which shard it belongs to
+
+
+def number_of(uuid: str) -> int:
+    """A hash that spreads evenly whatever UUIDs look like, and stays the same for ever."""
+    return int.from_bytes(hashlib.blake2b(uuid.encode(), digest_size=8).digest(), "big")
 
 
 class Node(NamedTuple):
@@ -1345,7 +1380,8 @@ def vm_of(record: Any, source: str, since: str) -> Vm | None:
         groups=tuple(dict.fromkeys(word.strip() for word in words if word.strip())),
         role=_word(tags.get("manta_role")),
         core=bool(tags.get("smartdc_role") or tags.get("manta_role")),
-        hidden=tags.get("smartdc_role") == "nat", since=since, source=source)
+        hidden=tags.get("smartdc_role") == "nat", since=since, source=source,
+        number=number_of(uuid))
 
 
 class Inventory:
@@ -1364,6 +1400,10 @@ class Inventory:
         self.confirmed_at = time.time()
         self.max_age = float("inf")             # older than that, nobody is shown a page
         self.changed: list[Callable[[Vm | None, Vm | None], None]] = []
+
+    def target(self, uuid: str) -> Vm | Node | None:
+        """What has this UUID."""
+        return self.vms.get(uuid) or self.nodes.get(uuid)
 
     def generation(self, owner: str) -> tuple[int, int]:
         """Changes whenever a VM of this owner does."""
@@ -1477,6 +1517,10 @@ class Directory:
         if not self._ready:
             raise refused("inventory_not_ready")
         return self.accounts.get(login)
+
+    def recall(self, login: str, default: Account) -> Account | None:
+        """The account as it is known now, without waiting; `default` where nothing is known."""
+        return self.accounts.get(login) if self._ready else default
 
     def replace(self, accounts: dict[str, Account]) -> None:
         """All at once."""
@@ -2155,11 +2199,16 @@ class Mahi:
                 self._ask(login)
                 return known.account
         later = Deferred(self._server.now() + 2 * ACCOUNT_TIMEOUT,
-                      lambda: answer_to(refused("accounts_unreachable")))
+                      lambda: refused("accounts_unreachable").answer())
         if not self._ask(login):
             raise refused("accounts_unreachable")
         self._asking[login].append(later)
         return later
+
+    def recall(self, login: str, default: Account) -> Account | None:
+        """The account as it is known now, without waiting; `default` where nothing is known."""
+        known = self._known.get(login)
+        return known.account if known is not None else default
 
     def _ask(self, login: str) -> bool:
         if login not in self._asking:
@@ -2191,7 +2240,7 @@ class Mahi:
                 log.warning("accounts cannot be read: %s", problem)
             self._down_until = now + ACCOUNTS_DOWN_SECONDS
             if known is None or known.account is None or now - known.at >= STALE_ACCOUNT_SECONDS:
-                answer = answer_to(refused("accounts_unreachable"))     # never 401: we do not know
+                answer = refused("accounts_unreachable").answer()     # never 401: we do not know
         else:
             self.reads += 1
             self._down_until = float("-inf")
@@ -2246,7 +2295,7 @@ class Snapshot:
         """Whole or not at all; raises OSError. Blocks."""
         now = time.time()
         body = json.dumps({
-            "format": 1, "confirmed_at": confirmed_at, "manta_owner": manta_owner, "vms": vms,
+            "format": 2, "confirmed_at": confirmed_at, "manta_owner": manta_owner, "vms": vms,
             "nodes": nodes, "accounts": [
                 [account.uuid, account.login, account.operator, account.approved, now - age,
                  [[holder.key.line, holder.name] for holder in account.keys.values()]]
@@ -2267,7 +2316,7 @@ class Snapshot:
         content = json.loads(body)
         now = time.time()
         try:
-            if content["format"] != 1:
+            if content["format"] != 2:
                 raise ValueError("it is of another version")
             # interned, as vm_of does: most texts of 10,000 VMs are the same few
             vms = [Vm._make(tuple(value) if isinstance(value, list) else
@@ -2375,10 +2424,10 @@ class TritonSource:
                 continue
             self._refreshed[uuid] = now
             try:
-                port = self._proxy.forwarder.port(node)
-                head = (f"POST /v1/refresh HTTP/1.1\r\nHost: {port.host}\r\n"
+                upstream = self._proxy.upstreams.to(node)
+                head = (f"POST /v1/refresh HTTP/1.1\r\nHost: {upstream.host}\r\n"
                         "Content-Length: 0\r\n\r\n").encode()
-                port.ask(Job(head, now + 5.0, lambda reply, refusal: None))
+                upstream.ask(Job(head, now + 5.0, lambda reply, refusal: None))
             except Refused:
                 pass                        # it looks by itself, only later
 
@@ -2656,7 +2705,19 @@ class TritonSource:
 # --- quotas ---------------------------------------------------------------------------------------
 
 ADMITTED, OVER, REFUSED = 0, 1, 2       # below the limit, above it, above the hard one
-KEPT_ALLOWANCES = 20_000                # beyond, full ones are forgotten and their counts summed up
+KEPT_BUCKETS = 20_000                   # beyond, full ones are forgotten and their counts summed up
+
+
+class Cost(NamedTuple):
+    """What one request counts for: so many requests, and one more for so many containers that the
+    account has. Never more than half a burst, so that a full bucket always admits it."""
+    base: float
+    containers: float = math.inf
+
+
+# In requests, by kind; a relay is the unit. A list of a thousand containers takes the proxy's CPU
+# as long as ten relays, the fleet page and the page for people as long as forty.
+COSTS = {"page": Cost(1), "list": Cost(1, 100), "fleet": Cost(1, 25), "people": Cost(1, 25)}
 
 
 class QuotaLimits(NamedTuple):
@@ -2671,7 +2732,7 @@ class QuotaLimits(NamedTuple):
 
 
 def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> QuotaLimits:
-    """An account's terms; each of N replicas admits an N-th, so all together never more."""
+    """An account's limits; each of N replicas admits an N-th, so all together never more."""
     own = settings.accounts.get(login) or AccountQuota()
 
     def pick(mine: float | None, general: float) -> float:
@@ -2684,9 +2745,9 @@ def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> Quot
     hard_burst = burst * (hard / per_minute if per_minute > 0 else 1.0)
     share = settings.replicas
     return QuotaLimits(per_minute, per_minute / 60 / share, max(burst / share, 1.0),
-                       hard / 60 / share,
-                 max(hard_burst / share, 1.0), own.over_quota or settings.over_quota,
-                 own.exempt or (operator and settings.exempt_operators))
+                       hard / 60 / share, max(hard_burst / share, 1.0),
+                       own.over_quota or settings.over_quota,
+                       own.exempt or (operator and settings.exempt_operators))
 
 
 class QuotaBucket:
@@ -2699,11 +2760,11 @@ class QuotaBucket:
         self.soft, self.hard = terms.burst, terms.hard_burst
         self.requests = self.over = self.refused = self.stale = self.relays = self.bytes = 0
         self.cpu = 0.0
-        self.spent = 0              # since other workers were told
+        self.spent = 0.0            # since other workers were told
         self.weighed = 0.0          # work that has been booked as CPU time
 
-    def take(self, now: float) -> int:
-        """Count one request: ADMITTED, OVER or REFUSED."""
+    def take(self, now: float, cost: float = 1.0) -> int:
+        """Count one request of this cost: ADMITTED, OVER or REFUSED."""
         terms = self.terms
         elapsed = now - self.at
         self.requests += 1
@@ -2713,16 +2774,30 @@ class QuotaBucket:
             self.at = now
             self.soft = min(terms.burst, self.soft + elapsed * terms.rate)
             self.hard = min(terms.hard_burst, self.hard + elapsed * terms.hard_rate)
-        if self.hard < 1:
+        if cost > 1:
+            cost = max(1.0, min(cost, terms.burst / 2))
+        if self.hard < cost:
             self.refused += 1
             return REFUSED
-        self.hard -= 1
-        self.spent += 1
-        if self.soft >= 1:
-            self.soft -= 1
+        self.hard -= cost
+        self.spent += cost
+        if self.soft >= cost:
+            self.soft -= cost
             return ADMITTED
         self.over += 1
         return OVER
+
+    def copy(self) -> QuotaBucket:
+        """What is left now, for another thread to show."""
+        made = QuotaBucket(self.login, self.operator, self.terms, self.at)
+        made.soft, made.hard = self.soft, self.hard
+        return made
+
+    def limit_to(self, terms: QuotaLimits) -> None:
+        """New limits; what was used stays used."""
+        self.terms = terms
+        self.soft = min(self.soft, terms.burst)
+        self.hard = min(self.hard, terms.hard_burst)
 
     def debit(self, requests: float) -> None:
         """Other workers have admitted this many; the debt is bounded by one burst."""
@@ -2740,6 +2815,11 @@ class QuotaBucket:
             1 - self.soft, self.terms.rate)
         return max(1, min(int(missing / rate) + 1, 86400)) if rate > 0 else 86400
 
+    def refusal(self, hard: bool) -> Refused:
+        """Why a request is refused that is over the limit, or over the hard one."""
+        limit = (self.terms.hard_rate if hard else self.terms.rate) * 60
+        return refused("quota", ("Retry-After", str(self.wait(hard))), limit=round(limit, 3))
+
     def header(self) -> bytes:
         """What is left, as header lines."""
         terms = self.terms
@@ -2755,77 +2835,79 @@ class QuotaBucket:
 
 
 class Quotas:
-    """All accounts' allowances."""
+    """All accounts' buckets."""
 
     def __init__(self, settings: QuotaSettings, now: Callable[[], float]) -> None:
         self._settings, self._now = settings, now
-        self._allowances: dict[str, QuotaBucket] = {}
+        self._buckets: dict[str, QuotaBucket] = {}
         self._elsewhere: dict[str, tuple[float, float]] = {}    # other workers' accounts: debt, at
         self._forgotten = QuotaBucket("", False, quota_limits_of(settings, "", False), now())
         self._cpu = time.process_time()
 
     def of(self, account: Account) -> QuotaBucket:
-        """The account's allowance, new and full if it has none."""
-        found = self._allowances.get(account.uuid)
-        if found is None:
-            if len(self._allowances) >= KEPT_ALLOWANCES:
+        """The account's bucket, new and full if it has none."""
+        bucket = self._buckets.get(account.uuid)
+        if bucket is None:
+            if len(self._buckets) >= KEPT_BUCKETS:
                 self._forget()
-            found = self._allowances[account.uuid] = QuotaBucket(
-                account.login, account.operator,
-                quota_limits_of(self._settings, account.login, account.operator), self._now())
+            bucket = self._buckets[account.uuid] = QuotaBucket(
+                account.login, account.operator, self._limits(account), self._now())
             debt, at = self._elsewhere.pop(account.uuid, (0.0, 0.0))
-            found.debit(max(debt - (self._now() - at) * found.terms.rate, 0.0))
-        return found
+            bucket.debit(max(debt - (self._now() - at) * bucket.terms.rate, 0.0))
+        elif bucket.operator is not account.operator or bucket.login != account.login:
+            bucket.login, bucket.operator = account.login, account.operator
+            bucket.limit_to(self._limits(account))
+        return bucket
+
+    def _limits(self, account: Account | QuotaBucket) -> QuotaLimits:
+        return quota_limits_of(self._settings, account.login, account.operator)
 
     def reload(self, settings: QuotaSettings) -> None:
-        """New terms; what was used stays used."""
+        """New limits for all."""
         self._settings = settings
-        for allowance in self._allowances.values():
-            operator = settings.exempt_operators and allowance.operator
-            terms = allowance.terms = quota_limits_of(settings, allowance.login, operator)
-            allowance.soft = min(allowance.soft, terms.burst)
-            allowance.hard = min(allowance.hard, terms.hard_burst)
+        for bucket in self._buckets.values():
+            bucket.limit_to(self._limits(bucket))
 
     def _forget(self) -> None:
         total = self._forgotten
-        for uuid, one in list(self._allowances.items()):
-            if self._now() - one.at > 600:
-                del self._allowances[uuid]
+        for uuid, bucket in list(self._buckets.items()):
+            if self._now() - bucket.at > 600:
+                del self._buckets[uuid]
                 for name in ("requests", "over", "refused", "stale", "relays", "bytes", "cpu"):
-                    setattr(total, name, getattr(total, name) + getattr(one, name))
-        if len(self._allowances) >= KEPT_ALLOWANCES:    # all in use: start anew rather than grow
-            self._allowances.clear()
+                    setattr(total, name, getattr(total, name) + getattr(bucket, name))
+        if len(self._buckets) >= KEPT_BUCKETS:      # all in use: begin again rather than grow
+            self._buckets.clear()
 
     def book(self) -> None:
         """Divide the CPU time since the last call among accounts by the work that they caused."""
         now = time.process_time()
         elapsed, self._cpu = now - self._cpu, now
-        shares = [(one, one.weight() - one.weighed) for one in self._allowances.values()]
+        shares = [(bucket, bucket.weight() - bucket.weighed) for bucket in self._buckets.values()]
         total = sum(share for _, share in shares)
         if total <= 0:
             self._forgotten.cpu += elapsed      # nobody's: the loop itself
             return
-        for one, share in shares:
+        for bucket, share in shares:
             if share:
-                one.weighed += share
-                one.cpu += elapsed * share / total
+                bucket.weighed += share
+                bucket.cpu += elapsed * share / total
 
-    def spent(self) -> dict[str, int]:
+    def spent(self) -> dict[str, float]:
         """What was admitted since the last call, by account: for the other workers."""
-        found = {uuid: one.spent for uuid, one in self._allowances.items() if one.spent}
-        for uuid in found:
-            self._allowances[uuid].spent = 0
-        return found
+        spent = {uuid: bucket.spent for uuid, bucket in self._buckets.items() if bucket.spent}
+        for uuid in spent:
+            self._buckets[uuid].spent = 0.0
+        return spent
 
-    def debit(self, spent: Mapping[str, int]) -> None:
+    def debit(self, spent: Mapping[str, float]) -> None:
         """What other workers have admitted; also of accounts that have not been here so far."""
         now = self._now()
         for uuid, requests in spent.items():
-            one = self._allowances.get(uuid)
-            if one is not None:
-                one.debit(requests)
+            bucket = self._buckets.get(uuid)
+            if bucket is not None:
+                bucket.debit(requests)
                 continue
-            if len(self._elsewhere) >= KEPT_ALLOWANCES:
+            if len(self._elsewhere) >= KEPT_BUCKETS:
                 self._elsewhere.clear()
             debt, at = self._elsewhere.get(uuid, (0.0, now))
             left = max(debt - (now - at) * self._settings.per_minute / 60, 0.0)
@@ -2833,18 +2915,18 @@ class Quotas:
 
     def families(self, most: int = 500) -> list[Family]:
         """For the admin side: who causes what; the largest by name, the rest as one."""
-        ranked = sorted(self._allowances.values(), key=QuotaBucket.weight, reverse=True)
-        named = [(one.login, one) for one in ranked[:most]]
+        ranked = sorted(self._buckets.values(), key=QuotaBucket.weight, reverse=True)
+        named = [(bucket.login, bucket) for bucket in ranked[:most]]
         rest = [self._forgotten, *ranked[most:]]
 
         def family(name: str, help_text: str, members: Sequence[tuple[str, str]]) -> Family:
             samples: list[Sample] = []
-            for login, one in named:
+            for login, bucket in named:
                 for member, result in members:
                     labels = (("account", login),) + ((("result", result),) if result else ())
-                    samples.append(Sample(labels, getattr(one, member)))
+                    samples.append(Sample(labels, getattr(bucket, member)))
             for member, result in members:
-                total = sum(getattr(one, member) for one in rest)
+                total = sum(getattr(bucket, member) for bucket in rest)
                 if total:
                     labels = (("account", ""),) + ((("result", result),) if result else ())
                     samples.append(Sample(labels, total))
@@ -2866,65 +2948,59 @@ class Quotas:
 READ_BYTES = 65536              # most pages come in one read
 MAX_PAGE = 16 << 20             # bytes of a page, as it comes
 WAITING_PER_NODE = 512          # requests that wait for others to end, half of them one account's
-IDLE_LINK_SECONDS = 120.0       # shorter than the 360 s of agents
+IDLE_CONNECTION_SECONDS = 120.0     # shorter than the 360 s of agents
 SWEEP_SECONDS = 0.05
 SUSPECT_SECONDS = 2.0           # without a byte of an answer: ask the agent whether it is well
 PROBE_SECONDS = 1.0
+KEPT_HEADS_BYTES = 8 << 20      # of agents' answers
+LONGEST_KEPT_HEAD = 2048        # bytes; ours have some 200
 KEPT_COPIES_BYTES = 64 << 20    # last pages, for accounts that are over their quota
+MAX_COPY = 1 << 20              # bytes of a copy, with gzip taken off; larger pages are not kept
 KEEP_COPIES_BELOW = 0.9         # of the burst that is left: who is far from the limit needs none
-# Header lines that go from an agent to the tenant as they are; another one takes the slow path,
-# where what is hop by hop is dropped.
-PASSED = frozenset((b"content-type", b"content-encoding", b"vary", b"content-length",
-                    b"x-cmon-partial"))
-PASSED_SLOWLY = ("content-type", "content-encoding", "vary", "x-cmon-partial", "date")
-_PLAIN_START = b"HTTP/1.1 200 OK\r\nDate: "
-_PLAIN_REST = 54                # where the line behind the Date begins: RFC 9110 fixes its length
+_DATE = b"\r\nDate: "
+_DATE_END = len(_DATE) + 29     # RFC 9110 fixes the length of a date
+_PARTIAL = re.compile(r"[a-z0-9_]{1,64}(?:, ?[a-z0-9_]{1,64}){0,63}")
 
 
 class Reply(NamedTuple):
-    """An agent's answer, to be passed on: `head` ends in a line's end and lacks the empty line."""
+    """An agent's answer. Of its head nothing is passed on but what is here: no line of a node that
+    lies can reach a tenant."""
     status: int
-    head: bytes
     body: bytes
+    gzip: bool = False
+    partial: str = ""               # names of collectors that the page lacks
+
+    def lines(self) -> bytes:
+        """Our header lines for it, but for those that differ by client."""
+        return page_lines(self.gzip, self.partial, len(self.body))
 
 
-def plain_length(lines: bytes) -> int:
-    """The body's length when these header lines can be passed on as they are; else -1. Pure."""
-    length = -1
-    for line in lines.split(b"\r\n"):
-        if not line:
-            continue
-        name, colon, value = line.partition(b":")
-        lowered = name.lower()
-        if not colon or lowered not in PASSED:
-            return -1
-        if lowered == b"content-length":
-            word = value.strip()
-            if length != -1 or not word.isdigit() or len(word) > 9:
-                return -1
-            length = int(word)
-    return length if length <= MAX_PAGE else -1
+def page_lines(packed: bool, partial: str, length: int) -> bytes:
+    """The header lines of a page."""
+    return (f"Content-Type: {PAGE}\r\nX-Content-Type-Options: nosniff\r\nVary: Accept-Encoding\r\n"
+            + ("Content-Encoding: gzip\r\n" if packed else "")
+            + (f"X-Cmon-Partial: {partial}\r\n" if partial else "")
+            + f"Content-Length: {length}\r\n").encode()
 
 
-def passed_head(reader: AnswerReader, length: int) -> bytes:
-    """The head to pass on for one that was read: nothing that is hop by hop."""
-    lines = "".join([f"{name.title()}: {reader.headers[name]}\r\n" for name in PASSED_SLOWLY
-                     if name in reader.headers])
-    return f"HTTP/1.1 {reader.status} OK\r\n{lines}Content-Length: {length}\r\n".encode("latin-1")
+class AgentHead(NamedTuple):
+    """What an agent's head says, as far as it is believed."""
+    length: int                     # of the body; -1: read it the long way
+    gzip: bool = False
+    partial: str = ""
 
 
-def sized_head(head: bytes) -> tuple[int, bytes]:
-    """Body length and head to pass on for a 200 on a connection that stays; else a length of -1."""
-    reader = AnswerReader(max_body=MAX_PAGE)
-    try:
-        reader.feed(head)
-    except ClientError:
-        return -1, b""
-    word = reader.headers.get("content-length", "")
-    if reader.status != 200 or not reader.keep_alive or not word.isdigit() \
-            or "transfer-encoding" in reader.headers:
-        return -1, b""
-    return int(word), passed_head(reader, int(word))
+def read_head(reader: AnswerReader) -> AgentHead:
+    """The believed part of a head that was read; raises ClientError."""
+    coding = reader.headers.get("content-encoding", "").lower()
+    if coding not in ("", "identity", "gzip", "x-gzip"):
+        raise ClientError(f"its content coding {coding[:40]!r} was not asked for")
+    partial = reader.headers.get("x-cmon-partial", "")
+    length = reader.headers.get("content-length", "")
+    plain = (reader.status == 200 and reader.keep_alive and "transfer-encoding" not in
+             reader.headers and re.fullmatch("[0-9]{1,9}", length) and int(length) <= MAX_PAGE)
+    return AgentHead(int(length) if plain else -1, coding in ("gzip", "x-gzip"),
+                     partial if _PARTIAL.fullmatch(partial) else "")
 
 
 class Job:
@@ -2934,33 +3010,40 @@ class Job:
     def __init__(self, wire: bytes, deadline: float,
                  done: Callable[[Reply | None, Refused | None], None],
                  owner: str = "") -> None:
-        self.wire, self.deadline, self.done = wire, deadline, done
+        self.wire, self.deadline = wire, deadline
+        self.done: Callable[[Reply | None, Refused | None], None] | None = done
         self.owner = owner              # the account that it is for; "": ourselves
         self.retried = False
         self.given_up = False           # nobody waits for it any more
         self.slow = False               # its node was asked whether it is well
 
+    def finish(self, reply: Reply | None, refusal: Refused | None) -> None:
+        """Tell who asked; later calls are ignored. Dropping `done` avoids a reference cycle."""
+        done, self.done = self.done, None
+        if done is not None:
+            done(reply, refusal)
+
 
 class UpstreamConnection:
     """One connection to an agent, in the server's selector."""
-    __slots__ = ("port", "socket", "job", "since", "connecting", "used", "_pieces", "_missing",
+    __slots__ = ("upstream", "socket", "job", "since", "connecting", "used", "_pieces", "_missing",
                  "_head", "_reader")
 
-    def __init__(self, port: Upstream, job: Job, now: float) -> None:
-        self.port, self.since = port, now
+    def __init__(self, upstream: Upstream, job: Job, now: float) -> None:
+        self.upstream, self.since = upstream, now
         self.job: Job | None = job
         self.used = False               # an answer has come by it
         self._pieces: list[bytes] = []
         self._missing = 0
-        self._head = b""
+        self._head = AgentHead(-1)
         self._reader: AnswerReader | None = None
-        family = socket.AF_INET6 if ":" in port.address[0] else socket.AF_INET
+        family = socket.AF_INET6 if ":" in upstream.address[0] else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connecting = True
-        self.socket.connect_ex(port.address)    # what is wrong shows when it becomes writable
-        port.forwarder.server.loop.watch(self.socket, selectors.EVENT_WRITE, self.ready)
+        self.socket.connect_ex(upstream.address)    # what is wrong shows when it becomes writable
+        upstream.all.server.loop.watch(self.socket, selectors.EVENT_WRITE, self.ready)
 
     def ready(self, _mask: int) -> None:
         """The selector's call."""
@@ -2972,53 +3055,52 @@ class UpstreamConnection:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self.port.lost(self, error.strerror or str(error))
+            self.upstream.lost(self, error.strerror or str(error))
             return
         if self.job is None:            # idle: closed by the agent, or it says what nobody asked
-            self.port.lost(self, "")
+            self.upstream.lost(self, "")
         elif self._missing:
             self._more(data)
         elif self._reader is not None:
             self._read(data)
         elif not data:
-            self.port.lost(self, "it closed the connection without an answer")
+            self.upstream.lost(self, "it closed the connection without an answer")
         else:
             self._first(data)
 
     def _connected(self) -> None:
         error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            self.port.unreachable(self, os.strerror(error).lower())
+            self.upstream.unreachable(self, os.strerror(error).lower())
             return
         self.connecting = False
-        self.port.forwarder.server.loop.watch(self.socket, selectors.EVENT_READ, self.ready)
-        if self.job is not None:                # a link without one has been closed
+        self.upstream.all.server.loop.watch(self.socket, selectors.EVENT_READ, self.ready)
+        if self.job is not None:                # one without a job has been closed
             self.send(self.job)
 
     def send(self, job: Job) -> None:
         """Send a request; it is shorter than any socket's buffer."""
         self.job = job
-        self.since = self.port.forwarder.now()
+        self.since = self.upstream.all.now()
         try:
             sent = self.socket.send(job.wire)
         except OSError as error:
-            self.port.lost(self, error.strerror or str(error))
+            self.upstream.lost(self, error.strerror or str(error))
             return
         if sent != len(job.wire):
-            self.port.lost(self, "it does not read")
+            self.upstream.lost(self, "it does not read")
 
     def _first(self, data: bytes) -> None:
         """The first bytes of an answer; mostly they are all of it, with a head seen before."""
         end = data.find(b"\r\n\r\n") + 4
-        if end > _PLAIN_REST:
-            head = data[:end]
-            length, passed = self.port.forwarder.known_head(head)
-            missing = length - (len(data) - end)
-            if length >= 0 and missing == 0:
-                self.port.answered(self, Reply(200, passed or head[:-2], data[end:]))
+        if end > 4:
+            head = self.upstream.all.known_head(data[:end])
+            missing = head.length - (len(data) - end)
+            if head.length >= 0 and missing == 0:
+                self.upstream.answered(self, Reply(200, data[end:], head.gzip, head.partial))
                 return
-            if length >= 0 and missing > 0:
-                self._pieces, self._missing, self._head = [data[end:]], missing, passed or head[:-2]
+            if head.length >= 0 and missing > 0:
+                self._pieces, self._missing, self._head = [data[end:]], missing, head
                 return
         self._reader = AnswerReader(max_body=MAX_PAGE)
         self._read(data)
@@ -3026,12 +3108,13 @@ class UpstreamConnection:
     def _more(self, data: bytes) -> None:
         self._missing -= len(data)
         if not data or self._missing < 0:
-            self.port.lost(self, "it closed the connection in the middle of the answer")
+            self.upstream.lost(self, "it closed the connection in the middle of the answer")
             return
         self._pieces.append(data)
         if not self._missing:
             body, self._pieces = b"".join(self._pieces), []
-            self.port.answered(self, Reply(200, self._head, body))
+            self.upstream.answered(
+                self, Reply(200, body, self._head.gzip, self._head.partial))
 
     def _read(self, data: bytes) -> None:
         """Any other HTTP/1.1: chunks, other header lines, refusals."""
@@ -3043,33 +3126,33 @@ class UpstreamConnection:
             else:
                 reader.end()
                 done = True
+            if not done:
+                return
+            head = read_head(reader)
         except ClientError as error:
-            self.port.lost(self, str(error))
-            return
-        if not done:
+            self.upstream.lost(self, str(error))
             return
         self._reader = None
-        body = reader.body
-        reply = Reply(reader.status, passed_head(reader, len(body)), body)
-        self.port.answered(self, reply, reader.keep_alive)
+        self.upstream.answered(
+            self, Reply(reader.status, reader.body, head.gzip, head.partial), reader.keep_alive)
 
     def close(self) -> None:
         """End it."""
-        self.port.forwarder.server.loop.unwatch(self.socket)
+        self.upstream.all.server.loop.unwatch(self.socket)
         self.socket.close()
 
 
 class Upstream:
     """The way to one node's agent: its connections, who waits, and whether it answers at all."""
 
-    def __init__(self, forwarder: Upstreams, uuid: str, address: tuple[str, int]) -> None:
-        self.forwarder, self.uuid, self.address = forwarder, uuid, address
+    def __init__(self, upstreams: Upstreams, uuid: str, address: tuple[str, int]) -> None:
+        self.all, self.uuid, self.address = upstreams, uuid, address
         self.host = f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%d" % address
         self.idle: list[UpstreamConnection] = []    # the last used at the end: it is used next
-        self.busy = 0                           # requests under way
+        self.busy = 0                           # requests that the agent works for
         self.load: dict[str, int] = {}          # of these, by account
         self.waiting: list[Job] = []
-        self.breaker = Breaker(forwarder.now, forwarder.random, 3, first=5.0, longest=60.0)
+        self.breaker = Breaker(upstreams.now, upstreams.random, 3, first=5.0, longest=60.0)
         self.suspect = False                    # something has failed since the last answer
         self.failed_at = 0.0                    # wall clock, for people
         self.probing: UpstreamConnection | None = None
@@ -3085,15 +3168,15 @@ class Upstream:
             return
         waiting = len(self.waiting)
         if waiting >= WAITING_PER_NODE or (waiting >= WAITING_PER_NODE // 2 and sum(
-                one.owner == job.owner for one in self.waiting) >= WAITING_PER_NODE // 2):
+                other.owner == job.owner for other in self.waiting) >= WAITING_PER_NODE // 2):
             raise refused("node_busy", node=self.uuid)
         self.waiting.append(job)
-        self.forwarder.troubled.add(self)
+        self.all.troubled.add(self)
 
     def _admits(self, job: Job) -> bool:
         """Whether it may be sent now. An account whose containers are slow does not get the last
         quarter of what a node answers at once: that is for the others."""
-        most = self.forwarder.settings.max_in_flight
+        most = self.all.settings.max_in_flight
         return self.busy < most and (
             self.load.get(job.owner, 0) < most - most // 4 or not job.owner)
 
@@ -3101,51 +3184,55 @@ class Upstream:
         self.busy += 1
         self.load[job.owner] = self.load.get(job.owner, 0) + 1
         if self.idle:
-            link = self.idle.pop()
-            self.forwarder.links.add(link)
-            link.send(job)
+            connection = self.idle.pop()
+            self.all.active.add(connection)
+            connection.send(job)
         else:
             self._connect(job)
 
     def _connect(self, job: Job) -> None:
         try:
-            self.forwarder.links.add(UpstreamConnection(self, job, self.forwarder.now()))
+            self.all.active.add(UpstreamConnection(self, job, self.all.now()))
         except OSError as error:                # out of descriptors: not the node's fault
             self._release(job)
             log.warning("cannot open a connection to %s: %s", self.host, error)
-            job.done(None, refused("too_busy"))
+            job.finish(None, refused("too_busy"))
 
     def silent(self) -> Refused:
         """The refusal for a node that does not answer."""
         return refused("node_silent", node=self.uuid, since=utc(self.failed_at),
                        why=self.breaker.reason)
 
-    # what links report
+    # what connections report
 
-    def answered(self, link: UpstreamConnection, reply: Reply, keep: bool = True) -> None:
+    def answered(self, connection: UpstreamConnection, reply: Reply, keep: bool = True) -> None:
         """A whole answer has come."""
-        job = link.job
-        link.job = None
-        link.used = True
-        self.forwarder.links.discard(link)
-        if link is self.probing:
-            self._probed(link, None)
+        job = self._taken_from(connection)
+        connection.used = True
+        if connection is self.probing:
+            self._probed(connection, None)
             return
         self._release(job)
         if self.suspect:
             self._well()
         if keep:
-            link.since = self.forwarder.now()
-            self.idle.append(link)
+            connection.since = self.all.now()
+            self.idle.append(connection)
         else:
-            link.close()
+            connection.close()
         if self.waiting:
             self._next()
         if job is not None:
-            job.done(reply, None)
+            job.finish(reply, None)
+
+    def _taken_from(self, connection: UpstreamConnection) -> Job | None:
+        """The request that a connection had; it has none from now on."""
+        job, connection.job = connection.job, None
+        self.all.active.discard(connection)
+        return job
 
     def _release(self, job: Job | None) -> None:
-        """A request is no longer under way."""
+        """The agent no longer works for a request."""
         if job is not None:
             self.busy -= 1
             left = self.load[job.owner] - 1
@@ -3164,51 +3251,53 @@ class Upstream:
                 return
             self._start(self.waiting.pop(at))
 
-    def lost(self, link: UpstreamConnection, why: str) -> None:
-        """A connection has ended; a request that an idle one took with it is sent once more."""
-        job, link.job = link.job, None
-        link.close()
-        if link is self.probing:
-            self._probed(link, why)
+    def lost(self, connection: UpstreamConnection, why: str) -> None:
+        """A connection has ended. A request lost on a reused connection is retried once."""
+        job = self._taken_from(connection)
+        connection.close()
+        if connection is self.probing:
+            self._probed(connection, why)
             return
         if job is None:
-            if link in self.idle:
-                self.idle.remove(link)
+            if connection in self.idle:
+                self.idle.remove(connection)
             return
-        self.forwarder.links.discard(link)
-        if link.used and not job.retried and not job.given_up:
+        if connection.used and not job.retried and not job.given_up and job.done is not None:
             job.retried = True
             self._connect(job)
             return
         self._release(job)
-        self._ill(f"{why}")
-        job.done(None, self.silent() if self.breaker.open else
-                 refused("node_error", node=self.uuid, why=why))
+        self._ill(why)
+        job.finish(None, self.silent() if self.breaker.open else
+                   refused("node_error", node=self.uuid, why=why))
         self._next()
 
-    def unreachable(self, link: UpstreamConnection, why: str) -> None:
+    def unreachable(self, connection: UpstreamConnection, why: str) -> None:
         """A connection could not be made."""
-        job, link.job = link.job, None
-        link.close()
-        self.forwarder.links.discard(link)
-        if link is self.probing:
-            self._probed(link, why)
+        job = self._taken_from(connection)
+        connection.close()
+        if connection is self.probing:
+            self._probed(connection, why)
             return
         self._release(job)
         self._ill(why)
         if job is not None:
-            job.done(None, self.silent())
+            job.finish(None, self.silent())
         self._next()
 
-    def late(self, link: UpstreamConnection) -> None:
-        """The answer has not come in time: those who waited have been told already."""
-        job, link.job = link.job, None
-        link.close()
-        self.forwarder.links.discard(link)
+    def late(self, job: Job) -> None:
+        """The answer has not come in time. Whoever waits is told; the slot stays taken until the
+        answer is in or the connection closed, since the agent still works for it."""
+        job.finish(None, refused("deadline", node=self.uuid))
+        self.probe()
+
+    def abandon(self, connection: UpstreamConnection) -> None:
+        """No answer for as long as any may take: close the connection."""
+        job = self._taken_from(connection)
+        connection.close()
         self._release(job)
         if job is not None:
-            job.done(None, refused("deadline", node=self.uuid))
-        self.probe()
+            self.late(job)
         self._next()
 
     # whether the node is well
@@ -3229,17 +3318,15 @@ class Upstream:
             log.warning("node %s (%s) does not answer: %s", self.uuid, self.host, why)
             waiting, self.waiting = self.waiting, []
             for job in waiting:
-                job.done(None, self.silent())
-            for link in self.idle:
-                link.close()
-            self.idle = []
-        self.forwarder.troubled.add(self)
+                job.finish(None, self.silent())
+            self.close()
+        self.all.troubled.add(self)
 
     def probe(self) -> None:
         """Ask the agent whether it is well, on a connection of its own, off the tenants' path."""
         if self.probing is not None:
             return
-        now = self.forwarder.now()
+        now = self.all.now()
         head = f"GET /-/healthy HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n"
         job = Job(head.encode(), now + PROBE_SECONDS, lambda reply, refusal: None)
         try:
@@ -3247,16 +3334,14 @@ class Upstream:
         except OSError as error:
             log.warning("cannot probe %s: %s", self.host, error)
             return
-        self.forwarder.links.add(self.probing)
-        self.forwarder.troubled.add(self)
+        self.all.active.add(self.probing)
+        self.all.troubled.add(self)
 
-    def _probed(self, link: UpstreamConnection, why: str | None) -> None:
+    def _probed(self, connection: UpstreamConnection, why: str | None) -> None:
         """The end of a probe: any answer at all is a good one."""
         self.probing = None
-        self.probe_after = self.forwarder.now() + PROBE_SECONDS / 4
-        self.forwarder.links.discard(link)
-        link.job = None
-        link.close()
+        self.probe_after = self.all.now() + PROBE_SECONDS / 4
+        connection.close()
         if why is None:
             self._well()
         else:
@@ -3268,7 +3353,7 @@ class Upstream:
             kept: list[Job] = []
             for job in self.waiting:
                 if job.given_up or now > job.deadline:
-                    job.done(None, refused("deadline", node=self.uuid))
+                    job.finish(None, refused("deadline", node=self.uuid))
                 else:
                     kept.append(job)
             self.waiting = kept
@@ -3281,180 +3366,167 @@ class Upstream:
         return bool(self.waiting or self.suspect or self.probing is not None)
 
     def close(self) -> None:
-        """The node is gone, or has another address; what is under way may end."""
-        for link in self.idle:
-            link.close()
+        """The node is gone, silent, or has another address; what is under way may end."""
+        for connection in self.idle:
+            connection.close()
         self.idle = []
 
 
 class Upstreams:
-    """All ports, and the one sweep that keeps their deadlines."""
+    """All nodes' agents, and the one sweep that keeps their deadlines."""
 
-    def __init__(self, server: Server, settings: AgentSettings,
+    def __init__(self, server: Server, registry: Registry, settings: AgentSettings,
                  random: Callable[[], float]) -> None:
         self.server, self.settings, self.random = server, settings, random
         self.now = server.now
-        self.ports: dict[str, Upstream] = {}
-        self.links: set[UpstreamConnection] = set()           # those with a request under way
-        self.troubled: set[Upstream] = set()        # those the sweep must look at
-        self._lengths: dict[bytes, int] = {}    # of header lines that were seen
-        self._heads: dict[bytes, tuple[int, bytes]] = {}    # of other agents' heads
+        self.by_node: dict[str, Upstream] = {}
+        self.active: set[UpstreamConnection] = set()    # those with a request under way
+        self.troubled: set[Upstream] = set()            # those the sweep must look at
+        self._heads: Cache[bytes, AgentHead] = Cache("agent heads", KEPT_HEADS_BYTES, entry_size)
+        registry.caches.append(self._heads)
         server.loop.every(SWEEP_SECONDS, self._sweep)
         server.loop.every(5.0, self._sweep_idle)
 
-    def port(self, node: Node) -> Upstream:
-        """The way to a node; raises Refused while its address is not known."""
-        port = self.ports.get(node.uuid)
-        if port is None or port.address != node.address:
+    def to(self, node: Node) -> Upstream:
+        """The way to a node's agent; raises Refused while its address is not known."""
+        upstream = self.by_node.get(node.uuid)
+        if upstream is None or upstream.address != node.address:
             if node.address is None:
                 raise refused("node_unknown", node=node.uuid)
-            if port is not None:
-                port.close()
-            port = self.ports[node.uuid] = Upstream(self, node.uuid, node.address)
-        return port
+            if upstream is not None:
+                upstream.close()
+            upstream = self.by_node[node.uuid] = Upstream(self, node.uuid, node.address)
+        return upstream
 
-    def known_head(self, head: bytes) -> tuple[int, bytes]:
-        """Body length of an answer with this head, or -1 for one that takes the slow path; and the
-        head to pass on, where it is another. Read once for as long as it stays the same."""
-        if head.startswith(_PLAIN_START):       # as our agents write it: all but the date is known
-            lines = head[_PLAIN_REST:]
-            length = self._lengths.get(lines)
-            if length is None:
-                length = plain_length(lines)
-                if len(self._lengths) >= 8192:
-                    self._lengths.clear()
-                self._lengths[lines] = length
-            if length >= 0:
-                return length, b""
-        known = self._heads.get(head)
-        if known is None:
-            if len(self._heads) >= 2048:
-                self._heads.clear()
-            known = self._heads[head] = sized_head(head)
-        return known
+    def suspects(self) -> frozenset[str]:
+        """Nodes that have not answered of late."""
+        return frozenset([upstream.uuid for upstream in self.troubled if upstream.suspect])
+
+    def known_head(self, raw: bytes) -> AgentHead:
+        """What a head says. It is read once for as long as all but its date stays the same."""
+        at = raw.find(_DATE)
+        if at > 0 and raw[at + _DATE_END:at + _DATE_END + 2] == b"\r\n":
+            raw = raw[:at] + raw[at + _DATE_END:]
+        known = self._heads.get(raw)
+        if known is not None:
+            return known
+        reader = AnswerReader(max_body=MAX_PAGE)
+        try:
+            reader.feed(raw)
+            head = read_head(reader)
+        except ClientError:
+            head = AgentHead(-1)            # what is wrong is said when the whole answer is read
+        if len(raw) <= LONGEST_KEPT_HEAD:
+            self._heads.put(raw, head)
+        return head
 
     def retain(self, nodes: Mapping[str, Node]) -> None:
         """Forget nodes that are gone."""
-        for uuid in [uuid for uuid in self.ports if uuid not in nodes]:
-            self.ports.pop(uuid).close()
+        for uuid in [uuid for uuid in self.by_node if uuid not in nodes]:
+            self.by_node.pop(uuid).close()
 
     def _sweep(self) -> None:
         now = self.now()
         connect_before = now - self.settings.connect_timeout
-        for link in list(self.links):
-            job = link.job
+        sent_before = now - self.settings.timeout - SWEEP_SECONDS
+        for connection in list(self.active):
+            job, upstream = connection.job, connection.upstream
             if job is None:
                 continue
-            if link.connecting and link.since < connect_before:
-                link.port.unreachable(link, "connection timed out")
-            elif now > job.deadline:
-                if link is link.port.probing:
-                    link.port.lost(link, "no answer")
+            if connection.connecting and connection.since < connect_before:
+                upstream.unreachable(connection, "connection timed out")
+            elif connection is upstream.probing:
+                if now > job.deadline:
+                    upstream.lost(connection, "no answer")
+            elif connection.since < sent_before:
+                upstream.abandon(connection)
+            elif now > job.deadline and job.done is not None:
+                if connection.connecting:
+                    upstream.abandon(connection)
                 else:
-                    link.port.late(link)
-            elif not job.slow and now - link.since > SUSPECT_SECONDS:
+                    upstream.late(job)
+            elif not job.slow and now - connection.since > SUSPECT_SECONDS:
                 job.slow = True
-                link.port.probe()
-        for port in list(self.troubled):
-            if not port.sweep(now):
-                self.troubled.discard(port)
+                upstream.probe()
+        for upstream in list(self.troubled):
+            if not upstream.sweep(now):
+                self.troubled.discard(upstream)
 
     def _sweep_idle(self) -> None:
-        before = self.now() - IDLE_LINK_SECONDS
-        for port in self.ports.values():
-            if port.idle and port.idle[0].since < before:
-                for link in port.idle:
-                    if link.since < before:
-                        link.close()
-                port.idle = [link for link in port.idle if link.since >= before]
+        before = self.now() - IDLE_CONNECTION_SECONDS
+        for upstream in self.by_node.values():
+            if upstream.idle and upstream.idle[0].since < before:
+                for connection in upstream.idle:
+                    if connection.since < before:
+                        connection.close()
+                upstream.idle = [connection for connection in upstream.idle
+                                 if connection.since >= before]
 
     def families(self) -> list[Family]:
         """For the admin side."""
-        ports = sorted(self.ports.values(), key=lambda port: port.uuid)
+        upstreams = sorted(self.by_node.values(), key=lambda upstream: upstream.uuid)
 
         def family(name: str, help_text: str, value: Callable[[Upstream], float]) -> Family:
             return Family(name, GAUGE, help_text, [
-                Sample((("server", port.uuid),), value(port)) for port in ports])
+                Sample((("server", upstream.uuid),), value(upstream)) for upstream in upstreams])
         return [
             family("cmon_proxy_node_up", "Whether the node's agent answers (1) or the breaker is "
-                   "open (0).", lambda port: int(not port.breaker.open)),
-            family("cmon_proxy_node_in_flight", "Requests under way to the node.",
-                   lambda port: port.busy),
+                   "open (0).", lambda upstream: int(not upstream.breaker.open)),
+            family("cmon_proxy_node_in_flight", "Requests that the node's agent works for.",
+                   lambda upstream: upstream.busy),
             family("cmon_proxy_node_waiting", "Requests that wait for one under way to end.",
-                   lambda port: len(port.waiting)),
+                   lambda upstream: len(upstream.waiting)),
             family("cmon_proxy_node_idle_connections", "Kept connections to the node.",
-                   lambda port: len(port.idle)),
+                   lambda upstream: len(upstream.idle)),
         ]
 
 
-class Copy:
+class Copy(NamedTuple):
     """The last page of a container, for an account that is over its quota."""
-    __slots__ = ("owner", "reply", "at", "_shown", "_shown_age")
+    owner: str
+    reply: Reply
+    at: float
 
-    def __init__(self, owner: str, reply: Reply, at: float) -> None:
-        self.owner, self.reply, self.at = owner, reply, at
-        self._shown: Prepared | None = None
-        self._shown_age = -1
-
-    def answer(self, now: float) -> Prepared:
-        """The page with its age, made at most once a second."""
-        age = int(now - self.at)
-        if self._shown is None or self._shown_age != age:
-            body = self.reply.body
-            if b"content-encoding: gzip" in self.reply.head.lower():
-                body = gunzip(body, MAX_PAGE)
-            more = render([
-                Family("cmon_quota_limited", GAUGE, "Whether this page is an old copy because the "
-                       "account is over its quota.", [Sample((), 1)]),
-                Family("cmon_page_age_seconds", GAUGE, "Age of this copy in the proxy; the sample "
-                       "ages in it are those of its time.", [Sample((), age)])])
-            self._shown = prepare(Response(200, body + more.encode(), PAGE, (("Age", str(age)),)))
-            self._shown_age = age
-        return self._shown
-
-
-class Copies:
-    """Last pages, the oldest dropped when they are too many bytes."""
-
-    def __init__(self, limit: int = KEPT_COPIES_BYTES) -> None:
-        self._limit = limit
-        self._copies: dict[tuple[str, bool], Copy] = {}     # the oldest first
-        self._bytes = 0
-
-    def keep(self, key: tuple[str, bool], copy: Copy) -> None:
-        """A newer page."""
-        self.drop(key)
-        self._copies[key] = copy
-        self._bytes += len(copy.reply.body)
-        while self._bytes > self._limit:
-            self.drop(next(iter(self._copies)))
-
-    def drop(self, key: tuple[str, bool]) -> None:
-        """Forget one."""
-        old = self._copies.pop(key, None)
-        if old is not None:
-            self._bytes -= len(old.reply.body)
-
-    def get(self, uuid: str, core: bool, owner: str) -> Copy | None:
-        """The page, if it was fetched for this owner: a new one does not see the old one's."""
-        copy = self._copies.get((uuid, core))
-        return copy if copy is not None and copy.owner == owner else None
+    def page(self, age: int) -> Response | None:
+        """The page with its age; None when its gzip is no good. For any thread."""
+        body = self.reply.body
+        if self.reply.gzip:
+            try:
+                body = gunzip(body, MAX_COPY)
+            except ClientError:
+                return None
+        more = render([
+            Family("cmon_quota_limited", GAUGE, "Whether this page is an old copy because the "
+                   "account is over its quota.", [Sample((), 1)]),
+            Family("cmon_page_age_seconds", GAUGE, "Age of this copy in the proxy; the sample "
+                   "ages in it are those of its time.", [Sample((), age)])])
+        between = b"" if body.endswith(b"\n") else b"\n"
+        return Response(200, body + between + more.encode(), PAGE, (("Age", str(age)), *NOSNIFF))
 
 
 # --- routes ---------------------------------------------------------------------------------------
 
 MOST_SHARDS = 1024
-INLINE_ROWS = 200               # larger answers are made by a worker, so that the loop goes on
-KEPT_ANSWERS_BYTES = 16 << 20   # of discovery answers, by account and parameters
-RELAY_HEADS = 65_536            # prepared request heads
+INLINE_ROWS = 50                # longer lists are made in a thread, so that the loop goes on
+BUILDERS = 2                    # threads for them; an account has one at a time
+BUILDS_WAITING = 64             # of one account
+BUILD_SECONDS = 9.0             # until a list that is not ready is refused
+BUILD_STALE_SECONDS = 3.0       # a list that took longer is refused if the inventory has changed
+KEPT_ANSWERS_BYTES = 16 << 20   # of lists and old copies as they are sent
+KEPT_TIMEOUTS_BYTES = 64 << 10
 OWN_NAMES = frozenset(("localhost", ""))
 RESULTS = ("ok", "partial", "timeout", "unreachable", "quota", "refused")
 
 
-def shard_of(uuid: str, count: int) -> int:
-    """The shard of a target, from 0; rendezvous hashing: one shard more moves one in count + 1."""
-    return max(range(count), key=lambda shard: hashlib.blake2b(
-        f"{uuid}/{shard}".encode(), digest_size=8).digest())
+def shard_of(number: int, count: int) -> int:
+    """The shard, from 0, of what has this 64-bit hash: jump consistent hashing (Lamping, Veach
+    2014). One shard more moves one in count + 1; the time grows with the logarithm of the count."""
+    shard, next_shard = 0, 0
+    while next_shard < count:
+        shard = next_shard
+        number = (number * 2862933555777941757 + 1) & 0xFFFFFFFFFFFFFFFF
+        next_shard = int((shard + 1) * (2 ** 31 / ((number >> 33) + 1)))
+    return shard
 
 
 class Selection(NamedTuple):
@@ -3478,9 +3550,9 @@ class Selection(NamedTuple):
             raise refused("bad_shard", most=MOST_SHARDS)
         return cls(groups, shard - 1, count)
 
-    def takes(self, uuid: str) -> bool:
-        """Whether the target is in the shard."""
-        return self.shards == 1 or shard_of(uuid, self.shards) == self.shard
+    def takes(self, number: int) -> bool:
+        """Whether a target with this hash is in the shard."""
+        return self.shards == 1 or shard_of(number, self.shards) == self.shard
 
 
 def container_row(vm: Vm, groups: Sequence[str]) -> dict[str, Any]:
@@ -3509,18 +3581,76 @@ def node_labels(node: Node) -> dict[str, str]:
             "__metrics_path__": f"/v1/{node.uuid}/metrics"}
 
 
-def with_headers(prepared: Prepared, extra: bytes, packed: bool) -> Prepared:
-    """A prepared answer, as this asker takes it, with header lines that are the asker's own."""
-    whole = prepared.packed if packed else prepared.plain
+def json_answer(before: str, rows: Iterable[Any], after: str) -> Response:
+    """A JSON list of rows, each encoded for itself: one call for all would hold the GIL."""
+    body = before + ",".join([json.dumps(row, separators=(",", ":"), ensure_ascii=False)
+                              for row in rows]) + after
+    return Response(200, utf8(body), JSON, NOSNIFF)
+
+
+def utf8(page: str) -> bytes:
+    """Text for the wire; a lone surrogate, which no encoding has, becomes a question mark."""
+    return page.encode("utf-8", "replace")
+
+
+def with_headers(status: int, whole: bytes, extra: bytes) -> Prepared:
+    """A whole answer with header lines that are the client's own."""
     at = whole.index(b"\r\n") + 2
     whole = b"".join((whole[:at], extra, memoryview(whole)[at:]))
-    return Prepared(prepared.status, whole, whole)
+    return Prepared(status, whole, whole)
 
 
 class LastScrape(NamedTuple):
     """What became of the last request for a page."""
     at: float                   # wall clock
     result: str                 # one of RESULTS
+
+
+class LastScrapes:
+    """The last request for each container's page, by the owner of that time: a new owner sees
+    nothing of the former one's."""
+
+    def __init__(self, clock: Callable[[], float], shared: bool) -> None:
+        self._clock, self._shared = clock, shared
+        self._by_owner: dict[str, dict[str, LastScrape]] = {}
+        self._fresh: dict[tuple[str, str], LastScrape] = {}     # what other workers do not know yet
+        self.results: dict[str, int] = dict.fromkeys(RESULTS, 0)
+
+    def note(self, target: Vm | Node, result: str) -> None:
+        """A request for a page has ended."""
+        self.results[result] += 1
+        if isinstance(target, Vm):
+            scrape = LastScrape(self._clock(), result)
+            self._by_owner.setdefault(target.owner, {})[target.uuid] = scrape
+            if self._shared:
+                self._fresh[target.owner, target.uuid] = scrape
+
+    def of(self, owner: str) -> dict[str, LastScrape]:
+        """An owner's, by container: a copy, which any thread may read."""
+        return dict(self._by_owner.get(owner, ()))
+
+    def fresh(self) -> list[tuple[str, str, float, str]]:
+        """What has happened since the last call, for the other workers."""
+        fresh, self._fresh = self._fresh, {}
+        return [(*key, *scrape) for key, scrape in fresh.items()]
+
+    def learn(self, fresh: Iterable[tuple[str, str, float, str]]) -> None:
+        """What another worker has seen."""
+        for owner, uuid, at, result in fresh:
+            known = self._by_owner.setdefault(owner, {}).get(uuid)
+            if known is None or known.at < at:
+                self._by_owner[owner][uuid] = LastScrape(at, result)
+
+    def retain(self, vms: Mapping[str, Vm]) -> None:
+        """Forget containers that are gone or another's, when there are too many of them."""
+        if sum(map(len, self._by_owner.values())) > 2 * len(vms) + 1000:
+            for owner, scrapes in list(self._by_owner.items()):
+                kept = {uuid: scrape for uuid, scrape in scrapes.items()
+                        if uuid in vms and vms[uuid].owner == owner}
+                if kept:
+                    self._by_owner[owner] = kept
+                else:
+                    del self._by_owner[owner]
 
 
 class FleetRow(NamedTuple):
@@ -3531,8 +3661,8 @@ class FleetRow(NamedTuple):
     last: LastScrape | None
 
 
-def fleet_families(rows: Sequence[FleetRow], granted: Grant,
-                   allowance: QuotaBucket) -> list[Family]:
+def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
+                   ) -> list[Family]:
     """F2: why each container is silent, or not; from what is known, no node is asked."""
     info: list[Sample] = []
     state: list[Sample] = []
@@ -3540,19 +3670,19 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant,
     scraped: list[Sample] = []
     results: list[Sample] = []
     for vm, _, up, last in rows:
-        one = (("instance", vm.uuid),)
-        info.append(Sample(one + (("alias", vm.alias), ("brand", vm.brand), ("image", vm.image),
-                                  ("server", vm.server)), 1))
+        instance = (("instance", vm.uuid),)
+        info.append(Sample(instance + (("alias", vm.alias), ("brand", vm.brand),
+                                       ("image", vm.image), ("server", vm.server)), 1))
         shown = vm.state if vm.state in SHOWN_STATES else (
             "running" if state_of(vm.state).page else "stopped")
-        state += [Sample(one + (("state", name),), int(name == shown)) for name in SHOWN_STATES]
-        reachable.append(Sample(one, int(up)))
+        state += [Sample(instance + (("state", name),), int(name == shown))
+                  for name in SHOWN_STATES]
+        reachable.append(Sample(instance, int(up)))
         if last is not None:
-            scraped.append(Sample(one, round(last.at, 3)))
-            results += [Sample(one + (("result", name),), int(name == last.result))
+            scraped.append(Sample(instance, round(last.at, 3)))
+            results += [Sample(instance + (("result", name),), int(name == last.result))
                         for name in RESULTS]
-    cert = granted.identity.cert
-    terms = allowance.terms
+    cert, limits = granted.identity.cert, bucket.terms
     return [
         Family("cmon_instance_info", GAUGE, "What is known of a container; join by instance.",
                info),
@@ -3566,71 +3696,567 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant,
                "certificate that asked for this page.",
                [] if cert is None else [Sample((("subject", cert.subject),), cert.not_after)]),
         Family("cmon_quota_limit", GAUGE, "Requests a minute that the account may make; no sample: "
-               "no limit.", [] if terms.exempt else [Sample((), terms.per_minute)]),
+               "no limit.", [] if limits.exempt else [Sample((), limits.per_minute)]),
         Family("cmon_quota_used", GAUGE, "Part of the burst that is used up, from 0 to 1.",
-               [] if terms.exempt else
-               [Sample((), round(1 - max(allowance.soft, 0) / terms.burst, 6))]),
+               [] if limits.exempt else
+               [Sample((), round(1 - max(bucket.soft, 0) / limits.burst, 6))]),
         Family("cmon_quota_limited", GAUGE, "Whether the account is over its quota now.",
-               [Sample((), int(allowance.limited))]),
+               [Sample((), int(bucket.limited))]),
     ]
 
 
-class Asker:
-    """One client that waits for a page."""
-    __slots__ = ("later", "relay", "granted", "allowance")
+class Caller(NamedTuple):
+    """Who makes a request: what the certificate grants, and the account's quota."""
+    grant: Grant
+    bucket: QuotaBucket
+    over: bool                  # this request is over the quota
 
-    def __init__(self, relay: Relay, granted: Grant, allowance: QuotaBucket,
-                 deadline: float) -> None:
-        self.relay, self.granted, self.allowance = relay, granted, allowance
-        self.later = Deferred(deadline, self.expired)
-        self.later.on_cancel = self.cancelled
+    @property
+    def account(self) -> Account:
+        """Whose account it is."""
+        return self.grant.account
+
+    def header(self) -> bytes:
+        """Header lines of every answer to this client."""
+        return self.grant.identity.header + self.bucket.header()
+
+
+class Waiter:
+    """One client that waits for an answer; it gets it if it may still have it then."""
+    __slots__ = ("later", "caller", "target")
+
+    def __init__(self, caller: Caller, target: Vm | Node | None, deadline: float,
+                 expired: Callable[[Waiter], Answer], gone: Callable[[Waiter], None]) -> None:
+        self.caller = caller
+        self.target = target            # what the answer is about; None: several
+        self.later = Deferred(deadline, lambda: expired(self))
+        self.later.on_cancel = lambda: gone(self)
 
     def finish(self, answer: Answer) -> None:
-        """Give the answer. The circle between the two is broken: the collector has enough to do."""
+        """Give the answer. Dropping `later` avoids a reference cycle."""
         later = self.later
         del self.later
         later.finish(answer)
 
-    def expired(self) -> Answer:
-        """The server's call at the deadline."""
-        self.cancelled()
-        self.relay.proxy.scraped(self.relay.uuid, "timeout")
-        return answer_to(refused("deadline", node=self.relay.node.uuid))
-
-    def cancelled(self) -> None:
-        """Waits no more."""
-        relay = self.relay
-        if self in relay.askers:
-            relay.askers.remove(self)
-        if not relay.askers:                # it may be dropped now, so nobody may join it
-            relay.job.given_up = True
-            if relay.proxy.relays.get(relay.key) is relay:
-                del relay.proxy.relays[relay.key]
-
 
 class Relay:
     """One page under way from an agent, and all who wait for it."""
-    __slots__ = ("proxy", "key", "uuid", "target", "node", "core", "askers", "job")
+    __slots__ = ("pages", "key", "target", "node", "core", "packed", "waiters", "job")
 
-    def __init__(self, proxy: Proxy, key: tuple[object, ...], uuid: str, target: Vm | Node,
-                 node: Node, core: bool, wire: bytes, deadline: float, owner: str) -> None:
-        self.proxy, self.key, self.uuid, self.target = proxy, key, uuid, target
-        self.node, self.core = node, core
-        self.askers: list[Asker] = []
+    def __init__(self, pages: Pages, key: tuple[object, ...], target: Vm | Node, node: Node,
+                 core: bool, packed: bool, wire: bytes, deadline: float, owner: str) -> None:
+        self.pages, self.key, self.target, self.node = pages, key, target, node
+        self.core, self.packed = core, packed
+        self.waiters: list[Waiter] = []
         self.job = Job(wire, deadline, self.done, owner)
 
     def done(self, reply: Reply | None, refusal: Refused | None) -> None:
-        """The port's call: an answer has come, or will not."""
-        del self.job.done                   # a circle, too; called once
-        self.proxy.relayed(self, reply, refusal)
+        """The upstream's call: an answer has come, or will not."""
+        self.pages.relayed(self, reply, refusal)
+
+    def expired(self, waiter: Waiter) -> Answer:
+        """A waiter's deadline has passed."""
+        self.gone(waiter)
+        self.pages.scrapes.note(self.target, "timeout")
+        return refused("deadline", node=self.node.uuid).answer()
+
+    def gone(self, waiter: Waiter) -> None:
+        """A client no longer waits."""
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
+        if not self.waiters:                # it may be dropped now, so nobody may join it
+            self.job.given_up = True
+            self.pages.forget(self)
+
+
+class Pages:
+    """Pages of containers and compute nodes: relayed, or the last copy. Belongs to the loop."""
+
+    def __init__(self, proxy: Proxy, builder: Builder, registry: Registry) -> None:
+        self._proxy, self._builder = proxy, builder
+        self.scrapes = LastScrapes(proxy.clock, proxy.settings.workers > 1)
+        self.relays: dict[tuple[object, ...], Relay] = {}
+        self.shared = 0
+        self._copies: Cache[tuple[str, bool], Copy] = Cache("copies", KEPT_COPIES_BYTES, entry_size)
+        # seconds for the agent, by the header's text
+        self._timeouts: Cache[str, float] = Cache("timeouts", KEPT_TIMEOUTS_BYTES, entry_size)
+        registry.caches += [self._copies, self._timeouts]
+
+    def use(self) -> None:
+        """The settings have changed."""
+        self._timeouts.clear()
+
+    def page(self, request: Request, caller: Caller, uuid: str) -> Answer | Deferred:
+        """A container's or a compute node's page, relayed."""
+        uuid = uuid.lower()
+        proxy, inventory = self._proxy, self._proxy.inventory
+        target = inventory.target(uuid)
+        if target is None or not may_see(caller.grant, target, proxy.manta_owner):
+            raise refused("no_such_target")
+        now = proxy.server.now()
+        refusal = inventory.refusal
+        if refusal is not None:
+            raise refusal
+        core = False
+        if isinstance(target, Vm):
+            if not state_of(target.state).page:
+                raise refused("no_page", uuid=uuid, state=target.state)
+            core = target.core and caller.grant.sees_nodes
+            node = inventory.nodes.get(target.server)
+            if node is None:
+                raise refused("node_unknown", node=target.server or "of this container")
+        else:
+            node = target
+        if caller.over and caller.bucket.terms.over != "allow":
+            return self._copy(request, caller, target, core, now)
+        return self._relay(request, caller, target, node, core, now)
+
+    def _copy(self, request: Request, caller: Caller, target: Vm | Node, core: bool, now: float
+              ) -> Answer | Deferred:
+        """Over the quota: the last copy, which costs no node anything."""
+        copy = self._copies.get((target.uuid, core))
+        self.scrapes.note(target, "quota")
+        if copy is None or copy.owner != owner_of(target):
+            raise caller.bucket.refusal(False)
+        age = int(now - copy.at)
+        caller.bucket.stale += 1
+        caller.bucket.bytes += len(copy.reply.body)
+
+        def make() -> Response:
+            page = copy.page(age)
+            return page if page is not None else caller.bucket.refusal(False).answer()
+        return self._builder.answer(request, caller, ("copy", target.uuid, core), (copy.at, age),
+                                    make, target=target)
+
+    def _relay(self, request: Request, caller: Caller, target: Vm | Node, node: Node, core: bool,
+               now: float) -> Deferred:
+        """Ask the node, or wait with those who have asked the same already."""
+        word = request.headers.get("x-prometheus-scrape-timeout-seconds", "")
+        given = self._timeouts.get(word) or self._time_given(word, request)
+        # the margin is for the way back: half of it for the agent's answer to reach us
+        deadline = now + given + min(given / 9, 0.5) / 2
+        key = (target.uuid, core, request.gzip, given)
+        relay = self.relays.get(key)
+        if relay is not None and relay.target is target:
+            self.shared += 1
+            relay.job.deadline = max(relay.job.deadline, deadline)
+            waiter = Waiter(caller, target, deadline, relay.expired, relay.gone)
+            relay.waiters.append(waiter)
+            return waiter.later
+        upstream = self._proxy.upstreams.to(node)
+        relay = Relay(self, key, target, node, core, request.gzip,
+                      relay_head(target, upstream.host, core, request.gzip, given), deadline,
+                      caller.account.uuid)
+        self.relays[key] = relay
+        waiter = Waiter(caller, target, deadline, relay.expired, relay.gone)
+        relay.waiters.append(waiter)
+        later = waiter.later                # the answer may be there when `ask` returns
+        try:
+            upstream.ask(relay.job)
+        except Refused:
+            self.forget(relay)
+            self.scrapes.note(target, "unreachable")
+            raise
+        return later
+
+    def _time_given(self, word: str, request: Request) -> float:
+        """Seconds for the agent, by what the request says; raises Refused."""
+        timeout = self._proxy.settings.agent.timeout
+        given = min(scrape_deadline(request, 0.0, timeout - min(0.1 * timeout, 0.5)), timeout)
+        given = max(round(given, 3), SHORTEST_TIMEOUT)
+        self._timeouts.put(word, given)
+        return given
+
+    def forget(self, relay: Relay) -> None:
+        """Let nobody join it any more."""
+        if self.relays.get(relay.key) is relay:
+            del self.relays[relay.key]
+
+    def relayed(self, relay: Relay, reply: Reply | None, refusal: Refused | None) -> None:
+        """Hand an answer to all who wait for it and may still have it."""
+        self.forget(relay)
+        if reply is not None:
+            refusal = agent_refusal(relay, reply)
+        waiters, relay.waiters = relay.waiters, []
+        target = relay.target
+        if reply is None or refusal is not None:
+            assert refusal is not None
+            code = dict(refusal.headers).get("X-Cmon-Error", "")
+            self.scrapes.note(target, {"deadline": "timeout", "no_page": "refused"}.get(
+                code, "unreachable"))
+            for waiter in waiters:
+                waiter.finish(refusal.answer())
+            return
+        self.scrapes.note(target, "partial" if reply.partial else "ok")
+        start = f"HTTP/1.1 200 OK\r\nDate: {http_date()}\r\n".encode() + reply.lines()
+        for waiter in waiters:
+            try:
+                self._proxy.check_again(waiter)
+            except Refused as refused_now:
+                waiter.finish(refused_now.answer())
+                continue
+            bucket = waiter.caller.bucket
+            bucket.relays += 1
+            bucket.bytes += len(reply.body)
+            if bucket.soft < bucket.terms.burst * KEEP_COPIES_BELOW and len(reply.body) <= MAX_COPY:
+                self._copies.put((target.uuid, relay.core), Copy(
+                    owner_of(target), reply, self._proxy.server.now()))
+            whole = b"".join((start, waiter.caller.header(), b"\r\n", reply.body))
+            waiter.finish(Prepared(200, whole, whole))
+
+    def families(self) -> list[Family]:
+        """For the admin side."""
+        return [
+            Family("cmon_proxy_relays_total", COUNTER, "Requests for pages by what became of them.",
+                   [Sample((("result", name),), count)
+                    for name, count in self.scrapes.results.items()]),
+            Family("cmon_proxy_relays_shared_total", COUNTER, "Requests that waited for the page "
+                   "that another one had asked for.", [Sample((), self.shared)]),
+            Family("cmon_proxy_relays_in_flight", GAUGE, "Pages under way.",
+                   [Sample((), len(self.relays))]),
+        ]
+
+
+def owner_of(target: Vm | Node) -> str:
+    """Whose it is; compute nodes are nobody's."""
+    return target.owner if isinstance(target, Vm) else ""
+
+
+def relay_head(target: Vm | Node, host: str, core: bool, packed: bool, given: float) -> bytes:
+    """The request to the agent."""
+    path = "gz" if isinstance(target, Node) else target.uuid
+    # the original agent wants a real boolean, always; base64 of {"isCoreZone": …}
+    options = "eyJpc0NvcmVab25lIjogdHJ1ZX0=" if core else "eyJpc0NvcmVab25lIjogZmFsc2V9"
+    return (f"GET /v1/{path}/metrics HTTP/1.1\r\nHost: {host}\r\nx-joyent-cmon-opts: {options}\r\n"
+            f"X-Prometheus-Scrape-Timeout-Seconds: {given:g}\r\n"
+            + ("Accept-Encoding: gzip\r\n\r\n" if packed else "\r\n")).encode()
+
+
+def agent_refusal(relay: Relay, reply: Reply) -> Refused | None:
+    """What an agent's answer means for those who asked; None for a page."""
+    if reply.gzip and not relay.packed:
+        return refused("node_error", node=relay.node.uuid, why="it sends gzip that was not asked "
+                       "for")
+    if reply.status == 200:
+        return None
+    words = b"in gzip" if reply.gzip else reply.body
+    why = words.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
+    if reply.status == 404 and isinstance(relay.target, Vm):
+        return refused("no_page", uuid=relay.target.uuid, state="not running on its node just now")
+    if reply.status == 503:         # it is well, and says itself what is the matter
+        return refused("node_refused", node=relay.node.uuid, why=why)
+    return refused("node_error", node=relay.node.uuid, why=f"{reply.status} {why}")
+
+
+class Build(NamedTuple):
+    """An answer that is being made, and who waits for it."""
+    key: tuple[object, ...]
+    version: object
+    make: Callable[[], Response]
+    packed: bool
+    account: str
+    generation: object              # of the account's containers when it began
+    started: float
+    waiters: list[Waiter]
+
+    def gone(self, waiter: Waiter) -> None:
+        """A client no longer waits."""
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
+
+
+class Built(NamedTuple):
+    """An answer as it is sent, and what it was made from: it is good while that is the same."""
+    version: object
+    status: int
+    whole: bytes
+
+
+class Builder:
+    """Makes what grows with an account in threads of its own, and keeps it while it is good.
+
+    Belongs to the loop. Requests for what is being made wait for it. An account has one thread at
+    a time and its other builds wait in turn, so that it does not keep others from theirs.
+    """
+
+    def __init__(self, proxy: Proxy, registry: Registry) -> None:
+        self._proxy = proxy
+        self._pool = Pool("builder", BUILDERS, 1 << 20)     # bounded by account: BUILDS_WAITING
+        self._kept: Cache[object, Built] = Cache("answers", KEPT_ANSWERS_BYTES, entry_size)
+        registry.caches.append(self._kept)
+        self._building: dict[object, Build] = {}            # by key and version
+        self._queues: dict[str, collections.deque[Build]] = {}      # the first is being made
+
+    def clear(self) -> None:
+        """Forget what is kept: the settings have changed."""
+        self._kept.clear()
+
+    def answer(self, request: Request, caller: Caller, key: tuple[object, ...], version: object,
+               make: Callable[[], Response], *, small: bool = False,
+               target: Vm | Node | None = None) -> Answer | Deferred:
+        """The answer that `make`, a function for any thread, gives for this version of what it is
+        about (None: never the same again); raises Refused when too much waits."""
+        packed = request.gzip
+        key += (packed,)
+        kept = self._kept.get(key)
+        if kept is not None and kept.version == version is not None:
+            return with_headers(kept.status, kept.whole, caller.header())
+        if small:
+            built = build_answer(version, make, packed)
+            self._keep(key, built)
+            return with_headers(built.status, built.whole, caller.header())
+        build = self._building.get((key, version))
+        if build is None:
+            build = self._queue(key, version, make, packed, caller.account.uuid)
+        waiter = Waiter(caller, target, self._proxy.server.now() + BUILD_SECONDS,
+                        lambda waiter: refused("too_busy").answer(), build.gone)
+        build.waiters.append(waiter)
+        return waiter.later
+
+    def _queue(self, key: tuple[object, ...], version: object, make: Callable[[], Response],
+               packed: bool, account: str) -> Build:
+        queue = self._queues.setdefault(account, collections.deque())
+        if len(queue) >= BUILDS_WAITING:
+            raise refused("too_busy")
+        build = Build(key, version, make, packed, account,
+                      self._proxy.inventory.generation(account), self._proxy.server.now(), [])
+        queue.append(build)
+        self._building[key, version] = build
+        if len(queue) == 1:
+            self._pool.submit(self._make, build)
+        return build
+
+    def _make(self, build: Build) -> None:
+        """In a thread of the pool."""
+        try:
+            built = build_answer(build.version, build.make, build.packed)
+        except Exception:
+            log.exception("making %s failed", build.key[0])
+            built = Built(None, 500, prepare(
+                text(500, "internal error; see the log", ("X-Cmon-Error", "internal"))).plain)
+        self._proxy.server.loop.call_soon(self._made, build, built)
+
+    def _made(self, build: Build, built: Built) -> None:
+        """It is ready: hand it to all who wait and may still have it, and begin the next."""
+        del self._building[build.key, build.version]
+        queue = self._queues[build.account]
+        queue.popleft()
+        while queue and not queue[0].waiters:       # nobody waits for it any more
+            skipped = queue.popleft()
+            del self._building[skipped.key, skipped.version]
+        if queue:
+            self._pool.submit(self._make, queue[0])
+        else:
+            del self._queues[build.account]
+        self._keep(build.key, built)
+        proxy = self._proxy
+        outdated = (proxy.server.now() - build.started > BUILD_STALE_SECONDS
+                    and proxy.inventory.generation(build.account) != build.generation)
+        for waiter in list(build.waiters):
+            try:
+                if outdated:
+                    raise refused("too_busy")
+                proxy.check_again(waiter)
+            except Refused as refusal:
+                waiter.finish(refusal.answer())
+            else:
+                waiter.finish(with_headers(built.status, built.whole, waiter.caller.header()))
+
+    def _keep(self, key: object, built: Built) -> None:
+        if built.version is not None and built.status == 200:
+            self._kept.put(key, built)
+
+
+def build_answer(version: object, make: Callable[[], Response], packed: bool) -> Built:
+    """Make an answer and its form for the wire. For any thread."""
+    try:
+        response = make()
+    except Refused as refusal:
+        response = refusal.answer()
+    prepared = prepare(response)
+    return Built(version, response.status, prepared.packed if packed else prepared.plain)
+
+
+class View(NamedTuple):
+    """What a list of containers is made from: immutable, for any thread."""
+    grant: Grant
+    selection: Selection
+    vms: Sequence[Vm]
+    manta_owner: str
+    stopped: bool = False           # stopped containers are listed, too
+
+    def seen(self) -> list[tuple[Vm, tuple[str, ...]]]:
+        """Containers that were asked for and may be seen, with their groups, by UUID."""
+        groups, manta = self.selection.groups, self.manta_owner
+        rows = []
+        for vm in self.vms:
+            own = groups_of(vm, manta)
+            if may_see(self.grant, vm, manta) and not (groups and groups.isdisjoint(own)) \
+                    and self.selection.takes(vm.number):
+                rows.append((vm, own))
+        return sorted(rows, key=lambda row: row[0].uuid)
+
+    def listed(self) -> Iterator[tuple[Vm, tuple[str, ...]]]:
+        """Those of them that discovery lists."""
+        for vm, groups in self.seen():
+            state = state_of(vm.state)
+            if state.listed_stopped if self.stopped else state.listed:
+                yield vm, groups
+
+
+class Discovery:
+    """Lists of what an account may see: the original's, Prometheus', the fleet page, the page for
+    people. Belongs to the loop, which only copies references; the lists are made by the builder."""
+
+    def __init__(self, proxy: Proxy, builder: Builder) -> None:
+        self._proxy, self._builder = proxy, builder
+
+    def _view(self, caller: Caller, selection: Selection) -> View:
+        proxy = self._proxy
+        return View(caller.grant, selection, list(proxy.inventory.owned.get(
+            caller.account.uuid, {}).values()), proxy.manta_owner,
+            proxy.settings.discover_include_stopped)
+
+    def _containers(self, kind: str, request: Request, caller: Caller, address: str,
+                    make: Callable[[View], Response]) -> Answer | Deferred:
+        """A list of containers, kept until one of them changes."""
+        selection = Selection.of(request.query)
+        view = self._view(caller, selection)
+        owner = caller.account.uuid
+        return self._builder.answer(
+            request, caller, (kind, owner, caller.grant.groups, selection, address),
+            (self._proxy.inventory.generation(owner), view.manta_owner),
+            lambda: make(view), small=len(view.vms) <= INLINE_ROWS)
+
+    def containers(self, request: Request, caller: Caller) -> Answer | Deferred:
+        """The original's list of containers."""
+        return self._containers("discover", request, caller, "", lambda view: json_answer(
+            '{"containers":[', (container_row(*row) for row in view.listed()), "]}"))
+
+    def container_targets(self, request: Request, caller: Caller) -> Answer | Deferred:
+        """The same for Prometheus' HTTP service discovery: everything by the one name."""
+        address = request.headers.get("host", "")
+        return self._containers("sd", request, caller, address, lambda view: json_answer("[", (
+            {"targets": [address], "labels": container_labels(*row)}
+            for row in view.listed()), "]"))
+
+    def _nodes(self, kind: str, request: Request, caller: Caller, address: str,
+               make: Callable[[list[Node]], Response]) -> Answer | Deferred:
+        """A list of compute nodes, for operators."""
+        if not caller.grant.sees_nodes:
+            raise refused("not_operator")
+        # groups mean nothing here, as in the original
+        selection = Selection.of(request.query)._replace(groups=frozenset())
+        nodes = list(self._proxy.inventory.nodes.values())
+        return self._builder.answer(
+            request, caller, (kind, selection, address), self._proxy.inventory.node_generation,
+            lambda: make([node for node in sorted(nodes) if may_see(caller.grant, node)
+                          and selection.takes(number_of(node.uuid))]),
+            small=len(nodes) <= INLINE_ROWS)
+
+    def nodes(self, request: Request, caller: Caller) -> Answer | Deferred:
+        """The original's list of compute nodes."""
+        return self._nodes("gz", request, caller, "", lambda nodes: json_answer('{"cns":[', (
+            {"server_uuid": node.uuid, "server_hostname": node.hostname} for node in nodes), "]}"))
+
+    def node_targets(self, request: Request, caller: Caller) -> Answer | Deferred:
+        """The same for HTTP service discovery."""
+        address = request.headers.get("host", "")
+        return self._nodes("gz/sd", request, caller, address, lambda nodes: json_answer("[", (
+            {"targets": [address], "labels": node_labels(node)} for node in nodes), "]"))
+
+    def _answer(self, kind: str, request: Request, caller: Caller, more: object,
+                make: Callable[[], Response], rows: int) -> Answer | Deferred:
+        """What is never twice the same, and differs by certificate."""
+        cert = caller.grant.identity.cert
+        return self._builder.answer(
+            request, caller, (kind, caller.account.uuid, caller.grant.groups, more,
+                              cert and (cert.subject, cert.not_after)),
+            None, make, small=rows <= INLINE_ROWS)
+
+    def _fleet(self, view: View) -> Callable[[], list[FleetRow]]:
+        """A function for any thread that gives the containers with all that is known of them."""
+        down = self._proxy.upstreams.suspects()
+        last = self._proxy.pages.scrapes.of(view.grant.account.uuid)
+        return lambda: [FleetRow(vm, groups, vm.server not in down, last.get(vm.uuid))
+                        for vm, groups in view.seen()]
+
+    def fleet(self, request: Request, caller: Caller) -> Answer | Deferred:
+        """Why each container is silent or not."""
+        view = self._view(caller, Selection.of(request.query))
+        rows, bucket = self._fleet(view), caller.bucket.copy()
+
+        def make() -> Response:
+            page = render(fleet_families(rows(), caller.grant, bucket))
+            return Response(200, utf8(page), PAGE, NOSNIFF)
+        return self._answer("fleet", request, caller, view.selection, make, len(view.vms))
+
+    def people(self, request: Request, caller: Caller) -> Answer | Deferred:
+        """What a browser shows: the account's containers, and to operators the compute nodes."""
+        query = dict(request.query)
+        word = query.pop("from", "0")
+        first = int(word) if re.fullmatch(r"[0-9]{1,6}", word) else 0
+        proxy, bucket = self._proxy, caller.bucket.copy()
+        view = self._view(caller, Selection.of(query))
+        rows, now = self._fleet(view), proxy.clock()
+        nodes: list[Node] = []
+        own: list[tuple[str, str]] = []
+        if caller.grant.sees_nodes:
+            nodes, own = list(proxy.inventory.nodes.values()), proxy.in_words()
+        down = proxy.upstreams.suspects()
+
+        def make() -> Response:
+            shown = [(node, node.uuid not in down) for node in sorted(
+                nodes, key=lambda node: node.hostname)[:ROWS_SHOWN]]
+            return html_answer(people_page(
+                rows(), first, caller.grant, bucket, shown, now, query, own))
+        return self._answer("people", request, caller, (view.selection, first), make,
+                            max(len(view.vms), len(nodes)))
+
+    def container(self, request: Request, caller: Caller, name: str) -> Answer | Deferred:
+        """The page for people of one container, by UUID or alias."""
+        view = self._view(caller, Selection())
+        rows, now, bucket = self._fleet(view), self._proxy.clock(), caller.bucket.copy()
+        host = request.headers.get("host", "")
+
+        def make() -> Response:
+            named = [row for row in rows() if name in (row.vm.uuid, row.vm.alias)]
+            if not named:
+                raise refused("no_such_target")
+            return html_answer(
+                container_page(named[0], caller.grant, bucket, host) if len(named) == 1 else
+                people_page(named, 0, caller.grant, bucket, (), now))       # an alias of several
+        return self._answer("container", request, caller, (name, host), make, len(view.vms))
+
+    def machine(self, request: Request, caller: Caller, name: str) -> Answer | Deferred:
+        """The page for people of one compute node, by UUID or host name."""
+        if not caller.grant.sees_nodes:
+            raise refused("no_such_target")
+        proxy, bucket = self._proxy, caller.bucket.copy()
+        nodes, vms = list(proxy.inventory.nodes.values()), list(proxy.inventory.vms.values())
+        down = proxy.upstreams.suspects()
+
+        def make() -> Response:
+            for node in nodes:
+                if name in (node.uuid, node.hostname) and may_see(caller.grant, node):
+                    here = sorted((vm for vm in vms if vm.server == node.uuid),
+                                  key=lambda vm: vm.alias)
+                    return html_answer(
+                        node_page(node, node.uuid not in down, here, caller.grant, bucket))
+            raise refused("no_such_target")
+        return self._answer("machine", request, caller, name, make, len(vms))
+
+
+def html_answer(page: str) -> Response:
+    """A page for people."""
+    return Response(200, utf8(page), HTML, PAGE_HEADERS)
 
 
 Action = Callable[..., Union[Answer, Deferred]]
-Look = tuple[int, Callable[[], Any]]    # how many there are, and what makes JSON of them, anywhere
 
 
 class Proxy:
-    """All that the routes need. Belongs to the loop."""
+    """The door: finds out who asks, whether they may ask now, and what for. Belongs to the loop."""
 
     def __init__(self, settings: Settings, server: Server, registry: Registry,
                  random: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
@@ -3639,39 +4265,34 @@ class Proxy:
         self.directory: Any = Directory()
         self.source: Any = None
         self.quotas = Quotas(settings.quota, server.now)
-        self.forwarder = Upstreams(server, settings.agent, random)
+        self.upstreams = Upstreams(server, registry, settings.agent, random)
         self.policy = Policy()
-        self.relays: dict[tuple[object, ...], Relay] = {}
-        self.copies = Copies()
-        self.last: dict[str, LastScrape] = {}
-        self.fresh: dict[str, LastScrape] = {}  # of these, what other workers do not know yet
-        self.results: dict[str, int] = dict.fromkeys(RESULTS, 0)
-        self.shared = 0
-        self._heads: dict[tuple[object, ...], bytes] = {}
-        self._given: dict[str, float] = {}      # seconds for the agent, by the header's text
-        self._answers: dict[tuple[object, ...], tuple[object, Prepared]] = {}
-        self._answers_bytes = 0
+        self._builder = Builder(self, registry)
+        self.pages = Pages(self, self._builder, registry)
+        self.discovery = Discovery(self, self._builder)
         self.listener: Listener | None = None
-        kept = (("Cache-Control", "max-age=86400"), ("X-Content-Type-Options", "nosniff"))
+        kept = (("Cache-Control", "max-age=86400"), *NOSNIFF)
         types = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
         self._css, self._js = (
             prepare(Response(200, content.encode(), types[name.partition(".")[2]], kept))
             for name, content in page_files())
         self.use(settings)
         registry.collect(self.families)
+        registry.caches.append(certificates.cache)
         server.loop.every(1.0, self._each_second)
 
     def use(self, settings: Settings) -> None:
-        """Take settings, at the start and after a SIGHUP."""
+        """Take settings, at the start and after a SIGHUP: forget all that follows from old ones."""
         self.settings = settings
         self.inventory.max_age = settings.inventory.max_age
         tls = settings.tls
         self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, settings.require_approved)
         self.quotas.reload(settings.quota)
-        self.forwarder.settings = settings.agent
-        self._answers.clear()
-        self._answers_bytes = 0
-        self._given.clear()
+        self.upstreams.settings = settings.agent
+        self._builder.clear()
+        self.pages.use()
+        if self.listener is not None:
+            self.listener.heads.clear()     # their routes depend on host_prefix
 
     @property
     def manta_owner(self) -> str:
@@ -3680,18 +4301,19 @@ class Proxy:
 
     def routes(self) -> tuple[Route, ...]:
         """What tenants may ask for."""
+        lists, entered = self.discovery, self._entered
         return (
             Route("GET", "/_ping", self.ping), Route("GET", "/v1/_ping", self.ping),
             Route("GET", "/-/healthy", self.ping), Route("GET", "/-/ready", self.is_ready),
-            Route("GET", "/v1/discover", self._entered(self.discover)),
-            Route("GET", "/v1/gz/discover", self._entered(self.discover_nodes)),
-            Route("GET", "/v1/sd", self._entered(self.targets)),
-            Route("GET", "/v1/gz/sd", self._entered(self.node_targets)),
-            Route("GET", "/v1/fleet/metrics", self._entered(self.fleet)),
-            Route("GET", "/v1/{uuid}/metrics", self._entered(self.page)),
-            Route("GET", "/", self._entered(self.people)),
-            Route("GET", "/c/{name}", self._entered(self.container)),
-            Route("GET", "/n/{name}", self._entered(self.machine)),
+            Route("GET", "/v1/discover", entered(lists.containers, "list")),
+            Route("GET", "/v1/gz/discover", entered(lists.nodes, "list")),
+            Route("GET", "/v1/sd", entered(lists.container_targets, "list")),
+            Route("GET", "/v1/gz/sd", entered(lists.node_targets, "list")),
+            Route("GET", "/v1/fleet/metrics", entered(lists.fleet, "fleet")),
+            Route("GET", "/v1/{uuid}/metrics", entered(self.pages.page, "page")),
+            Route("GET", "/", entered(lists.people, "people")),
+            Route("GET", "/c/{name}", entered(lists.container, "people")),
+            Route("GET", "/n/{name}", entered(lists.machine, "people")),
             Route("GET", "/page.css", lambda _request: self._css),
             Route("GET", "/page.js", lambda _request: self._js),
         )
@@ -3702,96 +4324,88 @@ class Proxy:
             return None
         label = request.host.partition(".")[0]
         if UUID.fullmatch(label):
-            return (self._host_route, (label,)) if request.path == "/metrics" and \
-                request.method in ("GET", "HEAD") else None
+            if request.path != "/metrics" or request.method not in ("GET", "HEAD"):
+                return None
+            return Route("GET", "/metrics", self._entered(self.pages.page, "page")), (label,)
         prefix = self.settings.host_prefix
         if prefix and label != prefix and not _is_own_name(request.host):
-            return self._stranger_route, ()
+            return _refusing("unknown_host", host=request.host, prefix=prefix), ()
         if request.path == "/metrics":
-            return self._no_page_route, ()
+            return _refusing("no_own_page"), ()
         return None
-
-    @property
-    def _host_route(self) -> Route:
-        return Route("GET", "/metrics", self._entered(self.page))
-
-    @property
-    def _stranger_route(self) -> Route:
-        def refuse(request: Request) -> Answer:
-            raise refused("unknown_host", host=request.host, prefix=self.settings.host_prefix)
-        return Route("GET", "none", refuse)
-
-    @property
-    def _no_page_route(self) -> Route:
-        def refuse(_request: Request) -> Answer:
-            raise refused("no_own_page")
-        return Route("GET", "none", refuse)
 
     # coming in
 
-    def _entered(self, action: Action) -> Action:
-        """A handler for those who may come in."""
+    def _entered(self, action: Action, kind: str) -> Action:
+        """A handler for those who may come in; `kind` is one of COSTS."""
+        cost = COSTS[kind]
+
         def handler(request: Request, *args: str) -> Answer | Deferred:
-            return self.enter(action, request, args)
+            return self.enter(action, cost, request, args)
         return handler
 
-    def enter(self, action: Action, request: Request, args: Sequence[str]) -> Answer | Deferred:
+    def enter(self, action: Action, cost: Cost, request: Request, args: Sequence[str]
+              ) -> Answer | Deferred:
         """Find out who asks and whether they may ask now; runs on every request. Raises Refused."""
         peer = request.peer
         identity = peer.identity
         if identity is None:
             identity = peer.identity = Identity(peer.certificate)
-        if identity.refusal is not None:
-            raise identity.refusal
+            peer.certificate = None         # the identity has it, shared by all who show the same
+        if identity.refusal is not None:    # one object for all requests: not with all their traces
+            raise identity.refusal.with_traceback(None)
         account = self.directory.find(identity.login)
         if isinstance(account, Deferred):          # is being looked up; comes back here
-            return self._after(account, action, request, args)
-        granted = identity.granted
-        if granted is None or granted.account is not account or identity.dated \
-                or identity.policy is not self.policy or self.policy.by_ca:
-            peer.known = False
-            granted = grant(identity, account, self.policy, self.clock())
+            return self._after(account, action, cost, request, args)
+        peer.known = False
+        granted = grant(identity, account, self.policy, self.clock())
         peer.known = True
-        allowance = self.quotas.of(granted.account)
-        standing = allowance.take(self.server.now())
-        if standing == REFUSED:
-            raise self._over(allowance, True)
+        bucket = self.quotas.of(granted.account)
+        price = cost.base
+        if cost.containers != math.inf:
+            price += len(self.inventory.owned.get(granted.account.uuid, ())) / cost.containers
+        verdict = bucket.take(self.server.now(), price)
+        if verdict != ADMITTED and (verdict == REFUSED or bucket.terms.over == "refuse"):
+            raise bucket.refusal(verdict == REFUSED)
         if not self.inventory.ready:
             raise refused("inventory_not_ready")
-        return action(request, granted, allowance, standing, *args)
+        return action(request, Caller(granted, bucket, verdict == OVER), *args)
 
-    def _after(self, found: Deferred, action: Action, request: Request,
+    def _after(self, found: Deferred, action: Action, cost: Cost, request: Request,
                args: Sequence[str]) -> Deferred:
         """Go on when an account has been looked up."""
-        outer = Deferred(found.deadline, lambda: answer_to(refused("accounts_unreachable")))
+        outer = Deferred(found.deadline, lambda: refused("accounts_unreachable").answer())
+        again = Route("GET", "", lambda request: self.enter(action, cost, request, args))
 
         def go_on(answer: Answer) -> None:
             if outer.answer is not None:
                 return
-            try:
-                if answer.status != 200:
-                    outer.finish(answer)
-                    return
-                result = self.enter(action, request, args)
-                if isinstance(result, Deferred):
-                    outer.deadline, outer.expired = result.deadline, result.expired
-                    outer.on_cancel = result.on_cancel
-                    result.attach(outer.finish)
-                else:
-                    outer.finish(result)
-            except Refused as refusal:
-                outer.finish(answer_to(refusal))
-            except Exception:
-                log.exception("%s %r failed", request.method, request.target[:200])
-                outer.finish(text(500, "internal error; see the log"))
+            result = call(again, request, ()) if answer.status == 200 else answer
+            if isinstance(result, Deferred):
+                outer.deadline, outer.expired = result.deadline, result.expired
+                outer.on_cancel = result.on_cancel
+                result.attach(outer.finish)
+            else:
+                outer.finish(result)
         found.attach(go_on)
         return outer
 
-    @staticmethod
-    def _over(allowance: QuotaBucket, hard: bool) -> Refused:
-        terms = allowance.terms
-        limit = (terms.hard_rate if hard else terms.rate) * 60
-        return refused("quota", ("Retry-After", str(allowance.wait(hard))), limit=round(limit, 3))
+    def check_again(self, waiter: Waiter) -> None:
+        """Before an answer that took a while is handed over: raises Refused when the client has
+        lost what it had when it asked."""
+        before = waiter.caller.grant
+        identity, target = before.identity, waiter.target
+        account = self.directory.recall(identity.login, before.account)
+        granted = grant(identity, account, self.policy, self.clock())
+        if granted is not before and (granted.account.uuid, granted.groups, granted.sees_nodes) \
+                != (before.account.uuid, before.groups, before.sees_nodes):
+            raise refused("too_busy")       # what it may see is another thing: ask again
+        if target is None:
+            return
+        current = self.inventory.target(target.uuid)
+        if current is not target and not (may_see(granted, current, self.manta_owner)
+                                          and may_see(granted, target, self.manta_owner)):
+            raise refused("no_such_target")
 
     def ping(self, _request: Request) -> Answer:
         """The process lives."""
@@ -3804,383 +4418,25 @@ class Proxy:
             raise refusal
         return text(200, "OK")
 
-    # pages
-
-    def page(self, request: Request, granted: Grant, allowance: QuotaBucket, standing: int,
-             uuid: str) -> Answer | Deferred:
-        """A container's or a compute node's page, relayed."""
-        uuid = uuid.lower()
-        inventory = self.inventory
-        vm = inventory.vms.get(uuid)
-        target: Vm | Node | None = vm if vm is not None else inventory.nodes.get(uuid)
-        if target is None or not may_see(granted, target, self.manta_owner):
-            raise refused("no_such_target")
-        now = self.server.now()
-        refusal = inventory.refusal
-        if refusal is not None:
-            raise refusal
-        core = False
-        if isinstance(target, Vm):
-            if not state_of(target.state).page:
-                raise refused("no_page", uuid=uuid, state=target.state)
-            core = target.core and granted.account.operator and granted.groups is None
-            node = inventory.nodes.get(target.server)
-            if node is None:
-                raise refused("node_unknown", node=target.server or "of this container")
-        else:
-            node = target
-        if standing == OVER and allowance.terms.over != "allow":
-            return self._copy(request, allowance, granted, uuid, core, target, now)
-        return self._relay(request, granted, allowance, uuid, target, node, core, now)
-
-    def _copy(self, request: Request, allowance: QuotaBucket, granted: Grant, uuid: str, core: bool,
-              target: Vm | Node, now: float) -> Answer:
-        """Over the quota: the last copy, which costs no node anything."""
-        owner = target.owner if isinstance(target, Vm) else ""
-        copy = self.copies.get(uuid, core, owner) if allowance.terms.over == "stale" else None
-        self.scraped(uuid, "quota")
-        if copy is None:
-            raise self._over(allowance, False)
-        allowance.stale += 1
-        answer = copy.answer(now)
-        allowance.bytes += len(answer.packed)
-        return with_headers(answer, granted.identity.header + allowance.header(), request.gzip)
-
-    def _relay(self, request: Request, granted: Grant, allowance: QuotaBucket, uuid: str,
-               target: Vm | Node, node: Node, core: bool, now: float) -> Deferred:
-        """Ask the node, or wait with those who have asked the same already."""
-        word = request.headers.get("x-prometheus-scrape-timeout-seconds", "")
-        given = self._given.get(word) or self._time_given(word, request)
-        # the margin is for the way back: half of it for the agent's answer to reach us
-        deadline = now + given + min(given / 9, 0.5) / 2
-        key = (uuid, core, request.gzip, given)
-        relay = self.relays.get(key)
-        if relay is not None and relay.target is target:
-            self.shared += 1
-            relay.job.deadline = max(relay.job.deadline, deadline)
-        else:
-            port = self.forwarder.port(node)
-            relay = Relay(self, key, uuid, target, node, core,
-                          self._head(key, port, isinstance(target, Node)), deadline,
-                          granted.account.uuid)
-            self.relays[key] = relay
-            try:
-                asker = Asker(relay, granted, allowance, deadline)
-                relay.askers.append(asker)
-                port.ask(relay.job)
-            except Refused:
-                self.relays.pop(key, None)
-                self.scraped(uuid, "unreachable")
-                raise
-            return asker.later
-        asker = Asker(relay, granted, allowance, deadline)
-        relay.askers.append(asker)
-        return asker.later
-
-    def _time_given(self, word: str, request: Request) -> float:
-        """Seconds for the agent, by what the request says; raises Refused."""
-        timeout = self.settings.agent.timeout
-        given = round(min(scrape_deadline(request, 0.0, timeout - min(0.1 * timeout, 0.5)),
-                          timeout), 3)
-        if len(self._given) >= 256:
-            self._given.clear()
-        self._given[word] = given = max(given, 0.001)
-        return given
-
-    def _head(self, key: tuple[Any, ...], port: Upstream, is_node: bool) -> bytes:
-        """The request to the agent: the same bytes for the same page, made once."""
-        memo = (key, port.host)
-        head = self._heads.get(memo)
-        if head is None:
-            uuid, core, gzip, given = key
-            path = "gz" if is_node else uuid
-            # the original agent wants a real boolean, always; base64 of {"isCoreZone": …}
-            options = "eyJpc0NvcmVab25lIjogdHJ1ZX0=" if core else "eyJpc0NvcmVab25lIjogZmFsc2V9"
-            head = (f"GET /v1/{path}/metrics HTTP/1.1\r\nHost: {port.host}\r\n"
-                    f"x-joyent-cmon-opts: {options}\r\n"
-                    f"X-Prometheus-Scrape-Timeout-Seconds: {given:g}\r\n"
-                    + ("Accept-Encoding: gzip\r\n" if gzip else "") + "\r\n").encode()
-            if len(self._heads) >= RELAY_HEADS:
-                self._heads.clear()
-            self._heads[memo] = head
-        return head
-
-    def relayed(self, relay: Relay, reply: Reply | None, refusal: Refused | None) -> None:
-        """Hand an answer to all who wait for it, and may have it still."""
-        if self.relays.get(relay.key) is relay:
-            del self.relays[relay.key]
-        uuid, target = relay.uuid, relay.target
-        current: Vm | Node | None = (
-            self.inventory.vms.get(uuid) if isinstance(target, Vm) else
-            self.inventory.nodes.get(uuid))
-        if reply is not None and reply.status != 200:
-            refusal = self._agent_refusal(relay, reply)
-        askers, relay.askers = relay.askers, []
-        if reply is None or refusal is not None:
-            assert refusal is not None
-            code = dict(refusal.headers).get("X-Cmon-Error", "")
-            self.scraped(uuid, "timeout" if code == "deadline" else
-                         "refused" if code == "no_page" else "unreachable")
-            answer: Answer = answer_to(refusal)
-            for asker in askers:
-                asker.finish(answer)
-            return
-        head, body = reply.head, reply.body
-        self.scraped(uuid, "partial" if b"X-Cmon-Partial:" in head else "ok")
-        for asker in askers:
-            if current is not target and not (
-                    may_see(asker.granted, current, self.manta_owner)
-                    and may_see(asker.granted, target, self.manta_owner)):
-                asker.finish(answer_to(refused("no_such_target")))
-                continue
-            allowance = asker.allowance
-            allowance.relays += 1
-            allowance.bytes += len(body)
-            if allowance.soft < allowance.terms.burst * KEEP_COPIES_BELOW:
-                self.copies.keep((uuid, relay.core), Copy(
-                    target.owner if isinstance(target, Vm) else "", reply, self.server.now()))
-            whole = b"".join((head, asker.granted.identity.header, allowance.header(), b"\r\n",
-                              body))
-            asker.finish(Prepared(200, whole, whole))
-
-    def _agent_refusal(self, relay: Relay, reply: Reply) -> Refused:
-        """What an agent's answer other than 200 means for those who asked."""
-        words = reply.body
-        if b"content-encoding: gzip" in reply.head.lower():
-            words = b"in gzip"
-        why = words.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
-        if reply.status == 404 and isinstance(relay.target, Vm):
-            return refused("no_page", uuid=relay.uuid, state="not running on its node just now")
-        if reply.status == 503:         # it is well, and says itself what is the matter
-            return refused("node_refused", node=relay.node.uuid, why=why)
-        return refused("node_error", node=relay.node.uuid, why=f"{reply.status} {why}")
-
-    def scraped(self, uuid: str, result: str) -> None:
-        """Remember what became of a request for a page."""
-        self.last[uuid] = scrape = LastScrape(self.clock(), result)
-        self.results[result] += 1
-        if self.settings.workers > 1:
-            self.fresh[uuid] = scrape
-
-    # discovery
-
-    def _visible(self, granted: Grant) -> list[tuple[Vm, tuple[str, ...]]]:
-        """What an account may see, with its groups."""
-        manta = self.manta_owner
-        return [(vm, groups_of(vm, manta))
-                for vm in list(self.inventory.owned.get(granted.account.uuid, {}).values())
-                if may_see(granted, vm, manta)]
-
-    def _listed(self, granted: Grant, selection: Selection
-                ) -> tuple[int, Callable[[], list[tuple[Vm, tuple[str, ...]]]]]:
-        """How many to look at, and a function (for any thread) that picks those to list."""
-        stopped = self.settings.discover_include_stopped
-        visible = self._visible(granted)
-
-        def pick() -> list[tuple[Vm, tuple[str, ...]]]:
-            picked: list[tuple[Vm, tuple[str, ...]]] = []
-            for vm, groups in visible:
-                state = state_of(vm.state)
-                if not (state.listed_stopped if stopped else state.listed):
-                    continue
-                if selection.groups and selection.groups.isdisjoint(groups):
-                    continue
-                if selection.takes(vm.uuid):
-                    picked.append((vm, groups))
-            return sorted(picked)
-        return len(visible), pick
-
-    def discover(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
-                 ) -> Answer | Deferred:
-        """The original's list of containers."""
-        selection = Selection.of(request.query)
-
-        def look() -> Look:
-            count, pick = self._listed(granted, selection)
-            return count, lambda: {"containers": [container_row(*row) for row in pick()]}
-        return self._built(("discover", granted.account.uuid, granted.groups, selection),
-                           (self.inventory.generation(granted.account.uuid), self.manta_owner),
-                           look, request.gzip, granted, allowance)
-
-    def targets(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
-                ) -> Answer | Deferred:
-        """The same for Prometheus' HTTP service discovery: everything by the one name."""
-        selection = Selection.of(request.query)
-        address = request.headers.get("host", "")
-
-        def look() -> Look:
-            count, pick = self._listed(granted, selection)
-            return count, lambda: [{"targets": [address], "labels": container_labels(*row)}
-                                   for row in pick()]
-        return self._built(("sd", granted.account.uuid, granted.groups, selection, address),
-                           (self.inventory.generation(granted.account.uuid), self.manta_owner),
-                           look, request.gzip, granted, allowance)
-
-    def _nodes(self, granted: Grant, query: Mapping[str, str]) -> tuple[Selection, list[Node]]:
-        """Which nodes an operator asks for, and those there are; raises Refused for others."""
-        if not granted.sees_nodes:
-            raise refused("not_operator")
-        # groups mean nothing here, as in the original
-        selection = Selection.of(query)._replace(groups=frozenset())
-        return selection, [node for node in self.inventory.nodes.values()
-                           if may_see(granted, node)]
-
-    def discover_nodes(self, request: Request, granted: Grant, allowance: QuotaBucket,
-                       _standing: int
-                       ) -> Answer | Deferred:
-        """The original's list of compute nodes."""
-        selection, nodes = self._nodes(granted, request.query)
-
-        def look() -> Look:
-            return len(nodes), lambda: {"cns": [
-                {"server_uuid": node.uuid, "server_hostname": node.hostname}
-                for node in sorted(nodes) if selection.takes(node.uuid)]}
-        return self._built(("gz", selection), self.inventory.node_generation, look, request.gzip,
-                           granted, allowance)
-
-    def node_targets(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
-                     ) -> Answer | Deferred:
-        """The same for HTTP service discovery."""
-        selection, nodes = self._nodes(granted, request.query)
-        address = request.headers.get("host", "")
-
-        def look() -> Look:
-            return len(nodes), lambda: [{"targets": [address], "labels": node_labels(node)}
-                                        for node in sorted(nodes) if selection.takes(node.uuid)]
-        return self._built(("gz/sd", selection, address), self.inventory.node_generation, look,
-                           request.gzip, granted, allowance)
-
-    def _built(self, key: tuple[object, ...], generation: object, look: Callable[[], Look],
-               packed: bool, granted: Grant, allowance: QuotaBucket) -> Answer | Deferred:
-        """An answer that is kept until the inventory changes; large ones are made by a worker."""
-        extra = granted.identity.header + allowance.header()
-        kept = self._answers.get(key)
-        if kept is not None and kept[0] == generation:
-            return with_headers(kept[1], extra, packed)
-        rows, make = look()
-
-        def build() -> Prepared:
-            return prepare(Response(200, json.dumps(
-                make(), separators=(",", ":"), ensure_ascii=False).encode(), JSON))
-        if rows <= INLINE_ROWS:
-            made = build()
-            self._keep(key, generation, made)
-            return with_headers(made, extra, packed)
-
-        def build_and_keep() -> Prepared:
-            made = build()
-            self.server.loop.call_soon(self._keep, key, generation, made)
-            return with_headers(made, extra, packed)
-        return self._by_worker(build_and_keep)
-
-    def _by_worker(self, build: Callable[[], Answer]) -> Deferred:
-        """An answer that takes too long for the loop; raises Refused when too much waits."""
-        later = Deferred(self.server.now() + 9.0, lambda: answer_to(refused("too_busy")))
-
-        def work() -> None:
-            try:
-                later.finish(build())
-            except Exception:
-                log.exception("making an answer failed")
-                later.finish(text(500, "internal error; see the log", ("X-Cmon-Error", "internal")))
-        if not self.server.spawn(work):
-            raise refused("too_busy")
-        return later
-
-    def _keep(self, key: tuple[object, ...], generation: object, made: Prepared) -> None:
-        old = self._answers.pop(key, None)
-        if old is not None:
-            self._answers_bytes -= len(old[1].plain) + len(old[1].packed)
-        self._answers_bytes += len(made.plain) + len(made.packed)
-        self._answers[key] = (generation, made)
-        while self._answers_bytes > KEPT_ANSWERS_BYTES:     # the oldest first
-            _, gone = self._answers.pop(next(iter(self._answers)))
-            self._answers_bytes -= len(gone.plain) + len(gone.packed)
-
-    def fleet(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
-              ) -> Answer | Deferred:
-        """Why each container is silent or not."""
-        rows = self.fleet_rows(granted, Selection.of(request.query))
-        extra = granted.identity.header + allowance.header()
-
-        def build() -> Prepared:
-            page = render(fleet_families(rows, granted, allowance)).encode()
-            return with_headers(prepare(Response(200, page, PAGE)), extra, request.gzip)
-        return build() if len(rows) <= INLINE_ROWS // 4 else self._by_worker(build)
-
-    def fleet_rows(self, granted: Grant, selection: Selection) -> list[FleetRow]:
-        """The containers of an account with all that is known of them."""
-        down = self._down()
-        return [FleetRow(vm, groups, vm.server not in down, self.last.get(vm.uuid))
-                for vm, groups in sorted(self._visible(granted))
-                if (not selection.groups or not selection.groups.isdisjoint(groups))
-                and selection.takes(vm.uuid)]
-
-    def people(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int
-               ) -> Answer | Deferred:
-        """What a browser shows: the account's containers, and to operators the compute nodes."""
-        query = dict(request.query)
-        word = query.pop("from", "0")
-        first = int(word) if re.fullmatch(r"[0-9]{1,6}", word) else 0
-        rows = self.fleet_rows(granted, Selection.of(query))
-        nodes, own = [], []
-        if granted.sees_nodes:
-            down = self._down()
-            nodes = [(node, node.uuid not in down) for node in sorted(
-                self.inventory.nodes.values(), key=lambda node: node.hostname)[:ROWS_SHOWN]]
-            own = self.in_words()
-        page = people_page(rows, first, granted, allowance, nodes, self.clock(), query, own)
-        return Response(200, page.encode(), HTML, PAGE_HEADERS)
-
     def in_words(self) -> list[tuple[str, str]]:
         """The proxy's own state, for operators."""
         inventory = self.inventory
-        down = self._down()
-        return [("compute nodes", f"{len(inventory.nodes)}, {len(down)} of them silent"),
+        return [("compute nodes", f"{len(inventory.nodes)}, {len(self.upstreams.suspects())} of "
+                                  "them silent"),
                 ("containers", str(len(inventory.vms))),
                 ("inventory confirmed", utc(inventory.confirmed_at)),
-                ("pages under way", str(len(self.relays))),
-                *((f"relayed, {name}", str(count)) for name, count in self.results.items()
-                  if count),
+                ("pages under way", str(len(self.pages.relays))),
+                *((f"relayed, {name}", str(count))
+                  for name, count in self.pages.scrapes.results.items() if count),
                 ("version", __version__)]
-
-    def container(self, request: Request, granted: Grant, allowance: QuotaBucket, _standing: int,
-                  name: str) -> Answer | Deferred:
-        """The page for people of one container, by UUID or alias."""
-        rows = [row for row in self.fleet_rows(granted, Selection())
-                if name in (row.vm.uuid, row.vm.alias)]
-        if not rows:
-            raise refused("no_such_target")
-        if len(rows) > 1:                   # an alias of several
-            page = people_page(rows, 0, granted, allowance, (), self.clock())
-        else:
-            page = container_page(rows[0], granted, allowance, request.headers.get("host", ""))
-        return Response(200, page.encode(), HTML, PAGE_HEADERS)
-
-    def machine(self, _request: Request, granted: Grant, allowance: QuotaBucket, _standing: int,
-                name: str) -> Answer | Deferred:
-        """The page for people of one compute node, by UUID or host name."""
-        for node in self.inventory.nodes.values():
-            if name in (node.uuid, node.hostname) and may_see(granted, node):
-                here = sorted((vm for vm in self.inventory.vms.values() if vm.server == node.uuid),
-                              key=lambda vm: vm.alias)
-                page = node_page(node, node.uuid not in self._down(), here, granted, allowance)
-                return Response(200, page.encode(), HTML, PAGE_HEADERS)
-        raise refused("no_such_target")
-
-    def _down(self) -> set[str]:
-        return {uuid for uuid, port in self.forwarder.ports.items() if port.suspect}
 
     # housekeeping
 
     def _each_second(self) -> None:
         self.quotas.book()
-        if len(self.last) > 2 * len(self.inventory.vms) + 1000:
-            known = self.inventory.vms, self.inventory.nodes
-            self.last = {uuid: last for uuid, last in self.last.items()
-                         if uuid in known[0] or uuid in known[1]}
-        if len(self.forwarder.ports) > len(self.inventory.nodes):
-            self.forwarder.retain(self.inventory.nodes)
+        self.pages.scrapes.retain(self.inventory.vms)
+        if len(self.upstreams.by_node) > len(self.inventory.nodes):
+            self.upstreams.retain(self.inventory.nodes)
 
     def families(self) -> list[Family]:
         """For the admin side."""
@@ -4189,12 +4445,7 @@ class Proxy:
         for vm in self.inventory.vms.values():
             states[vm.state] = states.get(vm.state, 0) + 1
         return [
-            Family("cmon_proxy_relays_total", COUNTER, "Requests for pages by what became of them.",
-                   [Sample((("result", name),), count) for name, count in self.results.items()]),
-            Family("cmon_proxy_relays_shared_total", COUNTER, "Requests that waited for the page "
-                   "that another one had asked for.", [Sample((), self.shared)]),
-            Family("cmon_proxy_relays_in_flight", GAUGE, "Pages under way.",
-                   [Sample((), len(self.relays))]),
+            *self.pages.families(),
             Family("cmon_proxy_inventory_ready", GAUGE, "Whether there is a whole inventory, young "
                    "enough to be believed.", [Sample((), int(not self.inventory.refusal))]),
             Family("cmon_proxy_inventory_age_seconds", GAUGE, "Time since the inventory was last "
@@ -4203,8 +4454,15 @@ class Proxy:
                    [Sample((("state", name),), count) for name, count in sorted(states.items())]),
             Family("cmon_proxy_inventory_nodes", GAUGE, "Compute nodes known.",
                    [Sample((), len(self.inventory.nodes))]),
-            *self.forwarder.families(), *self.quotas.families(),
+            *self.upstreams.families(), *self.quotas.families(),
         ]
+
+
+def _refusing(code: str, **fields: Any) -> Route:
+    """A route that refuses."""
+    def refuse(_request: Request) -> Answer:
+        raise refused(code, **fields)
+    return Route("GET", "none", refuse)
 
 
 def _is_own_name(host: str) -> bool:
@@ -5467,15 +5725,13 @@ class WorkerSide:
 
     def __init__(self, proxy: Proxy, registry: Registry, end: socket.socket) -> None:
         self._proxy, self._registry = proxy, registry
-        self._told: dict[str, LastScrape] = {}
         # without the first process nobody would replace or stop us
         self._channel = Channel(proxy.server, end, self._heard, proxy.server.stop)
         proxy.server.loop.every(EXCHANGE_SECONDS, self._tell)
 
     def _tell(self) -> None:
         proxy = self._proxy
-        fresh, proxy.fresh = proxy.fresh, {}
-        self._channel.say({"spent": proxy.quotas.spent(), "last": fresh,
+        self._channel.say({"spent": proxy.quotas.spent(), "last": proxy.pages.scrapes.fresh(),
                            "ready": proxy.inventory.refusal is None})
 
     def _heard(self, message: Any) -> None:
@@ -5483,10 +5739,7 @@ class WorkerSide:
             self._channel.say({"answer": message["ask"], "families": self._registry.families()})
             return
         self._proxy.quotas.debit(message["spent"])
-        for uuid, (at, result) in message["last"].items():
-            known = self._proxy.last.get(uuid)
-            if known is None or known.at < at:
-                self._proxy.last[uuid] = LastScrape(at, result)
+        self._proxy.pages.scrapes.learn(message["last"])
 
 
 class Worker:

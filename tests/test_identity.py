@@ -125,9 +125,9 @@ def test_a_key_removed_or_a_date_passed_counts_on_the_next_request() -> None:
 
 def test_the_signature_is_worked_out_once(monkeypatch: Any) -> None:
     calls: list[int] = []
-    real = cmon_proxy._known_signature
-    monkeypatch.setattr(cmon_proxy, "_known_signature",
-                        lambda *both: calls.append(1) or real(*both))
+    real = cmon_proxy.signed_by
+    monkeypatch.setattr(cmon_proxy, "certificates", cmon_proxy.Certificates())
+    monkeypatch.setattr(cmon_proxy, "signed_by", lambda *both: calls.append(1) or real(*both))
     shown = identity("new_rsa")
     for _ in range(5):
         grant(shown, account("rsa"), Policy(), NOW)         # each time a new account object

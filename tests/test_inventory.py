@@ -17,7 +17,7 @@ from cmon_agent import ConfigError, Registry, Server
 from cmon_proxy import (
     STATES, Account, AuthorizedKey, Directory, Grant, Inventory, Node, Selection, Vm, by_owner,
     FileSource, ServerCertificate, Settings, TlsSettings, InventorySettings, groups_of, may_see,
-    merged, read_inventory, shard_of, state_of, vm_of)
+    merged, number_of, read_inventory, shard_of, state_of, vm_of)
 
 
 from support import Program, http_get, wait_until
@@ -447,7 +447,8 @@ def test_odd_members_survive() -> None:
             record["tags"] = {name: generator.choice(odd) for name in (
                 "triton.cmon.groups", "smartdc_role", "manta_role")}
         found = vm_of({"uuid": WEB, "owner_uuid": ALICE, **record}, "test", "")
-        assert found is not None and all(isinstance(value, (str, bool, tuple)) for value in found)
+        assert found is not None and all(
+            isinstance(value, (str, bool, tuple, int)) for value in found)
 
 
 def made(number: int, owner: str = ALICE, **more: Any) -> Vm:
@@ -531,7 +532,7 @@ def test_users_of_the_file(tmp_path: Path) -> None:
 
 
 def test_shards_are_a_partition_and_move_little() -> None:
-    names = [uuid(number * 7919) for number in range(2000)]
+    names = [number_of(uuid(number * 7919)) for number in range(2000)]
     for count in (1, 2, 5, 16):
         shards = [{name for name in names if shard_of(name, count) == k} for k in range(count)]
         assert sum(map(len, shards)) == len(names) and set().union(*shards) == set(names)

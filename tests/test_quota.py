@@ -157,7 +157,7 @@ def test_the_proxys_cpu_time_is_booked_on_those_who_cause_it(monkeypatch: Any) -
 
 
 def test_accounts_that_have_left_are_forgotten_but_stay_counted(monkeypatch: Any) -> None:
-    monkeypatch.setattr("cmon_proxy.KEPT_ALLOWANCES", 3)
+    monkeypatch.setattr("cmon_proxy.KEPT_BUCKETS", 3)
     clock = [0.0]
     quotas = Quotas(QuotaSettings(), lambda: clock[0])
     for number in range(3):

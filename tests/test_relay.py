@@ -15,63 +15,56 @@ import cmon_proxy
 from agents import NODE_1, Agent
 from cmon_agent import Refused, Registry, Server, parse
 from cmon_proxy import (
-    MAX_PAGE, AgentSettings, Copies, Copy, Upstreams, Job, Node, Reply, plain_length)
+    MAX_PAGE, AgentHead, AgentSettings, Copy, Job, Node, Reply, Upstreams)
 from support import wait_until
 
 
+HEAD = "HTTP/1.1 200 OK\r\nDate: Fri, 20 Nov 2026 14:00:00 GMT\r\n"
+
+
 @pytest.mark.parametrize("lines, expected", [
-    (b"Content-Type: text/plain\r\nContent-Length: 12\r\n\r\n", 12),
-    (b"content-length:12\r\nVary: Accept-Encoding\r\nContent-Encoding: gzip\r\n\r\n", 12),
-    (b"Content-Type: text/plain\r\n\r\n", -1),
-    (b"Content-Length: 12\r\nContent-Length: 12\r\n\r\n", -1),
-    (b"Content-Length: -1\r\n\r\n", -1), (b"Content-Length: 1e3\r\n\r\n", -1),
-    (b"Content-Length: 9999999999\r\n\r\n", -1),
-    (b"Content-Length: %d\r\n\r\n" % (MAX_PAGE + 1), -1),
-    (b"Content-Length: 12\r\nConnection: close\r\n\r\n", -1),
-    (b"Content-Length: 12\r\nTransfer-Encoding: chunked\r\n\r\n", -1),
-    (b"Content-Length: 12\r\nSet-Cookie: a\r\n\r\n", -1),
-    (b"Content-Length: 12\r\nX-Cmon-Error: x\r\n\r\n", -1),
-    (b"Content-Length: 12\r\n folded\r\n\r\n", -1), (b"garbage\r\n\r\n", -1), (b"", -1),
+    ("Content-Type: text/plain\r\nContent-Length: 12", AgentHead(12)),
+    ("content-length:12\r\nVary: Cookie\r\nContent-Encoding: gzip", AgentHead(12, True)),
+    ("Content-Length: 12\r\nX-Cmon-Partial: zfs, ntp", AgentHead(12, False, "zfs, ntp")),
+    ("Content-Length: 12\r\nX-Cmon-Partial: <b>", AgentHead(12)),
+    ("Content-Length: 12\r\nSet-Cookie: a\r\nLocation: /", AgentHead(12)),
+    # these are read the long way, where they are an answer or an error
+    ("Content-Type: text/plain", AgentHead(-1)), ("Content-Length: -1", AgentHead(-1)),
+    ("Content-Length: 12\r\nContent-Length: 12", AgentHead(-1)),
+    ("Content-Length: 1e3", AgentHead(-1)), ("Content-Length: 9999999999", AgentHead(-1)),
+    ("Content-Length: 1_0", AgentHead(-1)), ("Content-Length: \xb2", AgentHead(-1)),
+    (f"Content-Length: {MAX_PAGE + 1}", AgentHead(-1)),
+    ("Content-Length: 12\r\nConnection: close", AgentHead(-1)),
+    ("Transfer-Encoding: chunked", AgentHead(-1)),
+    ("Content-Length: 12\r\nTransfer-Encoding: chunked", AgentHead(-1)),
+    ("Content-Length: 12\r\nContent-Encoding: br", AgentHead(-1)),
+    ("Content-Length: 12\r\n folded", AgentHead(-1)), ("garbage", AgentHead(-1)),
 ])
-def test_which_answers_pass_as_they_came(lines: bytes, expected: int) -> None:
-    assert plain_length(lines) == expected
-
-
-def reply(body: bytes, packed: bool = False) -> Reply:
-    head = b"HTTP/1.1 200 OK\r\n" + (b"Content-Encoding: gzip\r\n" if packed else b"")
-    return Reply(200, head, gzip.compress(body) if packed else body)
+def test_what_is_believed_of_an_agents_head(lines: str, expected: AgentHead) -> None:
+    running = Running()
+    head = f"{HEAD}{lines}\r\n\r\n".encode("latin-1")
+    assert running.upstreams.known_head(head) == expected
+    later = head.replace(b"14:00:00", b"15:01:02")
+    assert running.upstreams.known_head(later) is running.upstreams.known_head(head)
+    running.close()
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_copy_tells_its_age(packed: bool) -> None:
-    copy = Copy("owner", reply(b"x 1\n", packed), 100.0)
-    answer = copy.answer(107.9)
-    head, _, body = answer.plain.partition(b"\r\n\r\n")
-    families = {family.name: family.samples[0].value for family in parse(body.decode())}
+    body = b"x 1"
+    page = Copy("owner", Reply(200, gzip.compress(body) if packed else body, packed), 0).page(7)
+    assert page is not None and ("Age", "7") in page.headers
+    families = {family.name: family.samples[0].value for family in parse(page.body.decode())}
     assert families == {"x": 1, "cmon_quota_limited": 1, "cmon_page_age_seconds": 7}
-    assert b"Age: 7\r\n" in head
-    assert copy.answer(107.95) is answer and copy.answer(108.0) is not answer
-
-
-def test_copies_are_the_owners_and_bounded() -> None:
-    copies = Copies(limit=1000)
-    for number in range(20):
-        copies.keep((str(number), False), Copy("a", reply(bytes(100)), 0.0))
-    assert copies.get("9", False, "a") is None and copies.get("19", False, "a") is not None
-    assert copies.get("19", False, "b") is None and copies.get("19", True, "a") is None
-    copies.keep(("19", False), Copy("a", reply(bytes(1000)), 0.0))
-    assert copies.get("18", False, "a") is None and copies.get("19", False, "a") is not None
-    copies.drop(("19", False))
-    copies.keep(("big", False), Copy("a", reply(bytes(1001)), 0.0))
-    assert copies.get("big", False, "a") is None
 
 
 class Running:
-    """A forwarder in a loop of its own; calls into it are made there."""
+    """Upstreams in a loop of its own; calls into it are made there."""
 
     def __init__(self, **settings: Any) -> None:
         self.server = Server("proxy", Registry())
-        self.forwarder = Upstreams(self.server, AgentSettings(**settings), random.random)
+        self.upstreams = Upstreams(
+            self.server, Registry(), AgentSettings(**settings), random.random)
         self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
         self.results: list[Any] = []
@@ -94,7 +87,7 @@ class Running:
         return job
 
     def port(self, address: Any) -> Any:
-        return self.forwarder.port(Node(NODE_1, "", address))
+        return self.upstreams.to(Node(NODE_1, "", address))
 
     def wait(self, count: int) -> list[Any]:
         wait_until(lambda: len(self.results) >= count)
@@ -138,7 +131,7 @@ def test_one_account_does_not_take_all_of_a_node(agent: Agent) -> None:
     for _ in range(20):
         running.ask(agent.address, owner="b")
     assert running.wait(20) == [200] * 20
-    port = running.forwarder.ports[NODE_1]
+    port = running.upstreams.by_node[NODE_1]
     assert port.load == {"a": 3} and port.busy == 3 and len(port.waiting) == 7
     running.close()
 
@@ -152,7 +145,7 @@ def test_those_who_wait_are_served_in_turn(running: Running, agent: Agent) -> No
     assert running.wait(5) == [200] * 5
     # sent as the third; it may arrive together with the fourth, on another connection
     assert agent.paths().index("/b1") in (2, 3)
-    wait_until(lambda: not running.forwarder.ports[NODE_1].load)
+    wait_until(lambda: not running.upstreams.by_node[NODE_1].load)
 
 
 def test_those_who_wait_too_long_are_told_and_those_who_left_are_dropped(
@@ -248,25 +241,25 @@ def test_a_node_that_refuses_opens_its_breaker_and_is_asked_no_more(running: Run
         address = listening.getsockname()
     wait_until(lambda: (running.ask(address), "at once: node_silent" in running.results)[1])
     assert set(running.results) == {"node_silent", "at once: node_silent"}
-    families = {family.name: family for family in running.forwarder.families()}
+    families = {family.name: family for family in running.upstreams.families()}
     assert families["cmon_proxy_node_up"].samples[0].value == 0
 
 
 def test_ports_of_nodes_that_are_gone_are_forgotten(running: Running, agent: Agent) -> None:
     running.ask(agent.address)
     running.wait(1)
-    running.server.loop.call_soon(running.forwarder.retain, {})
-    wait_until(lambda: not running.forwarder.ports)
+    running.server.loop.call_soon(running.upstreams.retain, {})
+    wait_until(lambda: not running.upstreams.by_node)
 
 
 def test_idle_connections_do_not_stay_for_ever(running: Running, agent: Agent, monkeypatch: Any
                                                ) -> None:
     running.ask(agent.address)
     running.wait(1)
-    port = running.forwarder.ports[NODE_1]
+    port = running.upstreams.by_node[NODE_1]
     wait_until(lambda: port.idle)
-    monkeypatch.setattr(cmon_proxy, "IDLE_LINK_SECONDS", 0.0)
-    running.server.loop.call_soon(running.forwarder._sweep_idle)
+    monkeypatch.setattr(cmon_proxy, "IDLE_CONNECTION_SECONDS", 0.0)
+    running.server.loop.call_soon(running.upstreams._sweep_idle)
     wait_until(lambda: not port.idle)
 
 
@@ -277,7 +270,7 @@ def test_without_descriptors_the_node_is_not_blamed(running: Running, agent: Age
     monkeypatch.setattr(cmon_proxy, "UpstreamConnection", no_more)
     running.ask(agent.address)
     assert running.wait(1) == ["too_busy"]
-    port = running.forwarder.ports[NODE_1]
+    port = running.upstreams.by_node[NODE_1]
     running.server.loop.call_soon(port.probe)
     monkeypatch.undo()
     running.ask(agent.address)

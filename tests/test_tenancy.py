@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-import cmon_proxy
 from agents import NODE_1, NODE_2, uuid, vm
 from cmon_agent import Answer, Deferred, Peer, Refused, Registry, Request, Server, wire
 from cmon_proxy import (
-    Account, AgentSettings, Grant, AuthorizedKey, Identity, InventorySettings, Job, Node, Proxy,
-    QuotaSettings, Reply, Settings, TlsSettings, Vm, by_owner, first_certificate, make_certificate,
-    make_key, may_see, private_key, refused, vm_of)
+    COSTS, Account, AgentSettings, AuthorizedKey, Grant, Identity, InventorySettings, Job, Node,
+    Proxy, QuotaSettings, Reply, Settings, TlsSettings, Vm, by_owner, first_certificate,
+    make_certificate, make_key, may_see, private_key, refused, vm_of)
 
 GROUPS = ("web", "db", "front")
 
@@ -36,8 +35,8 @@ def accounts_with_keys(count: int) -> list[tuple[Account, bytes]]:
     return made
 
 
-class Port:
-    """Takes requests instead of an agent."""
+class Agents:
+    """Take requests in the place of an upstream."""
     host = "127.0.0.1:1"
 
     def __init__(self) -> None:
@@ -63,8 +62,8 @@ class World:
         self.proxy = Proxy(settings, self.server, Registry(), self.random.random)
         self.accounts = accounts_with_keys(4)
         self.proxy.directory.replace({account.login: account for account, _ in self.accounts})
-        self.port = Port()
-        setattr(self.proxy.forwarder, "port", lambda node: self.port)
+        self.agents = Agents()
+        setattr(self.proxy.upstreams, "to", lambda node: self.agents)
         self.peers = [[self.peer(der) for _ in range(2)] for _, der in self.accounts]
         self.uuids = [uuid(number) for number in range(1, 9)]
         self.proxy.inventory.replace_nodes({
@@ -74,6 +73,14 @@ class World:
         self.sent: dict[int, tuple[str, str]] = {}      # job -> page's uuid and its owner then
         self.served = self.hidden = 0
         self.pending: list[Any] = []
+
+    def page(self, request: Request, number: str) -> Any:
+        """As the route of a page does."""
+        return self.proxy.enter(self.proxy.pages.page, COSTS["page"], request, (number,))
+
+    def list(self, request: Request) -> Any:
+        """As the route of discovery does."""
+        return self.proxy.enter(self.proxy.discovery.containers, COSTS["list"], request, ())
 
     @staticmethod
     def peer(der: bytes) -> Peer:
@@ -106,19 +113,19 @@ class World:
             peer)
         if self.random.random() < 0.3:
             self.proxy.quotas.of(account).soft = 0.0            # over its quota: a copy, or 429
-        before = len(self.port.jobs)
+        before = len(self.agents.jobs)
         try:
             found = self.proxy.by_host(request)
             if found is not None:
                 answer = found[0].handler(request, *found[1])
             else:
-                answer = self.proxy.enter(self.proxy.page, request, (number,))
+                answer = self.page(request, number)
         except Refused:
             self.hidden += 1
             return
         finally:
             self.proxy.quotas.of(account).soft = 1e6
-        for job in self.port.jobs[before:]:
+        for job in self.agents.jobs[before:]:
             known = self.proxy.inventory.vms.get(number)
             self.sent[id(job)] = (number, known.owner if known else "")
         if isinstance(answer, Deferred):
@@ -145,16 +152,15 @@ class World:
             assert f"owned by {account.uuid}" in text, "a page of the former owner's time"
 
     def finish(self) -> None:
-        if not self.port.jobs:
+        if not self.agents.jobs:
             return
-        job = self.port.jobs.pop(self.random.randrange(len(self.port.jobs)))
+        job = self.agents.jobs.pop(self.random.randrange(len(self.agents.jobs)))
         number, owner = self.sent.pop(id(job))
         if self.random.random() < 0.1:
-            job.done(None, refused("node_silent", node=NODE_1, since="", why="test"))
+            job.finish(None, refused("node_silent", node=NODE_1, since="", why="test"))
             return
         body = f"page of {number} owned by {owner}\n".encode()
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: x\r\nContent-Length: %d\r\n" % len(body)
-        job.done(Reply(200, head, body), None)
+        job.finish(Reply(200, body), None)
 
     def change(self) -> None:
         inventory = self.proxy.inventory
@@ -174,7 +180,7 @@ class World:
             self.ask()
             self.proxy.directory.replace({one.login: one for one, _ in self.accounts})
         else:
-            self.port.silent = not self.port.silent
+            self.agents.silent = not self.agents.silent
         self.clock[0] += self.random.random()
 
     def close(self) -> None:
@@ -186,7 +192,7 @@ def test_random_histories(seed: int) -> None:
     world = World(seed)
     for _ in range(8000):
         world.random.choice((world.ask, world.ask, world.finish, world.change))()
-    while world.port.jobs:
+    while world.agents.jobs:
         world.finish()
     world.close()
     assert all(later.answer is not None for later in world.pending), "one was never answered"
@@ -199,7 +205,7 @@ def test_discovery_lists_what_may_be_seen_and_nothing_else() -> None:
         for which, (account, _) in enumerate(world.accounts):
             request = Request("GET", "/v1/discover", "/v1/discover", {}, {}, b"", "cmon.test",
                               False, True, world.peers[which][0])
-            answer = world.proxy.enter(world.proxy.discover, request, ())
+            answer = world.list(request)
             assert not isinstance(answer, Deferred)
             rows = json.loads(wire(answer).partition(b"\r\n\r\n")[2])["containers"]
             holder, = account.keys.values()
@@ -211,26 +217,6 @@ def test_discovery_lists_what_may_be_seen_and_nothing_else() -> None:
         world.close()
 
 
-def test_kept_discoveries_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cmon_proxy, "KEPT_ANSWERS_BYTES", 20_000)
-    world = World(1)
-
-    def ask(groups: str) -> None:
-        request = Request("GET", "/v1/discover", "/v1/discover", {"groups": groups}, {}, b"",
-                          "cmon.test", False, True, world.peers[0][0])
-        world.proxy.enter(world.proxy.discover, request, ())
-    for number in range(200):
-        ask(f"group{number}")
-        ask("again")
-        kept = world.proxy._answers.values()
-        assert world.proxy._answers_bytes == sum(
-            len(one.plain) + len(one.packed) for _, one in kept) <= 20_000
-        if number % 20 == 0:
-            world.reload()
-    assert world.proxy._answers
-    world.close()
-
-
 def test_nobody_joins_a_relay_that_everybody_has_left() -> None:
     world = World(2)
     number = next(one.uuid for one in world.proxy.inventory.vms.values()
@@ -239,22 +225,22 @@ def test_nobody_joins_a_relay_that_everybody_has_left() -> None:
 
     def ask() -> Deferred:
         request = Request("GET", "", "", {}, {}, b"", "cmon.test", False, True, world.peers[0][0])
-        later = world.proxy.enter(world.proxy.page, request, (number,))
+        later = world.page(request, number)
         assert isinstance(later, Deferred) and later.on_cancel is not None
         return later
     left, joined = ask(), ask()
-    assert len(world.port.jobs) == 1
+    assert len(world.agents.jobs) == 1
     for later in (left, joined):
-        assert later.on_cancel is not None and not world.port.jobs[0].given_up
+        assert later.on_cancel is not None and not world.agents.jobs[0].given_up
         later.on_cancel()
-    assert world.port.jobs[0].given_up      # the port may drop it without a word
+    assert world.agents.jobs[0].given_up      # the port may drop it without a word
     fresh = ask()
-    assert len(world.port.jobs) == 2
+    assert len(world.agents.jobs) == 2
     body = b"page"
-    world.port.jobs[1].done(Reply(200, b"HTTP/1.1 200 OK\r\n", body), None)
+    world.agents.jobs[1].finish(Reply(200, body), None)
     assert fresh.answer is not None and fresh.answer.status == 200
-    world.port.jobs[0].done(Reply(200, b"HTTP/1.1 200 OK\r\n", body), None)
-    assert left.answer is None and not world.proxy.relays
+    world.agents.jobs[0].finish(Reply(200, body), None)
+    assert left.answer is None and not world.proxy.pages.relays
     world.close()
 
 
@@ -264,9 +250,9 @@ def test_a_deadline_that_passes_leaves_the_others_waiting() -> None:
                   if one.owner == world.accounts[0][0].uuid and one.state == "running"
                   and not one.hidden)
     request = Request("GET", "", "", {}, {}, b"", "cmon.test", False, True, world.peers[0][0])
-    first, second = (world.proxy.enter(world.proxy.page, request, (number,)) for _ in range(2))
+    first, second = (world.page(request, number) for _ in range(2))
     assert isinstance(first, Deferred) and isinstance(second, Deferred)
-    assert first.expired().status == 504 and not world.port.jobs[0].given_up
-    world.port.jobs[0].done(Reply(200, b"HTTP/1.1 200 OK\r\n", b"page"), None)
+    assert first.expired().status == 504 and not world.agents.jobs[0].given_up
+    world.agents.jobs[0].finish(Reply(200, b"page"), None)
     assert first.answer is None and second.answer is not None
     world.close()
