@@ -7083,6 +7083,8 @@ class _Loader:
 
     def wrong(self, where: str, what: str) -> None:
         origin = "command line" if where in self.flags else self.origin
+        # a name may be anything: "\ud800" cannot even be printed
+        where = where.encode("unicode_escape").decode() if not where.isprintable() else where
         self.problems.append(f"{origin}: {where}: {what}" if where else f"{origin}: {what}")
 
     def convert(self, value: Any, wanted: Any, where: str) -> Any:

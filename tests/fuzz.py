@@ -24,7 +24,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from agents import inventory  # noqa: E402  (it needs the path)
-from cmon_agent import ConfigError  # noqa: E402
+import cmon_agent  # noqa: E402
+import cmon_proxy  # noqa: E402
+from cmon_agent import (  # noqa: E402
+    AnswerReader, ClientError, ConfigError, ExpositionError, Limits, Peer, Refused, Request,
+    load_settings, merge, parse, parse_head, parse_lines, render)
 from cmon_proxy import Whole, read_inventory  # noqa: E402
 
 Property = Callable[[random.Random], None]
@@ -104,7 +108,103 @@ def inventory_file(chance: random.Random) -> None:
         assert line.isprintable() and line.encode(), line
 
 
-PROPERTIES: dict[str, Property] = {"inventory_file": inventory_file}
+HEAD = (b"GET /v1/a/metrics?groups=a%2Cb&shard=1/4 HTTP/1.1\r\nHost: cmon.example:9163\r\n"
+        b"Accept-Encoding: gzip\r\nX-Prometheus-Scrape-Timeout-Seconds: 10\r\n\r\n")
+ANSWER = (b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+          b"5\r\nhello\r\n0\r\n\r\n")
+PIECES = (b"", b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"%00", b"%ff", b"/../", b"?",
+          b"\xff", b"\r\n ", b"Host: b\r\n", b"Content-Length: 5\r\n", b"Content-Length: 1_0\r\n",
+          b"Transfer-Encoding: chunked\r\n", b"HTTP/9.9", b"a" * 300, b"1e9", b"ffffffffff\r\n",
+          b"HTTP/1.1 100 Continue\r\n\r\n", b"Connection: close\r\n", b"-1", b"[::1]", b"#", b"{")
+
+
+def cut_up(chance: random.Random, raw: bytes) -> bytes:
+    """Bytes with some pieces gone, doubled or put in between."""
+    for _ in range(chance.randrange(1, 5)):
+        at, size = chance.randrange(len(raw) + 1), chance.randrange(20)
+        raw = raw[:at] + chance.choice((chance.choice(PIECES), raw[at:at + size] * 2)) \
+            + raw[at + size:]
+    return raw
+
+
+def request_head(chance: random.Random) -> None:
+    """A head is refused with 4xx or 5xx in one line, or is what its bytes say."""
+    raw = cut_up(chance, HEAD)
+    try:
+        fields = parse_head(raw, Limits())
+    except Refused as refusal:
+        assert 400 <= refusal.status < 600 and str(refusal).isprintable(), refusal
+    else:
+        request = Request._make((*fields, Peer("127.0.0.1", "main")))
+        assert raw.startswith(request.method.encode() + b" " + request.target.encode())
+        assert raw.lower().count(b"\r\nhost:") <= 1
+        assert "\n" not in "".join(request.headers.values())
+
+
+def agent_answer(chance: random.Random) -> None:
+    """An answer, in whatever pieces, is whole, waits for more, or is refused in words."""
+    raw, reader = cut_up(chance, ANSWER), AnswerReader(max_body=1000)
+    try:
+        while raw and not reader.done:
+            size = chance.randrange(1, 60)
+            reader.feed(raw[:size])
+            raw = raw[size:]
+        reader.end()
+    except ClientError as error:
+        assert str(error).isprintable()
+    else:
+        assert 200 <= reader.status < 1000 and len(reader.body) <= 1000
+
+
+PAGE = """# HELP a_total Help \\\\ with \\n escapes.
+# TYPE a_total counter
+a_total{b="c",d="\\"e\\\\f\\n"} 12 1700000000000
+# TYPE h histogram
+h_bucket{le="0.1"} 1
+h_bucket{le="+Inf"} 2
+h_sum 0.3
+h_count 2
+x NaN
+"""
+
+
+def exposition(chance: random.Random) -> None:
+    """A page is refused with its line, or renders to one that parses to the same."""
+    page = cut_up(chance, PAGE.encode()).decode("utf-8", "replace")
+    try:
+        families = parse(page)
+    except ExpositionError as error:
+        assert str(error)
+    else:
+        again = render(families)
+        assert render(parse(again)) == again
+    families, problems = parse_lines(page)
+    assert render(merge(families)[0]) or not families or problems
+
+
+def settings_file(chance: random.Random) -> None:
+    """Settings are good, or each problem is a line with its place."""
+    path = Path(_FOLDER.name) / "settings.json"
+    good = chance.choice(SETTINGS)
+    path.write_text(json.dumps(spoil(chance, json.loads(good.read_text()), chance.randrange(4))))
+    wanted: Any = cmon_agent.Settings if good.name.startswith("agent") else cmon_proxy.Settings
+    try:
+        load_settings(wanted, str(path), {})
+    except ConfigError as error:
+        assert error.problems
+        for line in error.problems:
+            assert line.startswith(f"{path}: ") and line.isprintable(), line
+
+
+SETTINGS = sorted(path for program in ("agent", "proxy")
+                  for path in (HERE / "settings").glob(f"{program}*.good.json"))
+PROPERTIES: dict[str, Property] = {
+    "agent_answer": agent_answer,
+    "exposition": exposition,
+    "inventory_file": inventory_file,
+    "request_head": request_head,
+    "settings_file": settings_file,
+}
 
 
 def run(name: str, count: int, seed: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 import fuzz
 
-COUNTS = {"inventory_file": 1500}
+COUNTS = {"inventory_file": 1500, "settings_file": 500}
 
 
 @pytest.mark.parametrize("name", sorted(fuzz.PROPERTIES))
