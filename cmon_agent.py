@@ -48,7 +48,6 @@ import itertools
 import json
 import logging
 import logging.handlers
-import marshal
 import math
 import os
 import queue
@@ -64,7 +63,6 @@ import stat
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -7751,37 +7749,10 @@ def address_command_line() -> argparse.ArgumentParser:
 
 # Argument 1 is this file, 2 the descriptor of its compiled code, which becomes a module. One line,
 # and the name first, since `ps` and `pgrep -f` of the platform see 80 characters.
-_RUN_COMPILED = (
-    "'cmon_agent.py'; import marshal, sys, types; "
-    "agent = sys.modules['cmon_agent'] = types.ModuleType('cmon_agent'); "
-    "agent.__file__ = sys.argv[1]; file = open(int(sys.argv[2]), 'rb'); code = marshal.load(file); "
-    "file.close(); sys.argv = [sys.argv[1], *sys.argv[3:]]; exec(code, vars(agent)); "
-    "sys.exit(agent.main())")
 
 
-def drop_syntax_tree(code: types.CodeType, words: Sequence[str]) -> None:
-    """Run this program again from its compiled code; returns where that is not possible.
-
-    CPython keeps the syntax tree of a script as long as the script runs (pyrun_file of
-    pythonrun.c): 17 MB for this one, more than all that the agent knows of 500 zones.
-    """
-    flags = [flag for flag, given in (("-I", sys.flags.isolated), ("-S", sys.flags.no_site),
-                                      ("-E", sys.flags.ignore_environment),
-                                      ("-s", sys.flags.no_user_site),
-                                      ("-Xutf8", sys.flags.utf8_mode)) if given]
-    try:
-        with tempfile.TemporaryFile() as file:
-            marshal.dump(code, file)
-            file.seek(0)
-            os.set_inheritable(file.fileno(), True)
-            os.execv(sys.executable, [sys.executable, *flags, "-c", _RUN_COMPILED, __file__,
-                                      str(file.fileno()), *words])
-    except (OSError, ValueError):
-        return                              # no room in /tmp: it costs the memory, no more
-
-
-def main(argv: Sequence[str] | None = None, code: types.CodeType | None = None) -> int:
-    """The agent, or `capture`; returns the exit status. `code`: what it is run from as a script."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The agent, or one of its commands; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["capture"]:
         return capture(capture_command_line().parse_args(words[1:]))
@@ -7794,12 +7765,10 @@ def main(argv: Sequence[str] | None = None, code: types.CodeType | None = None) 
             complain("cmon_agent", [f"{words[1]}: {(error.strerror or str(error)).lower()}"])
             return 1
     arguments = agent_command_line().parse_args(words)
-    if code is not None:
-        drop_syntax_tree(code, words)
     running = Running(arguments)
     return run_daemon("agent", arguments, running.load, running.start, running.reload,
                       running.check)
 
 
 if __name__ == "__main__":
-    sys.exit(main(None, sys._getframe().f_code))
+    sys.exit(main())

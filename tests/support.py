@@ -84,8 +84,9 @@ class Program:
     @classmethod
     def agent(cls, *arguments: str | Path, listen: str = "127.0.0.1:0",
               **more: Any) -> Program:
-        """The agent, isolated (`-I`) as in production, at a free port."""
-        return cls(sys.executable, "-I", ROOT / "cmon_agent.py", "--log-format", "text",
+        """The agent, isolated and imported as its manifest does it, at a free port."""
+        return cls(sys.executable, "-I", "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]; "
+                   "import cmon_agent; sys.exit(cmon_agent.main())", "--log-format", "text",
                    "--listen", listen, *arguments, **more)
 
     @classmethod
