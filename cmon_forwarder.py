@@ -89,6 +89,7 @@ class SinkSettings:
     token: str | None = setting(None, "secret that the sink wants")
     token_file: Path | None = setting(None, "file that holds the token; read for each request")
     headers: dict[str, str] | None = setting(None, "further HTTP headers")
+    gzip: bool | None = setting(None, "compress requests (InfluxDB: true, else false)")
     address: str | None = setting(None, "HOST:PORT", lambda value: None
                                   if value is None else is_address(value))
     transport: str | None = setting(None, "udp, tcp or tls")
@@ -333,6 +334,7 @@ class Selector:
                                       for words in (settings.include, settings.exclude))
         self.rename = dict(settings.rename)
         self.reserved = frozenset((*OWN_LABELS, *settings.labels))
+        self.own = {series: self.series(series) for series in MADE_HERE}
         # patterns on labels of the target cannot be decided once for all targets
         self.by_target = any(name in self.reserved for pattern in (*self.include, *self.exclude)
                              for name, _ in pattern.labels)
@@ -346,7 +348,7 @@ class Selector:
                   ) -> list[tuple[Series, Number]]:
         """`up` and its like: only `exclude` holds for them."""
         labels = dict(target.labels)
-        return [(self.series(series), value) for series, value in points
+        return [(self.own[series], value) for series, value in points
                 if not any(one.fits(series.name, labels) for one in self.exclude)]
 
     def series(self, series: Series) -> Series:
@@ -363,6 +365,9 @@ class Selector:
             return [(series, value) for bare, series, value in points
                     if self.takes(bare.name, {**dict(bare.labels), **labels})]
         return [(series, value) for _, series, value in points]
+
+
+_PLAIN_FLOAT = re.compile(r"-?[0-9]{1,40}\.[0-9]{1,40}", re.ASCII)
 
 
 class PageReader:
@@ -415,6 +420,8 @@ class PageReader:
             seen.add(key)
             if word.isdigit() and len(word) <= 20 and word.isascii():
                 value: Number = int(word)
+            elif _PLAIN_FLOAT.fullmatch(word):
+                value = float(word)
             else:
                 try:
                     value = self._value(word)
@@ -501,6 +508,7 @@ class Link:
         self.fetcher, self.fetch = fetcher, fetch
         self.used = False                   # it has carried an answer
         self.idle_since = 0.0
+        self.generation = fetcher.generation
         self._reader: AnswerReader | None = None
         self._unsent = b""
         self._step = self._connected
@@ -610,6 +618,7 @@ class Fetcher:
         self._addresses: list[tuple[int, Any]] = []
         self._resolving = False
         self._turn = 0
+        self.generation = 0                 # of settings; connections of an older one are not kept
         self.host, self.port, self.context, self.most = "", 0, context, 1
         self.use(settings, context)
         loop.every(IDLE_SECONDS / 4, self._close_idle)
@@ -623,6 +632,7 @@ class Fetcher:
         shown = f"[{self.host}]" if ":" in self.host else self.host
         self._host_line = shown if parts.port is None else f"{shown}:{self.port}"
         self.most = settings.max_in_flight
+        self.generation += 1
         for link in self._idle:
             link.close()
             self.links.discard(link)
@@ -738,7 +748,8 @@ class Fetcher:
                 body = gunzip(body, fetch.max_body)
             except ClientError as error:
                 problem = str(error)
-        if reader.keep_alive and len(self.links) <= self.most:
+        if reader.keep_alive and len(self.links) <= self.most and \
+                link.generation == self.generation:
             link.idle_since = self.loop.now()
             self._idle.append(link)
         else:
@@ -767,6 +778,7 @@ class Fetcher:
 
 
 MAX_PAGE = 16 << 20
+SETS = 4096                 # sets of series that are shared
 FORGET_AFTER = 4            # a target keeps values of counters that are away for some scrapes
 
 
@@ -780,7 +792,7 @@ class TargetState:
         self.started = 0.0                  # monotonic
         self.began = 0                      # milliseconds since 1970
         self.values: dict[Series, Number] = {}      # counters' last values
-        self.live: frozenset[Series] | None = frozenset()   # what the scrape before had
+        self.live: frozenset[Series] = frozenset()      # what the scrape before had
 
 
 def is_finite(value: Number) -> bool:
@@ -817,6 +829,7 @@ class Scraper:
         self._discovered = b""
         self._problem = ""
         self._waiting = 0                   # targets of the one round
+        self._sets: dict[frozenset[Series], frozenset[Series]] = {}     # shared by like targets
         self._results = registry.counter(
             "cmon_forwarder_scrapes_total", "Scrapes by what became of them.", "result")
         self._samples = registry.counter(
@@ -1009,9 +1022,11 @@ class Scraper:
         gone: Sequence[Series] = ()
         if self.stale:
             live = frozenset([series for series, _ in points])
-            if state.live is not None and state.live != live:
+            if state.live != live:
                 gone = sorted(state.live - live)
-                state.live = live
+                if len(self._sets) > SETS:
+                    self._sets.clear()
+                state.live = self._sets.setdefault(live, live)
         at, state.began = state.began, 0
         return Scrape(target, at, points, increases, gone)
 
@@ -1420,13 +1435,14 @@ class Post(NamedTuple):
     body: Callable[[Sequence[bytes]], bytes]
     headers: Mapping[str, str]
     authorization: str                      # the word before the token
-    packs: bool = True                      # the sink takes gzip
+    packs: bool = False                     # gzip unless the settings say otherwise
     judge: Callable[[Sequence[bytes], bytes], Refusal] | None = None
 
 
 JSON_LINES = {"Content-Type": "application/x-ndjson"}
 POSTS = {       # (type, form)
-    ("influxdb", None): Post("", lines, {"Content-Type": "text/plain; charset=utf-8"}, "Token"),
+    ("influxdb", None): Post("", lines, {"Content-Type": "text/plain; charset=utf-8"}, "Token",
+                             packs=True),
     ("http", "lines"): Post("/", lines, JSON_LINES, "Bearer"),
     ("http", "elasticsearch"): Post("/_bulk", lines, JSON_LINES, "ApiKey", judge=read_bulk),
     ("http", "splunk"): Post("/services/collector", lines, {"Content-Type": "application/json"},
@@ -1434,7 +1450,7 @@ POSTS = {       # (type, form)
     ("remote_write", None): Post(
         "/api/v1/write", lambda records: snappy(b"".join(records)),
         {"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy",
-         "X-Prometheus-Remote-Write-Version": "0.1.0"}, "Bearer", packs=False),
+         "X-Prometheus-Remote-Write-Version": "0.1.0"}, "Bearer"),
 }
 
 
@@ -1507,7 +1523,8 @@ class SinkType(NamedTuple):
 DOUBLES = "whole numbers beyond 2^53 are rounded: it keeps 64-bit floating point"
 SINKS = {
     "influxdb": SinkType(
-        ("url",), ("database", "org", "bucket", "token", "token_file", "headers", *TLS_KEYS),
+        ("url",), ("database", "org", "bucket", "token", "token_file", "headers", "gzip",
+                    *TLS_KEYS),
         {None: influx_records},
         inexact="NaN and infinities are left out; InfluxDB 1 gets whole numbers beyond 2^63 as "
                 "floating point"),
@@ -1524,7 +1541,8 @@ SINKS = {
                      nul_ended, gelf_packets,
                      inexact="messages may come twice after a failure, datagrams may be lost; NaN "
                              "and infinities are left out"),
-    "http": SinkType(("url",), ("form", "headers", "token", "token_file", "index", *TLS_KEYS),
+    "http": SinkType(("url",), ("form", "headers", "token", "token_file", "index", "gzip",
+                                *TLS_KEYS),
                      {"lines": json_records, "elasticsearch": elasticsearch_records,
                       "splunk": splunk_records},
                      inexact="lines may come twice after a failure"),
@@ -1619,6 +1637,7 @@ class Spool:
             self._cursor = os.open(self.folder / "cursor", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
                                    0o600)
             self._head = self._read_cursor()
+            self._write_cursor(self._head)      # takes its room now: later the disk may be full
             numbers = sorted(int(path.name[:16], 16) for path in self.folder.glob("*.log")
                              if re.fullmatch(r"[0-9a-f]{16}\.log", path.name))
             for number_of in numbers:
@@ -1640,7 +1659,7 @@ class Spool:
         """Records of another kind of sink cannot be delivered to this one."""
         mark = self.folder / "form"
         waiting = [path for path in self.folder.glob("*.log")]
-        if mark.exists() and mark.read_text() != self._form and waiting:
+        if mark.exists() and mark.read_text() not in ("", self._form) and waiting:
             aside = self.folder / "refused" / f"spool-{self._clock():.0f}"
             aside.mkdir(parents=True)
             for path in waiting:
@@ -1659,6 +1678,10 @@ class Spool:
             if zlib.crc32(content[:16]) == check:
                 return segment, offset
         return 0, 0                         # none, or torn by a power failure: all is sent again
+
+    def _write_cursor(self, end: tuple[int, int]) -> None:
+        packed = CURSOR.pack(*end, 0)[:16]
+        os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
 
     def _scan(self, number_of: int) -> _Segment:
         """What a segment of an earlier process holds behind the cursor."""
@@ -1806,10 +1829,9 @@ class Spool:
         with self._lock:
             assert self._held is not None
             end, self._held = self._held.end, None
-            packed = CURSOR.pack(*end, 0)[:16]
             try:
-                os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
-            except OSError as error:        # a full disk: after a restart some is sent twice
+                self._write_cursor(end)
+            except OSError as error:            # after a restart some is sent twice
                 log.warning("spool %s: cursor: %s", self.folder, reason_of(error))
             for segment in [one for one in self._segments if one.number < end[0] or (
                     one.number == end[0] and end[1] >= one.size and one is not self._last())]:
@@ -2057,7 +2079,7 @@ class HttpTransport:
         body = self.post.body(records)
         try:
             headers = self.headers()
-            if self.post.packs:
+            if self.post.packs if self.sink.gzip is None else self.sink.gzip:
                 body, headers["Content-Encoding"] = gzip(body), "gzip"
             answer = self._client.request("POST", self.url, headers, body, self.sink.timeout)
         except (ClientError, UnicodeEncodeError) as error:
@@ -2244,7 +2266,9 @@ class DatagramTransport:
 
 def _heard(connection: socket.socket, seconds: float) -> None:
     """Wait, and raise OSError when the network said that nobody listens."""
-    select.select([connection], [], [], seconds)
+    poll = select.poll()                # select() fails beyond 1,024 descriptors
+    poll.register(connection, select.POLLIN)
+    poll.poll(seconds * 1000)
     error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error:
         raise OSError(error, os.strerror(error))
@@ -2255,7 +2279,7 @@ class FileTransport:
 
     def __init__(self, sink: SinkSettings) -> None:
         assert sink.path is not None
-        self.path = sink.path
+        self.sink, self.path = sink, sink.path
         self._most = sink.rotate_bytes or 64 << 20
         self._keep = 5 if sink.keep is None else sink.keep
         self._file: int | None = None
@@ -2338,6 +2362,11 @@ def transport_of(sink: SinkSettings) -> Transport:
     return DatagramTransport(sink) if sink.transport == "udp" else StreamTransport(sink)
 
 
+def form_of(sink: SinkSettings) -> str:
+    """What kind of records a sink's spool holds."""
+    return f"{sink.type} {sink.form or ''}".strip()
+
+
 class Delivery:
     """One sink: its spool, and the thread that delivers from it."""
 
@@ -2346,8 +2375,10 @@ class Delivery:
         self.name, self.sink = name, with_defaults(sink)
         self._random = random
         self._transport = transport_of(self.sink)
-        self.spool = Spool(folder / name, f"{sink.type} {self.sink.form or ''}".strip(), limit)
+        self.form = form_of(self.sink)
+        self.spool = Spool(folder / name, self.form, limit)
         self._stop = threading.Event()
+        self._news = threading.Event()      # set with _stop, and when settings have changed
         # counted by the thread, read by the server's
         self.sent = self.refused = self.failures = 0
         self.problem = ""                   # why nothing is delivered just now
@@ -2357,6 +2388,18 @@ class Delivery:
         """Begin to deliver."""
         self._thread.start()
 
+    def use(self, sink: SinkSettings, limit: int) -> None:
+        """Follow new settings, of the same form; what waits is delivered by them."""
+        self.spool.set_limit(limit)
+        if with_defaults(sink) != self.sink:
+            self.sink = with_defaults(sink)
+            self._news.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread has not ended yet."""
+        return self._thread.is_alive()
+
     def give(self, scrape: Scrape) -> None:
         """Encode a scrape, and have it delivered."""
         self.spool.append(encode(self.sink, scrape), scrape.at / 1000)
@@ -2364,6 +2407,7 @@ class Delivery:
     def stop(self) -> None:
         """End after what is under way; the rest stays in the spool."""
         self._stop.set()
+        self._news.set()
         self.spool.wake()
 
     def join(self, seconds: float) -> None:
@@ -2396,6 +2440,8 @@ class Delivery:
             part = work.pop(0)
             left: Records = []
             try:
+                if self._transport.sink != self.sink:
+                    self._follow(part)
                 self._transport.send(part)
                 self._works()
             except TooLarge as error:
@@ -2416,8 +2462,7 @@ class Delivery:
                 pause = backoff.next()
                 if error.after is not None:
                     pause = max(error.after, 0.1) + 0.1 * self._random()
-                if self._stop.wait(pause):
-                    return False
+                self._news.wait(pause)
             else:
                 self.sent += len(part)
                 backoff.reset()
@@ -2426,6 +2471,16 @@ class Delivery:
             if work and self._stop.is_set():
                 return False
         return True
+
+    def _follow(self, records: Records) -> None:
+        """Settings have changed."""
+        self._news.clear()
+        try:
+            fresh = transport_of(self.sink)
+        except ConfigError as error:        # a certificate has gone since they were read
+            raise Later(str(error), records) from None
+        self._transport.close()
+        self._transport = fresh
 
     def _refuse(self, records: Records, reason: str) -> None:
         self.refused += len(records)
@@ -2469,7 +2524,7 @@ class Forwarder:
         self.server = Server("forwarder", self.registry)
         register_process_metrics(self.registry, "forwarder")
         self.deliveries: dict[str, Delivery] = {}
-        self._leaving: list[Delivery] = []
+        self._leaving: dict[str, Delivery] = {}     # sinks that are no longer in the settings
         self._lock = self._lock_spool(settings)
         self.scraper = Scraper(self.server.loop, settings, proxy_context(settings), self.deliver,
                                self.registry)
@@ -2504,16 +2559,16 @@ class Forwarder:
     def _use_sinks(self, settings: Settings, once: bool = False) -> None:
         """Start new sinks, stop old ones, restart those that changed."""
         for name, delivery in list(self.deliveries.items()):
-            sink = settings.sinks.get(name)
-            if sink is None or with_defaults(sink) != delivery.sink:
+            if name not in settings.sinks:
                 delivery.stop()
-                delivery.join(GRACE_SECONDS)
-                del self.deliveries[name]
+                self._leaving[name] = self.deliveries.pop(name)
         for name, sink in settings.sinks.items():
             known = self.deliveries.get(name)
             if known is not None:
-                known.spool.set_limit(settings.spool_bytes)
+                known.use(sink, settings.spool_bytes)
                 continue
+            if name in self._leaving:
+                self._leaving.pop(name).join(0.0)
             if once:
                 sink = dataclasses.replace(sink, batch_age=0.0)
             try:
@@ -2538,18 +2593,25 @@ class Forwarder:
             raise ConfigError(f"{', '.join(fixed)}: cannot change while the forwarder runs: "
                               "restart it")
         context = proxy_context(settings)
-        for sink in settings.sinks.values():
+        for name, sink in settings.sinks.items():
             transport_of(with_defaults(sink))       # certificates are looked at before all else
+            known = self.deliveries.get(name)
+            if known is not None and known.form != form_of(with_defaults(sink)):
+                raise ConfigError(f"sinks.{name}: another type or form needs another name or a "
+                                  "restart: its spool holds what was written for the old one")
+            if name in self._leaving and self._leaving[name].is_alive:
+                raise ConfigError(f"sinks.{name}: is still ending; try again in some seconds")
         self._use_sinks(settings)
         self.settings = settings
         self.scraper.use(settings, context)
 
     def finish(self) -> None:
         """At the end: the spools keep what is not delivered, and counters are remembered."""
-        for delivery in self.deliveries.values():
+        ending = [*self.deliveries.values(), *self._leaving.values()]
+        for delivery in ending:
             delivery.stop()
         end = time.monotonic() + GRACE_SECONDS
-        for delivery in self.deliveries.values():
+        for delivery in ending:
             delivery.join(max(end - time.monotonic(), 0.0))
         if self.scraper.differences:
             write_counters(self._state_path, self.scraper.counters())
@@ -2783,8 +2845,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def start(settings: Settings) -> Server:
         forwarder = Forwarder(settings)
-        forwarder.server.listen(parse_address(settings.listen), forwarder.routes())
         running.append(forwarder)
+        forwarder.server.listen(parse_address(settings.listen), forwarder.routes())
         forwarder.server.loop.call_soon(forwarder.scraper.start)
         return forwarder.server
 
@@ -2805,6 +2867,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         complain("cmon_forwarder", error.problems)
         return 2
+    except KeyboardInterrupt:
+        complain("cmon_forwarder", ["interrupted"])
+        return 1
     finally:
         stop_logging()
 
