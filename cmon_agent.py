@@ -2987,9 +2987,109 @@ def parse_zoneadm(output: str) -> list[ZoneLine]:
 MAX_FOREIGN_SAMPLES = 10_000    # of one plugin
 MAX_TEXTFILE_SAMPLES = 1_000    # of one zone's file
 MAX_FOREIGN_LINES = 20_000
-MAX_TTL = 86_400.0
 _NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_:]")
 _OPTION = re.compile(r"#\s*OPTION\s+ttl\s+(\S+)\s*")
+
+
+class Foreign(NamedTuple):
+    """A family that somebody else wrote, as it goes on the page."""
+    name: str
+    kind: str
+    text: str
+
+    def names(self) -> set[str]:
+        """What its lines may begin with."""
+        return {self.name + suffix for suffix in ("", *SUFFIXES.get(self.kind, ()))}
+
+
+def foreign(families: Iterable[Family]) -> list[Foreign]:
+    """Families as text."""
+    return [Foreign(family.name, family.kind, render([family])) for family in families]
+
+
+# A sample as Prometheus reads it: name, labels, value, timestamp (model/textparse/promlex.l).
+_LABEL_PAIR = r'[ \t]*([a-zA-Z_][a-zA-Z0-9_]*)[ \t]*=[ \t]*"((?:[^"\\]|\\.)*)"[ \t]*'
+_LABEL_PAIRS = re.compile(_LABEL_PAIR)
+_FOREIGN_SAMPLE = re.compile(
+    r"([a-zA-Z_:][a-zA-Z0-9_:]*)"
+    r"(?:[ \t]*(\{(?:" + _LABEL_PAIR + r"(?:,|(?=\})))*[ \t]*\})|(?=[ \t]))"
+    r"[ \t]*([^ \t]+)(?:[ \t]+(-?[0-9]{1,18}))?[ \t\r]*")
+_FOREIGN_VALUE = re.compile(r"[+-]?(inf(inity)?|([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?)|nan",
+                            re.IGNORECASE | re.ASCII)
+MAX_CORE_SAMPLES = 50_000
+
+
+class CorePage:
+    """What ports of one zone print, by family and otherwise as they print it. A line that
+    Prometheus would refuse, which would cost it the whole page, costs that line alone."""
+
+    def __init__(self, is_taken: Callable[[str], bool]) -> None:
+        self._is_taken = is_taken               # whether a name is one of ours
+        self._kinds: dict[str, str] = {}
+        self._helps: dict[str, str] = {}
+        self._lines: dict[str, list[str]] = {}  # by family
+        self._seen: set[tuple[str, frozenset[tuple[str, str]]]] = set()
+        self.problems: list[str] = []
+
+    def add(self, source: str, body: bytes) -> None:
+        """Take one port's page."""
+        lines = body.split(b"\n", MAX_FOREIGN_LINES)
+        for index, raw in enumerate(lines[:MAX_FOREIGN_LINES], 1):
+            try:
+                self._line(source, raw.decode())
+            except UnicodeDecodeError:
+                self.problems.append(f"{source}: line {index}: not UTF-8")
+            except ExpositionError as error:
+                self.problems.append(f"{source}: line {index}: {error}")
+        if len(lines) > MAX_FOREIGN_LINES:
+            self.problems.append(f"{source}: more than {MAX_FOREIGN_LINES} lines")
+
+    def families(self) -> list[Foreign]:
+        """What was taken."""
+        return [Foreign(name, kind, f"# HELP {name} {self._helps.get(name, name)}\n"
+                        f"# TYPE {name} {kind}\n" + "".join(lines))
+                for name, lines in self._lines.items()
+                for kind in (self._kinds.get(name, UNTYPED),)]
+
+    def _line(self, source: str, line: str) -> None:
+        if line.startswith("#"):
+            words = line[1:].rstrip("\r").split(None, 2)
+            if len(words) == 3 and words[0] in ("HELP", "TYPE") and valid_metric_name(words[1]):
+                _, name, rest = words
+                if words[0] == "HELP":          # of several ports, the first
+                    self._helps.setdefault(name, rest)
+                elif rest.strip() in KINDS and name not in self._lines:
+                    self._kinds.setdefault(name, rest.strip())
+        elif line.strip():
+            self._sample(source, line)
+
+    def _sample(self, source: str, line: str) -> None:
+        match = _FOREIGN_SAMPLE.fullmatch(line)
+        if match is None:
+            raise ExpositionError(f"{line[:40]!r} is no sample")
+        name, labels, _, _, value, timestamp = match.groups()
+        if _FOREIGN_VALUE.fullmatch(value) is None or (
+                math.isinf(float(value)) and "inf" not in value.lower()):
+            raise ExpositionError(f"{value[:40]!r} is not a number")
+        pairs = _LABEL_PAIRS.findall(labels or "")
+        if len({label for label, _ in pairs}) < len(pairs) or any(
+                label.startswith("__") for label, _ in pairs):
+            raise ExpositionError("a label is duplicated or reserved")
+        family = next((name[:-len(suffix)] for kind, suffixes in SUFFIXES.items()
+                       for suffix in suffixes if name.endswith(suffix)
+                       and self._kinds.get(name[:-len(suffix)]) == kind), name)
+        if self._is_taken(name) or self._is_taken(family):
+            problem = f"{source}: {family} is a name that the page has already"
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return
+        key = (name, frozenset(pairs))
+        if key in self._seen or len(self._seen) >= MAX_CORE_SAMPLES:
+            raise ExpositionError(f"{name} has the same labels twice" if key in self._seen else
+                                  f"more than {MAX_CORE_SAMPLES} samples")
+        self._seen.add(key)
+        self._lines.setdefault(family, []).append(
+            f"{name}{labels or ''} {value}{' ' + timestamp if timestamp else ''}\n")
 
 
 def _foreign(prefix: str, content: str, limit: int) -> tuple[list[Family], list[str]]:
@@ -3018,20 +3118,21 @@ def _foreign(prefix: str, content: str, limit: int) -> tuple[list[Family], list[
 
 def _ttl(value: str) -> float | None:
     seconds = word(value.strip())
-    return None if seconds is None or not 0 <= seconds <= MAX_TTL else float(seconds)
+    return None if seconds is None or seconds < 0 else float(seconds)
 
 
 def plugin_families(plugin: str, output: str, prom: bool
                     ) -> tuple[list[Family], float | None, list[str]]:
-    """What a plugin printed as families `plugin_<plugin>_…`, its own lifetime if it gave one, and
-    the problems in words; a bad line costs that line."""
+    """What a plugin printed as families, its own lifetime if it gave one, and the problems in
+    words; a bad line costs that line. Plain lines are named `plugin_<plugin>_…`; the text format
+    keeps the names that it has, since the original did so and dashboards know them."""
     prefix = f"plugin_{_NOT_IN_NAMES.sub('_', plugin)}_"
     if prom:
-        families, problems = _foreign(prefix, output, MAX_FOREIGN_SAMPLES)
+        families, problems = _foreign("", output, MAX_FOREIGN_SAMPLES)
         option = _OPTION.fullmatch(output.split("\n", 1)[0])
         return families, _ttl(option.group(1)) if option else None, problems
     ttl: float | None = None
-    problems, made = [], {}
+    problems, made = [], dict[str, Family]()
     for index, line in enumerate(output.split("\n", MAX_FOREIGN_LINES)[:MAX_FOREIGN_LINES], 1):
         line = line.rstrip("\r")
         if not line.strip():
@@ -3049,21 +3150,25 @@ def plugin_families(plugin: str, output: str, prom: bool
                 ttl = seconds
         elif kind not in (GAUGE, COUNTER):
             problem = f"type {kind[:40]!r} is neither gauge nor counter"
-        elif not valid_metric_name(prefix + name):
-            problem = f"{name[:40]!r} is no name for a metric"
-        elif prefix + name in made:
-            problem = f"{name[:40]!r} stands twice"
         else:
-            try:
-                number_ = _value(value.strip())
+            try:                            # the name may carry labels
+                full, sample = _sample(f"{prefix}{name} {value}")
+                family = made.setdefault(full, Family(
+                    full, kind, fields[3] if len(fields) > 3 and fields[3] else
+                    name.partition("{")[0], []))
+                if family.kind != kind:
+                    problem = f"{name[:40]!r} is already a {family.kind}"
+                elif any(sample.labels == one.labels for one in family.samples):
+                    problem = f"{name[:40]!r} is duplicated"
+                elif not all(valid_label_name(label) for label, _ in sample.labels):
+                    problem = f"{name[:40]!r}: a label's name is reserved"
+                else:
+                    made[full] = family._replace(samples=[*family.samples, sample])
             except ExpositionError as error:
                 problem = str(error)
-            else:
-                made[prefix + name] = Family(prefix + name, kind, fields[3] if len(fields) > 3
-                                             and fields[3] else name, [Sample((), number_)])
         if problem:
             problems.append(f"line {index}: {problem}")
-    return list(made.values()), ttl, problems
+    return [family for family in made.values() if family.samples], ttl, problems
 
 
 def textfile_families(name: str, content: str) -> tuple[list[Family], list[str]]:
@@ -3411,6 +3516,11 @@ class Part(NamedTuple):
         """The part as it stands on the page."""
         return "".join([head + lines + "\n" for head, lines
                         in zip(self.heads, self.lines.split("\n\n"))])
+
+
+def verbatim(page: str) -> Part:
+    """Text of a page that is ready, as its part."""
+    return Part((page[:-1],) if page else (), "")
 
 
 _shapes: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -5460,6 +5570,7 @@ NICS_SECONDS = 60.0             # how long links wait for a vminfod that is foll
                                 # know their zone: vmadm does not manage it
 FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
 BURST_SECONDS = 30.0            # of the CPU budget may be used at once
+LEAST_PORT_SECONDS = 0.2        # for a core zone's port after others have used the time up
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
 NODE = "gz"
 DEFAULT_TIMEOUTS = {"zfs": 60.0, "zpool": 20.0, "ntp": 10.0, "triton_core": 2.0, "zones": 20.0}
@@ -5470,11 +5581,20 @@ class Outcome(NamedTuple):
     part: Part
     at: float                       # when, on the monotonic clock
     seconds: float                  # how long it took
+    names: AbstractSet[str] = frozenset()       # of what others wrote: theirs on the page
 
 
 def outcome(families: Sequence[Family], began: float, now: float) -> Outcome:
     """Families as the part of a page."""
     return Outcome(render_part(families), now, now - began)
+
+
+class Brought(NamedTuple):
+    """What a collector of others' metrics has brought, before its names are compared with those
+    of others on the page."""
+    families: Sequence[Foreign]
+    at: float
+    seconds: float
 
 
 class Failure(NamedTuple):
@@ -5494,7 +5614,8 @@ class Waits(str):
     """Why a collector has nothing yet although nothing has failed: no breaker opens for it."""
 
 
-Results = dict[str, Union[Outcome, Datasets, str]]  # by collector; a text says why it failed
+# by collector; a text says why it failed
+Results = dict[str, Union[Outcome, Brought, Datasets, str]]
 
 
 class Source(NamedTuple):
@@ -5732,9 +5853,10 @@ def _plugin(path: str, file_name: str, options: Any) -> Plugin | None:
     if not isinstance(own, dict):
         return None
     timeout, ttl, zones = own.get("timeout", 3000), own.get("ttl", 60), own.get("vms")
-    for number_of in (timeout, ttl):
-        if type(number_of) not in (int, float) or not 0 < number_of <= 3_600_000:
-            return None
+    if type(timeout) not in (int, float) or not 0 < timeout <= 3_600_000:
+        return None
+    if type(ttl) not in (int, float) or not 0 <= ttl < math.inf:    # 0: never kept
+        return None
     if zones is not None and not (isinstance(zones, list)
                                   and all(isinstance(zone, str) for zone in zones)):
         return None
@@ -6036,7 +6158,9 @@ class Scraper:
             last = page.outcomes.get(collector)
             failed = self._failure(page, collector)
             if failed is not None:
-                if now - failed.at >= max(LEAST_LIFETIME * self.governor.stretch,
+                # a plugin is an operator's work: what it costs he has said by its lifetime
+                pause = self.lifetime(collector, None) if collector.startswith("plugin_") else 0.0
+                if now - failed.at >= max(LEAST_LIFETIME * self.governor.stretch, pause,
                                           self.settings.min_poll_interval):
                     return True
             elif last is None or now - last.at >= self.lifetime(collector, interval):
@@ -6088,6 +6212,8 @@ class Scraper:
             if isinstance(result, str):
                 self._failed(page, collector, result, now)
                 continue
+            if isinstance(result, Brought):
+                result = self._admitted(page, collector, result)
             if collector in page.failed:
                 log.info("%s of %s works again", collector, page.zone)
                 del page.failed[collector]
@@ -6098,7 +6224,22 @@ class Scraper:
                 page.waiting.fresh.add(collector)
             self.collections.add(1, collector, "ok")
 
-    def _take_datasets(self, result: Outcome | Datasets | str, now: float) -> None:
+    def _admitted(self, page: Page, collector: str, brought: Brought) -> Outcome:
+        """What others brought, less the names that another of them has on this page."""
+        taken = {name: other for other, last in page.outcomes.items() if other != collector
+                 for name in last.names}
+        kept: list[Foreign] = []
+        for family in brought.families:
+            other = next((taken[name] for name in family.names() if name in taken), None)
+            if other is None:
+                kept.append(family)
+            else:
+                self.tell(collector, [f"{collector}: {family.name} is already on the page of "
+                                      f"{page.zone}, by {other}"])
+        return Outcome(verbatim("".join(family.text for family in kept)), brought.at,
+                       brought.seconds, frozenset().union(*(family.names() for family in kept)))
+
+    def _take_datasets(self, result: Outcome | Brought | Datasets | str, now: float) -> None:
         if isinstance(result, Datasets):
             if self._zfs_failure is not None:
                 log.info("zfs works again")
@@ -6480,18 +6621,19 @@ class Scraper:
         if output.status:
             raise CollectError(f"{plugin.path}: exit {output.status}: {_last_line(output)}")
         found, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
-        taken = tuple(f"plugin_{other.name}_" for other
-                      in self._plugins["gz" if zone == NODE else "vm"]
-                      if other.name.startswith(plugin.name + "_"))
-        families = [family for family in found
-                    if not family.name.startswith(taken) and not family.name.endswith(META_NAMES)]
-        problems += [f"{family.name} is a name of another plugin's, or of ours" for family in found
+        others = tuple(f"plugin_{other.name}_" for other
+                       in self._plugins["gz" if zone == NODE else "vm"]
+                       if other.name.startswith(plugin.name + "_"))
+        families = [family for family in found if not family.name.startswith(others)
+                    and not is_ours(family.name, zone == NODE)]
+        problems += [f"{family.name} is a name that the page has already" for family in found
                      if family not in families]
         self.server.loop.call_soon(self.tell, f"plugin_{plugin.name}",
                               [f"{plugin.path}: {problem}" for problem in problems])
         if ttl is not None:
             self.server.loop.call_soon(self._lifetimes.__setitem__, f"plugin_{plugin.name}", ttl)
-        return {f"plugin_{plugin.name}": outcome(families, began, self.server.now())}
+        now = self.server.now()
+        return {f"plugin_{plugin.name}": Brought(foreign(families), now, now - began)}
 
     def _collect_core(self, zone: str) -> Results:
         """The metricPorts of a platform zone: each port for itself, no retry, nothing kept open."""
@@ -6500,26 +6642,25 @@ class Scraper:
         if vm is None or not vm.ports or not vm.addresses or self.host.recorded:
             # (the addresses of a recording are in somebody's network: nothing is asked there)
             return {"triton_core": outcome([], began, began)}
-        families: list[Family] = []
-        problems: list[str] = []
+        page = CorePage(lambda name: is_ours(name, False))
         address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
+        end = began + self._timeout("triton_core")      # for all ports, but each has a chance
         for port in vm.ports:
             try:
                 answer = self._client.request(
                     "GET", f"http://{address}:{port}/metrics", {"Connection": "close"},
-                    timeout=self._timeout("triton_core"))
+                    timeout=max(end - self.server.now(), LEAST_PORT_SECONDS))
                 if answer.status != 200:
                     raise CollectError(f"answers {answer.status}")
-                families += parse(answer.body.decode("utf-8", "strict"))
-            except (ClientError, CollectError, ExpositionError, UnicodeDecodeError) as error:
-                problems.append(f"port {port} of {zone}: {error}")
+                page.add(f"port {port} of {zone}", answer.body)
+            except (ClientError, CollectError) as error:
+                page.problems.append(f"port {port} of {zone}: {error}")
+        families, problems = page.families(), page.problems
         if problems and not families:
-            raise CollectError("; ".join(problems))
-        kept, more = merge(family for family in families if not is_ours(family))
-        problems += [f"{zone}: {family.name} is a name of ours" for family in families
-                     if is_ours(family)] + more
+            raise CollectError("; ".join(problems)[:1000])
         self.server.loop.call_soon(self.tell, "triton_core", problems)
-        return {"triton_core": outcome(kept, began, self.server.now())}
+        now = self.server.now()
+        return {"triton_core": Brought(families, now, now - began)}
 
     def _collect_textfiles(self, zone: str) -> Results:
         """What a tenant leaves in files, read by a process of its own: its file system may hang."""
@@ -6540,7 +6681,8 @@ class Scraper:
                 problems.append(f"{zone}: {name}: {content[0]}")
         merged, more = merge(families)
         self.server.loop.call_soon(self.tell, "textfile", problems + more)
-        return {"textfile": outcome(merged, began, self.server.now())}
+        now = self.server.now()
+        return {"textfile": Brought(foreign(merged), now, now - began)}
 
     # housekeeping
 
@@ -6730,7 +6872,9 @@ def join_pages(pages: Mapping[str, str]) -> str:
                 lines = families.setdefault(f"{head}\n{line}", [])
             else:
                 name, brace, rest = line.partition("{")
-                if brace:
+                if brace and "zonename=" in rest:       # what others wrote may have it already
+                    lines.append(line)
+                elif brace:
                     lines.append(f"{name}{{{label},{rest}")
                 else:
                     name, _, value = line.partition(" ")
@@ -6741,14 +6885,14 @@ def join_pages(pages: Mapping[str, str]) -> str:
 # -- what is said over HTTP
 
 HEALTHY = "Container Monitor agent is healthy."
-NAMES_FAMILIES = frozenset(row["name"] for row in metadata())
+OUR_NAMES = {node: frozenset(row["name"] for row in metadata() if row["scope"] == scope)
+             for node, scope in ((True, "node"), (False, "zone"))}
 
 
-def is_ours(family: Family) -> bool:
-    """Whether a family of a core zone would run into one of the agent's own."""
-    name = family.name
-    return name.startswith(("cmon_", "plugin_", "app_")) or name.endswith(META_NAMES) or any(
-        name + suffix in NAMES_FAMILIES for suffix in ("", "_bucket", "_sum", "_count"))
+def is_ours(name: str, node: bool) -> bool:
+    """Whether a family that others wrote would run into one of the agent's own on a page."""
+    return name.startswith("cmon_") or name.endswith(META_NAMES) or any(
+        name + suffix in OUR_NAMES[node] for suffix in ("", "_bucket", "_sum", "_count"))
 
 
 class Agent:

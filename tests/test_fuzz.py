@@ -134,7 +134,7 @@ def test_kstats_may_hold_anything(recorded_node: dict[str, Any]) -> None:
                 for family in agent.node_families(one.name, by_module, agent.NodeContext())]
     for zone_id in range(20):
         mine = [kstat for kstat in read if kstat.instance == zone_id]
-        context = agent.ZoneContext(zone_id, "global", None, mine, mine)
+        context = agent.ZoneContext(zone_id, "global", None, mine)
         families += [family for one in agent.ZONE_COLLECTORS
                      for family in agent.zone_families(one.name, mine, context)]
     assert families

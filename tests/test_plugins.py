@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -63,6 +64,29 @@ def write(folder: Path, scripts: Any) -> Path:
     return folder
 
 
+Plugged = tuple[Desk, Path]
+
+
+@pytest.fixture()
+def plugged(machine: MakeMachine) -> Iterator[Callable[..., Plugged]]:
+    """Makes agents on the test's clock with these plugins of the node, and says their folder."""
+    made: list[Desk] = []
+
+    def make(gz: dict[str, Any]) -> Plugged:
+        nothing = {name: {"enabled": False} for name in ("zfs", "zpool", "ntp", "zones")}
+        one = machine(gz=gz, start=False, collectors=nothing)
+        made.append(Desk(one.config))
+        folder = one.config.parent / "gz-plugins"
+        problems: list[str] = []
+        made[-1].scraper._take_plugins({"gz": agent.find_plugins(str(folder), problems), "vm": []},
+                                       problems)
+        assert not problems
+        return made[-1], folder
+    yield make
+    for one in made:
+        one.close()
+
+
 def page_with(one: Machine, collector: str, ask: Callable[[], str] | None = None) -> str:
     """The page, once the folders have been read and that plugin has run."""
     def found() -> str:
@@ -100,10 +124,11 @@ def test_a_plugin_of_the_node_in_both_forms(machine: MakeMachine) -> None:
     assert "# HELP plugin_disks_requests Requests that were served\n" in page
     assert "# HELP plugin_disks_temperature temperature\n" in page
     assert "# TYPE plugin_disks_requests counter\n" in page
-    assert found['plugin_jobs_queue_length{name="b\\"\\\\"}'] == 4
-    assert found["plugin_jobs_took_seconds_count"] == 2
-    assert 'plugin_jobs_took_seconds_bucket{le="+Inf"} 2' in page
-    assert "plugin_jobs_exact 18446744073709551615\n" in page
+    assert found['queue_length{name="b\\"\\\\"}'] == 4, "the names that the plugin wrote"
+    assert "# HELP queue_length Jobs that wait.\n# TYPE queue_length gauge\n" in page
+    assert found["took_seconds_count"] == 2
+    assert 'took_seconds_bucket{le="+Inf"} 2' in page
+    assert "\nexact 18446744073709551615\n" in page
     assert "# HELP plugin_args_n global\n" in page and found["plugin_args_n"] == 1
     ups = collectors(page)
     assert all(ups[name] == 1 for name in ("plugin_disks", "plugin_jobs", "plugin_args"))
@@ -142,28 +167,27 @@ good 1
 untyped_thing 5
 good{unclosed="x 3
 good 2
-# TYPE cpu_user_usage counter
-cpu_user_usage 7
+# TYPE cpu_info_model counter
+cpu_info_model 7
 # TYPE two gauge
 # TYPE two counter
 two 1
-good{__name__="cpu_user_usage"} 3
+good{__name__="cpu_info_model"} 3
 = = =
 # TYPE last gauge
 last 9
 END"""
 
 
-@pytest.mark.parametrize("name, script", [("p.sh", BAD_LINES), ("p.prom", BAD_PROM)],
-                         ids=["tabs", "prom"])
-def test_a_bad_line_costs_that_line_and_is_counted(machine: MakeMachine, name: str, script: str
-                                                   ) -> None:
+@pytest.mark.parametrize("name, script, prefix", [
+    ("p.sh", BAD_LINES, "plugin_p_"), ("p.prom", BAD_PROM, "")], ids=["tabs", "prom"])
+def test_a_bad_line_costs_that_line_and_is_counted(machine: MakeMachine, name: str, script: str,
+                                                   prefix: str) -> None:
     one = machine(gz={name: script})
     page = page_with(one, "plugin_p")
-    found = {series: number for series, number in samples(page).items()
-             if series.startswith("plugin_p_") and "_metrics_" not in series}
-    assert found["plugin_p_good"] == 1 and found["plugin_p_last"] == 9
-    assert "\ncpu_user_usage " not in page and not down(page)
+    found = samples(page)
+    assert found[f"{prefix}good"] == 1 and found[f"{prefix}last"] == 9
+    assert found["cpu_info_model"] == 79 and not down(page), "the node's own"
     assert agent.render(agent.parse(page))
     assert one.own('cmon_agent_input_problems_total{source="plugin_p"}') >= 5
     assert f"/{name}: line " in one.agent.log
@@ -187,6 +211,80 @@ def test_no_plugin_can_break_the_page(machine: MakeMachine) -> None:
     types = [line for line in page.splitlines() if line.startswith("# TYPE")]
     assert len({line.split()[2] for line in types}) == len(types)
     assert one.own('cmon_agent_input_problems_total{source="plugin_p"}') >= 3
+
+
+def test_a_name_that_the_page_has_already_is_refused_with_a_reason(machine: MakeMachine) -> None:
+    """Names of the node's own metrics, and of another plugin's; the rest of the plugin stays."""
+    one = machine(gz={
+        "a.prom": "printf '# TYPE shared gauge\nshared 1\n# TYPE mine gauge\nmine 1\n'",
+        "b.prom": "printf '# TYPE shared_sum gauge\nshared_sum 1\n# TYPE h histogram\n"
+                  "h_sum 1\nh_count 1\nh_bucket{le=\"+Inf\"} 1\n'",
+        "c.prom": "printf '# TYPE memory_free_bytes gauge\nmemory_free_bytes 1\n"
+                  "# TYPE c_metrics_timer_seconds gauge\nc_metrics_timer_seconds 1\n"
+                  "# TYPE h_sum gauge\nh_sum 2\n# TYPE shared gauge\nshared 2\n"
+                  "# TYPE other gauge\nother 3\n'"})
+    for name in "abc":
+        page = page_with(one, f"plugin_{name}")
+    found = samples(page)
+    assert not down(page) and found["mine"] == found["shared_sum"] == 1 and found["other"] == 3
+    assert found["memory_free_bytes"] > 1
+    assert page.count("# TYPE shared gauge\n") == page.count("# TYPE h_sum gauge\n") + page.count(
+        "# TYPE h histogram\n") == 1
+    agent.parse(page)
+    one.agent.wait_for_log("memory_free_bytes is a name that the page has already")
+    one.agent.wait_for_log("plugin_[abc]: shared is already on the page of gz, by plugin_[abc]")
+
+
+def test_a_plain_plugin_may_write_labels_into_the_name(machine: MakeMachine) -> None:
+    one = machine(gz={"mako.sh": r"""cat <<'END'
+instructions{storageId="1.stor"}	counter	5	Instructions that were done
+instructions{storageId="2.stor",kind="a b"}	counter	6
+instructions{storageId="1.stor"}	counter	7
+instructions{storageId="3.stor"}	gauge	8
+instructions{broken	counter	1
+instructions	counter	9
+END"""})
+    page = page_with(one, "plugin_mako")
+    assert [line for line in page.splitlines() if "plugin_mako_instructions" in line] == [
+        "# HELP plugin_mako_instructions Instructions that were done",
+        "# TYPE plugin_mako_instructions counter",
+        'plugin_mako_instructions{storageId="1.stor"} 5',
+        'plugin_mako_instructions{storageId="2.stor",kind="a b"} 6',
+        "plugin_mako_instructions 9"]
+    assert one.own('cmon_agent_input_problems_total{source="plugin_mako"}') == 3
+
+
+@pytest.mark.parametrize("output, prom, ttl", [
+    ("ttl\toption\t90201\n", False, 90201.0), ("# OPTION ttl 90201\n", True, 90201.0),
+    ("ttl\toption\t0\n", False, 0.0), ("ttl\toption\t-1\n", False, None)])
+def test_a_lifetime_has_no_upper_bound(output: str, prom: bool, ttl: float | None) -> None:
+    assert agent.plugin_families("p", output, prom)[1] == ttl
+
+
+def test_a_plugin_with_a_lifetime_of_zero_is_never_kept(
+        plugged: Callable[..., Plugged]) -> None:
+    one, folder = plugged({"p.sh": "echo x >> $0.runs; printf 'n\tgauge\t1\n'",
+                           "plugin.json": {"p.sh": {"ttl": 0}}})
+    for _ in range(3):
+        assert "plugin_p_n 1" in one.page("/v1/gz/metrics")
+        one.pass_by(0.2)
+    assert len((folder / "p.sh.runs").read_text().split()) == 3
+
+
+def test_a_plugin_that_failed_is_tried_again_after_its_lifetime(
+        plugged: Callable[..., Plugged]) -> None:
+    """As the original does it: a failure is kept as long as a success."""
+    one, folder = plugged({"p.sh": "echo x >> $0.runs; exit 1",
+                           "plugin.json": {"p.sh": {"ttl": 40}}})
+
+    def runs() -> int:
+        assert "plugin_p" in down(one.page("/v1/gz/metrics"))
+        return len((folder / "p.sh.runs").read_text().split())
+    assert runs() == 1
+    one.pass_by(39.0)
+    assert runs() == 1
+    one.pass_by(2.0)
+    assert runs() == 2
 
 
 LONG = f"sleep 1000.{os.getpid()}"       # to be found again among all processes
@@ -508,6 +606,74 @@ took_seconds_count 2
 """
 
 
+ARTEDI = """\
+# HELP http_request_duration_seconds time to process a request
+# TYPE http_request_duration_seconds histogram
+http_request_duration_seconds{method="GET",route="ping",le="0.01"} 3
+http_request_duration_seconds{method="GET",route="ping",le="+Inf"} 4
+http_request_duration_seconds_count{method="GET",route="ping"} 4
+http_request_duration_seconds_sum{method="GET",route="ping"} 0.0931
+"""
+NO_LINE = "is no sample"
+LINES: list[tuple[str, bytes, str | None]] = [      # the line, what is wrong with it
+    ("no labels", b"a 1", None), ("labels", b'a{x="1",y="2"} 1', None),
+    ("a comma at the end", b'a{x="1",} 1', None), ("empty braces", b"a{} 1", None),
+    ("a timestamp", b"a 1 1700000000000", None), ("a TAB", b"a\t1", None),
+    ("an escape of any sort", rb'a{x="\t\\\"\d"} 1', None),
+    ("a brace in a label", b'a{x="} 7 {"} 1', None), ("no blank behind labels", b'a{x="1"}1', None),
+    ("a value of many forms", b"a +1.5e-3", None), ("infinity", b"a Infinity", None),
+    ("not a number", b"a NaN", None), ("digits that are kept", b"a 1.50", None),
+    ("an underscore", b"a 1_000", "not a number"), ("hexadecimal", b"a 0x1p4", "not a number"),
+    ("too large", b"a 1e999", "not a number"), ("signed nan", b"a -nan", "not a number"),
+    ("no value", b"a", NO_LINE), ("a name alone", b"a ", NO_LINE), ("glued", b"a1", NO_LINE),
+    ("an open label", b'a{x="1 1', NO_LINE), ("an unquoted label", b"a{x=1} 1", NO_LINE),
+    ("a label's odd name", b'a{x-y="1"} 1', NO_LINE), ("an odd name", b"a-b 1", NO_LINE),
+    ("a label twice", b'a{x="1",x="2"} 1', "duplicated"),
+    ("a name within", b'a{__name__="cpu_user_usage"} 1', "reserved"),
+    ("three words", b"a 1 2 3", NO_LINE), ("no UTF-8", b'a{x="\xff"} 1', "not UTF-8"),
+    ("a series twice", b'good{b="1",a="2"} 1', "same labels twice"),
+    ("one of ours", b"cpu_user_usage 7", "already"), ("a meta-metric", b"x_metrics_timer_seconds 1",
+                                                      "already"),
+    ("a family of ours", b"load_average_sum 7", None), ("our prefix", b"cmon_x 1", "already")]
+
+
+@pytest.mark.parametrize("line, problem", [row[1:] for row in LINES], ids=[row[0] for row in LINES])
+def test_a_line_of_a_core_zone_goes_on_as_it_is_or_costs_itself(line: bytes, problem: str | None
+                                                                ) -> None:
+    page = agent.CorePage(lambda name: agent.is_ours(name, False))
+    page.add("port 1", b'good{a="2",b="1"} 1\n' + line + b"\nlast 2")     # and no newline
+    text = "".join(family.text for family in page.families())
+    assert 'good{a="2",b="1"} 1\n' in text and "last 2\n" in text
+    assert text.count("# TYPE") == len(page.families()) == (3 if problem is None else 2)
+    if problem is None:
+        assert not page.problems
+        assert re.sub(r"[ \t]+", " ", line.decode().replace("}1", "} 1")) + "\n" in text
+    else:
+        assert len(page.problems) == 1 and problem in page.problems[0]
+        assert page.problems[0].startswith("port 1: ")
+
+
+def test_histograms_of_a_core_zone_keep_the_form_that_dashboards_query() -> None:
+    page = agent.CorePage(lambda name: agent.is_ours(name, False))
+    page.add("port 1", ARTEDI.encode())
+    page.add("port 2", ARTEDI.replace("ping", "list").encode())
+    [family] = page.families()
+    assert not page.problems and family.kind == "histogram"
+    assert family.text == ARTEDI + "".join(
+        line.replace("ping", "list") for line in ARTEDI.splitlines(True)[2:])
+    assert family.names() >= {"http_request_duration_seconds", "http_request_duration_seconds_sum"}
+
+
+def test_core_pages_are_bounded() -> None:
+    page = agent.CorePage(lambda name: False)
+    page.add("port 1", b"\n" * 30_000 + b"late 1\n")
+    assert not page.families() and page.problems == ["port 1: more than 20000 lines"]
+    for port in range(4):
+        page.add(f"port {port}", b"".join(b'a%d{x="%d"} 1\n' % (port, number)
+                                          for number in range(15_000)))
+    assert sum(family.text.count("\n") - 2 for family in page.families()) == 50_000
+
+
 class Port:
     """One of a core zone's metricPorts."""
 
@@ -570,6 +736,7 @@ def test_a_core_zones_own_metrics_are_on_its_page(core: Callable[..., Machine]) 
     assert not down(page) and value(page, "triton_core_metrics_available_boolean") == 1
     assert b"GET /metrics HTTP/1.1\r\n" in port.asked[0] and b"Connection: close" in port.asked[0]
     assert one.own('cmon_agent_input_problems_total{source="triton_core"}') == 3
+    assert 'zonename="%s",route="a"' % CMON0 in one.get("/v1/zones/metrics").text
     asked = len(port.asked)
     page = one.zone(CMON0, x_joyent_cmon_opts=OTHER)
     assert "http_requests_completed" not in page and len(port.asked) == asked, "as the proxy says"
@@ -581,6 +748,15 @@ def test_a_core_zones_own_metrics_are_on_its_page(core: Callable[..., Machine]) 
     assert "http_requests_completed" not in page and len(port.asked) == asked, "a tenant's"
 
 
+def test_a_core_zone_of_20_ports_has_all_of_them(core: Callable[..., Machine]) -> None:
+    ports = [Port(ARTEDI.replace("ping", f"r{number}")) for number in range(20)]
+    page = core(*(port.number for port in ports)).zone(CMON0)
+    assert not down(page)
+    for number in range(20):
+        assert f'_duration_seconds{{method="GET",route="r{number}",le="0.01"}} 3\n' in page
+    assert page.count("# TYPE http_request_duration_seconds histogram\n") == 1
+
+
 def test_a_port_that_fails_costs_that_port(core: Callable[..., Machine]) -> None:
     good = Port(CORE_PAGE)
     one = core(free_port(), Port("no page {").number, Port("", "500 Oops").number, good.number)
@@ -589,9 +765,9 @@ def test_a_port_that_fails_costs_that_port(core: Callable[..., Machine]) -> None
     assert one.own('cmon_agent_input_problems_total{source="triton_core"}') >= 3
 
 
-@pytest.mark.parametrize("port", [Port(b"\xff\xfe"), Port("x" * 3_000_000), Port("a 1\na 2\n"),
+@pytest.mark.parametrize("port", [Port(b"\xff\xfe"), Port("x" * 3_000_000), Port("<html>\n"),
                                   Port("", "302 Found"), Port("", hang=True)],
-                         ids=["no text", "3 MB", "twice", "elsewhere", "hangs"])
+                         ids=["no text", "3 MB", "a page for people", "elsewhere", "hangs"])
 def test_ports_that_all_fail_cost_that_collector(core: Callable[..., Machine], port: Port) -> None:
     one = core(port.number, collectors={"triton_core": {"timeout": 0.3}})
     page = one.zone(CMON0)
