@@ -134,19 +134,19 @@ HTML = "text/html; charset=utf-8"
 
 
 class Peer:
-    """Who is at the other end of a connection; lives as long as the connection."""
+    """The other end of a connection; lives as long as the connection."""
     __slots__ = ("address", "certificate", "identity", "known", "listener")
 
     def __init__(self, address: str, listener: str, certificate: bytes | None = None) -> None:
         self.address = address              # IP address in text
-        self.listener = listener            # name of the listener that it came by
-        self.certificate = certificate      # DER, as TLS has proved; None without
-        self.identity: Any = None           # the application's: what it made of the certificate
-        self.known = False                  # the application has let it in: no stranger any more
+        self.listener = listener            # name of the listener that accepted it
+        self.certificate = certificate      # DER, verified by the handshake; None without one
+        self.identity: Any = None           # set by the application: who the certificate says it is
+        self.known = False                  # set by the application once the peer is authorized
 
 
 class Request(NamedTuple):
-    """One parsed request. Pure: the same bytes on the same connection give an equal one."""
+    """One parsed request; the same bytes on the same connection always give an equal one."""
     method: str
     target: str                             # as sent
     path: str                               # percent-decoded, without the query
@@ -154,13 +154,13 @@ class Request(NamedTuple):
     headers: Mapping[str, str]              # names in lower case
     body: bytes
     host: str                               # lower case, without the port
-    gzip: bool                              # the client takes gzip
+    gzip: bool                              # the client accepts gzip
     keep: bool                              # the connection may stay open afterwards
     peer: Peer
 
 
 class Response(NamedTuple):
-    """An answer as a handler gives it; the server adds length, date, connection and gzip."""
+    """A handler's answer; the server adds length, date, connection and gzip."""
     status: int
     body: bytes
     content_type: str = TEXT
@@ -191,7 +191,7 @@ class Prepared:
 
     @property
     def packed(self) -> bytes:
-        """With gzip, where the body is worth it."""
+        """With gzip, if the body is large enough to be worth it."""
         whole = self._packed
         if whole is None:
             assert self._response is not None
@@ -217,11 +217,11 @@ class Refused(Exception):
 
 
 class Deferred:
-    """An answer that comes later: the connection is parked and no thread waits.
+    """An answer that will come later: the connection is parked, and no thread waits.
 
     `finish` may be called from any thread, the first call wins. When the deadline (monotonic
     seconds) passes first, the server sends what `expired` returns. `on_cancel` is called in the
-    server's thread when the client has gone away.
+    server's thread when the client disconnects.
     """
     __slots__ = ("deadline", "expired", "on_cancel", "_answer", "_deliver", "_lock")
 
@@ -234,7 +234,7 @@ class Deferred:
         self._lock = threading.Lock()       # _answer and _deliver; the loop and one finisher
 
     def finish(self, answer: Answer) -> None:
-        """Give the answer; later calls are ignored."""
+        """Set the answer; later calls are ignored."""
         with self._lock:
             if self._answer is not None:
                 return
@@ -245,7 +245,7 @@ class Deferred:
             deliver(answer)
 
     def attach(self, deliver: Callable[[Answer], None]) -> None:
-        """The server's side: call `deliver` once, at once when the answer is already there."""
+        """For the server: call `deliver` once, immediately if the answer is already there."""
         with self._lock:
             self._deliver = deliver
             answer = self._answer
@@ -254,7 +254,7 @@ class Deferred:
 
     @property
     def answer(self) -> Answer | None:
-        """What was given to `finish`, or None so far."""
+        """The answer, or None while there is none."""
         return self._answer
 
 
@@ -262,7 +262,7 @@ Handler = Callable[..., Union[Answer, Deferred]]
 
 
 class Route(NamedTuple):
-    """A method and a pattern of segments; `{name}` takes one segment and is handed on as text."""
+    """A method and a path pattern; `{name}` matches one segment, passed to the handler as text."""
     method: str                             # GET serves HEAD too
     pattern: str
     handler: Handler
@@ -3433,26 +3433,26 @@ KINDS = frozenset((COUNTER, GAUGE, HISTOGRAM, SUMMARY, UNTYPED))
 SUFFIXES = {HISTOGRAM: ("_bucket", "_sum", "_count"), SUMMARY: ("_sum", "_count")}
 _VALUE = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?)")
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "+inf": math.inf, "-inf": -math.inf}
-_HEAD_LIMIT = 4096              # remembered HELP and TYPE texts: all our tables, and some plugins'
+_HEAD_LIMIT = 4096              # HELP and TYPE texts kept: all our tables, and some plugins'
 _MAX_DIGITS = 400               # longer numbers are refused: int() of a huge text takes seconds
 
 
 class ExpositionError(ValueError):
-    """A page, or what was to become one, breaks the text format: its producer is at fault."""
+    """Text or families that break the exposition format; the producer is at fault."""
 
 
 def valid_metric_name(name: str) -> bool:
-    """Whether Prometheus takes this as the name of a metric."""
+    """Whether Prometheus accepts this as a metric name."""
     return METRIC_NAME.fullmatch(name) is not None
 
 
 def valid_label_name(name: str) -> bool:
-    """Whether Prometheus takes this as the name of a label of ours (`__…` is its own)."""
+    """Whether Prometheus accepts this as a label name (`__…` is reserved)."""
     return LABEL_NAME.fullmatch(name) is not None and not name.startswith("__")
 
 
 def escape_label(value: str) -> str:
-    """A label's value as it stands between quotes."""
+    """A label value as written between quotes."""
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
@@ -3484,7 +3484,7 @@ def _head(name: str, kind: str, help_text: str) -> str:
     head = _heads.get(key)
     if head is None:
         if not valid_metric_name(name) or kind not in KINDS:
-            raise ExpositionError(f"family {name!r} of type {kind!r} is not one of the format")
+            raise ExpositionError(f"family {name!r} of type {kind!r} is not valid")
         escaped = help_text.replace("\\", "\\\\").replace("\n", "\\n")
         head = f"# HELP {name} {escaped}\n# TYPE {name} {kind}\n"
         if len(_heads) >= _HEAD_LIMIT:          # only plugins can bring so many
@@ -3508,12 +3508,12 @@ def render(families: Iterable[Family]) -> str:
 
 
 class Part(NamedTuple):
-    """A rendered part of a page, to be kept: what all zones have in common is there once."""
+    """A rendered part of a page; what all zones have in common is stored once."""
     heads: tuple[str, ...]
     lines: str                  # of each family's samples, an empty line between two families
 
     def text(self) -> str:
-        """The part as it stands on the page."""
+        """The part as it appears on the page."""
         return "".join([head + lines + "\n" for head, lines
                         in zip(self.heads, self.lines.split("\n\n"))])
 
@@ -3581,7 +3581,7 @@ def _labels(line: str, start: int) -> tuple[Labels, int]:
         raise ExpositionError("labels are not closed or not quoted")
     names = [name for name, _ in labels]
     if len(set(names)) != len(names):
-        raise ExpositionError("a label stands twice")
+        raise ExpositionError("duplicate label")
     return tuple(labels), len(line) - len(rest) + 1
 
 
@@ -3668,10 +3668,10 @@ class _Parser:
 
 
 def parse(page: str, *, max_samples: int = 100_000) -> list[Family]:
-    """A whole page as families; raises ExpositionError that names the first bad line."""
+    """Parse a page into families; raises ExpositionError naming the first bad line."""
     parser = _Parser(max_samples)
     if page and not page.endswith("\n"):
-        raise ExpositionError("the last line has no end: the page is cut off")
+        raise ExpositionError("the last line has no newline: the page is truncated")
     for index, line in enumerate(page.split("\n"), 1):
         try:
             parser.line(line)
@@ -3681,7 +3681,7 @@ def parse(page: str, *, max_samples: int = 100_000) -> list[Family]:
 
 
 def parse_lines(page: str, *, max_samples: int = 10_000) -> tuple[list[Family], list[str]]:
-    """What can be read of a page; a bad line costs that line and is told in the second list."""
+    """Parse what is valid of a page; a bad line is reported in the second list."""
     parser = _Parser(max_samples)
     problems: list[str] = []
     for index, line in enumerate(page.split("\n"), 1):
@@ -3693,8 +3693,8 @@ def parse_lines(page: str, *, max_samples: int = 10_000) -> tuple[list[Family], 
 
 
 def merge(families: Iterable[Family]) -> tuple[list[Family], list[str]]:
-    """Families of one name made one, in order of first appearance; a series that is already there,
-    a type that differs and a name that would run into a histogram's are left out and told."""
+    """Merge families of the same name, in order of first appearance. Duplicate series, conflicting
+    types and names that clash with a histogram's are dropped and reported."""
     merged: dict[str, Family] = {}
     seen: dict[str, set[tuple[str, Labels]]] = {}
     taken: dict[str, str] = {}              # each name that begins a line -> its family
@@ -3714,7 +3714,7 @@ def merge(families: Iterable[Family]) -> tuple[list[Family], list[str]]:
         for sample in family.samples:
             key = (sample.suffix, tuple(sorted(sample.labels)))
             if key in known:
-                problems.append(f"{family.name}{label_text(sample.labels)}: stands twice")
+                problems.append(f"{family.name}{label_text(sample.labels)}: appears more than once")
             else:
                 known.add(key)
                 fresh.append(sample)
@@ -3745,7 +3745,7 @@ class Counter:
             self.values.pop(label_values, None)
 
     def family(self) -> Family:
-        """What a scrape sees of it."""
+        """As a family for a scrape."""
         with self._lock:
             values = list(self.values.items())
         return Family(self.name, self.kind, self.help, [
@@ -3772,7 +3772,7 @@ class Histogram:
             series[-1] += value
 
     def family(self) -> Family:
-        """What a scrape sees of it: cumulative buckets, sum and count."""
+        """As a family for a scrape: cumulative buckets, sum and count."""
         with self._lock:
             copies = [(labels, list(series)) for labels, series in self._series.items()]
         samples: list[Sample] = []
@@ -3788,7 +3788,7 @@ class Histogram:
 
 
 class Registry:
-    """A program's own metrics, in the order in which they were made."""
+    """A program's own metrics, in order of registration."""
 
     def __init__(self) -> None:
         self._sources: list[Callable[[], Iterable[Family]]] = []
@@ -3799,7 +3799,7 @@ class Registry:
         return self._keep(Counter(name, help_text, label_names, COUNTER))
 
     def collect(self, function: Callable[[], Iterable[Family]]) -> None:
-        """Add families that are made when they are asked for."""
+        """Add a function that returns families at each scrape."""
         self._sources.append(function)
 
     def families(self) -> list[Family]:
@@ -3849,9 +3849,9 @@ def register_process_metrics(registry: Registry, program: str) -> None:
 
     def caches() -> Iterator[Family]:
         for name, kind, help_text, value in (
-                ("bytes", GAUGE, "Bytes that a cache holds.", "bytes"),
-                ("limit_bytes", GAUGE, "Bytes that a cache may hold.", "limit"),
-                ("evictions_total", COUNTER, "Entries that made room for others.", "evicted")):
+                ("bytes", GAUGE, "Bytes held by a cache.", "bytes"),
+                ("limit_bytes", GAUGE, "Limit of the bytes of a cache.", "limit"),
+                ("evictions_total", COUNTER, "Entries evicted to make room.", "evicted")):
             yield Family(f"cmon_{program}_cache_{name}", kind, help_text, [
                 Sample((("cache", cache.name),), getattr(cache, value))
                 for cache in registry.caches])
@@ -3863,8 +3863,8 @@ def register_process_metrics(registry: Registry, program: str) -> None:
             Family(f"cmon_{program}_build_info", GAUGE, "Version of the program and of Python.",
                    [Sample((("version", __version__), ("python", version),
                             ("openssl", ssl.OPENSSL_VERSION)), 1)]),
-            one("process_cpu_seconds_total", COUNTER, "CPU time of the process in seconds, its "
-                "children left out.", own.ru_utime + own.ru_stime),
+            one("process_cpu_seconds_total", COUNTER, "CPU time of the process in seconds, "
+                "without its children.", own.ru_utime + own.ru_stime),
             one("process_start_time_seconds", GAUGE, "Start of the process, seconds since 1970.",
                 started),
             one("process_resident_memory_bytes", GAUGE, "Resident memory in bytes.",
@@ -3884,11 +3884,10 @@ V = TypeVar("V")
 
 
 class Cache(Generic[K, V]):
-    """A dictionary that holds a bounded number of bytes; what was put first goes first.
+    """A dictionary bounded in bytes; the oldest entries are evicted first.
 
-    `size_of` gives the bytes that an entry holds, its key and all derived forms included; ENTRY
-    is added for the dictionary itself. A value larger than the limit is not kept at all.
-    Not locked: its owner is one thread.
+    `size_of` returns the bytes of an entry, with its key and all derived forms; ENTRY is added for
+    the dictionary itself. A value above the limit is not kept. Not locked: one thread owns it.
     """
     ENTRY = 300             # bytes: a slot, a hash, the size and the objects' heads
 
@@ -3899,7 +3898,7 @@ class Cache(Generic[K, V]):
         self._size_of = size_of
         self._entries: dict[K, V] = {}
         self._sizes: dict[K, int] = {}
-        # dict.get itself: a lookup on the path of each request costs no call of ours
+        # dict.get itself: lookups are on the path of each request
         self.get: Callable[[K], V | None] = self._entries.get
 
     def __len__(self) -> int:
@@ -3909,7 +3908,7 @@ class Cache(Generic[K, V]):
         return iter(self._entries)
 
     def put(self, key: K, value: V) -> None:
-        """Keep it in the place of what was there; the oldest others make room."""
+        """Store a value in place of the old one; evicts the oldest others to make room."""
         self.drop(key)
         size = self._size_of(key, value) + self.ENTRY
         if size > self.limit:
@@ -3958,11 +3957,11 @@ class Backoff:
 
 
 class Breaker:
-    """Stops work that keeps failing, and tries it again by itself.
+    """Stops work that keeps failing, and retries it.
 
-    After `failures` in a row it is open for `first` seconds, then one try is let through; each
-    failed try doubles the time, to `longest`. Times vary by a tenth so that breakers that opened
-    together do not try together. Not locked: its owner is one thread or holds a lock.
+    After `failures` in a row it opens for `first` seconds, then allows one try; each failed try
+    doubles the time, up to `longest`. Times vary by a tenth, so that breakers that opened together
+    do not retry together. Not locked: its owner is one thread or holds a lock.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic,
@@ -3975,10 +3974,10 @@ class Breaker:
         self._until = 0.0
         self.open = False
         self.reason = ""
-        self.since = 0.0                    # when it opened, on the clock that it was given
+        self.since = 0.0                    # when it opened, on the clock `now`
 
     def allows(self) -> bool:
-        """Whether to try now; while it is open, one caller is told yes at the end of each wait."""
+        """Whether to try now; while open, only one caller is allowed at the end of each wait."""
         if not self.open:
             return True
         if self._now() < self._until:
@@ -3992,7 +3991,7 @@ class Breaker:
         self._backoff.reset()
 
     def failed(self, reason: str) -> None:
-        """The work failed; `reason` is kept for people."""
+        """The work failed; `reason` is shown to people."""
         self._count += 1
         self.reason = reason
         if not self.open and self._count < self._failures:
@@ -4034,7 +4033,7 @@ class Pool:
             try:
                 threading.Thread(target=self._run, name=f"{self.name}-{self.threads}",
                                  daemon=True).start()
-            except RuntimeError:            # no more threads: those that are there do the work
+            except RuntimeError:            # no more threads: the existing ones do the work
                 with self._lock:
                     self.threads -= 1
                     if not self.threads:
@@ -4058,47 +4057,47 @@ class Pool:
             function, args = job
             try:
                 function(*args)
-            except Exception:               # a job answers for itself; this is a bug of ours
+            except Exception:               # jobs handle their own errors; this is a bug
                 log.exception("job %s failed", getattr(function, "__qualname__", function))
 
     def resize(self, size: int) -> None:
-        """Another number of threads from now on; those beyond it end when they come to it."""
+        """Change the number of threads. Surplus threads end at their next job."""
         with self._lock:
             self.size, excess = size, self.threads - size
         for _ in range(excess):
             self._jobs.put(None)
 
     def close(self) -> None:
-        """Let the threads end when the queue is empty."""
+        """The threads end when the queue is empty."""
         self.resize(0)
 
 # --- HTTP [kit] -----------------------------------------------------------------------------------
 
-READ_SIZE = 16384       # one TLS record: nothing stays inside OpenSSL, where no selector sees it
-ACCEPTS = 64            # connections taken at once before others are served
-HEADS_BYTES = 8 << 20   # of parsed request heads that a listener remembers
+READ_SIZE = 16384       # one TLS record: nothing is left inside OpenSSL, where no selector sees it
+ACCEPTS = 64            # connections accepted in a row before others are served
+HEADS_BYTES = 8 << 20   # of parsed request heads kept by a listener
 BACKLOG = 1024          # socketserver's 5 costs a second when many connect at once
-PACK_FROM = 512         # bytes; smaller bodies are not worth gzip's head and time
-TICK_SECONDS = 0.05     # how exactly the deadlines of parked answers are kept
+PACK_FROM = 512         # bytes; smaller bodies are not compressed
+TICK_SECONDS = 0.05     # precision of the deadlines of parked answers
 DURATIONS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, or all together, may cost; each refusal is counted under its name."""
-    connections: int = 16_384       # fewer where there are fewer descriptors; see `_make_room`
+    """Limits of one client or of all together; each refusal is counted under the limit's name."""
+    connections: int = 16_384       # fewer if descriptors are scarce; see `_make_room`
     head_bytes: int = 16_384        # request line and headers
     header_count: int = 100
     body_bytes: int = 65_536
     head_seconds: float = 10.0      # from a request's first byte to its last
     idle_seconds: float = 360.0     # longer than the 300 s for which Prometheus keeps connections
-    stranger_seconds: float = 10.0  # idle, over TLS, and not let in by the application
-    stranger_share: float = 0.25    # of all connections, for the strangers of one address
-    write_seconds: float = 30.0     # for a client that does not read its answer
+    stranger_seconds: float = 10.0  # idle over TLS, and not let in by the application
+    stranger_share: float = 0.25    # of all connections, for strangers from one address
+    write_seconds: float = 30.0     # for a client to read its answer
     handshake_seconds: float = 10.0
     workers: int = 8                # threads for handlers that may block
-    handshakes: int = 2             # threads for TLS handshakes, which are mostly arithmetic
-    grace_seconds: float = 10.0     # at a stop, for what is in flight
+    handshakes: int = 2             # threads for TLS handshakes
+    grace_seconds: float = 10.0     # at shutdown, for requests in flight
 
 
 _LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")
@@ -4119,12 +4118,12 @@ def _header_fields(head: bytes, start: int, count: int) -> dict[str, str]:
             line = head[position:position + 60].split(b"\r\n")[0]
             raise Refused(400, f"bad request: {line!r} is not a header line")
         position = match.end()
-        # interned: the heads that are remembered differ in little
+        # interned: the heads that are kept differ little
         name = sys.intern(match.group(1).decode("ascii").lower())
         value = sys.intern(match.group(2).decode("latin-1"))
         if name in headers:
             if name in ("host", "content-length", "transfer-encoding"):
-                raise Refused(400, f"bad request: {name} stands twice")
+                raise Refused(400, f"bad request: more than one {name} header")
             value = f"{headers[name]}, {value}"
         headers[name] = value
         count -= 1
@@ -4151,7 +4150,7 @@ def parse_head(head: bytes, limits: Limits) -> tuple[Any, ...]:
     if line is None:
         raise Refused(400, "bad request: the first line is not 'METHOD target HTTP/1.1'")
     if line.group(3) != b"1" or line.group(4) not in (b"0", b"1"):
-        raise Refused(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        raise Refused(505, "only HTTP/1.1 and HTTP/1.0 are supported")
     target = line.group(2).decode("ascii")
     headers = _header_fields(head, line.end(), limits.header_count)
     host = headers.get("host")
@@ -4176,7 +4175,7 @@ def parse_head(head: bytes, limits: Limits) -> tuple[Any, ...]:
                       ) from None
     query = dict(pairs)
     if len(query) != len(pairs):
-        raise Refused(400, "bad request: a parameter stands twice")
+        raise Refused(400, "bad request: a parameter is given more than once")
     connection = [word.strip() for word in headers.get("connection", "").lower().split(",")]
     keep = "close" not in connection and (line.group(4) == b"1" or "keep-alive" in connection)
     return (line.group(1).decode("ascii"), target, path, query, headers, b"",
@@ -4188,7 +4187,7 @@ def _body_length(headers: Mapping[str, str], limits: Limits) -> int:
     if "transfer-encoding" in headers:
         if length is not None:
             raise Refused(400, "bad request: Content-Length and Transfer-Encoding together")
-        raise Refused(411, "a request body needs a Content-Length here")
+        raise Refused(411, "a request body needs a Content-Length")
     if length is None:
         return 0
     if not re.fullmatch(r"[0-9]{1,18}", length):
@@ -4224,11 +4223,11 @@ def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float
 
 _phrases = {status: entry[0] for status, entry in
             http.server.BaseHTTPRequestHandler.responses.items()}
-_date = (0, "")                             # the second and its text; any thread may renew it
+_date = (0, "")                             # the second and its text; any thread may replace it
 
 
 def http_date() -> str:
-    """The time as a Date header has it."""
+    """The time in the format of a Date header."""
     global _date
     second = int(time.time())
     if _date[0] != second:
@@ -4242,8 +4241,8 @@ def http_date() -> str:
 
 def gzip(body: bytes) -> bytes:
     """The body as a gzip stream (RFC 1952): level 2 takes a third of level 6's time and 10 % more
-    bytes. With memLevel 8 zlib's tables are so large that malloc maps them anew for each page,
-    which takes longer than to compress it."""
+    bytes. With memLevel 8 zlib's tables are so large that malloc maps and unmaps them for each
+    page, which takes longer than compressing it."""
     packer = zlib.compressobj(2, zlib.DEFLATED, 31, 7)
     return packer.compress(body) + packer.flush()
 
@@ -4265,7 +4264,7 @@ _PACKED = _VARIES + "Content-Encoding: gzip\r\n"
 
 
 def prepare(response: Response) -> Prepared:
-    """A whole answer for the wire, to be sent many times."""
+    """An answer ready for the wire, to be sent many times."""
     return Prepared(response.status, response=response)
 
 
@@ -4304,7 +4303,7 @@ class _Stats:
 
 
 class _Head(NamedTuple):
-    """What a listener remembers of a request's bytes: parsed and routed once."""
+    """A parsed and routed request head, kept by its bytes."""
     fields: tuple[Any, ...]         # of Request, but for its peer
     route: Route
     args: tuple[str, ...]
@@ -4317,7 +4316,7 @@ Fallback = Callable[[Request], Optional[tuple[Route, tuple[str, ...]]]]
 
 
 class Router:
-    """Finds the route of a request: a table for plain paths, patterns for the rest."""
+    """Finds the route of a request."""
 
     def __init__(self, routes: Sequence[Route], fallback: Fallback | None = None) -> None:
         self._patterns = [(re.compile(re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(route.pattern))),
@@ -4342,13 +4341,13 @@ class Router:
                 allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
         if allowed:
             shown = ", ".join(dict.fromkeys(allowed))
-            raise Refused(405, f"{request.method} is not for this path; it takes {shown}",
+            raise Refused(405, f"{request.method} is not allowed for this path; allowed: {shown}",
                           ("Allow", shown), code="method_not_allowed")
         raise Refused(404, f"no such path; {self._listed}", code="no_such_path")
 
 
 def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferred:
-    """A handler's answer; refusals and faults become answers, too."""
+    """Call the handler; refusals and errors become answers."""
     try:
         return route.handler(request, *args)
     except Refused as refusal:
@@ -4359,7 +4358,7 @@ def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferr
 
 
 def respond(routes: Sequence[Route], request: Request) -> Answer | Deferred:
-    """Route and answer a request, without any socket."""
+    """Route and answer a request without a socket."""
     try:
         route, args = Router(routes).find(request)
     except Refused as refusal:
@@ -4379,7 +4378,7 @@ class Loop:
     """One thread's sockets, timers, and calls from other threads.
 
     Everything but `call_soon`, `run_here` and `wake` belongs to the thread that runs it (or to the
-    one that sets up, before it runs). What fails is logged; `on_error` is told whose it was.
+    one that sets up, before it runs). Errors are logged; `on_error` gets the object they belong to.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic,
@@ -4402,7 +4401,7 @@ class Loop:
     # turns
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Turn until `until()` is true."""
+        """Run until `until()` is true."""
         self.adopt()
         while not until():
             self.select()
@@ -4419,12 +4418,12 @@ class Loop:
         for key, mask in self._selector.select(None if wait == math.inf else wait):
             try:
                 key.data.ready(mask)
-            except Exception:               # of one socket; the others go on
+            except Exception:               # of one socket; the others continue
                 log.exception("a connection failed")
                 self._on_error(key.data)
 
     def run_due(self) -> None:
-        """Run the calls that wait and the timers whose time has come."""
+        """Run pending calls and due timers."""
         for _ in range(len(self._calls)):
             self.guarded(*self._calls.popleft())
         while self._timers and self._timers[0][0] <= self.now():
@@ -4432,7 +4431,7 @@ class Loop:
             self.guarded(function, args)
 
     def guarded(self, function: Callable[..., object], args: tuple[Any, ...] = ()) -> None:
-        """Call it; an error is logged and ends no more than what it belongs to."""
+        """Call it; an error is logged and goes no further."""
         try:
             function(*args)
         except Exception:
@@ -4440,7 +4439,7 @@ class Loop:
             self._on_error(getattr(function, "__self__", None))
 
     def close(self) -> None:
-        """Close the selector; nothing is watched or called any more."""
+        """Close the selector."""
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
@@ -4454,7 +4453,7 @@ class Loop:
             self.wake()
 
     def run_here(self, function: Callable[..., object], *args: Any) -> None:
-        """From any thread: call it in the loop, at once when this is the loop's thread."""
+        """From any thread: call it in the loop, immediately if this is the loop's thread."""
         if threading.get_ident() == self._thread:
             function(*args)
         else:
@@ -4466,7 +4465,7 @@ class Loop:
         heapq.heappush(self._timers, (self.now() + seconds, self._serial, function, args))
 
     def every(self, seconds: float, function: Callable[[], object]) -> None:
-        """Call it again and again."""
+        """Call it repeatedly."""
         def again() -> None:
             self.call_later(seconds, again)
             function()
@@ -4479,15 +4478,15 @@ class Loop:
             try:
                 self._wake_write.send(b"!")
             except OSError:
-                pass                # full: it will wake; closed: there is nothing left to wake
+                pass                # full: it will wake; closed: nothing to wake
 
     def _drain(self, _mask: int) -> None:
         try:
             self._wake_read.recv(4096)
         except _AGAIN:
-            pass                    # the other call of two had it
-        self._woken = False         # after the read, which might take a later wake's byte; what
-        # was queued until here without a byte is run by this turn
+            pass                    # another call has read it
+        self._woken = False         # after the read, which may take the byte of a later wake;
+        # calls queued until here without a byte run in this turn
 
     # sockets
 
@@ -4520,12 +4519,12 @@ def _refusing(refusal: Refused) -> Handler:
 
 
 def _head_size(raw: bytes, head: _Head) -> int:
-    # Its fields hold the same text once more, as str in a dictionary and a list of arguments.
+    # The fields hold the same text again, as str in a dictionary and in a list of arguments.
     return 3 * len(raw) + 100 * len(head.fields[4]) + 1000
 
 
 class Listener:
-    """A listening socket with its routes; its connections remember where they came from."""
+    """A listening socket with its routes."""
 
     def __init__(self, server: Server, listening: socket.socket, routes: Sequence[Route],
                  tls: ssl.SSLContext | None, name: str, fallback: Fallback | None,
@@ -4538,15 +4537,15 @@ class Listener:
         self._stats: dict[str, _Stats] = {}
 
     def set_tls(self, context: ssl.SSLContext) -> None:
-        """New connections use this; those that are open stay as they are."""
+        """Use this context for new connections."""
         self.tls = context
 
     def ready(self, _mask: int) -> None:
-        """The loop's call: accept what waits."""
+        """Called by the loop: accept connections."""
         self.server.accept_from(self)
 
     def head(self, raw: bytes, fields: tuple[Any, ...], peer: Peer) -> _Head:
-        """Route a parsed head. Remembered when it has no body."""
+        """Route a parsed head; kept if it has no body."""
         request = Request._make((*fields, peer))
         args: tuple[str, ...] = ()
         try:
@@ -4568,7 +4567,7 @@ class Listener:
         return stats
 
     def all_stats(self) -> list[_Stats]:
-        """The counts of all routes that were asked for."""
+        """The counts of all routes that were requested."""
         return list(self._stats.values())
 
 
@@ -4579,20 +4578,20 @@ class Listener:
 #                         | +---- a remembered head, in one read -+ |                |
 #                         +-- taken at once ------------------------+-- all taken ---+
 #
-# From any state it is closed when the peer has gone, when its limit has passed, or after an answer
-# that is the last one. BUSY has no limit of its own: its answer has a deadline.
+# Any state ends in a close when the peer disconnects or the limit of the state has passed, WRITING
+# also after the last answer. BUSY has no limit of its own: its answer has a deadline.
 IDLE, HANDSHAKE, READING, BUSY, WRITING = range(5)
 STATE_NAMES = ("idle", "handshake", "reading", "busy", "writing")
 _STATE_LIMITS = {HANDSHAKE: "handshake_seconds", READING: "head_seconds",
-                 WRITING: "write_seconds"}      # of Limits; for IDLE see `_limit`
+                 WRITING: "write_seconds"}      # of Limits; IDLE has two, see `overdue`
 _AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
     """One client connection, from `finish_request` on. All its methods but `shake` run in the loop.
 
-    The names of socketserver hold: `setup` prepares the socket, `handle` begins. What follows comes
-    in steps from the loop, so `handle` returns at once and `finish` has nothing to do yet.
+    `setup` and `handle` are socketserver's hooks. The loop calls for each further step, so `handle`
+    returns immediately and `finish` has nothing to do.
     """
     __slots__ = ("request", "client_address", "server", "connection", "peer", "stranger",
                  "_listener", "_buffer", "_state", "_since", "_head", "_rest", "_keep", "_events",
@@ -4611,18 +4610,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
                                                        do_handshake_on_connect=False)
         self.peer = Peer(str(self.client_address), listener.name)
         self.stranger = listener.tls is not None    # until the application lets the peer in
-        self._buffer = b""              # bytes of a request that is not complete, or of the next
+        self._buffer = b""              # of an incomplete request, or of the next one
         self._state = IDLE
         self._since = self.server.now()  # when this state began
         self._head: _Head | None = None  # of the request that is being answered
-        self._rest: bytes | memoryview = b""    # of an answer that was not taken whole
+        self._rest: bytes | memoryview = b""    # of an answer, not written yet
         self._keep = True               # the connection stays open after this answer
         self._events = 0                # what the selector waits for
         self._deferred: Deferred | None = None
-        self._end = False               # the client has sent all that it will
+        self._end = False               # the client has closed its side
 
     def handle(self) -> None:
-        """Begin: with the handshake, where there is one."""
+        """Begin, with the handshake if there is TLS."""
         self.server.joined(self)
         if self._listener.tls is not None:
             self._enter(HANDSHAKE)
@@ -4631,12 +4630,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._wait_for(selectors.EVENT_READ)
 
     def finish(self) -> None:
-        """Nothing ends here: the connection lives until `close`."""
+        """Does nothing: the connection lives until `close`."""
 
     # reading
 
     def ready(self, mask: int) -> None:
-        """The selector's call: the socket can be read or written."""
+        """Called by the loop: the socket can be read or written."""
         if self._state == WRITING:
             self._send(self._rest)
             return
@@ -4674,7 +4673,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.parse()
 
     def parse(self) -> None:
-        """Answer the request in the buffer, if it is whole."""
+        """Answer the request in the buffer, if it is complete."""
         try:
             whole = self._take()
         except Refused as refusal:          # nothing that follows can be trusted
@@ -4689,14 +4688,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self._answer(*whole)
 
     def _take(self) -> tuple[_Head, Request] | None:
-        """Take one request from the buffer; None while it is not whole; raises Refused."""
+        """Take one request from the buffer; None while it is incomplete; raises Refused."""
         limits = self.server.limits
         end = self._buffer.find(b"\r\n\r\n") + 4
         if end < 4 or end > limits.head_bytes:
             if len(self._buffer) > limits.head_bytes:
                 self.server.refused("head_bytes")
                 raise Refused(431, f"the request's head is larger than {limits.head_bytes} bytes")
-            if self._buffer[0] in (0x16, 0x80):         # a TLS record, of today or of SSLv2
+            if self._buffer[0] in (0x16, 0x80):         # a TLS or SSLv2 record
                 raise Refused(400, "bad request: this port speaks HTTP, not TLS")
             if _BARE_LF.search(self._buffer):
                 raise Refused(400, "bad request: lines must end in CR LF")
@@ -4754,7 +4753,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _deliver(self, answer: Answer) -> None:
         found = self._head
-        if found is None:                   # closed in the meantime
+        if found is None:                   # closed meanwhile
             return
         self._head = None
         if self.stranger and self.peer.known:
@@ -4772,7 +4771,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     # writing
 
     def _send(self, whole: bytes | memoryview, keep: bool | None = True) -> None:
-        """One write for head and body; what the socket does not take waits for it."""
+        """One write for head and body; the rest waits until the socket is writable."""
         try:
             sent = self.connection.send(whole)
         except _AGAIN:
@@ -4841,12 +4840,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.ready(selectors.EVENT_READ)        # the request often comes with the last step
 
     def _say_tls(self) -> None:
-        """Tell who speaks plain HTTP to a TLS port what is wrong."""
+        """Answer plain HTTP on a TLS port."""
         plain = socket.socket(fileno=self.connection.detach())
         try:
             plain.send(wire(text(400, "this port speaks TLS: use https://"), close=True))
         except OSError:
-            pass                            # they hear nothing, as with any other server
+            pass                            # not deliverable, as with any other server
         plain.close()
 
     def overdue(self, now: float) -> None:
@@ -4863,11 +4862,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     self.connection.send(wire(text(408, "the request did not arrive in time"),
                                               close=True))
                 except OSError:
-                    pass                    # it is closed next in any case
+                    pass                    # closed next in any case
             self.close()
 
     def leave(self) -> None:
-        """The server stops: stay only for an answer that is under way."""
+        """The server stops: close unless an answer is in progress."""
         if self._state != WRITING and not self.is_working:
             self.close()
 
@@ -4877,8 +4876,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     @property
     def is_working(self) -> bool:
-        """Whether an answer is being made, or a worker takes a step of the handshake: to close the
-        descriptor under it would let that step read from the next connection of that number."""
+        """Whether a handler or a handshake step is in progress. Closing the descriptor under a
+        handshake step would let it read from the next connection with that number."""
         return self._state == BUSY or (self._state == HANDSHAKE and not self._events)
 
     @property
@@ -4897,7 +4896,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._events = events
 
     def close(self) -> None:
-        """End it; may be called twice."""
+        """Close it; may be called more than once."""
         deferred, self._deferred = self._deferred, None
         self._head = None
         if self.server.forget(self):
@@ -4906,18 +4905,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 deferred.on_cancel()
             if isinstance(self.connection, ssl.SSLSocket) and self._state != HANDSHAKE:
                 try:
-                    self.connection.unwrap()   # says goodbye, and does not wait for theirs
+                    self.connection.unwrap()   # sends close_notify, does not wait for theirs
                 except (OSError, ValueError):
-                    pass                    # they are gone, or have not answered yet
+                    pass                    # the peer is gone, or has not answered
             self.server.close_request(self.connection)
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """HTTP by the hooks of `socketserver`, on a loop in the place of a thread for each connection.
+    """HTTP on the hooks of `socketserver`, with a loop instead of a thread per connection.
 
     An idle connection costs 0.6 kB in the loop (22 kB with TLS), and 31 kB (100 kB) with a thread;
     10,000 threads reserve 80 GB of address space, and 64 that are active have a p99 of 100 ms
-    instead of 5. Threads are bounded and for what may block: handshakes, and `spawn`.
+    instead of 5. Threads, in bounded number, are for what may block: handshakes and `spawn`.
 
     The hooks: `get_request` accepts, `verify_request` holds the limits, `process_request` hands the
     connection to the loop where the mix-in starts a thread, `finish_request` makes a Connection,
@@ -4932,7 +4931,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.now = now
         self.loop = Loop(now, self._broken)
         self.listeners: list[Listener] = []
-        self.accepting: Listener        # the one whose connections are being accepted
+        self.accepting: Listener        # the one that accepts right now
         self.connections: set[Connection] = set()
         # Connections over TLS that the application has not let in, by address, oldest first.
         self._strangers: dict[str, dict[Connection, None]] = {}
@@ -4943,7 +4942,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._shakers = Pool(f"{program}-tls", limits.handshakes, limits.connections)
         self._done = threading.Event()
         self._ticking = self._sweeping = False      # whether these timers are set
-        self._drained = False           # no connection waits to be accepted
+        self._drained = False           # no connection is waiting to be accepted
         self._scarce = False            # descriptors have run out since the last sweep
         self._program = program
         self._registry = registry
@@ -5014,7 +5013,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._done.wait()
 
     def server_close(self) -> None:
-        """Close all sockets; the threads end when they are done."""
+        """Close all sockets; the threads end after their current job."""
         for connection in list(self.connections):
             connection.close()
         self._close_listeners()
@@ -5033,13 +5032,13 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             listener.socket.close()
 
     def spawn(self, function: Callable[..., object], *args: Any) -> bool:
-        """Have a worker call it; False when too much waits already."""
+        """Call it in a worker thread; False when the queue is full."""
         return self._workers.submit(function, *args)
 
     # connections
 
     def accept_from(self, listener: Listener) -> None:
-        """Take what waits, but not for ever: others are served in between."""
+        """Accept a bounded number of connections, so that others are served in between."""
         self.accepting = listener
         self._drained = False
         for _ in range(1 if self._scarce else ACCEPTS):
@@ -5048,15 +5047,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 return
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept one; OSError where nothing waits."""
+        """Accept one; OSError if none is waiting."""
         try:
             accepted, address = self.accepting.socket.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             self._drained = True
             raise
-        except OSError as error:            # out of descriptors or memory: it stays in the queue
+        except OSError as error:            # out of descriptors or memory
             self.refused("descriptors")
-            # accept() fails so before it looks whether anybody waits: only the selector knows
+            # accept() fails even if none is waiting: only the selector can tell
             self._scarce = self._drained = True
             if not self._make_room():
                 log.warning("cannot accept connections for a second: %s", error)
@@ -5067,7 +5066,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return accepted, sys.intern(str(address[0])) if address else ""
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Hold the limits: of one address' strangers, and of all connections."""
+        """Enforce the limits on strangers from one address and on all connections."""
         most = self.most_connections()
         if self.accepting.tls is not None and len(self._strangers.get(client_address, ())) >= \
                 max(most * self.limits.stranger_share, 1):
@@ -5079,7 +5078,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return True
 
     def most_connections(self) -> int:
-        """How many connections there may be: a quarter of the descriptors is for all else."""
+        """The limit of connections; a quarter of the descriptors is reserved for other uses."""
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return self.limits.connections if soft == resource.RLIM_INFINITY else \
             min(self.limits.connections, max(soft * 3 // 4, 1))
@@ -5089,7 +5088,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that could not begin: gone before it was looked at, or a fault of ours."""
+        """A connection that could not begin: already gone, or a bug."""
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ValueError)):
             log.debug("a connection from %r ended at once: %s", client_address, error)
@@ -5101,9 +5100,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             owner.close()
 
     def _make_room(self) -> bool:
-        """Close a few connections: strangers, of the address that has most of them, oldest first;
-        where there is none, those that have been idle longest. Whether there is room now."""
-        count = 1 + len(self.connections) // 1024       # the search is paid once for so many
+        """Close a few connections: the oldest strangers of the address that has most of them, or
+        without strangers the longest idle. Returns whether there is room."""
+        count = 1 + len(self.connections) // 1024       # one search makes room for several
         if self._strangers:
             crowd = max(self._strangers.values(), key=len)
             victims = [connection for connection in crowd if not connection.is_working][:count]
@@ -5122,13 +5121,13 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._strangers.setdefault(connection.peer.address, {})[connection] = None
 
     def let_in(self, connection: Connection) -> None:
-        """Its peer is no stranger any more, or it is closed."""
+        """Its peer has been authorized, or it is closed."""
         others = self._strangers.get(connection.peer.address)
         if others is not None and others.pop(connection, self) is None and not others:
             del self._strangers[connection.peer.address]
 
     def forget(self, connection: Connection) -> bool:
-        """Whether it was still open."""
+        """Remove a closed connection; returns whether it was still open."""
         known = connection in self.connections
         self.connections.discard(connection)
         self.let_in(connection)
@@ -5151,7 +5150,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._refusals[limit] = self._refusals.get(limit, 0) + 1
 
     def park(self, connection: Connection, deferred: Deferred) -> None:
-        """Keep the deadline of an answer that comes later."""
+        """Enforce the deadline of a deferred answer."""
         self._parked.add(connection)
         wait = deferred.deadline - self.now()
         if wait < TICK_SECONDS:
@@ -5161,7 +5160,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self.loop.call_later(TICK_SECONDS, self._tick)
 
     def unpark(self, connection: Connection) -> None:
-        """Its answer is there."""
+        """Its answer has arrived."""
         self._parked.discard(connection)
 
     def _tick(self) -> None:
@@ -5229,28 +5228,28 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                    "arrival to its answer.", durations),
             Family(f"{prefix}_connections", GAUGE, "Open connections by state.",
                    labelled("state", dict(zip(STATE_NAMES, states)))),
-            Family(f"{prefix}_strangers", GAUGE, "Open TLS connections that have not been let in.",
+            Family(f"{prefix}_strangers", GAUGE, "TLS connections whose client is not authorized.",
                    [Sample((), sum(map(len, self._strangers.values())))]),
-            Family(f"{prefix}_connections_limit", GAUGE, "Connections that there may be.",
+            Family(f"{prefix}_connections_limit", GAUGE, "Limit of open connections.",
                    [Sample((), self.most_connections())]),
             Family(f"{prefix}_connections_accepted_total", COUNTER, "Connections accepted.",
                    [Sample((), self._accepted)]),
-            Family(f"{prefix}_limit_refusals_total", COUNTER, "What a limit has refused or ended.",
+            Family(f"{prefix}_limit_refusals_total", COUNTER, "What a limit has refused or closed.",
                    labelled("limit", self._refusals)),
-            Family(f"{prefix}_tls_handshakes_total", COUNTER, "TLS handshakes ended.",
+            Family(f"{prefix}_tls_handshakes_total", COUNTER, "TLS handshakes by result.",
                    labelled("result", self._handshakes)),
         ]
 
 # --- client [kit] ---------------------------------------------------------------------------------
 
-MAX_BODY = 16 << 20             # bytes of an answer that a client of ours takes
+MAX_BODY = 16 << 20             # bytes of an answer that our clients accept
 MAX_HEAD = 65536
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n")
 _CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~]*)?\r\n")
 
 
 class ClientError(Exception):
-    """The other side cannot be reached, or answers what is not HTTP; the text is for people."""
+    """The server cannot be reached or does not speak HTTP; the message is for people."""
 
 
 class AnswerReader:
@@ -5272,21 +5271,21 @@ class AnswerReader:
 
     @property
     def body(self) -> bytes:
-        """The body, its chunks joined; as it came otherwise."""
+        """The body, chunks joined."""
         return self._body[0] if len(self._body) == 1 else b"".join(self._body)
 
     def feed(self, received: bytes) -> bool:
-        """Take what came; True when the answer is whole. Raises ClientError."""
+        """Take received bytes; True when the answer is complete. Raises ClientError."""
         self.begun = self.begun or bool(received)
         self._buffer = self._buffer + received if self._buffer else received
         while not self.done and self._next():
             pass
         if self.done and self._buffer:
-            raise ClientError("the answer is longer than it says")
+            raise ClientError("the answer is longer than its Content-Length")
         return self.done
 
     def end(self) -> None:
-        """The other side has closed; raises ClientError when that cuts the answer off."""
+        """The server has closed; raises ClientError if the answer is incomplete."""
         if self.done:
             return
         if self._next == self._read_to_end:
@@ -5324,7 +5323,7 @@ class AnswerReader:
             self.done = True
         elif coding is not None:
             if coding.strip().lower() != "chunked" or length is not None:
-                raise ClientError(f"the answer's transfer encoding {coding[:40]!r} is not taken")
+                raise ClientError(f"the answer's transfer encoding {coding[:40]!r} is unknown")
             self._next = self._read_chunk_size
         elif length is None:
             self.keep_alive = False
@@ -5408,7 +5407,7 @@ def gunzip(body: bytes, max_body: int = MAX_BODY) -> bytes:
     if len(content) > max_body:
         raise ClientError(f"the answer is larger than {max_body} bytes")
     if not unpacker.eof:
-        raise ClientError("the answer's gzip is cut off")
+        raise ClientError("the answer's gzip is truncated")
     return content
 
 
@@ -5437,7 +5436,7 @@ class Client:
 
     def request(self, method: str, url: str, headers: Mapping[str, str] | None = None,
                 body: bytes = b"", timeout: float = 10.0) -> ClientResponse:
-        """Ask and wait for the whole answer, `timeout` seconds at the most; raises ClientError."""
+        """Send a request and wait at most `timeout` seconds for the answer; raises ClientError."""
         origin, target = self._origin(url)
         deadline = self._now() + timeout
         lines = {"Host": origin.host if origin.port in (80, 443) else
@@ -5453,14 +5452,14 @@ class Client:
         if kept is not None:
             try:
                 return self._exchange(origin, kept, whole, reader, deadline)
-            except ClientError:             # it may have been closed while it was idle
+            except ClientError:             # the server may have closed it while it was idle
                 if reader.begun or method not in ("GET", "HEAD") or self._now() >= deadline:
                     raise
             reader = AnswerReader(method == "HEAD", self._max_body)
         return self._exchange(origin, self._connect(origin, deadline), whole, reader, deadline)
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close idle connections."""
         with self._lock:
             idle, self._idle = self._idle, {}
         for connections in idle.values():
@@ -5544,7 +5543,7 @@ class Client:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a connection failed, in the words that people know."""
+    """Why a connection failed, in words for people."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -7288,7 +7287,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
+        raise ValueError(f"{twice!r} appears more than once in an object")
     return found
 
 

@@ -65,7 +65,7 @@ GOOD = [
     ("_count without a histogram is a name of its own", "x_count 1\nx 2\n", ["x_count", "x"]),
 ]
 BAD = [
-    ("a page that is cut off", "a 1", "cut off"),
+    ("a page that is cut off", "a 1", "truncated"),
     ("a dash instead of a number", "a -\n", "line 1: '-' is not a number"),
     ("no value", "a\n", "line 1"),
     ("an empty value", "ok 1\na \n", "line 2"),
@@ -73,7 +73,7 @@ BAD = [
     ("an unquoted label", "a{x=1} 1\n", "not closed or not quoted"),
     ("an open label", 'a{x="1 1\n', "not closed or not quoted"),
     ("a wrong escape", 'a{x="\\t"} 1\n', "not closed or not quoted"),
-    ("a label twice", 'a{x="1",x="2"} 1\n', "stands twice"),
+    ("a label twice", 'a{x="1",x="2"} 1\n', "duplicate label"),
     ("a series twice", 'a{x="1",y="2"} 1\na{y="2",x="1"} 1\n', "same labels twice"),
     ("an unknown type", "# TYPE a number\na 1\n", "unknown type"),
     ("TYPE behind its samples", "a 1\n# TYPE a gauge\n", "comes twice or behind"),
@@ -120,7 +120,8 @@ def test_merging_makes_families_contiguous_and_tells_what_it_leaves_out() -> Non
         Family("b", COUNTER, "", [Sample((), 5)])])
     assert [(family.name, [s.value for s in family.samples]) for family in merged] == \
         [("a", [1, 2]), ("b", [1])]
-    assert len(problems) == 2 and "stands twice" in problems[0] and "already a gauge" in problems[1]
+    assert len(problems) == 2
+    assert "more than once" in problems[0] and "already a gauge" in problems[1]
 
 
 def test_merging_refuses_a_name_that_runs_into_a_histogram() -> None:

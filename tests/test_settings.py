@@ -147,7 +147,7 @@ BAD = [
     ('{"listen": "localhost"}', ["listen: 'localhost' needs a port from 0 to 65535"]),
     ('{"listen": "a:99999"}', ["listen: 'a:99999' needs a port"]),
     ('{"listen": "a b:1"}', ["listen: 'a b:1' is not HOST:PORT"]),
-    ('{"name": "x", "name": "y"}', ["not JSON: 'name' stands twice in one object"]),
+    ('{"name": "x", "name": "y"}', ["not JSON: 'name' appears more than once in an object"]),
     ("[]", ["must be an object, not []"]),
     ("", ["not JSON"]),
     ("{", ["not JSON"]),
