@@ -49,6 +49,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import queue
 import random
@@ -381,48 +382,59 @@ NAMED_ENTRY = struct.Struct("=31sBQQ")          # kstat_named_t: name, data_type
 IO_DATA = struct.Struct("=QQIIqqqqqqII")        # kstat_io_t
 IO_MEMBERS = ("nread", "nwritten", "reads", "writes", "wtime", "wlentime", "wlastupdate", "rtime",
               "rlentime", "rlastupdate", "wcnt", "rcnt")
-VMINFO = struct.Struct("=6Q")                   # vminfo_t of <sys/sysinfo.h>
+VMINFO = struct.Struct("=QQQQQQ")               # vminfo_t of <sys/sysinfo.h>
 VMINFO_MEMBERS = ("freemem", "swap_resv", "swap_alloc", "swap_avail", "swap_free", "updates")
-# A chain has tens of thousands of kstats; those of other modules are not looked at further.
-MODULES = frozenset((b"zones", b"memory_cap", b"caps", b"zone_vfs", b"link", b"tcp", b"cpu",
-                     b"cpu_info", b"zfs", b"zfs_metaslab_group", b"unix", b"vmm"))
 ZONE_LINK = re.compile(r"z([0-9]{1,9})_(.+)")   # what dls calls a zone's link in the global zone
 
 
 class KstatError(Exception):
     """libkstat or the kernel has no data this time; `vanished`: the kstat is gone."""
 
-    def __init__(self, message: str, vanished: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, ref: Ref | None = None, vanished: bool = False) -> None:
+        super().__init__(message if ref is None else f"{ref}: {message}")
+        self.ref = ref                  # the kstat that could not be read, if it is one
         self.vanished = vanished
-        self.module = ""                # of the kstat that could not be read
 
 
 class LibraryError(Exception):
     """libkstat cannot be used on this machine; the text is for the operator."""
 
 
+class Ref:
+    """Where a kstat is in the chain, until the chain changes. Belongs to a reader's thread."""
+    __slots__ = ("module", "instance", "name", "klass", "type", "crtime", "address", "tables",
+                 "shape")
+
+    def __init__(self, module: str, instance: int, name: str, klass: str, kind: int, crtime: int,
+                 address: int) -> None:
+        # disks go by their class, since each driver has a module of its own
+        self.module = "disk" if klass == "disk" else module
+        self.instance, self.name, self.klass = instance, name, klass
+        self.type, self.crtime = kind, crtime
+        self.address = address              # of the kstat_t; or the place in a recorded frame
+        self.tables: tuple[Table, ...] = ()     # that want it, all of a zone or all of the node
+        self.shape: Shape | None = None     # as of the last read
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.instance}:{self.name}"
+
+
 class Kstat(NamedTuple):
-    """One kstat as it was read: plain values, nothing of C is left."""
-    module: str
-    instance: int
-    name: str
-    klass: str
+    """One kstat as it was copied; nothing of C is left but bytes."""
+    ref: Ref
     type: int
-    crtime: int                     # ns since some time around boot
-    snaptime: int
-    data: Mapping[str, Any]         # int, float or str by member
+    snaptime: int                   # ns since some time around boot
+    raw: bytes                      # ks_data: members, and the strings behind them
+    members: int                    # how many
+    base: int                       # the address that `raw` was copied from
 
-
-class Ref(NamedTuple):
-    """Where a kstat is in the chain, until the chain changes."""
-    module: str                     # "disk" for all kstats of that class, whatever their driver
-    instance: int
-    name: str
-    klass: str
-    type: int
-    crtime: int
-    address: int                    # of the kstat_t; in a recorded node, the place in its frame
+    @property
+    def data(self) -> dict[str, Any]:
+        """All members by name, as int, float or str. Tables take what they want from `raw`."""
+        if self.type == NAMED:
+            return decode_named(self.raw, self.members, self.base)
+        layout, members = _FIXED[self.type]
+        return dict(zip(members, layout.unpack_from(self.raw)))
 
 
 class _KstatCtl(ctypes.Structure):
@@ -498,8 +510,6 @@ def decode_named(raw: bytes, count: int, base: int) -> dict[str, Any]:
     string is a pointer into the same block; one that points elsewhere is no member."""
     data: dict[str, Any] = {}
     end = count * NAMED_ENTRY.size
-    if end > len(raw):
-        raise KstatError(f"{count} members do not fit into {len(raw)} bytes")
     for name, kind, low, high in NAMED_ENTRY.iter_unpack(raw[:end]):
         if kind == _UINT64:
             data[_text(name)] = low
@@ -525,26 +535,161 @@ def decode_named(raw: bytes, count: int, base: int) -> dict[str, Any]:
     return data
 
 
-def decode(ref: Ref, raw: bytes, count: int, base: int) -> dict[str, Any]:
-    """What was copied of a kstat as values by member; raises KstatError."""
-    if ref.type == NAMED:
-        return decode_named(raw, count, base)
-    if ref.type == IO and len(raw) >= IO_DATA.size:
-        return dict(zip(IO_MEMBERS, IO_DATA.unpack_from(raw)))
-    if ref.type == RAW and ref.name == "vminfo" and len(raw) >= VMINFO.size:
-        return dict(zip(VMINFO_MEMBERS, VMINFO.unpack_from(raw)))
-    raise KstatError(f"{ref.module}:{ref.instance}:{ref.name} has type {ref.type} and {len(raw)} "
-                     "bytes, which is not read")
+_FIXED = {IO: (IO_DATA, IO_MEMBERS), RAW: (VMINFO, VMINFO_MEMBERS)}
 
 
-def ref_of(module: str, instance: int, name: str, klass: str, kind: int, crtime: int,
-           address: int) -> Ref:
-    """Disks go by their class, since each driver has a module of its own."""
-    return Ref("disk" if klass == "disk" else module, instance, name, klass, kind, crtime, address)
+class Shape(NamedTuple):
+    """What all kstats with the same members in the same places have in common."""
+    members: int
+    size: int
+    layouts: dict[Table, Layout]    # where the rows of a table find their members
+
+
+_shapes: dict[tuple[int, int, int, int], Shape] = {}
+
+
+def shape_of(kstat: Kstat) -> Shape:
+    """Look at names and types of all members; raises KstatError for data that are not read here,
+    or lie about their size. This is done again only when the chain or the size has changed: a
+    kernel does not rename the members of a kstat that is installed."""
+    kind, members, size = kstat.type, kstat.members, len(kstat.raw)
+    names = 0
+    if kind == NAMED:
+        end = members * NAMED_ENTRY.size
+        if end > size:
+            raise KstatError(f"{members} members do not fit into {size} bytes", kstat.ref)
+        names = int.from_bytes(kstat.raw[:end], "little") & _names_only(members)
+    elif kind not in _FIXED or size < _FIXED[kind][0].size \
+            or (kind == RAW and kstat.ref.name != "vminfo"):
+        raise KstatError(f"has type {kind} and {size} bytes, which is not read", kstat.ref)
+    key = (kind, members, size, names)
+    shape = _shapes.get(key)
+    if shape is None:
+        if len(_shapes) >= MAX_TEMPLATES:
+            _shapes.clear()
+        shape = _shapes[key] = Shape(members, size, {})
+    return shape
+
+
+@functools.lru_cache(maxsize=256)
+def _names_only(members: int) -> int:
+    """Masks names and types of so many members, as one number: their values are left out."""
+    return int.from_bytes((b"\xff" * 32 + bytes(16)) * members, "little")
+
+
+def pack(ref: Ref, snaptime: int, data: Mapping[str, Any]) -> Kstat:
+    """A kstat of these members as the kernel would lay it out, all of them named."""
+    members = {name: value for name, value in data.items() if isinstance(value, (int, float, str))}
+    entries, strings, base = [], b"", 1             # a pointer is not NULL
+    for name, value in members.items():
+        if isinstance(value, str):
+            content = value.encode("utf-8", "replace") + b"\0"
+            kind, high = _STRING, len(content)
+            low = base + len(members) * NAMED_ENTRY.size + len(strings)
+            strings += content
+        elif isinstance(value, float):
+            kind, (low,), high = _DOUBLE, struct.unpack("=Q", struct.pack("=d", value)), 0
+        else:
+            kind, high = _INT64 if value < 0 else _UINT64, 0
+            low = min(max(value, -2 ** 63), 2 ** 64 - 1) % 2 ** 64
+        entries.append(NAMED_ENTRY.pack(name.encode("utf-8", "replace"), kind, low, high))
+    kstat = Kstat(ref, NAMED, snaptime, b"".join(entries) + strings, len(entries), base)
+    ref.shape = shape_of(kstat)
+    return kstat
+
+
+Read = Union[Kstat, KstatError]
+
+
+class Layout(NamedTuple):
+    """Where the members that some rows want are, in all kstats that are laid out alike."""
+    unpack: Callable[[bytes], tuple[Any, ...]]
+    order: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None  # from places in memory to rows
+    rows: tuple[int, ...]                       # that have a member
+    converts: tuple[tuple[int, Convert], ...]   # by place among these
+    zonename: int | None                        # where the pointer of this STRING is
+
+
+_CODES = {_INT32: "i", _UINT32: "I", _INT64: "q", _UINT64: "Q", _FLOAT: "f", _DOUBLE: "d"}
+_STRING_AT = struct.Struct("=QI")               # kstat_named_t: str.addr, str.len
+
+
+def layout_of(kstat: Kstat, wanted: Sequence[tuple[str, Convert | None]]) -> Layout:
+    """Find what rows want, a member and its conversion each, in kstats like this one."""
+    places: dict[str, tuple[int, str]] = {}
+    zonename: int | None = None
+    if kstat.type == NAMED:
+        for place in range(0, kstat.members * NAMED_ENTRY.size, NAMED_ENTRY.size):
+            name, kind, _, _ = NAMED_ENTRY.unpack_from(kstat.raw, place)
+            if kind in _CODES:
+                places[_text(name)] = (place + 32, _CODES[kind])
+            elif kind == _STRING and _text(name) == "zonename":
+                zonename = place + 32
+    else:
+        layout, members = _FIXED[kstat.type]
+        place = 0
+        for name, code in zip(members, layout.format[1:]):
+            places[name] = (place, code)
+            place += struct.calcsize("=" + code)
+    rows = [row for row, (member, _) in enumerate(wanted) if member in places]
+    found = [places[wanted[row][0]] for row in rows]
+    ascending = sorted(set(found))
+    form, end = "=", 0
+    for place, code in ascending:
+        form += f"{place - end}x{code}"
+        end = place + struct.calcsize("=" + code)
+    order = [ascending.index(one) for one in found]
+    converts = []
+    for index, row in enumerate(rows):
+        convert = wanted[row][1]
+        if found[index][1] in "fd":
+            convert = functools.partial(_as_text, convert)
+        if convert is not None:
+            converts.append((index, convert))
+    return Layout(struct.Struct(form).unpack_from, None if order == list(range(len(ascending)))
+                  else operator.itemgetter(*order), tuple(rows), tuple(converts), zonename)
+
+
+def _as_text(convert: Convert | None, value: float) -> Any:
+    """Floating point, which no kernel sends any more: it may be no number."""
+    found = value if convert is None else convert(value)
+    return None if found is None else number(found)
+
+
+def is_of_zone(kstat: Kstat, zone: str, place: int | None) -> bool:
+    """Whether a kstat's member `zonename` at this place is this zone's; one without it is."""
+    if place is None:
+        return True
+    address, size = _STRING_AT.unpack_from(kstat.raw, place)
+    start = address - kstat.base
+    if not address or start < kstat.members * NAMED_ENTRY.size or start + size > len(kstat.raw):
+        return True
+    return kstat.raw[start:start + size].split(b"\0", 1)[0] == zone.encode()
+
+
+class Wanted(NamedTuple):
+    """The tables of a module, and the names of the kstats that they want."""
+    tables: tuple[Table, ...]
+    whole: frozenset[bytes]
+    begins: tuple[bytes, ...]
+
+
+def wanted_of(tables: Iterable[Table]) -> dict[bytes, Wanted]:
+    """By module, what tables want. A module may have thousands of kstats that none does: each kmem
+    cache, task queue and flow of the platform is one of `unix`."""
+    by_module: dict[str, list[Table]] = {}
+    for table in tables:
+        by_module.setdefault(table.module, []).append(table)
+    return {module.encode(): Wanted(
+        tuple(found),
+        frozenset(table.names.encode() for table in found if not table.names.endswith("*")),
+        tuple(table.names[:-1].encode() for table in found if table.names.endswith("*")))
+        for module, found in by_module.items()}
 
 
 class Index:
-    """Where kstats are, by module and by zone; made anew when the chain has changed.
+    """Where the kstats are that tables want, by module and by zone; built again when the chain has
+    changed.
 
     What belongs to a zone is found by the zone's id, the rest by module: a page looks up and never
     walks the chain.
@@ -555,37 +700,41 @@ class Index:
         self.zones: dict[int, list[Ref]] = {}       # by zone id: what belongs to that zone
         self.by_prefix: dict[str, list[int]] = {}   # first 30 characters of a name -> zone ids
         self.count = 0                              # length of the chain
+        self._tables: dict[tuple[Table, ...], tuple[Table, ...]] = {}
 
     def add(self, raw: bytes, address: int) -> int:
         """Take one header; gives the address of the next."""
         (crtime, following, _kid, module, _resv, instance, name, kind, klass,
          _flags) = HEADER.unpack_from(raw)
         self.count += 1
-        if module.rstrip(b"\0") in MODULES or klass.startswith(b"disk\0"):
-            self.place(ref_of(_text(module), instance, _text(name), _text(klass), kind, crtime,
-                              address))
+        wanted = WANTED.get(b"disk" if klass.startswith(b"disk\0") else module.rstrip(b"\0"))
+        if wanted is not None and (name.startswith(wanted.begins)
+                                   or name.rstrip(b"\0") in wanted.whole):
+            self.place(Ref(_text(module), instance, _text(name), _text(klass), kind, crtime,
+                           address))
         return int(following)
 
     def place(self, ref: Ref) -> None:
-        """Take one kstat that is read here."""
-        module, instance, name = ref.module, ref.instance, ref.name
-        if module == "zones":
-            self.by_prefix.setdefault(name, []).append(instance)
-        elif module == "link":
-            match = ZONE_LINK.fullmatch(name)
-            if match is None:
-                self.modules.setdefault(module, []).append(ref)
+        """Take one kstat, if a table wants it."""
+        wanted = WANTED.get(ref.module.encode())
+        tables = [table for table in wanted.tables if table.has(ref.name)] if wanted else []
+        if ref.module == "zones":
+            self.by_prefix.setdefault(ref.name, []).append(ref.instance)
+        for table in tables:
+            zone_id = None if table.zone is None else table.zone(ref)
+            if zone_id is not None:
+                ref.tables = self._shared([one for one in tables if one.zone])
+                self.zones.setdefault(zone_id, []).append(ref)
                 return
-            instance = int(match.group(1))
-        elif module not in _ZONE_MODULES or (module == "caps" and not name.startswith(_CAPS)) \
-                or (module == "tcp" and name != "tcp"):
-            self.modules.setdefault(module, []).append(ref)
-            return
-        self.zones.setdefault(instance, []).append(ref)
+        tables = [table for table in tables if table.zone is None]
+        if tables:
+            ref.tables = self._shared(tables)
+            self.modules.setdefault(ref.module, []).append(ref)
 
-
-_ZONE_MODULES = frozenset(("zones", "memory_cap", "caps", "zone_vfs", "tcp"))
-_CAPS = ("cpucaps_zone_", "lockedmem_zone_", "nprocs_zone_", "swapresv_zone_")     # those we need
+    def _shared(self, tables: Sequence[Table]) -> tuple[Table, ...]:
+        """The same tuple for all kstats of the same tables."""
+        key = tuple(tables)
+        return self._tables.setdefault(key, key)
 
 
 class Handle:
@@ -648,15 +797,16 @@ class Handle:
         self.calls += 1
         if self._library.read(self._control, ref.address, None) < 0:
             number = ctypes.get_errno()
-            raise KstatError(f"{ref.module}:{ref.instance}:{ref.name}: "
-                             f"{os.strerror(number).lower()}", vanished=number == errno.ENXIO)
-        pointer, count, size, snaptime = DATA.unpack(
+            raise KstatError(os.strerror(number).lower(), ref, vanished=number == errno.ENXIO)
+        pointer, members, size, snaptime = DATA.unpack(
             ctypes.string_at(ref.address + DATA_OFFSET, DATA.size))
         if not pointer or size > MAX_KSTAT_BYTES:
-            raise KstatError(f"{ref.module}:{ref.instance}:{ref.name}: {size} bytes of data")
-        data = decode(ref, ctypes.string_at(pointer, size), count, pointer)
-        return Kstat(ref.module, ref.instance, ref.name, ref.klass, ref.type, ref.crtime, snaptime,
-                     data)
+            raise KstatError(f"{size} bytes of data", ref)
+        kstat = Kstat(ref, ref.type, snaptime, ctypes.string_at(pointer, size), members, pointer)
+        shape = ref.shape
+        if shape is None or shape.size != size or shape.members != members:
+            ref.shape = shape_of(kstat)
+        return kstat
 
 # --- host -----------------------------------------------------------------------------------------
 
@@ -833,7 +983,7 @@ def parse_sysinfo(content: Any) -> Sysinfo:
 
 class PendingCall(NamedTuple):
     """What a lane is doing: which call of the library, since when."""
-    what: str
+    what: Ref | str
     since: float
 
 
@@ -861,23 +1011,22 @@ class Reader:
 
     def read(self, ref: Ref) -> Kstat:
         """One kstat; raises KstatError."""
-        what = f"{ref.module}:{ref.instance}:{ref.name}"
-        self._kstats.check_quarantine(what)
-        self.doing = PendingCall(what, self._kstats.now())
+        if self._kstats.quarantine:
+            self._kstats.check_quarantine(ref)
+        self.doing = PendingCall(ref, self._kstats.now())
         try:
             kstat: Kstat = self._handle.read(ref)
             return kstat
         finally:
             self.doing = None
 
-    def read_into(self, ref: Ref, into: list[Kstat | KstatError]) -> None:
+    def read_into(self, ref: Ref, into: list[Read]) -> None:
         """As `read`; a failure is put in its place, but one that has vanished is none: a cap was
         taken away, a link was renamed."""
         try:
             into.append(self.read(ref))
         except KstatError as error:
             if not error.vanished:
-                error.module = ref.module
                 into.append(error)
 
     def follow(self, force: bool = False) -> bool:
@@ -966,8 +1115,8 @@ class Reader:
     def guest(self, name: str) -> int | None:
         """The minor number of a bhyve guest by its name in vmm; each name is read once."""
         guests = self._kstats.guests
-        for ref in self.index.modules.get("vmm", ()):
-            if ref.name == "vm":
+        for ref in self.index.modules.get(GUESTS.module, ()):
+            if GUESTS in ref.tables:
                 key = (ref.instance, ref.crtime)
                 if key not in guests:
                     try:
@@ -1066,7 +1215,7 @@ class KstatThreads:
             job = active.job    # what it ends now may be done twice, but is not lost
             active.abandoned = True
             self.given_up += 1
-            self.quarantine[doing.what] = doing.since
+            self.quarantine[str(doing.what)] = doing.since
             log.warning("reading kstat %s does not return; others are read on", doing.what)
             if job is not None:
                 waiting.append(job)
@@ -1090,12 +1239,11 @@ class KstatThreads:
             return self._active is not None and (self._active.job is not None
                                                  or not self._active.jobs.empty())
 
-    def check_quarantine(self, what: str) -> None:
+    def check_quarantine(self, ref: Ref) -> None:
         """Raises KstatError for a kstat that another thread is blocked on."""
-        since = self.quarantine.get(what)
+        since = self.quarantine.get(str(ref))
         if since is not None:
-            raise KstatError(f"{what}: a read of it has not returned for "
-                             f"{self.now() - since:.0f} s")
+            raise KstatError(f"a read of it has not returned for {self.now() - since:.0f} s", ref)
 
     def next_job(self, reader: Reader) -> Job | None:
         """A reader's next job; None when it is to end."""
@@ -1120,7 +1268,7 @@ class KstatThreads:
             self._readers.remove(reader)
             if self._active is reader:
                 self._active = None
-            held = {other.doing.what for other in self._readers
+            held = {str(other.doing.what) for other in self._readers
                     if other.abandoned and other.doing is not None}
             self.quarantine = {what: since for what, since in self.quarantine.items()
                                if what in held}
@@ -1168,13 +1316,22 @@ class KstatThreads:
 class ZoneReading(NamedTuple):
     """All that was read of one zone, surely of that zone and of one boot of it."""
     zone_id: int
-    kstats: list[Kstat | KstatError]
-    vcpus: list[Kstat]
+    kstats: dict[Table, list[Read]]
+
+
+def by_table(read: Iterable[Read]) -> dict[Table, list[Read]]:
+    """What was read, and what could not be, by the tables that want it."""
+    found: dict[Table, list[Read]] = {}
+    for kstat in read:
+        for table in kstat.ref.tables if kstat.ref is not None else ():
+            found.setdefault(table, []).append(kstat)
+    return found
 
 
 def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
-              unread: AbstractSet[str] = frozenset()) -> ZoneReading:
-    """Read a zone's kstats, each once; raises NoSuchZone, or KstatError when it cannot be had.
+              skipped: AbstractSet[str] = frozenset()) -> ZoneReading:
+    """Read a zone's kstats but those of skipped collectors, each once; raises NoSuchZone, or
+    KstatError when it cannot be had.
 
     The zone's own kstat is found first and read last: a kstat is never another's, so when it is
     still there the zone id has been this zone's all the time.
@@ -1187,57 +1344,55 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
             if reader.follow(force=True) or reader.reopen():
                 continue
             raise NoSuchZone(zone)
-        read: list[Kstat | KstatError] = []
+        read: list[Read] = []
         for ref in reader.index.zones[zone_id]:
-            if ref is not own and ref.module not in unread:
+            if ref is not own and not (skipped and all(
+                    table.collector in skipped for table in ref.tables)):
                 reader.read_into(ref, read)
-        vcpus = _read_guest(reader, debug_id) if debug_id is not None else []
+        if debug_id is not None and VCPU.collector not in skipped:
+            _read_guest(reader, debug_id, read)
         try:
             misc = reader.read(own)
         except KstatError as error:
             if not error.vanished:
-                error.module = own.module
-                return ZoneReading(zone_id, [*read, error], vcpus)
+                return ZoneReading(zone_id, by_table([*read, error]))
         else:
-            if misc.data.get("zonename", zone) == zone:
-                return ZoneReading(zone_id, [*read, misc], vcpus)
-        reader.follow(force=True)           # it has rebooted or gone in the meantime: anew
+            if is_of_zone(misc, zone, ZONE_MISC.layout(misc).zonename):
+                return ZoneReading(zone_id, by_table([*read, misc]))
+        reader.follow(force=True)           # it has rebooted or gone in the meantime: read again
     raise KstatError(f"zone {zone} changes faster than it can be read")
 
 
 GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest by its zone's debug id
 
 
-def _read_guest(reader: Reader, debug_id: int) -> list[Kstat]:
-    """vCPUs of a bhyve zone: the kernel makes 32 or more for every guest; those that never ran are
-    left out. (viona counts by NIC, under numbers that name neither zone nor guest.)"""
+def _read_guest(reader: Reader, debug_id: int, into: list[Read]) -> None:
+    """vCPUs of a bhyve zone. (viona counts by NIC, under numbers that name neither zone nor
+    guest.)"""
     minor = reader.guest(GUEST_NAME.format(debug_id))
-    read: list[Kstat | KstatError] = []
-    for ref in reader.index.modules.get("vmm", ()) if minor is not None else ():
-        if ref.instance == minor and ref.name.startswith("vcpu"):
-            reader.read_into(ref, read)
-    return [kstat for kstat in read if isinstance(kstat, Kstat) and any(
-        kstat.data.get(member) for member in ("time_run", "time_idle", "time_init"))]
+    for ref in reader.index.modules.get(VCPU.module, ()) if minor is not None else ():
+        if ref.instance == minor and VCPU in ref.tables:
+            reader.read_into(ref, into)
 
 
-def read_modules(reader: Reader, *modules: str) -> dict[str, list[Kstat | KstatError]]:
-    """The compute node's own kstats of these modules."""
+def read_tables(reader: Reader, *tables: Table) -> dict[Table, list[Read]]:
+    """The compute node's own kstats of these tables."""
     reader.follow()
-    found: dict[str, list[Kstat | KstatError]] = {}
-    for module in modules:
-        read = found[module] = []
+    read: list[Read] = []
+    for module in dict.fromkeys(table.module for table in tables):
         for ref in reader.index.modules.get(module, ()):
-            reader.read_into(ref, read)
-    return found
+            if any(table in ref.tables for table in tables):
+                reader.read_into(ref, read)
+    return by_table(read)
 
 
-def read_zones(reader: Reader, *modules: str) -> tuple[dict[int, str], dict[str, list[Kstat]]]:
-    """The running zones by id, and these kstats of all of them; what fails is left out."""
+def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Table, list[Read]]]:
+    """The running zones by id, and the kstats of these tables of all of them; what fails is left
+    out."""
     reader.follow()
-    index = reader.index
     zones: dict[int, str] = {}
-    found: dict[str, list[Kstat]] = {module: [] for module in modules}
-    for zone_id, refs in index.zones.items():
+    read: list[Read] = []
+    for zone_id, refs in reader.index.zones.items():
         try:
             name = reader.zone_name(zone_id)
         except KstatError:
@@ -1246,12 +1401,12 @@ def read_zones(reader: Reader, *modules: str) -> tuple[dict[int, str], dict[str,
             continue
         zones[zone_id] = name
         for ref in refs:
-            if ref.module in found:
+            if any(table in ref.tables for table in tables):
                 try:
-                    found[ref.module].append(reader.read(ref))
+                    read.append(reader.read(ref))
                 except KstatError:
                     continue                # gone in the meantime, or its own collector tells
-    return zones, found
+    return zones, by_table(read)
 
 
 class Vm(NamedTuple):
@@ -1480,10 +1635,17 @@ def read_sysinfo_file(path: str) -> Any:
                                          else f"not JSON: {error}")) from None
 
 
+class RecordedKstat(NamedTuple):
+    """A kstat of a capture."""
+    ref: Ref
+    snaptime: int
+    data: Mapping[str, Any]
+
+
 class _Frame(NamedTuple):
     at: float                               # seconds since the first frame
     chain: Index
-    kstats: list[Kstat]
+    kstats: list[RecordedKstat]
     commands: Mapping[str, Output]
     vms: list[Any]
 
@@ -1523,25 +1685,23 @@ class Recording:
     @staticmethod
     def _frame(frame: Mapping[str, Any], first: float) -> _Frame:
         index = Index()
-        kstats: list[Kstat] = []
+        kstats: list[RecordedKstat] = []
         for record in frame["kstats"]:
-            ref = ref_of(str(record["module"]), int(record["instance"]), str(record["name"])
+            ref = Ref(str(record["module"]), int(record["instance"]), str(record["name"])
                          [:KSTAT_STRLEN - 1], str(record["class"]), int(record["type"]),
                          int(record["crtime"]), len(kstats))
-            kstats.append(Kstat(ref.module, ref.instance, ref.name, ref.klass, ref.type,
-                                ref.crtime, int(record["snaptime"]), dict(record["data"])))
+            kstats.append(RecordedKstat(ref, int(record["snaptime"]), dict(record["data"])))
             index.count += 1
-            if record["module"].encode() in MODULES or ref.klass == "disk":
-                index.place(ref)
+            index.place(ref)
         commands = {argv: Output(int(output["status"]), str(output["stdout"]),
                                  str(output["stderr"]))
                     for argv, output in frame["commands"].items()}
         return _Frame(float(frame["at"]) - first, index, kstats, commands, list(frame["vms"]))
 
     @staticmethod
-    def _keyed(frame: _Frame) -> Iterator[tuple[tuple[str, int, str, int], Kstat]]:
+    def _keyed(frame: _Frame) -> Iterator[tuple[tuple[str, int], RecordedKstat]]:
         for kstat in frame.kstats:
-            yield (kstat.module, kstat.instance, kstat.name, kstat.crtime), kstat
+            yield (str(kstat.ref), kstat.ref.crtime), kstat
 
     def place(self) -> tuple[int, int]:
         """The loop and the frame that it is now."""
@@ -1554,21 +1714,20 @@ class Recording:
         """The frame that it is now."""
         return self.frames[self.place()[1]]
 
-    def kstat(self, address: int, frame: int, loop: int) -> Kstat:
+    def kstat(self, ref: Ref, frame: int, loop: int) -> Kstat:
         """A kstat of a frame, as it is in this loop."""
-        kstat = self.frames[frame].kstats[address]
+        kstat = self.frames[frame].kstats[ref.address]
         data = dict(kstat.data)
-        key = (kstat.module, kstat.instance, kstat.name, kstat.crtime)
-        first, last = (ends.get(key) for ends in self._ends)
+        first, last = (ends.get((str(ref), ref.crtime)) for ends in self._ends)
         for member, value in data.items():
             if member == "boot_time" and isinstance(value, int):
                 data[member] = value + int(self.moved)
             elif loop and first is not None and last is not None \
-                    and (kstat.module, member) in COUNTER_MEMBERS and isinstance(value, int):
+                    and (ref.module, member) in COUNTER_MEMBERS and isinstance(value, int):
                 ends = (first.data.get(member), last.data.get(member))
                 if isinstance(ends[0], int) and isinstance(ends[1], int):
                     data[member] = value + int(loop * max(ends[1] - ends[0], 0) * self._stretch)
-        return kstat._replace(data=data)
+        return pack(ref, kstat.snaptime, data)
 
 
 class RecordedHandle:
@@ -1605,7 +1764,7 @@ class RecordedHandle:
     def read(self, ref: Ref) -> Kstat:
         """One kstat of this frame."""
         self.calls += 1
-        return self._recording.kstat(ref.address, self._at[1], self._at[0])
+        return self._recording.kstat(ref, self._at[1], self._at[0])
 
 
 class RecordedVms(Vms):
@@ -1667,9 +1826,11 @@ class RecordedHost:
 
 # --- collectors -----------------------------------------------------------------------------------
 
-# Pure: plain values in, families out. A new metric is a new row in a table below, `make golden`,
-# and a look at the difference. A row without its member on this platform makes no sample; several
-# rows of one name, one below the other, make one family and differ in their labels.
+# Pure: raw kstats and words in, a part of a page out. A new metric is a new row in a table below,
+# `make golden`, and a look at the difference; one of a module that was not read before is a new
+# table, and its place in a collector of ZONE_COLLECTORS or NODE_COLLECTORS: the index and the reads
+# follow from the tables. A row without its member on this platform makes no sample; several rows of
+# one name, one below the other, make one family and differ in their labels.
 
 class CollectError(Exception):
     """A collector has nothing this time; the text says which, what and why."""
@@ -1696,24 +1857,212 @@ def counter(name: str, member: str, unit: Unit, help_text: str, **labels: str) -
     return Metric(COUNTER, name, member, unit, help_text, "", tuple(labels.items()))
 
 
+class Part(NamedTuple):
+    """What a collector sends: a template, which is the same object on all pages that are alike,
+    and the values of this page."""
+    template: str
+    values: tuple[Any, ...]
+
+    def text(self) -> str:
+        """The part as it stands on the page."""
+        return self.template % self.values
+
+
+NOTHING = Part("", ())
+MAX_TEMPLATES = 256             # that are kept of each kind
+
+
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def _joined(templates: tuple[str, ...]) -> str:
+    return "".join(templates)
+
+
+def join_parts(parts: Sequence[Part]) -> Part:
+    """Parts one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Part(_joined(tuple([part.template for part in parts])),
+                tuple([value for part in parts for value in part.values]))
+
+
+def part_of(families: Iterable[Family]) -> Part:
+    """Families that no table describes, and some that one does; those without samples are left
+    out."""
+    template: list[str] = []
+    values: list[str] = []
+    for name, kind, help_text, samples in families:
+        if samples:
+            template.append(_head(name, kind, help_text).replace("%", "%%"))
+        for labels, value, suffix in samples:
+            template.append(f"{name}{suffix}%s %s\n")
+            values += (label_text(labels), number(value))
+    return Part(sys.intern("".join(template)), tuple(values))
+
+
+def verbatim(page: str) -> Part:
+    """Text of a page that is ready, as its part."""
+    return Part("%s", (page,)) if page else NOTHING
+
+
+class Values(NamedTuple):
+    """What was found of one thing."""
+    labels: str                             # as between braces; "" for none
+    rows: tuple[int, ...]                   # that have a value
+    values: tuple[Any, ...]                 # theirs
+
+
+class Rows:
+    """Metrics in page order; rows of one name, one below the other, are one family.
+
+    For each set of rows that have a value there is one template, made when it is first met. Any
+    thread may make it: all make the same.
+    """
+
+    def __init__(self, metrics: tuple[Metric, ...], table: Table | None = None) -> None:
+        self.metrics, self._table = metrics, table
+        self._templates: dict[Any, tuple[str, Callable[[Any], tuple[Any, ...]] | None]] = {}
+
+    @functools.cached_property
+    def _families(self) -> list[tuple[str, list[tuple[int, str, str]]]]:
+        """HELP and TYPE of each family, with its rows: number, name, labels."""
+        families: list[tuple[str, list[tuple[int, str, str]]]] = []
+        for row, metric in enumerate(self.metrics):
+            head = _head(metric.name, metric.kind, help_of(metric, self._table)).replace("%", "%%")
+            if row == 0 or self.metrics[row - 1].name != metric.name:
+                families.append((head, []))
+            families[-1][1].append((row, metric.name, label_text(metric.labels)[1:-1]))
+        return families
+
+    def of(self, data: Mapping[str, Any], labels: Labels = ()) -> Values:
+        """From values by member, such as the words of a command."""
+        found = [(row, value) for row, metric in enumerate(self.metrics) if metric.member in data
+                 for value in (metric.unit.convert(data[metric.member]),) if value is not None]
+        return Values(label_text(labels)[1:-1], tuple([row for row, _ in found]), tuple(
+            [value if type(value) is int else number(value) for _, value in found]))
+
+    def part(self, found: Sequence[Values]) -> Part:
+        """What the page says of these things; only a single one may be without labels."""
+        key = tuple([(not one.labels, one.rows) for one in found])
+        known = self._templates.get(key)
+        if known is None:
+            if len(self._templates) >= MAX_TEMPLATES:
+                self._templates.clear()
+            known = self._templates[key] = self._template(found)
+        template, order = known
+        if order is None:
+            return Part(template, found[0].values if template else ())
+        return Part(template, order([value for one in found for value in (one.labels, *one.values)
+                                     ]))
+
+    def _template(self, found: Sequence[Values]
+                  ) -> tuple[str, Callable[[Any], tuple[Any, ...]] | None]:
+        """The text, and which of labels and values go where: None as they are."""
+        lines: list[str] = []
+        order: list[int] = []
+        for head, rows in self._families:
+            start = len(lines)
+            place = 0
+            for one in found:
+                for row, name, own in rows:
+                    if row in one.rows:
+                        labels = ",".join(filter(None, ("%s" if one.labels else "", own)))
+                        lines.append(name + (f"{{{labels}}}" if labels else "") + " %s\n")
+                        order += ((place,) if one.labels else ()) \
+                            + (place + 1 + one.rows.index(row),)
+                place += 1 + len(one.values)
+            if len(lines) > start:
+                lines.insert(start, head)
+        return "".join(lines), operator.itemgetter(*order) if any(
+            one.labels for one in found) and order else None
+
+
 Label = Callable[[Sequence[Kstat], Any], list[Labels]]
 
 
-class Table(NamedTuple):
-    """Rows that are read of one sort of kstat."""
+def by_instance(ref: Ref) -> int | None:
+    """The zone of a kstat whose instance is its id."""
+    return ref.instance
+
+
+def by_link_name(ref: Ref) -> int | None:
+    """The zone of a link, as dls names those of zones."""
+    match = ZONE_LINK.fullmatch(ref.name)
+    return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows that are read of one sort of kstat. What no table wants is never read."""
     collector: str
     module: str
     names: str                              # of the kstats, as in HELP; a * at the end stands open
     metrics: tuple[Metric, ...]
     label_names: tuple[str, ...] = ()
-    labels: Label | None = None          # of all kstats found; None: the first one, no labels
-    values: Callable[[Kstat, Any], Mapping[str, Any]] | None = None    # None: the kstat's data
+    labels: Label | None = None             # of all kstats found; None: the first one, no labels
+    values: Callable[[Kstat, Any], Mapping[str, Any]] | None = None     # None: the members
+    zone: Callable[[Ref], int | None] | None = None     # whose it is; None: the node's
+    skip_idle: bool = False                 # leave out kstats that have counted nothing
 
     def has(self, name: str) -> bool:
         """Whether a kstat of the module is one of this table's, by its name."""
         if self.names.endswith("*"):
             return name.startswith(self.names[:-1])
         return name == self.names
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The metrics as they stand on a page."""
+        return Rows(self.metrics, self)
+
+    def layout(self, kstat: Kstat) -> Layout:
+        """Where the rows' members are in a kstat; worked out once for each shape."""
+        shape = kstat.ref.shape
+        assert shape is not None            # it was read
+        layout = shape.layouts.get(self)
+        if layout is None:
+            layout = shape.layouts[self] = layout_of(kstat, [
+                (row.member, None if row.unit.convert is whole else row.unit.convert)
+                for row in self.metrics])
+        return layout
+
+    def part(self, read: Sequence[Read], context: Any, zone: str | None = None) -> Part:
+        """From raw kstats to a part of a page; raises CollectError when one could not be read."""
+        kstats: list[tuple[Kstat, Layout]] = []
+        for kstat in read:
+            if isinstance(kstat, KstatError):
+                raise CollectError(f"{self.collector}: {kstat}")
+            layout = self.layout(kstat)
+            if (zone is None or is_of_zone(kstat, zone, layout.zonename)) and not (
+                    self.skip_idle and not any(layout.unpack(kstat.raw))):
+                kstats.append((kstat, layout))
+                if self.labels is None:
+                    break                   # the first
+        if not kstats:
+            return NOTHING
+        if self.labels is None:
+            return self.rows.part([self._values(*kstats[0], (), context)])
+        labelled: dict[Labels, tuple[Kstat, Layout]] = {}   # of equal labels the first is shown
+        for labels, pair in zip(self.labels([kstat for kstat, _ in kstats], context), kstats):
+            labelled.setdefault(labels, pair)
+        return self.rows.part([self._values(*pair, labels, context)
+                               for labels, pair in labelled.items()])
+
+    def _values(self, kstat: Kstat, layout: Layout, labels: Labels, context: Any) -> Values:
+        if self.values is not None:
+            return self.rows.of(self.values(kstat, context), labels)
+        values: Any = layout.unpack(kstat.raw)
+        rows = layout.rows
+        if layout.order is not None:
+            values = layout.order(values)
+        if layout.converts:
+            values = list(values)
+            for place, convert in layout.converts:
+                values[place] = convert(values[place])
+            if None in values:
+                rows = tuple([row for row, value in zip(rows, values) if value is not None])
+                values = [value for value in values if value is not None]
+            values = tuple(values)
+        return Values(label_text(labels)[1:-1], rows, values)
 
 
 class ZoneContext(NamedTuple):
@@ -1722,7 +2071,6 @@ class ZoneContext(NamedTuple):
     zone: str                               # its name, which is its UUID
     nics: Mapping[str, tuple[str, str]] | None = None
     # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod
-    vcpus: Sequence[Kstat | KstatError] = ()      # of its virtual machine
 
 
 class NodeContext(NamedTuple):
@@ -1789,22 +2137,22 @@ CPUCAP = Table("cpucap", "caps", "cpucaps_zone_*", (
           "CPU cap in percent of one CPU."),
     gauge("cpucap_bursting_seconds", "bursting_sec", SECONDS,
           "Seconds that the present burst above the baseline has lasted."),
-))
+), zone=by_instance)
 
 LIMITS = (
     Table("limits", "caps", "lockedmem_zone_*", (
         gauge("mem_locked_bytes", "usage", BYTES, "Locked memory of the zone in bytes."),
         gauge("mem_locked_limit_bytes", "value", CAP, "Cap on locked memory, if there is one."),
-    )),
+    ), zone=by_instance),
     Table("limits", "caps", "nprocs_zone_*", (
         gauge("proc_processes", "usage", COUNT, "Processes at present."),
         gauge("proc_processes_limit", "value", COUNT_CAP, "Cap on processes, if there is one."),
-    )),
+    ), zone=by_instance),
     Table("limits", "caps", "swapresv_zone_*", (
         gauge("mem_swap_reserved_bytes", "usage", BYTES, "Swap that the zone has reserved."),
         gauge("mem_swap_reserved_limit_bytes", "value", CAP,
               "Cap on reserved swap, if there is one."),
-    )),
+    ), zone=by_instance),
 )
 
 
@@ -1812,8 +2160,8 @@ def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> list[Labels]:
     """z7_net0 is vnic0, as the original says. Of two links with one number the first by name has
     that label, and the other keeps its name inside the zone."""
     prefix = f"z{context.zone_id}_"
-    named = [kstat.name[len(prefix):] if kstat.name.startswith(prefix) else kstat.name
-             for kstat in kstats]
+    named = [ref.name[len(prefix):] if ref.name.startswith(prefix) else ref.name
+             for ref, *_ in kstats]
     holder: dict[str, str] = {}             # interface label -> link that has it
     shown: dict[str, str] = {}
     for name in sorted(named):
@@ -1850,7 +2198,7 @@ LINK = Table("link", "link", "*", (
     counter("net_drops_out_total", "noxmtbuf", COUNT, "Packets lost for want of send buffers."),
     gauge("net_link_up", "link_state", UP, "Whether the link is up; no sample where unknown."),
     gauge("net_speed_bytes_per_second", "ifspeed", BITS, "Speed of the link in bytes a second."),
-), ("interface", "nic_tag", "network_uuid"), link_labels)
+), ("interface", "nic_tag", "network_uuid"), link_labels, zone=by_link_name)
 
 MEMCAP = Table("memcap", "memory_cap", "*", (
     gauge("mem_agg_usage", "rss", BYTES, "Resident memory of the zone in bytes."),
@@ -1871,7 +2219,7 @@ MEMCAP = Table("memcap", "memory_cap", "*", (
             "Page faults that were delayed because the zone is over its memory cap."),
     counter("mem_fault_throttle_seconds_total", "n_pf_throttle_usec", US,
             "Time that page faults were delayed for being over the memory cap."),
-))
+), zone=by_instance)
 
 TCP = Table("tcp", "tcp", "tcp", (
     counter("tcp_failed_connection_attempt_count", "attemptFails", COUNT,
@@ -1896,7 +2244,7 @@ TCP = Table("tcp", "tcp", "tcp", (
     counter("tcp_resets_out_total", "outRsts", COUNT, "Resets sent."),
     counter("tcp_established_resets_total", "estabResets", COUNT,
             "Established connections that were reset."),
-))
+), zone=by_instance)
 
 VCPU = Table("vcpu", "vmm", "vcpu*", tuple(
     counter("vcpu_seconds_total", member, NS,
@@ -1905,7 +2253,9 @@ VCPU = Table("vcpu", "vmm", "vcpu*", tuple(
     for member, state in (("time_run", "run"), ("time_idle", "idle"), ("time_sched", "wait"),
                           ("time_emu_kern", "emulation_kernel"),
                           ("time_emu_user", "emulation_user"))
-), ("vcpu",), each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.name[4:]))),)))
+), ("vcpu",), each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.ref.name[4:]))),)),
+    skip_idle=True)                         # the kernel makes 32 or more for each guest
+GUESTS = Table("vcpu", "vmm", "vm", ())     # no metric comes from it, but which guest is whose
 
 
 LOAD_ROWS = (
@@ -1930,7 +2280,7 @@ ZONE_MISC = Table("zone_misc", "zones", "*", (
     counter("proc_map_failures_total", "mapfail_seglim", COUNT,
             "Mappings refused because the process has too many segments."),
     gauge("boot_time_seconds", "boot_time", SECONDS, "When it booted, in seconds since the epoch."),
-))
+), zone=by_instance)
 SLOW = "Operations on files that took longer than this."
 
 ZONE_VFS = Table("zone_vfs", "zone_vfs", "*", (
@@ -1955,7 +2305,7 @@ ZONE_VFS = Table("zone_vfs", "zone_vfs", "*", (
             "Operations delayed so that other zones get their share of the disks."),
     counter("vfs_delay_seconds_total", "delay_time", US,
             "Time that operations were delayed for the sake of other zones."),
-))
+), zone=by_instance)
 ZONE_TABLES = (CPUCAP, *LIMITS, LINK, MEMCAP, TCP, VCPU, ZONE_MISC, ZONE_VFS)
 
 # -- of the compute node
@@ -2075,7 +2425,7 @@ CPU_UTIL = Table("cpu_util", "cpu", "sys", (
     counter("cpu_user_seconds_total", "cpu_nsec_user", NS, "CPU time in user mode."),
     counter("cpu_dtrace_seconds_total", "cpu_nsec_dtrace", NS, "CPU time in DTrace probes."),
     counter("cpu_interrupt_seconds_total", "cpu_nsec_intr", NS, "CPU time in interrupts."),
-), ("cpu_id",), each(lambda kstat: (("cpu_id", str(kstat.instance)),)))
+), ("cpu_id",), each(lambda kstat: (("cpu_id", str(kstat.ref.instance)),)))
 
 DISK = Table("disk", "disk", "*", (                      # disks, and a whole pool under its name
     counter("disk_read_bytes_total", "nread", BYTES, "Bytes read."),
@@ -2090,7 +2440,7 @@ DISK = Table("disk", "disk", "*", (                      # disks, and a whole po
             "Time times the number of running operations."),
     gauge("disk_waiting_operations", "wcnt", COUNT, "Operations that wait at present."),
     gauge("disk_running_operations", "rcnt", COUNT, "Operations that run at present."),
-), ("device",), each(lambda kstat: (("device", kstat.name),)))
+), ("device",), each(lambda kstat: (("device", kstat.ref.name),)))
 
 NODE_LINK = Table("link", "link", "*", (
     counter("link_bytes_in_total", "rbytes64", BYTES, "Bytes received."),
@@ -2103,7 +2453,7 @@ NODE_LINK = Table("link", "link", "*", (
     counter("link_drops_out_total", "noxmtbuf", COUNT, "Packets lost for want of send buffers."),
     gauge("link_up", "link_state", UP, "Whether the link is up; no sample where unknown."),
     gauge("link_speed_bytes_per_second", "ifspeed", BITS, "Speed of the link in bytes a second."),
-), ("link",), each(lambda kstat: (("link", kstat.name),)))
+), ("link",), each(lambda kstat: (("link", kstat.ref.name),)))
 
 NODE_LOAD = Table("load", "unix", "system_misc", LOAD_ROWS)
 
@@ -2155,11 +2505,10 @@ def mean_since(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
     return {member: value * context.page_size // seconds for member, value in found.items()}
 
 
-def vminfo_readings(kstats: Mapping[str, Sequence[Kstat | KstatError]],
-                    before: tuple[Kstat, ...]) -> tuple[Kstat, ...]:
+def vminfo_readings(found: Mapping[Table, Sequence[Read]], before: tuple[Kstat, ...]
+                    ) -> tuple[Kstat, ...]:
     """What the next reading is compared with: two, in case it comes within the same second."""
-    last = next((kstat for kstat in kstats.get("unix", ())
-                 if isinstance(kstat, Kstat) and kstat.name == "vminfo"), None)
+    last = next((kstat for kstat in found.get(SWAP, ()) if isinstance(kstat, Kstat)), None)
     if last is None or before and before[-1].data.get("updates") == last.data.get("updates"):
         return before
     return (*before[-1:], last)
@@ -2179,7 +2528,7 @@ METASLAB = Table("zpool", "zfs_metaslab_group", "*", (
     counter("metaslab_group_loads", "loads", COUNT, "Space maps that were loaded."),
     counter("metaslab_group_unloads", "unloads", COUNT, "Space maps that were unloaded."),
 ), ("pool", "vdev_guid"), each(lambda kstat: (
-    ("pool", str(kstat.data.get("spa_name", ""))), ("vdev_guid", kstat.name))))
+    ("pool", str(kstat.data.get("spa_name", ""))), ("vdev_guid", kstat.ref.name))))
 NODE_TABLES = (ARCSTATS, CPU_INFO, CPU_UTIL, DISK, NODE_LINK, NODE_LOAD, MEMORY, PROC, SWAP,
                METASLAB)
 
@@ -2579,149 +2928,39 @@ def _source(metric: Metric, table: Table | None) -> str:
     return ""
 
 
-# A family's head with its cells; made once, since a page has a hundred and they never change.
-# name, type, HELP, member, conversion (None: an integer stays as it is), labels, further cells
-_Cell = tuple[Labels, str, Optional[Convert]]
-_Row = tuple[str, str, str, str, Optional[Convert], Labels, tuple[_Cell, ...]]
-
-
 def help_of(metric: Metric, table: Table | None = None) -> str:
     """What HELP says: the sentence, and where the value comes from."""
     return f"{metric.help[:-1]} ({_source(metric, table)})."
 
 
-def _rows(metrics: Sequence[Metric], table: Table | None = None) -> tuple[_Row, ...]:
-    rows: list[_Row] = []
-    for metric in metrics:
-        convert = None if metric.unit.convert is whole else metric.unit.convert
-        if rows and rows[-1][0] == metric.name:
-            cells = rows[-1][6] or ((rows[-1][5], rows[-1][3], rows[-1][4]),)
-            rows[-1] = rows[-1][:6] + (cells + ((metric.labels, metric.member, convert),),)
-        else:
-            rows.append((metric.name, metric.kind, help_of(metric, table), metric.member, convert,
-                         metric.labels, ()))
-    return tuple(rows)
-
-
-Found = Sequence[tuple[Labels, Mapping[str, Any]]]
-_make = tuple.__new__           # a third of what Family(...) takes, 200 times a page
-
-
-def _value_of(data: Mapping[str, Any], member: str, convert: Convert | None
-              ) -> Number | None:
-    value = data.get(member)
-    if convert is None:
-        return value if type(value) is int else whole(value)
-    return None if value is None else convert(value)
-
-
-def _families(rows: Sequence[_Row], found: Found) -> list[Family]:
-    """The families of a table from the things found: labels, and values by member."""
-    families: list[Family] = []
-    add = families.append
-    if len(found) == 1:
-        labels, data = found[0]
-        get = data.get
-        for name, kind, text_, member, convert, own, cells in rows:
-            if cells:
-                samples = [Sample(labels + more, value) for more, member, convert in cells
-                           for value in (_value_of(data, member, convert),) if value is not None]
-                if samples:
-                    add(Family(name, kind, text_, samples))
-                continue
-            value = get(member)
-            if convert is not None:
-                value = None if value is None else convert(value)
-            elif type(value) is not int:
-                value = whole(value)
-            if value is not None:
-                add(_make(Family, (name, kind, text_,
-                                   (_make(Sample, (labels + own, value, "")),))))
-        return families
-    for name, kind, text_, member, convert, own, cells in rows:
-        samples = [_make(Sample, (labels + more, value, ""))
-                   for labels, data in found
-                   for more, one, way in cells or ((own, member, convert),)
-                   for value in (_value_of(data, one, way),) if value is not None]
-        if samples:
-            add(Family(name, kind, text_, samples))
-    return families
-
-
-_ROWS: dict[int, tuple[_Row, ...]] = {id(table): _rows(table.metrics, table)
-                                      for table in ZONE_TABLES + NODE_TABLES}
-_ZFS_ROWS, _ZPOOL_ROWS = _rows(ZFS), _rows(ZPOOL)
-_PEER_ROWS, _SYSTEM_PEER_ROWS, _NTP_ROWS = _rows(NTP_PEER), _rows(NTP_SYSTEM_PEER), _rows(NTP)
+TABLES = (*ZONE_TABLES, GUESTS, *NODE_TABLES)
+WANTED = wanted_of(TABLES)      # what the index keeps of the chain
+ZFS_ROWS, ZPOOL_ROWS = Rows(ZFS), Rows(ZPOOL)
+NTP_PEER_ROWS, NTP_SYSTEM_PEER_ROWS, NTP_ROWS = Rows(NTP_PEER), Rows(NTP_SYSTEM_PEER), Rows(NTP)
 _ZONE_TABLES = {one.name: one.tables for one in ZONE_COLLECTORS}
 _NODE_TABLES = {one.name: one.tables for one in NODE_COLLECTORS}
-_FAILED = re.compile(r"([^:]*):(-?[0-9]+):(.*): ")      # of a KstatError: which kstat it was
-Read = Union[Kstat, KstatError]
 
 
-def _chosen(table: Table, kstats: Sequence[Read], zone: str | None) -> list[Kstat]:
-    """The kstats of a table; one that could not be read is the collector's failure."""
-    module = table.module
-    chosen: list[Kstat] = []
-    for kstat in kstats:
-        if isinstance(kstat, KstatError):
-            match = _FAILED.match(str(kstat))
-            if match and match.group(1) == module and table.has(match.group(3)):
-                raise CollectError(f"{table.collector}: {kstat}")
-        elif kstat.module == module and table.has(kstat.name) \
-                and (zone is None or kstat.data.get("zonename", zone) == zone):
-            chosen.append(kstat)
-    return chosen
+def zone_part(collector: str, found: Mapping[Table, Sequence[Read]], context: ZoneContext) -> Part:
+    """What one collector sends of a zone, from what was read of it; raises CollectError."""
+    return join_parts([table.part(found.get(table, ()), context, context.zone)
+                       for table in _ZONE_TABLES.get(collector, ())])
 
 
-def _table_families(table: Table, kstats: list[Kstat], context: Any) -> list[Family]:
-    if not kstats:
-        return []
-    if table.labels is None:
-        labels: list[Labels] = [()]
-        del kstats[1:]
-    else:
-        labels = table.labels(kstats, context)
-        if len(set(labels)) < len(labels):                  # the first of equal ones is shown
-            fresh = dict(zip(reversed(labels), reversed(kstats)))
-            labels, kstats = list(fresh)[::-1], list(fresh.values())[::-1]
-    if table.values is None:
-        return _families(_ROWS[id(table)], [(one, kstat.data)
-                                            for one, kstat in zip(labels, kstats)])
-    return _families(_ROWS[id(table)], [(one, table.values(kstat, context))
-                                        for one, kstat in zip(labels, kstats)])
-
-
-def _ran(kstat: Read) -> bool:
-    """Whether a virtual CPU exists: the kernel counts for all that a machine could have."""
-    return isinstance(kstat, KstatError) or any(
-        kstat.data.get(row.member) for row in VCPU.metrics)
-
-
-def zone_families(collector: str, kstats: Sequence[Read], context: ZoneContext) -> list[Family]:
-    """What one collector sends of a zone, from all that was read of it; raises CollectError."""
-    families: list[Family] = []
-    for table in _ZONE_TABLES.get(collector, ()):
-        read = kstats
-        if table is VCPU:
-            read = [kstat for kstat in context.vcpus if _ran(kstat)]
-        families += _table_families(table, _chosen(table, read, context.zone), context)
-    return families
-
-
-def node_families(collector: str, kstats: Mapping[str, Sequence[Read]], context: NodeContext
-                  ) -> list[Family]:
-    """What one collector sends of the node, from what was read, by module; raises CollectError."""
+def node_part(collector: str, found: Mapping[Table, Sequence[Read]], context: NodeContext) -> Part:
+    """What one collector sends of the node, from what was read; raises CollectError."""
     if collector == "alloc":
-        return _alloc(kstats, context)
-    families: list[Family] = []
+        return part_of(_alloc(found, context))
+    parts: list[Part] = []
     for table in _NODE_TABLES.get(collector, ()):
-        chosen = _chosen(table, kstats.get(table.module, ()), None)
+        read = found.get(table, ())
         if table is CPU_INFO:
-            chosen.sort(key=lambda kstat: kstat.instance)
-            families.append(_by_state(CPUS_BY_STATE, collections.Counter(
-                str(kstat.data["state"]) for kstat in chosen if "state" in kstat.data)))
-        families += _table_families(table, chosen, context)
-    return families
+            read = sorted(read, key=lambda one: one.ref.instance if one.ref else 0)
+            parts.append(part_of([_by_state(CPUS_BY_STATE, collections.Counter(
+                str(data["state"]) for kstat in read if isinstance(kstat, Kstat)
+                for data in (kstat.data,) if "state" in data))]))
+        parts.append(table.part(read, context))
+    return join_parts(parts)
 
 
 def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
@@ -2729,25 +2968,27 @@ def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
                   [Sample((("state", state),), counts[state]) for state in sorted(counts)])
 
 
-def _alloc(kstats: Mapping[str, Sequence[Read]], context: NodeContext) -> list[Family]:
+def _alloc(found: Mapping[Table, Sequence[Read]], context: NodeContext) -> list[Family]:
     """What zones may use at the most, beside what there is."""
-    def values(module: str, begin: str, member: str) -> list[Number | None]:
-        return [cap(kstat.data.get(member)) for kstat in kstats.get(module, ())
-                if isinstance(kstat, Kstat) and kstat.name.startswith(begin)
-                and kstat.instance != 0 and kstat.data.get("zonename") != "global"]
+    def data_of(table: Table) -> list[dict[str, Any]]:
+        return [kstat.data for kstat in found.get(table, ()) if isinstance(kstat, Kstat)
+                and (table.zone is None or kstat.ref.instance != 0)]
 
-    def of_node(name: str, member: str) -> Number | None:
-        return next((whole(kstat.data.get(member)) for kstat in kstats.get("unix", ())
-                     if isinstance(kstat, Kstat) and kstat.name == name), None)
+    def values(table: Table, member: str) -> list[Number | None]:
+        return [cap(data.get(member)) for data in data_of(table)
+                if data.get("zonename") != "global"]
 
-    cpu_caps = [one for one in values("caps", "cpucaps_zone_", "value") if one is not None]
-    memory_caps = values("memory_cap", "", "physcap")
+    def of_node(table: Table, member: str) -> Number | None:
+        return next((whole(data.get(member)) for data in data_of(table)), None)
+
+    cpu_caps = [one for one in values(CPUCAP, "value") if one is not None]
+    memory_caps = values(MEMCAP, "physcap")
     capped = [one for one in memory_caps if one is not None]
-    pages = of_node("system_pages", "physmem")
+    pages = of_node(MEMORY, "physmem")
     uncapped = {"cpu": max(0, len(memory_caps) - len(cpu_caps)),
                 "memory": len(memory_caps) - len(capped)}
     made: list[tuple[Metric, Number | None]] = [
-        (ALLOC[0], of_node("system_misc", "ncpus")), (ALLOC[1], cpus_of_percent(sum(cpu_caps))),
+        (ALLOC[0], of_node(PROC, "ncpus")), (ALLOC[1], cpus_of_percent(sum(cpu_caps))),
         (ALLOC[2], None if pages is None else pages * context.page_size), (ALLOC[3], sum(capped))]
     return [Family(metric.name, metric.kind, help_of(metric), [Sample((), value)])
             for metric, value in made if value is not None] + [
@@ -2759,12 +3000,6 @@ def zone_states(zones: Sequence[ZoneLine]) -> list[Family]:
     """How many zones there are, by state, as parse_zoneadm gives them."""
     return [_by_state(ZONES_BY_STATE, collections.Counter(
         zone.state for zone in zones if zone.name != "global"))]
-
-
-def time_families(now: float) -> list[Family]:
-    """The clock, in the original's milliseconds."""
-    return [Family(TIME_OF_DAY.name, TIME_OF_DAY.kind, help_of(TIME_OF_DAY),
-                   [Sample((), int(now * 1000))])]
 
 
 # -- what commands print; each parser takes any text, and at most CollectError comes out
@@ -2781,28 +3016,21 @@ def zfs_command(columns: Sequence[str]) -> tuple[str, ...]:
     return ("list", "-Hp", "-t", "filesystem,volume", "-o", ",".join(("name", *columns)), "-r")
 
 
-def parse_zfs_list(output: str, columns: Sequence[str] = ZFS_COLUMNS
-                   ) -> dict[str, dict[str, Number]]:
-    """Numbers by column by dataset, of `zfs list` with the arguments of `zfs_command`."""
-    datasets: dict[str, dict[str, Number]] = {}
-    rows = [row for row in ZFS if row.member in columns]
+def parse_zfs_list(output: str, columns: Sequence[str] = ZFS_COLUMNS) -> dict[str, dict[str, str]]:
+    """Words by column by dataset, of `zfs list` with the arguments of `zfs_command`."""
+    datasets: dict[str, dict[str, str]] = {}
     for line in _lines(output):
         name, *words = line.split("\t")
-        if len(words) == len(rows):
-            found = ((row.member, row.unit.convert(text_)) for row, text_ in zip(rows, words))
-            datasets[name] = {member: value for member, value in found if value is not None}
+        if len(words) == len(columns):
+            datasets[name] = dict(zip(columns, words))
     if not datasets and output.strip():
-        raise CollectError(f"zfs: no line of zfs list has {len(rows) + 1} columns")
+        raise CollectError(f"zfs: no line of zfs list has {len(columns) + 1} columns")
     return datasets
 
 
-_ZFS_READ = tuple((name, kind, text_, member, None, own, cells)
-                  for name, kind, text_, member, _, own, cells in _ZFS_ROWS)
-
-
-def zfs_families(row: Mapping[str, Number]) -> list[Family]:
+def zfs_part(words: Mapping[str, str]) -> Part:
     """A zone's dataset as parse_zfs_list gives it."""
-    return _families(_ZFS_READ, [((), row)])
+    return ZFS_ROWS.part([ZFS_ROWS.of(words)])
 
 
 def parse_zpool_list(output: str) -> list[tuple[str, dict[str, str]]]:
@@ -2817,12 +3045,10 @@ def parse_zpool_list(output: str) -> list[tuple[str, dict[str, str]]]:
     return list(pools.items())
 
 
-def zpool_families(pools: Sequence[tuple[str, Mapping[str, str]]], kstats: Sequence[Read]
-                   ) -> list[Family]:
+def zpool_part(pools: Sequence[tuple[str, Mapping[str, str]]], groups: Sequence[Read]) -> Part:
     """Pools as parse_zpool_list gives them, with the kstats of their metaslab groups."""
-    context = NodeContext()
-    return _table_families(METASLAB, _chosen(METASLAB, kstats, None), context) + \
-        _families(_ZPOOL_ROWS, [((("pool", name),), words) for name, words in pools])
+    return join_parts([METASLAB.part(groups, None), ZPOOL_ROWS.part([
+        ZPOOL_ROWS.of(words, (("pool", name),)) for name, words in pools])])
 
 
 class NtpPeer(NamedTuple):
@@ -2896,13 +3122,15 @@ def parse_ntp_details(output: str) -> NtpDetails:
     return details
 
 
-def ntp_families(peers: Sequence[NtpPeer], details: NtpDetails) -> list[Family]:
+def ntp_part(peers: Sequence[NtpPeer], details: NtpDetails) -> Part:
     """The clock's synchronisation by ntpd; raises CollectError when it said nothing."""
     if not peers and not details.system:
         raise CollectError("ntp: ntpq prints nothing; ntpd may not run")
-    return _families(_PEER_ROWS, [((("remote", peer.remote),), peer.words) for peer in peers]) + \
-        _families(_SYSTEM_PEER_ROWS, [((), details.peer)]) + \
-        _families(_NTP_ROWS, [((), details.system)])
+    return join_parts([
+        NTP_PEER_ROWS.part([NTP_PEER_ROWS.of(peer.words, (("remote", peer.remote),))
+                            for peer in peers]),
+        NTP_SYSTEM_PEER_ROWS.part([NTP_SYSTEM_PEER_ROWS.of(details.peer)]),
+        NTP_ROWS.part([NTP_ROWS.of(details.system)])])
 
 
 _CHRONY_TRACKING = {            # field of `chronyc -c tracking` -> metric of the same meaning
@@ -3259,15 +3487,19 @@ QUIRKS: Mapping[str, str] = {
 }
 
 
-_OWN = (                        # of every collector, plugins included; all gauges
-    ("{}_metrics_available_boolean", "Whether the collector had values, 1 or 0."),
-    ("{}_metrics_cached_boolean", "Whether its values came from the cache, 1 or 0."),
-    ("{}_metrics_timer_seconds", "Seconds that collecting took."),
+
+def _own(name: str, unit: Unit, help_text: str) -> Metric:
+    return Metric(GAUGE, name, "", unit, help_text, "agent")
+
+
+META = (                        # of every collector, plugins included
+    _own("{}_metrics_available_boolean", FLAG, "Whether there are values, 1 or 0."),
+    _own("{}_metrics_cached_boolean", FLAG, "Whether they came from the cache, 1 or 0."),
+    _own("{}_metrics_timer_seconds", SECONDS, "Seconds that collecting took."),
 )
-OWN_LABELLED = (
-    ("cmon_collector_up", "boolean", "Whether the collector works, 1 or 0."),
-    ("cmon_sample_age_seconds", "seconds", "Age of the collector's values."),
-)
+META_NAMES = tuple(metric.name.format("") for metric in META)
+SAMPLE_AGE = _own("cmon_sample_age_seconds", SECONDS, "Age of the collector's values.")
+COLLECTOR_UP = _own("cmon_collector_up", FLAG, "Whether the collector works, 1 or 0.")
 
 
 # The last lines of the original's node page, which its dashboards query: about the agent itself.
@@ -3292,7 +3524,8 @@ def _use_cells() -> dict[tuple[str, str], str]:
 
 
 _LABELLED = ((NTP_PEER, "remote"), (ZPOOL, "pool"), ((CPUS_BY_STATE, ZONES_BY_STATE), "state"),
-             (ALLOC[4:], "resource"), (OWN_NODE, "service"), (OWN_NODE[:1], "collector"),
+             (ALLOC[4:], "resource"), ((SAMPLE_AGE, COLLECTOR_UP), "collector"),
+             (OWN_NODE, "service"), (OWN_NODE[:1], "collector"),
              (OWN_NODE[:2], "le"))
 
 
@@ -3306,36 +3539,30 @@ def metadata() -> list[dict[str, Any]]:
     """A row for each metric of the pages, for /v1/metadata and the documents."""
     cells = _use_cells()
     rows: list[dict[str, Any]] = []
+
+    def add(scope: str, metric: Metric, collector: Collector | None = None,
+            table: Table | None = None) -> None:
+        of_agent = metric.source == "agent"
+        name = metric.name.format(collector.name if collector else "")
+        rows.append({
+            "name": name, "collector": collector.name if collector else "", "scope": scope,
+            "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
+            "source": _source(metric, table),
+            "lifetime": 0.0 if collector is None or of_agent else collector.lifetime,
+            "labels": _label_names(metric, table), "use": cells.get((scope, name), ""),
+            "quirk": QUIRKS.get(name, "")})
     for scope, collectors in (("zone", ZONE_COLLECTORS), ("node", NODE_COLLECTORS)):
         for collector in collectors:
             listed = [(row, table) for table in collector.tables for row in table.metrics]
             known: set[str] = set()
             for metric, table in [*listed, *((row, None) for row in collector.metrics)]:
-                if metric.name in known:
-                    continue
-                known.add(metric.name)
-                rows.append({
-                    "name": metric.name, "collector": collector.name, "scope": scope,
-                    "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
-                    "source": _source(metric, table), "lifetime": collector.lifetime,
-                    "labels": _label_names(metric, table),
-                    "use": cells.get((scope, metric.name), ""),
-                    "quirk": QUIRKS.get(metric.name, "")})
-            for name, help_text in _OWN:
-                rows.append({
-                    "name": name.format(collector.name), "collector": collector.name,
-                    "scope": scope, "type": GAUGE, "help": help_text,
-                    "unit": "seconds" if name.endswith("seconds") else "boolean",
-                    "source": "agent", "lifetime": 0.0, "labels": [], "use": "", "quirk": ""})
-        for metric in OWN_NODE if scope == "node" else ():
-            rows.append({"name": metric.name, "collector": "", "scope": scope,
-                         "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
-                         "source": "agent", "lifetime": 0.0, "labels": _label_names(metric, None),
-                         "use": "", "quirk": QUIRKS.get(metric.name, "")})
-        for name, unit, help_text in OWN_LABELLED:
-            rows.append({"name": name, "collector": "", "scope": scope, "type": GAUGE,
-                         "unit": unit, "help": help_text, "source": "agent", "lifetime": 0.0,
-                         "labels": ["collector"], "use": "", "quirk": ""})
+                if metric.name not in known:
+                    known.add(metric.name)
+                    add(scope, metric, collector, table)
+            for metric in META:
+                add(scope, metric, collector)
+        for metric in (*(OWN_NODE if scope == "node" else ()), COLLECTOR_UP, SAMPLE_AGE):
+            add(scope, metric)
     return rows
 
 
@@ -3382,7 +3609,7 @@ USE = (                         # https://www.brendangregg.com/usemethod.html
     Use("zone", "files", ("vfs_run_time_count", "vfs_bytes_read_count", "vfs_bytes_written_count"),
         ("vfs_wait_length_time_count", "vfs_slow_operations_total", "vfs_delay_seconds_total")),
     Use("zone", "disk space", ("zfs_used", "zfs_available", "zfs_quota"),
-        share=("zfs_available", "zfs_quota"), left=True),
+        share=("zfs_used", "zfs_quota")),
     Use("zone", "processes", ("proc_processes", "proc_processes_limit"), (),
         ("proc_fork_failures_total", "proc_map_failures_total"),
         ("proc_processes", "proc_processes_limit")),
@@ -3390,7 +3617,8 @@ USE = (                         # https://www.brendangregg.com/usemethod.html
                         "cpu_user_seconds_total"), ("load_average",), ("cpu_info_cpus",),
         ("cpu_idle_seconds_total",), left=True),
     Use("node", "memory", ("memory_free_bytes", "memory_total_bytes"),
-        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total")),
+        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total"),
+        share=("memory_free_bytes", "memory_total_bytes"), left=True),
     Use("node", "swap", ("swap_available_bytes", "swap_reserved_bytes")),
     Use("node", "disks", ("disk_busy_seconds_total",),
         ("disk_wait_length_seconds_total", "disk_waiting_operations"), ("zpool_health_status",),
@@ -3412,15 +3640,14 @@ USE_BUSY, USE_FULL = 0.8, 0.95      # shares from which a resource is busy, and 
 # are not listed: anything above 0. Infinity: depends on the size of the zone, so it is not judged.
 USE_FROM = {
     "cpu_wait_time": 2e8, "load_average": math.inf, "cpu_info_cpus": math.inf,
-    "net_drops_in_total": 1, "net_drops_out_total": 1, "tcp_listen_drop_count": 0.1,
-    "tcp_listen_drop_Qzero_count": 0.1, "mem_anon_pages_in_total": 10,
-    "mem_fault_throttle_seconds_total": 0.01, "mem_swap_reserved_bytes": math.inf,
-    "tcp_retransmitted_segment_count": 20, "tcp_failed_connection_attempt_count": 1,
-    "vfs_wait_length_time_count": 1e9, "vfs_slow_operations_total": 10,
-    "vfs_delay_seconds_total": 0.01, "disk_wait_length_seconds_total": 4,
-    "disk_waiting_operations": 16, "zpool_fragmentation_percent": 70,
-    "ntp_leap_indicator_status": 3, "ntp_peer_last8_polls_failure_count": math.inf,
-    "memory_scanned_pages": 100, "alloc_uncapped_zones": math.inf,
+    "mem_anon_pages_in_total": 10, "mem_fault_throttle_seconds_total": 0.01,
+    "mem_swap_reserved_bytes": math.inf, "tcp_retransmitted_segment_count": 20,
+    "tcp_failed_connection_attempt_count": 1, "vfs_wait_length_time_count": 1e9,
+    "vfs_slow_operations_total": 10, "vfs_delay_seconds_total": 0.01,
+    "disk_wait_length_seconds_total": 4, "disk_waiting_operations": 16,
+    "zpool_fragmentation_percent": 70, "ntp_leap_indicator_status": 3,
+    "ntp_peer_last8_polls_failure_count": math.inf, "memory_scanned_pages": 100,
+    "alloc_uncapped_zones": math.inf,
 }
 USE_UP = ("net_link_up", "link_up")         # trouble where these are 0
 
@@ -3505,40 +3732,6 @@ def render(families: Iterable[Family]) -> str:
     """Families as a page, in their order; families without samples are left out."""
     return "".join([_head(name, kind, help_text) + _sample_lines(name, samples)
                     for name, kind, help_text, samples in families if samples])
-
-
-class Part(NamedTuple):
-    """A rendered part of a page; what all zones have in common is stored once."""
-    heads: tuple[str, ...]
-    lines: str                  # of each family's samples, an empty line between two families
-
-    def text(self) -> str:
-        """The part as it appears on the page."""
-        return "".join([head + lines + "\n" for head, lines
-                        in zip(self.heads, self.lines.split("\n\n"))])
-
-
-def verbatim(page: str) -> Part:
-    """Text of a page that is ready, as its part."""
-    return Part((page[:-1],) if page else (), "")
-
-
-_shapes: dict[tuple[str, ...], tuple[str, ...]] = {}
-_SHAPE_LIMIT = 1024
-
-
-def render_part(families: Iterable[Family]) -> Part:
-    """As `render`, in a third of the memory."""
-    heads: list[str] = []
-    lines: list[str] = []
-    for name, kind, help_text, samples in families:
-        if samples:
-            heads.append(_head(name, kind, help_text))
-            lines.append(_sample_lines(name, samples))
-    if len(_shapes) >= _SHAPE_LIMIT:
-        _shapes.clear()
-    shape = tuple(heads)
-    return Part(_shapes.setdefault(shape, shape), "\n".join(lines)[:-1])
 
 
 def _value(word: str) -> Number:
@@ -5583,11 +5776,6 @@ class Outcome(NamedTuple):
     names: AbstractSet[str] = frozenset()       # of what others wrote: theirs on the page
 
 
-def outcome(families: Sequence[Family], began: float, now: float) -> Outcome:
-    """Families as the part of a page."""
-    return Outcome(render_part(families), now, now - began)
-
-
 class Brought(NamedTuple):
     """What a collector of others' metrics has brought, before its names are compared with those
     of others on the page."""
@@ -5604,7 +5792,7 @@ class Failure(NamedTuple):
 
 class Datasets(NamedTuple):
     """What `zfs list` says of all datasets; shared by all pages."""
-    rows: Mapping[str, Mapping[str, Number]]
+    rows: Mapping[str, Part]
     at: float
     seconds: float
 
@@ -5640,7 +5828,7 @@ class Flight:
         self.late = False           # a deadline has passed: later askers do not wait for it
 
 
-class Layout(NamedTuple):
+class PageLayout(NamedTuple):
     """What a page consists of."""
     sources: tuple[Source, ...]
     order: tuple[tuple[str, Source], ...]       # the collectors as they stand on the page
@@ -5671,7 +5859,7 @@ class Page:
         self.outcomes: dict[str, Outcome] = {}
         self.breakers: dict[str, Breaker] = {}
         self.failed: dict[str, Failure] = {}    # collectors whose last attempt failed
-        self.layout = Layout((), ())            # the same object for all pages of its kind
+        self.layout = PageLayout((), ())            # the same object for all pages of its kind
         self.generation = -1
         self.waiting: Waiting | None = None
         self.prepared: Prepared | None = None
@@ -5863,40 +6051,36 @@ def _plugin(path: str, file_name: str, options: Any) -> Plugin | None:
                   None if zones is None else frozenset(zones))
 
 
-# What is not read while a collector's breaker is open; zone_misc is read in any case.
-KSTATS_OF = {"link": "link", "memcap": "memory_cap", "tcp": "tcp", "zone_vfs": "zone_vfs"}
-NODE_MODULES = ("unix", "zfs", "cpu", "cpu_info", "disk", "link")
 ZONE_PLACES, NODE_PLACES = ({one.name: place for place, one in enumerate(collectors)}
                             for collectors in (ZONE_COLLECTORS, NODE_COLLECTORS))
 
 
-_AGE_HEAD = ("# HELP cmon_sample_age_seconds Age of the collector's values.\n"
-             "# TYPE cmon_sample_age_seconds gauge\n")
-_UP_HEAD = ("# HELP cmon_collector_up Whether the collector works, 1 or 0.\n"
-            "# TYPE cmon_collector_up gauge\n")
-_DOWN = re.compile(r'^cmon_collector_up\{collector="(\w+)"\} 0$', re.MULTILINE | re.ASCII)
 def unknown_column(output: Output, columns: Sequence[str]) -> str | None:
     """The property that a `zfs list` has refused, if that was its trouble."""
     return next((name for name in columns if output.status and re.search(
         rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
 
 
-META_NAMES = ("_metrics_available_boolean", "_metrics_cached_boolean", "_metrics_timer_seconds")
-_metas: dict[str, str] = {}
+TIME_TEMPLATE = render([Family(TIME_OF_DAY.name, TIME_OF_DAY.kind, help_of(TIME_OF_DAY),
+                               [Sample((), 0)])]).replace(" 0\n", " %s\n")
 
 
-def _meta(collector: str) -> str:
-    """The original's three meta-metrics of a collector, with places for their values."""
-    template = _metas.get(collector)
-    if template is None:
-        template = _metas[collector] = "".join(
-            f"# HELP {collector}_metrics_{name} {help_text}\n"
-            f"# TYPE {collector}_metrics_{name} gauge\n{collector}_metrics_{name} {form}\n"
-            for name, help_text, form in (
-                ("available_boolean", "Whether there are values, 1 or 0.", "%d"),
-                ("cached_boolean", "Whether they came from the cache, 1 or 0.", "%d"),
-                ("timer_seconds", "Seconds that collecting took.", "%r")))
-    return template
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def page_template(collectors: tuple[str, ...], templates: tuple[str | None, ...]) -> str:
+    """A whole page: the parts of its collectors, None for one without values, each with its
+    meta-metrics; then the time, ages, and which collectors work."""
+    text_: list[str] = []
+    for collector, template in zip((*collectors, "time"), (*templates, TIME_TEMPLATE)):
+        text_.append(template or "")
+        for metric in META:
+            name = metric.name.format(collector)
+            text_.append(_head(name, metric.kind, metric.help) + f"{name} %s\n")
+    aged = [collector for collector, template in zip(collectors, templates) if template is not None]
+    for metric, shown in ((SAMPLE_AGE, aged), (COLLECTOR_UP, collectors)):
+        text_.append(_head(metric.name, metric.kind, metric.help))
+        text_ += [f'{metric.name}{{collector="{collector}"}} %s\n'
+                  for collector in (*shown, "time")]
+    return "".join(text_)
 
 
 class Scraper:
@@ -5930,7 +6114,7 @@ class Scraper:
         self._debug_ids: dict[str, int] = {}    # zone -> its debug id, from zoneadm
         self._rereading = False                 # whether zoneadm is asked for them now
         self.generation = 0                     # of what the pages consist of
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._layouts: dict[tuple[Any, ...], PageLayout] = {}
         add = registry.counter
         self.collections = add("cmon_agent_collections_total", "Collections by their result.",
                                "collector", "result")
@@ -6264,8 +6448,7 @@ class Scraper:
             return
         if last is not None and last.at == shared.at:
             return
-        made = outcome(zfs_families(row) if row is not None else [], shared.at, shared.at)
-        page.outcomes["zfs"] = made._replace(seconds=shared.seconds)
+        page.outcomes["zfs"] = Outcome(NOTHING if row is None else row, shared.at, shared.seconds)
 
     def _failed(self, page: Page, collector: str, why: str, now: float) -> None:
         if isinstance(why, Waits):
@@ -6328,43 +6511,47 @@ class Scraper:
         return self._prepare(page, now, fresh)
 
     def _prepare(self, page: Page, now: float, fresh: AbstractSet[str]) -> Prepared:
-        shown = self.text(page, now, fresh)
+        shown, down = self.text(page, now, fresh)
         # the proxy tells its tenant which scrapes were whole without reading the page
-        down = _DOWN.findall(shown, shown.rfind(_UP_HEAD))
         headers = (("X-Cmon-Partial", ",".join(down)),) if down else ()
         return prepare(Response(200, shown.encode(), PAGE, headers))
 
-    def text(self, page: Page, now: float, fresh: AbstractSet[str]) -> str:
-        """The page as text: each collector's part with its meta-metrics, then time and ages."""
-        parts: list[str] = []
-        ages: list[str] = [_AGE_HEAD]
-        ups: list[str] = [_UP_HEAD]
+    def text(self, page: Page, now: float, fresh: AbstractSet[str]) -> tuple[str, list[str]]:
+        """The page as text, and the collectors that do not work."""
+        names: list[str] = []
+        templates: list[str | None] = []
+        values: list[Any] = []
+        ages: list[Number] = []
+        ups: list[int] = []
+        down: list[str] = []
         for collector, source in page.layout.order:
             last = page.outcomes.get(collector)
             if last is not None and now - last.at > STALE_SECONDS and \
                     now - last.at > 3 * self.lifetime(
                         collector, page.interval(now) if source.fast else None):
                 last = None
-            if last is not None:
-                if last.part.heads:
-                    parts.append(last.part.text())
-                ages.append(f'cmon_sample_age_seconds{{collector="{collector}"}} '
-                            f"{round(now - last.at, 3)!r}\n")
             flight = self._flights.get(source.key(page))
             up = last is not None and self._failure(page, collector) is None \
                 and (flight is None or not flight.late)
-            ups.append(f'cmon_collector_up{{collector="{collector}"}} {up:d}\n')
-            parts.append(_meta(collector) % (
-                last is not None and bool(last.part.heads),
-                last is not None and collector not in fresh,
-                0.0 if last is None else round(last.seconds, 6)))
-        parts += [render(time_families(self.host.time())), _meta("time") % (1, 0, 0.0), *ages,
-                  'cmon_sample_age_seconds{collector="time"} 0.0\n', *ups,
-                  'cmon_collector_up{collector="time"} 1\n']
+            names.append(collector)
+            ups.append(int(up))
+            if not up:
+                down.append(collector)
+            if last is None:
+                templates.append(None)
+                values += (0, 0, 0.0)
+                continue
+            template, found = last.part
+            templates.append(template)
+            values += found
+            values += (int(template != ""), int(collector not in fresh), round(last.seconds, 6))
+            ages.append(round(now - last.at, 3))
+        values += (int(self.host.time() * 1000), 1, 0, 0.0)
+        shown = page_template(tuple(names), tuple(templates)) % (*values, *ages, 0.0, *ups, 1)
         if page.zone == NODE:
-            parts.append(render(self.inherited.families(
-                sum(len(one.outcomes) for one in self._pages.values()))))
-        return "".join(parts)
+            shown += render(self.inherited.families(
+                sum(len(one.outcomes) for one in self._pages.values())))
+        return shown, down
 
     # where values come from
 
@@ -6377,7 +6564,7 @@ class Scraper:
         return own.timeout if own is not None and own.timeout is not None else \
             DEFAULT_TIMEOUTS.get(collector, 10.0)
 
-    def _layout(self, page: Page) -> Layout:
+    def _layout(self, page: Page) -> PageLayout:
         """What a page consists of, in its order."""
         if page.zone == NODE:
             plugins, places = self._plugins["gz"], NODE_PLACES
@@ -6400,7 +6587,7 @@ class Scraper:
                            key=lambda pair: (places.get(pair[0], len(places)), pair[0]))
             if len(self._layouts) > 100:
                 self._layouts.clear()
-            layout = self._layouts[kind] = Layout(tuple(sources), tuple(order))
+            layout = self._layouts[kind] = PageLayout(tuple(sources), tuple(order))
         return layout
 
     def _plugin_source(self, plugin: Plugin) -> Source:
@@ -6425,12 +6612,17 @@ class Scraper:
         names = tuple(one.name for one in NODE_COLLECTORS if self._enabled(one.name)
                       and one.source == "kstat" and one.name != "alloc")
         yield Source("kstats", names, functools.partial(
-            self._begin_node, names, lambda reader: read_modules(reader, *NODE_MODULES)), fast=True)
+            self._begin_node, names, lambda reader: read_tables(reader, *(
+                table for name in names for table in _NODE_TABLES[name]))), fast=True)
         yield Source("alloc", ("alloc",), functools.partial(
             self._begin_node, ("alloc",), read_allocation))
         yield self._command_source("zones", self._collect_zones)
         yield self._command_source("zpool", self._collect_zpool)
         yield self._command_source("ntp", self._collect_ntp)
+
+    def _outcome(self, part: Part, began: float) -> Outcome:
+        now = self.server.now()
+        return Outcome(part, now, now - began)
 
     def _command_source(self, collector: str, collect: Callable[[], Results]) -> Source:
         return Source(collector, (collector,), lambda page, done: self._submit(
@@ -6472,7 +6664,7 @@ class Scraper:
                 now = self.server.now()
                 seconds = now - began
                 decided, nics = self._nics(zone, reading.zone_id)
-                context = ZoneContext(reading.zone_id, zone, nics, reading.vcpus)
+                context = ZoneContext(reading.zone_id, zone, nics)
                 results = {}
                 for name in names:
                     if name in skipped:
@@ -6482,16 +6674,15 @@ class Scraper:
                             f" ({problem})" if (problem := self.host.vms.problem) else ""))
                         continue
                     try:
-                        families = zone_families(name, reading.kstats, context)
-                        results[name] = Outcome(render_part(families), now, seconds)
+                        results[name] = Outcome(
+                            zone_part(name, reading.kstats, context), now, seconds)
                     except CollectError as error:
                         results[name] = str(error)
                     except Exception as error:      # a bug of ours costs one collector
                         results[name] = _bug(name, error)
             self._booked.add(time.thread_time() - cpu, "zone")
             done(results)
-        unread = frozenset(KSTATS_OF[name] for name in skipped if name in KSTATS_OF)
-        self.submit(Job(lambda reader: read_zone(reader, zone, debug_id, unread), finish))
+        self.submit(Job(lambda reader: read_zone(reader, zone, debug_id, skipped), finish))
 
     def _nics(self, zone: str, zone_id: int
               ) -> tuple[bool, Mapping[str, tuple[str, str]] | None]:
@@ -6529,8 +6720,7 @@ class Scraper:
                 self._vminfo = vminfo_readings(read, before)
                 for name in names:
                     try:
-                        results[name] = outcome(node_families(name, read, context), began,
-                                                self.server.now())
+                        results[name] = self._outcome(node_part(name, read, context), began)
                     except CollectError as error:
                         results[name] = str(error)
                     except Exception as error:      # a bug of ours costs one collector
@@ -6554,7 +6744,8 @@ class Scraper:
             self._zfs_columns = tuple(name for name in self._zfs_columns if name != unknown)
             output = self.host.run("zfs", (*zfs_command(self._zfs_columns), self.pool),
                                    self._timeout("zfs"))
-        rows = parse_zfs_list(output.stdout, self._zfs_columns)
+        rows = {name: zfs_part(words) for name, words
+                in parse_zfs_list(output.stdout, self._zfs_columns).items()}
         now = self.server.now()
         return {"zfs": Datasets(rows, now, now - began)}
 
@@ -6563,9 +6754,9 @@ class Scraper:
         output = self.host.run("zpool", ZPOOL_COMMAND, self._timeout("zpool"))
         if output.status:
             raise CollectError(f"zpool list: {_last_line(output)}")
-        read = self._wait_for(lambda reader: read_modules(reader, "zfs_metaslab_group"))
-        families = zpool_families(parse_zpool_list(output.stdout), read["zfs_metaslab_group"])
-        return {"zpool": outcome(families, began, self.server.now())}
+        read = self._wait_for(lambda reader: read_tables(reader, METASLAB))
+        part = zpool_part(parse_zpool_list(output.stdout), read.get(METASLAB, ()))
+        return {"zpool": self._outcome(part, began)}
 
     def _wait_for(self, work: Callable[[Reader], Any]) -> Any:
         """In a pool: kstats that belong to what a command says."""
@@ -6590,24 +6781,22 @@ class Scraper:
                 sources = self.host.run("chronyc", SOURCES_COMMAND, timeout)
             except CommandError:
                 raise CollectError(str(error)) from None
-            families = chrony_families(tracking.stdout, sources.stdout)
-            return {"ntp": outcome(families, began, self.server.now())}
+            part = part_of(chrony_families(tracking.stdout, sources.stdout))
+            return {"ntp": self._outcome(part, began)}
         if not peers.stdout.strip():            # ntpd is down: exit 0, and a line on stderr
             raise CollectError(f"ntpq: {_last_line(peers)}")
         found = parse_apeers(peers.stdout)
         peer = system_peer(found)
         details = self.host.run("ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()),
                                 timeout)
-        families = ntp_families(found, parse_ntp_details(details.stdout))
-        return {"ntp": outcome(families, began, self.server.now())}
+        return {"ntp": self._outcome(ntp_part(found, parse_ntp_details(details.stdout)), began)}
 
     def _collect_zones(self) -> Results:
         began = self.server.now()
         output = self.host.run("zoneadm", ZONEADM_COMMAND, self._timeout("zones"))
         if output.status:
             raise CollectError(f"zoneadm list: {_last_line(output)}")
-        families = zone_states(parse_zoneadm(output.stdout))
-        return {"zones": outcome(families, began, self.server.now())}
+        return {"zones": self._outcome(part_of(zone_states(parse_zoneadm(output.stdout))), began)}
 
     def _collect_plugin(self, plugin: Plugin, zone: str) -> Results:
         began = self.server.now()
@@ -6640,7 +6829,7 @@ class Scraper:
         vm = self.host.vms.vms.get(zone)
         if vm is None or not vm.ports or not vm.addresses or self.host.recorded:
             # (the addresses of a recording are in somebody's network: nothing is asked there)
-            return {"triton_core": outcome([], began, began)}
+            return {"triton_core": Outcome(NOTHING, began, 0.0)}
         page = CorePage(lambda name: is_ours(name, False))
         address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
         end = began + self._timeout("triton_core")      # for all ports, but each has a chance
@@ -6719,7 +6908,7 @@ class Scraper:
         """The pages of these zones as text, as far as there is anything of them."""
         now = self.server.now()
         pages = ((zone, self._pages.get((zone, self._is_core(zone)))) for zone in zones)
-        return {zone: self.text(page, now, frozenset()) for zone, page in pages
+        return {zone: self.text(page, now, frozenset())[0] for zone, page in pages
                 if page is not None and page.has_values()}
 
     def _sweep(self) -> None:
@@ -6775,12 +6964,9 @@ class Scraper:
         ]
 
 
-def read_allocation(reader: Reader) -> dict[str, list[Kstat | KstatError]]:
+def read_allocation(reader: Reader) -> dict[Table, list[Read]]:
     """In a reader's thread: what zones may use, and what the node has."""
-    read = read_modules(reader, "unix")
-    for module, kstats in read_zones(reader, "memory_cap", "caps")[1].items():
-        read[module] = list(kstats)
-    return read
+    return {**read_tables(reader, PROC, MEMORY), **read_zones(reader, MEMCAP, CPUCAP)[1]}
 
 
 def _bug(collector: str, error: Exception) -> str:
@@ -7687,10 +7873,9 @@ def spread(content: Any) -> str:
 
 def capture_frame(host: Host | RecordedHost, settings: Settings) -> dict[str, Any]:
     """One frame of a capture; raises KstatError."""
-    kstats = []
-    for kstat in _captured_kstats(host):
-        kstats.append({**kstat._asdict(), "class": kstat.klass, "data": dict(kstat.data)})
-        del kstats[-1]["klass"]
+    kstats = [{"module": ref.module, "instance": ref.instance, "name": ref.name, "type": ref.type,
+               "crtime": ref.crtime, "snaptime": kstat.snaptime, "data": kstat.data,
+               "class": ref.klass} for ref, kstat in _captured_kstats(host)]
     sysinfo, _ = read_sysinfo(host)
     pool = settings.pool or sysinfo.pool or "zones"
     commands: dict[str, dict[str, Any]] = {}
@@ -7714,13 +7899,13 @@ def capture_frame(host: Host | RecordedHost, settings: Settings) -> dict[str, An
         settings) if not host.recorded else []}
 
 
-def _captured_kstats(host: Host | RecordedHost) -> list[Kstat]:
+def _captured_kstats(host: Host | RecordedHost) -> list[tuple[Ref, Kstat]]:
     """All kstats that the collectors read; one that blocks is left out, as when serving."""
-    def work(reader: Reader) -> list[Kstat]:
+    def work(reader: Reader) -> list[tuple[Ref, Kstat]]:
         index, read = reader.index, []
         for ref in itertools.chain(*index.modules.values(), *index.zones.values()):
             try:
-                read.append(reader.read(ref))
+                read.append((ref, reader.read(ref)))
             except KstatError:
                 continue                    # it has gone, or is of a kind that is not read
         return read
@@ -7729,7 +7914,7 @@ def _captured_kstats(host: Host | RecordedHost) -> list[Kstat]:
     readers.submit(Job(work, done.put))
     while True:
         try:
-            result: list[Kstat] | Exception = done.get(timeout=0.1)
+            result: list[tuple[Ref, Kstat]] | Exception = done.get(timeout=0.1)
             break
         except queue.Empty:
             readers.watch()

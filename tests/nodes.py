@@ -125,6 +125,34 @@ class Machine:
         fresh.replace(path)
 
 
+# What module unix and its like hold beside what tables want: kmem caches, task queues, callouts,
+# flows of NICs, vopstats, RPC (names as in the sources of illumos).
+NEIGHBOURS = [
+    *(("unix", 0, f"kmem_alloc_{size}", "kmem_cache") for size in range(8, 4096, 8)),
+    *(("unix", number, "taskq_x", "taskq") for number in range(400)),
+    *(("unix", number, "callout", "callout") for number in range(64)),
+    *(("unix", number, f"z{number}_net0", "flow") for number in range(300)),
+    *(("unix", 0, f"vopstats_{number:08x}", "misc") for number in range(200)),
+    *(("unix", 0, f"rfsproccnt_v{number}", "misc") for number in range(2, 5)),
+    ("unix", 0, "system_miscellany", "misc"), ("unix", 0, "system_page", "misc"),
+    ("unix", 0, "var", "misc"), ("unix", 0, "segmap", "vm"), ("unix", 0, "rpc_cots_client", "rpc"),
+    *(("cpu", number, name, "misc") for number in range(64) for name in ("vm", "intrstat", "fm")),
+    *(("cpu_stat", number, f"cpu_stat{number}", "misc") for number in range(64)),
+    *(("zfs", number, name, "misc") for number in range(9) for name in (
+        "dmu_tx_stats", "vdev_cache_stats", "zfetchstats")),
+    *(("caps", number, f"cpucaps_project_{number}", "project_caps") for number in range(50)),
+    *(("tcp", number, "tcpstat", "net") for number in range(50)), ("tcp", 0, "tcpstat_g", "net"),
+    *(("vmm", number, "vm_stats", "misc") for number in range(20)),
+]
+
+
+def placed(module: str, instance: int, name: str, klass: str = "") -> agent.Ref:
+    """Where a kstat is, with the tables that want it, as the index of a chain has it."""
+    ref = agent.Ref(module, instance, name, klass, 1, 0, 0)
+    agent.Index().place(ref)
+    return ref
+
+
 class Clock:
     """Time that a test moves."""
 

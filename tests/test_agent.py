@@ -435,10 +435,10 @@ def test_counters_keep_growing_across_the_seam(tmp_path: Path, frames: int) -> N
     for _ in range(4 * frames + 1):
         loop, place = recording.place()
         for ref in [ref for refs in recording.frames[place].chain.zones.values() for ref in refs]:
-            kstat = recording.kstat(ref.address, place, loop)
+            kstat = recording.kstat(ref, place, loop)
             for member, number in kstat.data.items():
-                if (kstat.module, member) in agent.COUNTER_MEMBERS and isinstance(number, int):
-                    key = (kstat.module, kstat.instance, kstat.name, member)
+                if (ref.module, member) in agent.COUNTER_MEMBERS and isinstance(number, int):
+                    key = (ref.module, ref.instance, ref.name, member)
                     assert number >= before.get(key, 0), key
                     grown.setdefault(key, []).append(number - before.get(key, number))
                     before[key] = number

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nodes import placed
 
 import cmon_agent as agent
-from cmon_agent import CollectError, Family, Kstat, KstatError, NodeContext, ZoneContext
+from cmon_agent import CollectError, Family, Kstat, KstatError, NodeContext, Part, ZoneContext
 
 ZONE = "0b7e2c1a-5d44-4f0e-9c3a-7f21d8aa6b10"
 TWIN = "0b7e2c1a-5d44-4f0e-9c3a-7f21d8aa6b11"      # the same first 30 characters
@@ -19,27 +20,29 @@ ORIGINAL = list(csv.DictReader(Path(__file__).with_name("metrics.tsv").open(enco
 
 
 def kstat(module: str, name: str, instance: int = 7, klass: str = "", /, **data: Any) -> Kstat:
-    return Kstat(module, instance, name, klass, 1, 0, 0, data)
+    return agent.pack(placed(module, instance, name, klass), 0, data)
+
+
+def failed(what: str, why: str) -> KstatError:
+    """A kstat that could not be read."""
+    module, instance, name = what.split(":")
+    return KstatError(why, placed(module, int(instance), name))
 
 
 def zone(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
     """Samples of a zone's collector: name -> value, or labels -> value."""
-    return shown(agent.zone_families(collector, kstats, ZoneContext(7, ZONE, **context)))
+    return shown(agent.zone_part(collector, agent.by_table(kstats),
+                                 ZoneContext(7, ZONE, **context)))
 
 
 def node(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
-    by_module: dict[str, list[agent.Read]] = {}
-    for one in kstats:
-        by_module.setdefault(str(one).split(":")[0] if isinstance(one, KstatError)
-                             else one.module, []).append(one)
-    return shown(agent.node_families(collector, by_module, NodeContext(**context)))
+    return shown(agent.node_part(collector, agent.by_table(kstats), NodeContext(**context)))
 
 
-def shown(families: list[Family]) -> dict[str, Any]:
-    assert all(family.samples or family.name.endswith(("_cpus", "_state"))
-               for family in families)
+def shown(part: Part) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for family in families:
+    for family in agent.parse(part.text()):
+        assert family.samples and family.help
         for sample in family.samples:
             found[family.name + agent.label_text(sample.labels)] = sample.value
     return found
@@ -52,51 +55,50 @@ class Recorded:
 
     def __init__(self, capture: dict[str, Any]) -> None:
         frame = capture["frames"][0]
-        self.kstats = [Kstat("disk" if one["class"] == "disk" else one["module"],
-                             one["instance"], one["name"], one["class"], one["type"],
-                             one["crtime"], one["snaptime"], one["data"])
-                       for one in frame["kstats"]]
+        self.kstats = [
+            agent.pack(placed(one["module"], one["instance"], one["name"], one["class"]),
+                       one["snaptime"], one["data"]) for one in frame["kstats"]]
         self.commands = {argv.split("/")[-1]: output["stdout"]
                          for argv, output in frame["commands"].items()}
         self.vms = {vm["uuid"]: vm for vm in frame["vms"]}
-        self.before = next(Kstat("unix", 0, "vminfo", "vm", 0, 0, 0, {
-            member: 0 for member in one.data}) for one in self.kstats if one.name == "vminfo")
+        self.before = next(agent.pack(one.ref, 0, dict.fromkeys(one.data, 0))
+                           for one in self.kstats if one.ref.name == "vminfo")
         self.zones = agent.parse_zoneadm(self.commands["zoneadm " + " ".join(
             agent.ZONEADM_COMMAND)])
 
     def zone(self, line: agent.ZoneLine) -> list[Family]:
         number = line.zone_id
-        machine = next((one.instance for one in self.kstats if one.module == "vmm"
+        machine = next((one.ref.instance for one in self.kstats if one.ref.module == "vmm"
                         and one.data.get("vm_name") == f"SYSbhyve-{line.debug_id}"), None)
-        context = ZoneContext(
-            number or 0, line.name, agent.nic_labels(self.vms[line.name]),
-            [one for one in self.kstats if one.module == "vmm" and one.instance == machine
-             and one.name.startswith("vcpu")])
-        mine = [one for one in self.kstats if one.name.startswith(f"z{number}_")
-                or one.instance == number and one.module in (
-                    "zones", "memory_cap", "caps", "zone_vfs", "tcp")]
-        families = [family for one in agent.ZONE_COLLECTORS
-                    for family in agent.zone_families(one.name, mine, context)]
+        context = ZoneContext(number or 0, line.name, agent.nic_labels(self.vms[line.name]))
+        found = agent.by_table([
+            one for one in self.kstats
+            if any(table.zone and table.zone(one.ref) == number for table in one.ref.tables)
+            or one.ref.module == "vmm" and one.ref.instance == machine])
+        parts = [agent.zone_part(one.name, found, context) for one in agent.ZONE_COLLECTORS]
         datasets = agent.parse_zfs_list(self.commands["zfs " + " ".join(
             (*agent.zfs_command(agent.ZFS_COLUMNS), "zones"))])
-        return families + agent.zfs_families(datasets[f"zones/{line.name}"]) + \
-            agent.time_families(1767225600.5)
+        return families_of([*parts, agent.zfs_part(datasets[f"zones/{line.name}"]), TIME])
 
     def node(self) -> list[Family]:
-        by_module: dict[str, list[agent.Read]] = {}
-        for one in self.kstats:
-            if not one.name.startswith("z") or one.module != "link":
-                by_module.setdefault(one.module, []).append(one)
+        found = agent.by_table(self.kstats)
         context = NodeContext(4096, (self.before,))
-        families = [family for one in agent.NODE_COLLECTORS if one.name != "zpool"
-                    for family in agent.node_families(one.name, by_module, context)]
-        families += agent.zpool_families(agent.parse_zpool_list(self.commands[
-            "zpool " + " ".join(agent.ZPOOL_COMMAND)]), by_module["zfs_metaslab_group"])
+        parts = [agent.node_part(one.name, found, context) for one in agent.NODE_COLLECTORS
+                 if one.name != "zpool"]
+        parts.append(agent.zpool_part(agent.parse_zpool_list(self.commands[
+            "zpool " + " ".join(agent.ZPOOL_COMMAND)]), found[agent.METASLAB]))
         peers = agent.parse_apeers(self.commands["ntpq " + " ".join(agent.APEERS_COMMAND)])
         details = self.commands["ntpq " + " ".join(
             (*agent.NTP_COMMAND, "-c", f"readvar {agent.system_peer(peers)}"))]
-        return families + agent.zone_states(self.zones) + agent.time_families(1767225600.5) + \
-            agent.ntp_families(peers, agent.parse_ntp_details(details))
+        return families_of([*parts, agent.part_of(agent.zone_states(self.zones)), TIME,
+                            agent.ntp_part(peers, agent.parse_ntp_details(details))])
+
+
+TIME = Part(agent.TIME_TEMPLATE, (1767225600500,))
+
+
+def families_of(parts: list[Part]) -> list[Family]:
+    return agent.parse("".join(part.text() for part in parts))
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +198,15 @@ def test_of_two_kstats_the_first_is_shown() -> None:
                 kstat("tcp", "tcpstat", activeOpens=3)) == {"tcp_active_open_count": 1}
 
 
-@pytest.mark.parametrize("error, collector", [
-    ("memory_cap:7:0b7e2c1a-5d44-4f0e-9c3a-7f21d8: no such device or address", "memcap"),
-    ("caps:7:cpucaps_zone_7: i/o error", "cpucap"), ("caps:7:nprocs_zone_7: i/o error", "limits"),
-    ("link:0:z7_net0: no such file or directory", "link"), ("tcp:7:tcp: i/o error", "tcp")])
-def test_a_kstat_that_cannot_be_read_costs_its_collector_alone(error: str, collector: str) -> None:
-    kstats = (KstatError(error), kstat("zones", ZONE[:30], avenrun_1min=256))
+@pytest.mark.parametrize("what, collector", [
+    ("memory_cap:7:0b7e2c1a-5d44-4f0e-9c3a-7f21d8", "memcap"),
+    ("caps:7:cpucaps_zone_7", "cpucap"), ("caps:7:nprocs_zone_7", "limits"),
+    ("link:0:z7_net0", "link"), ("tcp:7:tcp", "tcp")])
+@pytest.mark.parametrize("why", ["i/o error", "has type 2 and 20 bytes, which is not read"])
+def test_a_kstat_that_cannot_be_read_costs_its_collector_alone(what: str, collector: str,
+                                                               why: str) -> None:
+    kstats = (failed(what, why), kstat("zones", ZONE[:30], avenrun_1min=256))
+    error = f"{what}: {why}"
     for one in agent.ZONE_COLLECTORS:
         if one.name == collector:
             with pytest.raises(CollectError, match=f"{collector}: {error}"):
@@ -217,10 +222,10 @@ def test_run_length_is_not_wait_length() -> None:
 
 
 def test_slow_operations_are_one_family() -> None:
-    families = agent.zone_families("zone_vfs", [kstat(
-        "zone_vfs", ZONE[:30], 7, "", **{"10ms_ops": 4, "1s_ops": 1})], ZoneContext(7, ZONE))
-    assert [family.name for family in families] == ["vfs_slow_operations_total"]
-    assert shown(families) == {'vfs_slow_operations_total{over="10ms"}': 4,
+    part = agent.zone_part("zone_vfs", agent.by_table([kstat(
+        "zone_vfs", ZONE[:30], 7, "", **{"10ms_ops": 4, "1s_ops": 1})]), ZoneContext(7, ZONE))
+    assert [family.name for family in families_of([part])] == ["vfs_slow_operations_total"]
+    assert shown(part) == {'vfs_slow_operations_total{over="10ms"}': 4,
                                'vfs_slow_operations_total{over="1s"}': 1}
 
 
@@ -270,7 +275,7 @@ def test_a_link_has_errors_drops_state_and_speed() -> None:
 def test_virtual_cpus_that_never_ran_are_left_out() -> None:
     ran = kstat("vmm", "vcpu0", 3, vcpu=0, time_run=2 * 10 ** 9, time_init=5)
     idle = kstat("vmm", "vcpu1", 3, vcpu=1, time_run=0, time_idle=0, time_init=10 ** 12)
-    assert zone("vcpu", vcpus=(ran, idle)) == {'vcpu_seconds_total{vcpu="0",state="run"}': 2.0}
+    assert zone("vcpu", ran, idle) == {'vcpu_seconds_total{vcpu="0",state="run"}': 2.0}
 
 
 # --- the node -------------------------------------------------------------------------------------
@@ -316,8 +321,8 @@ def test_swap_does_not_flicker_when_two_readings_fall_into_one_second() -> None:
     for updates in (90, 100, 100, 105):
         vminfo = kstat("unix", "vminfo", 0, updates=updates, swap_free=updates * 10)
         found.append(node("swap", vminfo, vminfo_before=readings))
-        readings = agent.vminfo_readings({"unix": [KstatError("unix:0:x: i/o error"), vminfo]},
-                                         readings)
+        readings = agent.vminfo_readings(agent.by_table([
+            failed("unix:0:vminfo", "i/o error"), vminfo]), readings)
         assert len(readings) <= 2
     assert found == [{}] + [{"swap_free_bytes": 40960}] * 3
     assert agent.vminfo_readings({}, readings) == readings
@@ -331,7 +336,7 @@ def test_what_is_sold_stands_beside_what_there_is() -> None:
                 kstat("memory_cap", "global", 0, physcap=9, zonename="global"),
                 kstat("memory_cap", ZONE[:30], 7, physcap=2 ** 30, zonename=ZONE),
                 kstat("memory_cap", TWIN[:30], 8, physcap=4096 * (2 ** 32 - 1), zonename=TWIN),
-                KstatError("caps:8:cpucaps_zone_8: i/o error")) == {
+                failed("caps:8:cpucaps_zone_8", "i/o error")) == {
         "alloc_cpus": 8, "alloc_cpu_caps_cpus": 3.5, "alloc_memory_bytes": 409600,
         "alloc_memory_caps_bytes": 2 ** 30, 'alloc_uncapped_zones{resource="cpu"}': 1,
         'alloc_uncapped_zones{resource="memory"}': 1}
@@ -352,13 +357,9 @@ def test_of_equal_labels_the_first_is_shown() -> None:
 
 def test_a_kstat_of_the_node_that_cannot_be_read_costs_its_collector() -> None:
     with pytest.raises(CollectError, match="arcstats"):
-        node("arcstats", KstatError("zfs:0:arcstats: i/o error"))
-    assert node("load", KstatError("unix:0:vminfo: i/o error"),
+        node("arcstats", failed("zfs:0:arcstats", "i/o error"))
+    assert node("load", failed("unix:0:vminfo", "i/o error"),
                 kstat("unix", "system_misc", 0, avenrun_5min=128)) == {"load_average_5min": 0.5}
-
-
-def test_time_is_in_milliseconds() -> None:
-    assert shown(agent.time_families(1767225600.1239)) == {"time_of_day": 1767225600123}
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ DATASET = "\t".join(("zones/a", "10", "20", "30", "-", "0", "2.11x", "2.02", "40
 def test_zfs_list() -> None:
     rows = agent.parse_zfs_list(DATASET + "\nshort\tline\n")
     assert list(rows) == ["zones/a"]
-    assert shown(agent.zfs_families(rows["zones/a"])) == {
+    assert shown(agent.zfs_part(rows["zones/a"])) == {
         "zfs_available": 10, "zfs_used": 20, "zfs_logicalused": 30, "zfs_quota": 0,
         "zfs_compressratio": 2.11, "zfs_refcompressratio": 2.02, "zfs_referenced": 40,
         "zfs_logicalreferenced": 50, "zfs_usedbydataset": 60}
@@ -380,7 +381,7 @@ def test_zfs_list() -> None:
 
 def test_zpool_list() -> None:
     pools = agent.parse_zpool_list("zones\t18\t31%\tONLINE\t39\ntank\t-\t-\tUNAVAIL\t-\n")
-    assert shown(agent.zpool_families(pools, [kstat("zfs_metaslab_group", "53", 0, loads=1,
+    assert shown(agent.zpool_part(pools, [kstat("zfs_metaslab_group", "53", 0, loads=1,
                                                     unloads=2, spa_name="zones")])) == {
         'metaslab_group_loads{pool="zones",vdev_guid="53"}': 1,
         'metaslab_group_unloads{pool="zones",vdev_guid="53"}': 2,
@@ -412,7 +413,7 @@ def test_apeers() -> None:
         ("2001:db8:0:643:", "41213", "0a00002a"), ("2001:db8:0:643: 41214", "41214", "0a00002a")]
     assert agent.system_peer(peers) == "41210"
     assert agent.system_peer([]) is None
-    values = shown(agent.ntp_families(peers, agent.NtpDetails({}, {})))
+    values = shown(agent.ntp_part(peers, agent.NtpDetails({}, {})))
     for name, remote, value in [
             ("ntp_peer_state", "192.0.2.10", 6), ("ntp_peer_state", "198.51.100.4", 1),
             ("ntp_peer_last_query_seconds", "198.51.100.4", 18000),
@@ -448,7 +449,7 @@ filtdelay=     1.20    1.31
 
 
 def test_details_of_ntp_with_the_units_that_ntpd_sends() -> None:
-    assert shown(agent.ntp_families([], agent.parse_ntp_details(DETAILS))) == {
+    assert shown(agent.ntp_part([], agent.parse_ntp_details(DETAILS))) == {
         "ntp_syspeer_leap_indicator_status": 3, "ntp_syspeer_offset_seconds": -0.0005,
         "ntp_syspeer_rec_seconds": 0, "ntp_syspeer_reftime_seconds": 3976214400.5,
         "ntp_syspeer_root_delay_seconds": 1.160 / 1000,
@@ -464,7 +465,7 @@ def test_details_of_ntp_with_the_units_that_ntpd_sends() -> None:
 
 def test_ntpd_that_says_nothing_is_told() -> None:
     with pytest.raises(CollectError, match="ntpd may not run"):
-        agent.ntp_families(agent.parse_apeers(""), agent.parse_ntp_details(""))
+        agent.ntp_part(agent.parse_apeers(""), agent.parse_ntp_details(""))
 
 
 TRACKING = "7F7F0101,,3,1767225600,0.001,0.0,0.0,-1.5,0.0,0.1,0.01,0.002,64.2,Normal\n"
@@ -474,7 +475,7 @@ SOURCES = ("^,*,192.0.2.1,2,6,357,33,0.0001,0.0002,0.01\n^,!,192.0.2.2,2,99,0,1,
 
 def test_chrony_where_ntpd_is_not() -> None:
     one, two = '{remote="192.0.2.1"}', '{remote="192.0.2.2"}'
-    assert shown(agent.chrony_families(TRACKING, SOURCES)) == {
+    assert shown(agent.part_of(agent.chrony_families(TRACKING, SOURCES))) == {
         "ntp_stratum_number": 3, "ntp_pll_offset_seconds": 0.001, "ntp_frequency_offset_ppm": -1.5,
         "ntp_root_delay_seconds": 0.01, "ntp_root_dispersion_seconds": 0.002,
         "ntp_reftime_seconds": 3976214400, "ntp_leap_indicator_status": 0,
@@ -504,7 +505,7 @@ def test_zoneadm() -> None:
     assert [(line.name, line.zone_id, line.debug_id) for line in lines] == [
         ("global", 0, 0), ("web", 7, 12), ("old", None, 13), ("new", None, 14),
         ("upstream", 8, None)]
-    assert shown(agent.zone_states(lines)) == {
+    assert shown(agent.part_of(agent.zone_states(lines))) == {
         'zones_in_state{state="configured"}': 1, 'zones_in_state{state="installed"}': 1,
         'zones_in_state{state="running"}': 2}
 

@@ -8,6 +8,7 @@ import time
 from typing import Any, Callable
 
 import pytest
+from nodes import placed
 
 import cmon_agent as agent
 
@@ -17,13 +18,13 @@ Parser = Callable[[str], Any]
 def ntp(output: str) -> Any:
     peers = agent.parse_apeers(output)
     agent.system_peer(peers)
-    return agent.ntp_families(peers, agent.parse_ntp_details(output))
+    return agent.ntp_part(peers, agent.parse_ntp_details(output))
 
 
 PARSERS: dict[str, Parser] = {
-    "zfs list": lambda text: [agent.zfs_families(row)
-                              for row in agent.parse_zfs_list(text).values()],
-    "zpool list": lambda text: agent.zpool_families(agent.parse_zpool_list(text), ()),
+    "zfs list": lambda text: next((agent.zfs_part(row) for row
+                                   in agent.parse_zfs_list(text).values()), agent.NOTHING),
+    "zpool list": lambda text: agent.zpool_part(agent.parse_zpool_list(text), ()),
     "zoneadm list": lambda text: agent.zone_states(agent.parse_zoneadm(text)),
     "ntpq": ntp,
     "chronyc": lambda text: agent.chrony_families(text, text),
@@ -63,13 +64,12 @@ def test_garbage_is_survived(name: str, outputs: list[str]) -> None:
         text = "".join(source.choices(WORDS, k=source.randrange(80))) if turn % 2 else \
             mutated(source, source.choice(outputs))
         try:
-            families = PARSERS[name](text)
+            found = PARSERS[name](text)
         except agent.CollectError as error:
             assert str(error)
             continue
-        if name in ("zfs list",):
-            families = [family for one in families for family in one]
-        page = agent.render(agent.merge(families)[0])
+        page = found.text() if isinstance(found, agent.Part) else \
+            agent.render(agent.merge(found)[0])
         assert agent.render(agent.parse(page)) == page
 
 
@@ -124,18 +124,13 @@ def test_kstats_may_hold_anything(recorded_node: dict[str, Any]) -> None:
         for member in record["data"]:
             if member != "zonename" and source.random() < 0.4:
                 record["data"][member] = source.choice([None, "x", -1, 2 ** 70, 1.5, ""])
-    read = [agent.Kstat("disk" if one["class"] == "disk" else one["module"], one["instance"],
-                        one["name"], one["class"], one["type"], 0, 0, one["data"])
-            for one in kstats]
-    by_module: dict[str, list[agent.Read]] = {}
-    for kstat in read:
-        by_module.setdefault(kstat.module, []).append(kstat)
-    families = [family for one in agent.NODE_COLLECTORS
-                for family in agent.node_families(one.name, by_module, agent.NodeContext())]
+    read = [agent.pack(placed(one["module"], one["instance"], one["name"], one["class"]), 0,
+                       one["data"]) for one in kstats]
+    found = agent.by_table(read)
+    parts = [agent.node_part(one.name, found, agent.NodeContext())
+             for one in agent.NODE_COLLECTORS]
     for zone_id in range(20):
-        mine = [kstat for kstat in read if kstat.instance == zone_id]
-        context = agent.ZoneContext(zone_id, "global", None, mine)
-        families += [family for one in agent.ZONE_COLLECTORS
-                     for family in agent.zone_families(one.name, mine, context)]
-    assert families
-    agent.render(families)
+        mine = agent.by_table([kstat for kstat in read if kstat.ref.instance == zone_id])
+        context = agent.ZoneContext(zone_id, "global", None)
+        parts += [agent.zone_part(one.name, mine, context) for one in agent.ZONE_COLLECTORS]
+    assert sum(bool(part.text() and agent.parse(part.text())) for part in parts) > 20

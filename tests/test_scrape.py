@@ -14,8 +14,8 @@ from typing import Any, Callable
 
 import pytest
 from nodes import (
-    LB01, SPARK01, WEB01, Desk, Machine, Vminfod, children_of, collectors, down, steady,
-    threads_of, value)
+    LB01, NEIGHBOURS, SPARK01, WEB01, Desk, Machine, Vminfod, children_of, collectors, down,
+    steady, threads_of, value)
 import cmon_agent as agent_module
 from support import NODE, Kernel, free_port, http_get, samples, wait_until
 
@@ -80,6 +80,24 @@ def test_a_page_costs_one_read_for_each_kstat_and_no_walk(machine: MakeMachine) 
     assert after["rebuilds"] == before["rebuilds"] and after["opens"] == before["opens"]
     assert after["lookups"] == 0 and after["processes"] == 1
     clean(one)
+
+
+def test_neighbours_in_a_module_cost_no_read(machine: MakeMachine) -> None:
+    """unix, cpu, zfs and others hold a thousand kstats that no table wants."""
+    reads = []
+    for more in ((), NEIGHBOURS):
+        one = machine([*node_kstats(), *({
+            "module": module, "instance": instance, "name": name, "class": klass, "type": 1,
+            "crtime": 5, "snaptime": 0, "data": {"x": 1}}
+            for module, instance, name, klass in more)])
+        one.node()
+        one.refresh()
+        before = one.kernel["reads"]
+        wait_until(lambda: one.kernel["opens"] > 1)         # the last thing that a refresh does
+        page = one.node()
+        assert not down(page) - {"zones"}
+        reads.append(one.kernel["reads"] - before)
+    assert reads[1] == reads[0] < 300 < len(NEIGHBOURS)
 
 
 def test_the_chain_is_walked_only_when_it_has_changed(
@@ -812,14 +830,14 @@ def test_steps_of_the_wall_clock_change_time_of_day_only(desk: Callable[..., Des
 def test_a_bug_in_a_collector_costs_that_collector(desk: Callable[..., Desk],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     one: Any = desk()
-    real = agent_module.zone_families
+    real = agent_module.zone_part
 
     def buggy(name: str, *arguments: Any) -> Any:
         return [][1] if name == "memcap" else real(name, *arguments)
-    monkeypatch.setattr(agent_module, "zone_families", buggy)
+    monkeypatch.setattr(agent_module, "zone_part", buggy)
     page = one.page(PATH)
     assert down(page) == {"memcap"} and value(page, "cpu_user_usage") == 0
-    monkeypatch.setattr(agent_module, "zone_families", real)
+    monkeypatch.setattr(agent_module, "zone_part", real)
     one.pass_by(2.0)
     assert not down(one.page(PATH))
 
