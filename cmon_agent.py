@@ -3609,7 +3609,7 @@ USE = (                         # https://www.brendangregg.com/usemethod.html
     Use("zone", "files", ("vfs_run_time_count", "vfs_bytes_read_count", "vfs_bytes_written_count"),
         ("vfs_wait_length_time_count", "vfs_slow_operations_total", "vfs_delay_seconds_total")),
     Use("zone", "disk space", ("zfs_used", "zfs_available", "zfs_quota"),
-        share=("zfs_used", "zfs_quota")),
+        share=("zfs_available", "zfs_quota"), left=True),
     Use("zone", "processes", ("proc_processes", "proc_processes_limit"), (),
         ("proc_fork_failures_total", "proc_map_failures_total"),
         ("proc_processes", "proc_processes_limit")),
@@ -3617,8 +3617,7 @@ USE = (                         # https://www.brendangregg.com/usemethod.html
                         "cpu_user_seconds_total"), ("load_average",), ("cpu_info_cpus",),
         ("cpu_idle_seconds_total",), left=True),
     Use("node", "memory", ("memory_free_bytes", "memory_total_bytes"),
-        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total"),
-        share=("memory_free_bytes", "memory_total_bytes"), left=True),
+        ("memory_scanned_pages", "memory_low_scans_total", "memory_throttles_total")),
     Use("node", "swap", ("swap_available_bytes", "swap_reserved_bytes")),
     Use("node", "disks", ("disk_busy_seconds_total",),
         ("disk_wait_length_seconds_total", "disk_waiting_operations"), ("zpool_health_status",),
@@ -3640,14 +3639,15 @@ USE_BUSY, USE_FULL = 0.8, 0.95      # shares from which a resource is busy, and 
 # are not listed: anything above 0. Infinity: depends on the size of the zone, so it is not judged.
 USE_FROM = {
     "cpu_wait_time": 2e8, "load_average": math.inf, "cpu_info_cpus": math.inf,
-    "mem_anon_pages_in_total": 10, "mem_fault_throttle_seconds_total": 0.01,
-    "mem_swap_reserved_bytes": math.inf, "tcp_retransmitted_segment_count": 20,
-    "tcp_failed_connection_attempt_count": 1, "vfs_wait_length_time_count": 1e9,
-    "vfs_slow_operations_total": 10, "vfs_delay_seconds_total": 0.01,
-    "disk_wait_length_seconds_total": 4, "disk_waiting_operations": 16,
-    "zpool_fragmentation_percent": 70, "ntp_leap_indicator_status": 3,
-    "ntp_peer_last8_polls_failure_count": math.inf, "memory_scanned_pages": 100,
-    "alloc_uncapped_zones": math.inf,
+    "net_drops_in_total": 1, "net_drops_out_total": 1, "tcp_listen_drop_count": 0.1,
+    "tcp_listen_drop_Qzero_count": 0.1, "mem_anon_pages_in_total": 10,
+    "mem_fault_throttle_seconds_total": 0.01, "mem_swap_reserved_bytes": math.inf,
+    "tcp_retransmitted_segment_count": 20, "tcp_failed_connection_attempt_count": 1,
+    "vfs_wait_length_time_count": 1e9, "vfs_slow_operations_total": 10,
+    "vfs_delay_seconds_total": 0.01, "disk_wait_length_seconds_total": 4,
+    "disk_waiting_operations": 16, "zpool_fragmentation_percent": 70,
+    "ntp_leap_indicator_status": 3, "ntp_peer_last8_polls_failure_count": math.inf,
+    "memory_scanned_pages": 100, "alloc_uncapped_zones": math.inf,
 }
 USE_UP = ("net_link_up", "link_up")         # trouble where these are 0
 

@@ -4481,7 +4481,7 @@ def _is_own_name(host: str) -> bool:
 # loaded from elsewhere, nothing is inline. To change it: edit the text below, restart the proxy.
 
 ROWS_SHOWN = 75                 # a row has up to 350 bytes; the page stays below 40 kB
-POLLS_PER_MINUTE = 240.0        # at most, and at most a tenth of the account's quota
+POLLS_PER_MINUTE = 600.0        # at most, and at most a tenth of the account's quota
 MOST_LISTED = 200               # containers on the page of a compute node
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -4594,7 +4594,7 @@ def _alias(vm: Vm) -> str:
 
 
 def _row(row: FleetRow, now: float) -> str:
-    vm, runs = row.vm, state_of(row.vm.state).page
+    vm = row.vm
     last = "never here"
     if row.last is not None:
         last = (_mark(row.last.result in ("ok", "partial"), row.last.result)
@@ -4604,7 +4604,7 @@ def _row(row: FleetRow, now: float) -> str:
         node = vm.server[:8] + " " + _mark(row.reachable,
                                            "answers" if row.reachable else "does not answer")
     return (f'<tr{_vm_data(row)}><th scope="row"><a href="/c/{vm.uuid}">'
-            f'{html.escape(_alias(vm))}</a></th><td class="static">{_mark(runs, vm.state)}</td>'
+            f'{html.escape(_alias(vm))}</a></th><td class="static">{html.escape(vm.state)}</td>'
             f'<td class="static">{node}</td><td class="static">{last}</td></tr>\n')
 
 
@@ -4620,6 +4620,7 @@ def _use_table(scope: str) -> str:
     rows = [f'<tr><th scope="row">{use.resource}</th>' + "".join([
         f'<td data-cell="{cell}" data-resource="{number}"><span class="verdict"></span><ul>'
         + "".join([f"<li>{name}</li>" for name in getattr(use, cell)]) + "</ul></td>"
+        if getattr(use, cell) else "<td></td>"
         for cell in cells]) + "</tr>\n"
         for number, use in enumerate(use for use in USE if use.scope == scope)]
     return ('<h3>Utilisation, saturation, errors</h3>\n<table class="use"><thead><tr><th></th>'
@@ -4712,7 +4713,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; 
 h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1.25rem; margin: 1rem 0 .3rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
-h1 a, tbody th a { color: inherit; }
+h1 a { color: inherit; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 header { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; align-items: baseline;
   border-bottom: 1px solid var(--line); padding-bottom: .5rem; }
@@ -4750,7 +4751,7 @@ tr[data-level="3"] > :first-child { border-left-color: var(--bad); }
 tr[data-level="2"] > :first-child { border-left-color: var(--warn); }
 td[data-column=trouble] { min-width: 9rem; max-width: 18rem; }
 td[data-column] { font-variant-numeric: tabular-nums; }
-.live { display: none; } .on .live { display: table-cell; } .on .static { display: none; }
+.on .static { display: none; }
 .stale td, .stale th { opacity: .6; }
 svg { display: block; width: 100%; height: 30px; overflow: visible; background: var(--card); }
 td svg { width: 8.5rem; margin-bottom: .1rem; }
@@ -4775,13 +4776,16 @@ figcaption b { font-variant-numeric: tabular-nums; }
   .rows thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden; }
   .rows tr { display: grid; grid-template-columns: 1fr 1fr; gap: .1rem .8rem;
     padding: .5rem .2rem; border-bottom: 1px solid var(--line); }
-  .rows td, .rows th, .on .rows .live { display: block; border-bottom: 0; padding: .1rem 0;
+  .rows td, .rows th { display: block; border-bottom: 0; padding: .1rem 0;
     max-width: none; }
-  .rows .live.wide, .rows .wide { display: none; }
+  .rows .wide { display: none; }
   .rows tr > :first-child, .rows td[data-column=trouble] { grid-column: span 2; }
-  .rows td[data-title]::before { content: attr(data-title) " "; color: var(--dim);
-    font-size: .8rem; }
-  td svg { width: 100%; } .use td { width: auto; } .use { font-size: .9rem; }
+  .rows td:empty, .use thead { display: none; } .use tr, .use th, .use td { display: block; }
+  .use td { border: 0; padding: 0 0 .2rem .8rem; } .use td:empty { display: none; }
+  .use td::before { content: attr(data-cell) " "; color: var(--dim); }
+  .rows td[data-title]:not([data-column=trouble])::before { content: attr(data-title) " ";
+    color: var(--dim); font-size: .8rem; }
+  td svg { width: 100%; } .use td { width: auto; }
   .charts { grid-template-columns: 1fr; } }
 """
 PAGE_JS = r"""
@@ -5015,8 +5019,7 @@ class Target {
 
   // [level, words] of each trouble at present, the worst first.
   troubles() {
-    if (this.silent) return [[3, 'compute node does not answer' + (this.scope === 'zone' ?
-      ' (' + this.silent + ')' : '')]];
+    if (this.silent) return [[3, 'compute node does not answer']];
     if (this.refusal) return [[this.refusalLevel, this.refusal]];
     if (!this.asks) return [[0, this.state]];
     const found = [];
@@ -5118,17 +5121,14 @@ const next = () => {
   const seen = all.filter(target => target.visible);
   const pace = Math.max(shown.uuid ? ONE_PACE : LIST_PACE,
     seen.length * MINUTE / (perMinute * .75));
-  let best = null, most = 0;
-  for (const target of open > 0 ? seen : []) {
-    const late = now - target.asked - Math.max(pace, target.retry);
-    if (!target.waiting && late > most) { best = target; most = late; }
-  }
-  if (best || open < perMinute * .25) return best;
-  for (const target of all) {
-    const late = now - target.asked - SLOW_PACE;
-    if (!target.waiting && late > most) { best = target; most = late; }
-  }
-  return best;
+  const latest = (some, pause) => some.reduce((best, target) => {
+    const late = target.waiting ? 0 : now - target.asked - Math.max(pause, target.retry);
+    return late > best[0] ? [late, target] : best;
+  }, [0, null])[1];
+  const spare = open >= perMinute * .25;    // kept for what is on the screen
+  return open <= 0 ? null : latest(seen.filter(target => !target.asked), 0) ||
+    spare && latest(all.filter(target => !target.asked), 0) || latest(seen, pace) ||
+    spare && latest(all, SLOW_PACE);
 };
 
 // --- charts
@@ -5370,7 +5370,7 @@ const ranked = () => {
   const byName = (a, b) => a.name.localeCompare(b.name, undefined, {numeric: true});
   const keys = sortBy === 'name' ? null : new Map([...targets.values()].map(t => [t, of(t)]));
   return [...targets.values()].filter(target => target.row).sort((a, b) =>
-    (keys ? sign * (keys.get(a) - keys.get(b)) : -sign * byName(a, b)) || byName(a, b));
+    (keys ? sign * (keys.get(a) - keys.get(b)) : sign * byName(a, b)) || byName(a, b));
 };
 
 const arrange = () => {
@@ -5471,10 +5471,10 @@ const renew = async first => {
       const answer = left() > 0 ? await ask(path) : null;
       if (!answer || answer.status !== 200) break;
       page = new DOMParser().parseFromString(answer.body, 'text/html');
-      adopt(page.querySelector('main'), true);
     }
-    for (const row of page.querySelectorAll('tr[data-uuid]')) present.add(row.dataset.uuid);
     const more = page.querySelector('a[rel=next]');
+    for (const row of page.querySelectorAll('tr[data-uuid]')) present.add(row.dataset.uuid);
+    if (page !== document) adopt(page.querySelector('main'), true);
     rows = present.size;
     if (more && rows < MOST_ROWS) { path = more.getAttribute('href'); continue; }
     whole = !more;
@@ -5591,14 +5591,18 @@ document.addEventListener('click', async event => {
 });
 window.addEventListener('popstate', () => go(location.pathname));
 
-// --- figures outlive a reload
+// --- figures and the count of requests outlive a reload
 
 const KEPT = 'cmon-figures';
 window.addEventListener('pagehide', () => {
-  const kept = {};
+  const points = {};
   for (const target of targets.values())
-    kept[target.uuid] = target.points.filter(point => point.at > Date.now() - FRAME);
-  try { sessionStorage.setItem(KEPT, JSON.stringify(kept)); } catch (error) { /* full: not kept */ }
+    points[target.uuid] = target.points.filter(point => point.at > Date.now() - FRAME);
+  for (const kept of [{sent, points}, {sent, points: {}}])
+    try {
+      sessionStorage.setItem(KEPT, JSON.stringify(kept));
+      return;
+    } catch (error) { /* too large: without the figures */ }
 });
 
 // --- begin
@@ -5608,8 +5612,9 @@ const main = document.querySelector('main');
 if (location.pathname === '/') list = main;
 open(main);
 try {
-  const kept = JSON.parse(sessionStorage.getItem(KEPT)) || {};
-  for (const target of targets.values()) target.points = kept[target.uuid] || [];
+  const kept = JSON.parse(sessionStorage.getItem(KEPT));
+  sent.push(...kept.sent);
+  for (const target of targets.values()) target.points = kept.points[target.uuid] || [];
 } catch (error) { /* none */ }
 
 setInterval(() => {

@@ -128,8 +128,8 @@ def test_a_stopped_container_is_not_asked() -> None:
     assert "stopped" in text and "none yet" in text and "data-asks" not in text
 
 
-@pytest.mark.parametrize("per_minute, polls", [(6000, "240"), (1000, "100"), (100, "10"), (1, "1"),
-                                               (0, "1")])
+@pytest.mark.parametrize("per_minute, polls", [
+    (6000, "600"), (60_000, "600"), (1000, "100"), (100, "10"), (1, "1"), (0, "1")])
 def test_the_browser_asks_for_a_tenth_of_the_quota_at_the_most(per_minute: float, polls: str
                                                                ) -> None:
     text = people_page(rows(1), 0, granted(), bucket(per_minute=per_minute), (), 100.0)

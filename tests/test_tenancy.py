@@ -59,7 +59,8 @@ class World:
             quota=QuotaSettings(per_minute=1e6, burst=1e6, hard_per_minute=1e9))
         self.clock = [0.0]
         self.server = Server("proxy", Registry(), now=lambda: self.clock[0])
-        self.proxy = Proxy(settings, self.server, Registry(), self.random.random)
+        self.registry = Registry()
+        self.proxy = Proxy(settings, self.server, self.registry, self.random.random)
         self.accounts = accounts_with_keys(4)
         self.proxy.directory.replace({account.login: account for account, _ in self.accounts})
         self.agents = Agents()
