@@ -99,7 +99,7 @@ __all__ = [     # what the other programs import
     "render", "Request", "Response", "Route", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "start_logging",
     "stop_logging", "SUFFIXES", "SUMMARY",
-    "text",
+    "text", "TooLarge",
     "USE", "Use", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
     "valid_label_name", "valid_metric_name",
 ]
@@ -5445,6 +5445,10 @@ class ClientError(Exception):
     """The server cannot be reached or does not speak HTTP; the message is for people."""
 
 
+class TooLarge(ClientError):
+    """An answer has more bytes than the client takes."""
+
+
 class AnswerReader:
     """Reads one HTTP/1.1 answer from the bytes that come, in any pieces; strict and bounded."""
 
@@ -5530,7 +5534,7 @@ class AnswerReader:
     def _expect(self, size: int) -> None:
         self._size += size
         if self._size > self._max_body:
-            raise ClientError(f"the answer is larger than {self._max_body} bytes")
+            raise TooLarge(f"the answer is larger than {self._max_body} bytes")
         self._left = size
 
     def _read_sized(self) -> bool:
@@ -5598,7 +5602,7 @@ def gunzip(body: bytes, max_body: int = MAX_BODY) -> bytes:
     except zlib.error:
         raise ClientError("the answer's gzip is broken") from None
     if len(content) > max_body:
-        raise ClientError(f"the answer is larger than {max_body} bytes")
+        raise TooLarge(f"the answer is larger than {max_body} bytes")
     if not unpacker.eof:
         raise ClientError("the answer's gzip is truncated")
     return content
@@ -5710,7 +5714,7 @@ class Client:
                     reader.end()
             good = reader.keep_alive
         except ClientError as error:
-            raise ClientError(f"{shown}: {error}") from None
+            raise type(error)(f"{shown}: {error}") from None
         except OSError as error:
             raise ClientError(f"cannot talk to {shown}: {reason_of(error)}") from None
         finally:

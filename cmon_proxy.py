@@ -45,6 +45,7 @@ import selectors
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -61,9 +62,9 @@ from typing import Any, Callable, NamedTuple, Union
 from cmon_agent import (
     COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP,
     UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError, ConfigError, Deferred,
-    Family, Listener, Pool, Prepared, Refused, Registry, Request, Response, Route, Sample, Server,
-    __version__, admin_address, at_least, call, command_line, complain, gunzip, http_date,
-    is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
+    Family, Listener, Loop, Pool, Prepared, Refused, Registry, Request, Response, Route, Sample,
+    Server, TooLarge, __version__, admin_address, at_least, call, command_line, complain, gunzip,
+    http_date, is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
     register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
 
 # --- settings -------------------------------------------------------------------------------------
@@ -1333,6 +1334,9 @@ def number_of(uuid: str) -> int:
     return int.from_bytes(hashlib.blake2b(uuid.encode(), digest_size=8).digest(), "big")
 
 
+TOLD_AT = Vm._fields.index("since")     # what comes before it makes the VM
+
+
 class Node(NamedTuple):
     """A compute node."""
     uuid: str
@@ -1414,8 +1418,7 @@ class Inventory:
         before = self.vms.get(vm.uuid)
         if not state_of(vm.state).known:
             return self.drop(vm.uuid)
-        if before is not None and before._replace(since="", source="") == vm._replace(
-                since="", source=""):
+        if before is not None and before[:TOLD_AT] == vm[:TOLD_AT]:
             return False
         self.vms[vm.uuid] = vm
         if before is not None and before.owner != vm.owner:
@@ -1456,6 +1459,13 @@ class Inventory:
         self.generations.clear()
         self.epoch += 1
 
+    def merge(self, vms: Mapping[str, Vm]) -> None:
+        """All VMs at once; those that have not changed stay as they are, with their dates."""
+        for vm in vms.values():
+            self.put(vm)
+        for uuid in self.vms.keys() - vms.keys():
+            self.drop(uuid)
+
     def replace_nodes(self, nodes: dict[str, Node]) -> None:
         """All compute nodes at once."""
         if nodes != self.nodes:
@@ -1471,9 +1481,9 @@ class Inventory:
             return refused("inventory_too_old", since=utc(self.confirmed_at))
         return None
 
-    def confirm(self) -> None:
-        """The source has just stood by what is here."""
-        self.confirmed, self.confirmed_at = self._now(), time.time()
+    def confirm(self, age: float = 0.0) -> None:
+        """The source stood by what is here, so many seconds ago."""
+        self.confirmed, self.confirmed_at = self._now() - age, time.time() - age
 
 
 def by_owner(vms: Iterable[Vm]) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]]:
@@ -1511,7 +1521,7 @@ class Directory:
         self.accounts: dict[str, Account] = {}
         self._ready = False
 
-    def find(self, login: str) -> Account | None:
+    def find(self, login: str, _address: str = "") -> Account | None:
         """The account, or None when there is none of this login. Raises Refused (503) until the
         first inventory is in: a good key must not be told that nobody knows it."""
         if not self._ready:
@@ -1698,7 +1708,7 @@ class _FileReader:
             if not isinstance(record.get(member_name, False), bool):
                 self.wrong(f"{where}.{member_name}", "must be true or false")
         return Account(uuid, login, keys, record.get("operator") is True,
-                       record.get("approved_for_provisioning", True) is True)
+                       record.get("approved_for_provisioning") is True)
 
     def _keys(self, record: dict[str, Any], where: str, name: str,
               groups: frozenset[str] | None, into: dict[str, AuthorizedKey]) -> None:
@@ -1907,25 +1917,33 @@ class FileSource:
 
 # --- Triton ---------------------------------------------------------------------------------------
 
-# VMAPI with its changefeed, CNAPI and mahi. Their threads block on sockets and hand finished values
-# to the loop; they share nothing with it but `Loop.call_soon`. How these services behave, with
-# their quirks, is written where the quirk is met.
+# VMAPI with its changefeed, CNAPI and mahi. One thread follows the changefeed; all other requests
+# are jobs of pools. What they hand to the loop is immutable, and goes by `Loop.call_soon` alone: no
+# other thread touches the inventory, the accounts or the state of what is read. How these services
+# behave, with their quirks, is written where the quirk is met.
 
 SERVICE_TIMEOUT = 20.0              # seconds for one request; a page of 1,000 VMs takes some
 PAGE_SIZE = 1000                    # VMAPI's and CNAPI's maximum
+MAX_RECORDS = 2_000_000             # of one list: more is a service that repeats itself
 HEARTBEAT_SECONDS = 27.817          # what the changefeed's publisher expects
 POLL_NODES_SECONDS = 300.0
+READ_ALL_SECONDS = 900.0            # all VMs at the latest, and four times within max_age
+READ_ALL_WITHOUT_FEED = 60.0        # … while no changes are announced
 FETCHERS = 16                       # threads that read single VMs: VMAPI takes 10 to 50 ms for one
+MAX_FETCHES = 10_000                # under way at once; with more, reading all is cheaper
 MAX_MESSAGE = 1 << 20               # bytes of one message of the feed
 REFRESH_SECONDS = 2.0               # an agent is told of changes at most so often
 SNAPSHOT_SECONDS = 30.0
 FRESH_ACCOUNT_SECONDS = 30.0        # younger: used as it is
 USABLE_ACCOUNT_SECONDS = 60.0       # younger: used, and read again behind the request's back
 STALE_ACCOUNT_SECONDS = 300.0       # younger: used while mahi cannot be reached
+WARM_ACCOUNT_SECONDS = 120.0        # an account in use is read again so long after its last request
+WARM_AT_ONCE = 200                  # accounts that are read again in five seconds for that
 ACCOUNT_TIMEOUT = 3.0               # seconds for one request to mahi: somebody waits
 ACCOUNTS_DOWN_SECONDS = 5.0         # after a failure stale accounts are used without waiting
-UNKNOWN_ACCOUNT_SECONDS = 10.0      # an unknown login is not asked for again so soon
-KEPT_ACCOUNTS = 10_000
+DOWN_ACCOUNTS = 3                   # known accounts whose reading fails before mahi counts as down
+LOOKUPS_BURST, LOOKUPS_PER_SECOND = 60.0, 1.0   # of logins that are not known, for one address
+VM_FIELDS = "uuid,alias,owner_uuid,server_uuid,image_uuid,brand,state,tags"
 FEED_RESOURCES = ("alias", "customer_metadata", "destroyed", "nics", "owner_uuid", "server_uuid",
                   "state", "tags")
 
@@ -1933,36 +1951,79 @@ FEED_RESOURCES = ("alias", "customer_metadata", "destroyed", "nics", "owner_uuid
 class ServiceError(Exception):
     """A service of Triton does not answer, or not as it should; the text is for the log."""
 
+    def __init__(self, message: str, down: bool = False, too_large: bool = False) -> None:
+        super().__init__(message)
+        self.down = down                # nobody answers, or with 5xx: this request is not to blame
+        self.too_large = too_large
+
 
 class Service:
     """One of Triton's HTTP services, for threads that may block."""
 
-    def __init__(self, name: str, url: str) -> None:
+    def __init__(self, name: str, url: str, max_body: int = 64 << 20) -> None:
         self.name, self.url = name, url.rstrip("/")
-        self._client = Client(max_idle=FETCHERS, max_body=64 << 20)
+        self._client = Client(max_idle=FETCHERS, max_body=max_body)
+        self.page_size = PAGE_SIZE
         self.errors = 0
 
     def get(self, path: str, allowed: Sequence[int] = (200,), timeout: float = SERVICE_TIMEOUT
             ) -> tuple[int, Any]:
         """Status and JSON of an answer; raises ServiceError for statuses that are not allowed."""
+        shown = path.partition("?")[0]
         try:
             answer = self._client.request("GET", self.url + path, {"Accept": "application/json"},
                                           timeout=timeout)
+        except TooLarge as error:
+            raise self.wrong(f"{shown}: {error}", too_large=True) from None
         except ClientError as error:
-            raise self.wrong(str(error)) from None
+            raise self.wrong(str(error), down=True) from None
         if answer.status not in allowed:
-            raise self.wrong(f"{path.partition('?')[0]} answers {answer.status}")
+            raise self.wrong(f"{shown} answers {answer.status}", down=answer.status >= 500)
         if answer.status != 200:
             return answer.status, None      # error bodies are not always the JSON they claim to be
         try:
             return 200, json.loads(answer.body)
         except (ValueError, RecursionError):
-            raise self.wrong(f"{path.partition('?')[0]} does not answer in JSON") from None
+            raise self.wrong(f"{shown} does not answer in JSON") from None
 
-    def wrong(self, what: str) -> ServiceError:
+    def pages(self, path: str, behind: Callable[[int, str], str], gentle: bool = False
+              ) -> Iterator[list[Any]]:
+        """The pages of a list up to an empty one; a short page is not the last, say the services.
+
+        `behind` gives the rest of the query that leads behind so many records, with the last one's
+        uuid. A page that is too large is asked for again in halves. Gentle: rest after each page
+        for as long as it took.
+        """
+        position, seen = "", set[str]()
+        name = path.partition("?")[0]
+        while True:
+            began = time.monotonic()
+            try:
+                _, records = self.get(f"{path}&limit={self.page_size}{position}")
+            except ServiceError as error:
+                if not error.too_large or self.page_size <= 1:
+                    raise
+                self.page_size //= 2
+                log.info("%s: reading %d records at once from now on", error, self.page_size)
+                continue
+            if not isinstance(records, list):
+                raise self.wrong(f"{name} does not answer with a list")
+            if not records:
+                return
+            uuids = [_word(record.get("uuid")) if isinstance(record, dict) else ""
+                     for record in records]
+            if not uuids[-1] or uuids[-1] in seen or len(seen) > MAX_RECORDS:
+                raise self.wrong(f"{name} does not go on behind its last record")
+            seen.update(uuids)
+            yield records
+            position = behind(len(seen), uuids[-1])
+            if gentle:
+                time.sleep(min(time.monotonic() - began, 1.0))
+
+    def wrong(self, what: str, down: bool = False, too_large: bool = False) -> ServiceError:
         """The error to raise, counted."""
         self.errors += 1
-        return ServiceError(f"{self.name}: {what}")
+        return ServiceError(f"{self.name}: {what}", down, too_large)
 
 
 # WebSocket (RFC 6455), the client's side
@@ -2137,7 +2198,8 @@ def nodes_of(records: Iterable[Any], port: int) -> dict[str, Node]:
 def account_of(record: Any, members: Any) -> Account | None:
     """mahi's account with the members of its role `administrator`; None when it is none.
 
-    `keys` may be absent; so may `groups`, and then `isOperator` is absent, too, not false.
+    `keys` may be absent; so may `groups`, and then `isOperator` is absent, too, not false. An
+    absent `approved_for_provisioning` is no approval: mahi drops what UFDS does not have.
     """
     account = record.get("account") if isinstance(record, dict) else None
     if not isinstance(account, dict):
@@ -2151,7 +2213,7 @@ def account_of(record: Any, members: Any) -> Account | None:
             _add_keys(member.get("keys"), _word(member.get("login")), keys)
     _add_keys(account.get("keys"), "", keys)        # last: the account's own key wins
     return Account(uuid, login, keys, account.get("isOperator") is True,
-                   account.get("approved_for_provisioning") is not False)
+                   account.get("approved_for_provisioning") is True)
 
 
 def _add_keys(found: Any, name: str, into: dict[str, AuthorizedKey]) -> None:
@@ -2164,116 +2226,17 @@ def _add_keys(found: Any, name: str, into: dict[str, AuthorizedKey]) -> None:
         into[key.md5] = AuthorizedKey(key, name)
 
 
-class Known(NamedTuple):
-    """What is kept of a login."""
-    account: Account | None      # None: mahi knows no such account
-    at: float                       # when it was read
-
-
-class Mahi:
-    """Accounts by login, read from mahi when somebody comes, kept for a short while."""
-
-    def __init__(self, service: Service, server: Server) -> None:
-        self._service, self._server = service, server
-        self._known: dict[str, Known] = {}
-        self._asking: dict[str, list[Deferred]] = {}
-        self._pool = Pool("mahi", 4, 256)
-        self._down_until = float("-inf")
-        self.reads = 0
-
-    def find(self, login: str) -> Account | Deferred | None:
-        """The account; None if there is none; a Deferred while it is read. Raises Refused (503)."""
-        if not login:
-            return None
-        known = self._known.get(login)
-        if known is not None:
-            now = self._server.now()
-            age = now - known.at
-            lifetime = FRESH_ACCOUNT_SECONDS if known.account else UNKNOWN_ACCOUNT_SECONDS
-            if age < lifetime:
-                return known.account
-            if known.account is not None and now < self._down_until:
-                if age < STALE_ACCOUNT_SECONDS:
-                    return known.account
-            elif known.account is not None and age < USABLE_ACCOUNT_SECONDS:
-                self._ask(login)
-                return known.account
-        later = Deferred(self._server.now() + 2 * ACCOUNT_TIMEOUT,
-                      lambda: refused("accounts_unreachable").answer())
-        if not self._ask(login):
-            raise refused("accounts_unreachable")
-        self._asking[login].append(later)
-        return later
-
-    def recall(self, login: str, default: Account) -> Account | None:
-        """The account as it is known now, without waiting; `default` where nothing is known."""
-        known = self._known.get(login)
-        return known.account if known is not None else default
-
-    def _ask(self, login: str) -> bool:
-        if login not in self._asking:
-            if not self._pool.submit(self._read, login):
-                return False
-            self._asking[login] = []
-        return True
-
-    def _read(self, login: str) -> None:
-        """In a thread of the pool."""
-        account: Account | None = None
-        problem = ""
-        try:
-            account = read_account(self._service, login)
-        except ServiceError as error:
-            problem = str(error)
-        except Exception:
-            log.exception("reading account %r failed", login)
-            problem = "a fault of ours"
-        self._server.loop.call_soon(self._arrived, login, account, problem)
-
-    def _arrived(self, login: str, account: Account | None, problem: str) -> None:
-        waiting = self._asking.pop(login, [])
-        now = self._server.now()
-        known = self._known.get(login)
-        answer: Answer = text(200, "")          # go on, and look again
-        if problem:
-            if now >= self._down_until:
-                log.warning("accounts cannot be read: %s", problem)
-            self._down_until = now + ACCOUNTS_DOWN_SECONDS
-            if known is None or known.account is None or now - known.at >= STALE_ACCOUNT_SECONDS:
-                answer = refused("accounts_unreachable").answer()     # never 401: we do not know
-        else:
-            self.reads += 1
-            self._down_until = float("-inf")
-            if known is not None and known.account == account:
-                account = known.account     # the same object: connections need not look again
-            self._known.pop(login, None)
-            if len(self._known) >= KEPT_ACCOUNTS:
-                del self._known[next(iter(self._known))]
-            self._known[login] = Known(account, now)
-        for later in waiting:
-            later.finish(answer)
-
-    def kept(self) -> list[tuple[Account, float]]:
-        """Accounts and their ages, for the snapshot."""
-        now = self._server.now()
-        return [(known.account, now - known.at) for known in list(self._known.values())
-                if known.account is not None and now - known.at < STALE_ACCOUNT_SECONDS]
-
-    def restore(self, accounts: Iterable[tuple[Account, float]]) -> None:
-        """What a snapshot has."""
-        now = self._server.now()
-        for account, age in accounts:
-            self._known[account.login] = Known(account, now - age)
-
-
 def read_account(service: Service, login: str) -> Account | None:
-    """An account with its administrators, from mahi; None when there is none. Blocks."""
+    """An account with its administrators, from mahi; None when there is none. Blocks.
+
+    Two requests, also for a login that nobody has: the time tells nothing of which there are.
+    """
     name = urllib.parse.quote(login, safe="")
     status, record = service.get(f"/accounts?login={name}", (200, 404), ACCOUNT_TIMEOUT)
-    if status == 404:
-        return None
     # when the role does not exist the answer is 200 all the same, just without `role`
     _, roles = service.get(f"/roles?account={name}&role=administrator", (200, 404), ACCOUNT_TIMEOUT)
+    if status == 404:
+        return None
     role = roles.get("role") if isinstance(roles, dict) else None
     found = account_of(record, role.get("members") if isinstance(role, dict) else None)
     if found is None or found.login != login:
@@ -2281,227 +2244,339 @@ def read_account(service: Service, login: str) -> Account | None:
     return found
 
 
+class Known:
+    """What is kept of an account."""
+    __slots__ = ("account", "at", "used", "failed")
+
+    def __init__(self, account: Account, at: float) -> None:
+        self.account, self.at = account, at         # when it was read
+        self.used = float("-inf")                   # when it was asked for last
+        self.failed = float("-inf")                 # when reading it again failed last
+
+
+def _account_bytes(login: str, known: Known) -> int:
+    # a key: its blob, its SPKI and their base64 at most, with the objects around them
+    return 1000 + 4 * len(login) + sum(
+        600 + 2 * len(one.key.blob) + 2 * len(one.key.spki) for one in known.account.keys.values())
+
+
+def _network(address: str) -> str:
+    """The part of an address that one machine cannot vary."""
+    try:
+        return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
+    except OSError:
+        return address
+
+
+class Accounts:
+    """Accounts by login, read from mahi when somebody comes, kept for a short while.
+
+    Belongs to the loop; jobs of its pools read. Accounts that have been in go before logins that
+    nobody knows: these have a queue of their own, and each address may look up so many. An account
+    in use is kept fresh, so that its requests wait for no reading.
+    """
+
+    def __init__(self, service: Service, server: Server) -> None:
+        self._service, self._loop = service, server.loop
+        self.known: Cache[str, Known] = Cache("accounts", 64 << 20, _account_bytes)
+        self.unknown: Cache[str, float] = Cache("unknown_logins", 1 << 20,
+                                                lambda login, _: 4 * len(login))
+        self._lookups: Cache[str, tuple[float, float]] = Cache("lookup_addresses", 1 << 20,
+                                                               lambda address, _: len(address))
+        self.caches = (self.known, self.unknown, self._lookups)
+        self._asking: dict[str, list[Deferred]] = {}
+        self._pool, self._strangers = Pool("mahi", 4, 1024), Pool("mahi-unknown", 4, 64)
+        self._failing: set[str] = set()     # known accounts, since mahi has answered last
+        self._down_until = float("-inf")
+        self._told_until = float("-inf")
+        self.reads = self.refused = 0
+
+    def find(self, login: str, address: str = "") -> Account | Deferred | None:
+        """The account; None if there is none; a Deferred while it is read. Raises Refused (503)."""
+        if not is_login(login):                 # mahi need not be asked
+            return None
+        now = self._loop.now()
+        known = self.known.get(login)
+        if known is not None:
+            known.used = now
+            age, account = now - known.at, known.account
+            if age < USABLE_ACCOUNT_SECONDS:
+                if age >= FRESH_ACCOUNT_SECONDS:
+                    self._ask(login, "")
+                return account
+            down = max(self._down_until, known.failed + ACCOUNTS_DOWN_SECONDS)
+            if now < down and age < STALE_ACCOUNT_SECONDS:
+                return account
+        else:
+            age = now - (self.unknown.get(login) or float("-inf"))
+            if age < USABLE_ACCOUNT_SECONDS:
+                if age >= FRESH_ACCOUNT_SECONDS:
+                    self._ask(login, address)
+                return None
+        later = Deferred(now + 2 * ACCOUNT_TIMEOUT,
+                         lambda: refused("accounts_unreachable").answer())
+        if not self._ask(login, address):
+            raise refused("accounts_unreachable")
+        self._asking[login].append(later)
+        return later
+
+    def keep_warm(self) -> None:
+        """Every few seconds: read accounts again that are in use and not fresh any more."""
+        now = self._loop.now()
+        due = [login for login in self.known if self._is_due(login, now)]
+        for login in due[:WARM_AT_ONCE]:
+            self._ask(login, "")
+
+    def _is_due(self, login: str, now: float) -> bool:
+        known = self.known.get(login)
+        return known is not None and now - known.at >= FRESH_ACCOUNT_SECONDS and \
+            now - known.used < WARM_ACCOUNT_SECONDS and now >= self._down_until
+
+    def _ask(self, login: str, address: str) -> bool:
+        if login in self._asking:
+            return True
+        is_known = self.known.get(login) is not None
+        if not is_known and not self._may_look_up(address):
+            return False
+        if not (self._pool if is_known else self._strangers).submit(self._read, login):
+            self.refused += 1
+            return False
+        self._asking[login] = []
+        return True
+
+    def _may_look_up(self, address: str) -> bool:
+        now, network = self._loop.now(), _network(address)
+        left, at = self._lookups.get(network) or (LOOKUPS_BURST, now)
+        left = min(left + (now - at) * LOOKUPS_PER_SECOND, LOOKUPS_BURST)
+        if left < 1:
+            self.refused += 1
+            return False
+        self._lookups.put(network, (left - 1, now))
+        return True
+
+    def _read(self, login: str) -> None:
+        """In a thread of a pool."""
+        account: Account | None = None
+        problem: ServiceError | None = None
+        try:
+            account = read_account(self._service, login)
+        except ServiceError as error:
+            problem = error
+        except Exception:
+            log.exception("reading account %r failed", login)
+            problem = ServiceError("a fault of ours")
+        self._loop.call_soon(self._arrived, login, account, problem)
+
+    def _arrived(self, login: str, account: Account | None, problem: ServiceError | None) -> None:
+        waiting = self._asking.pop(login, [])
+        now = self._loop.now()
+        known = self.known.get(login)
+        answer: Answer = text(200, "")          # go on, and look again
+        if problem is not None:
+            self._has_failed(login, known, problem, now)
+            if known is None or now - known.at >= STALE_ACCOUNT_SECONDS:
+                answer = refused("accounts_unreachable").answer()     # never 401: we do not know
+        else:
+            self.reads += 1
+            self._failing.clear()
+            self._down_until = float("-inf")
+            if account is None:
+                self.known.drop(login)
+                self.unknown.put(login, now)
+            else:
+                self._keep(known, account, now)
+        for later in waiting:
+            later.finish(answer)
+
+    def _keep(self, known: Known | None, account: Account, at: float) -> None:
+        if known is not None and known.account == account:
+            account = known.account         # the same object: connections need not look again
+        fresh = Known(account, at)
+        if known is not None:
+            fresh.used = known.used
+        else:
+            fresh.used = at
+        self.unknown.drop(account.login)
+        self.known.put(account.login, fresh)
+
+    def _has_failed(self, login: str, known: Known | None, problem: ServiceError, now: float
+                    ) -> None:
+        """One login's failure is its own; mahi is down when several known accounts say so."""
+        if now >= self._told_until:
+            log.warning("accounts cannot be read: %s", problem)
+        self._told_until = now + ACCOUNTS_DOWN_SECONDS
+        if known is not None:
+            known.failed = now
+        if known is not None and problem.down:
+            self._failing.add(login)
+            if len(self._failing) >= min(DOWN_ACCOUNTS, len(self.known)):
+                self._down_until = now + ACCOUNTS_DOWN_SECONDS
+
+    def kept(self) -> tuple[tuple[Account, float], ...]:
+        """Accounts and their ages, for the snapshot."""
+        now = self._loop.now()
+        found = (self.known.get(login) for login in self.known)
+        return tuple((known.account, now - known.at) for known in found
+                     if known is not None and now - known.at < STALE_ACCOUNT_SECONDS)
+
+    def restore(self, accounts: Iterable[tuple[Account, float]]) -> None:
+        """What a snapshot has."""
+        now = self._loop.now()
+        for account, age in accounts:
+            self.known.put(account.login, Known(account, now - age))
+
+
+class SnapshotError(Exception):
+    """The snapshot cannot be used or written; the text says why, and what to do."""
+
+
+class Saved(NamedTuple):
+    """What a snapshot holds."""
+    vms: tuple[Vm, ...]
+    nodes: tuple[Node, ...]
+    manta_owner: str
+    accounts: tuple[tuple[Account, float], ...]     # with their ages
+    confirmed_at: float                             # seconds since the epoch
+
+
 class Snapshot:
     """The last inventory on disk: read at a start, so that a restart is no blackout.
 
-    The first line is the SHA-256 of the rest: a file that was cut off is not believed.
+    Who can write it decides who is an operator, so file and folder must be this user's (or the
+    folder root's) and writable for nobody else, and no symlink is followed. The first line is the
+    SHA-256 of the rest: a file that was cut off is not believed.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write(self, vms: Sequence[Vm], nodes: Sequence[Node], manta_owner: str,
-              accounts: Sequence[tuple[Account, float]], confirmed_at: float) -> None:
-        """Whole or not at all; raises OSError. Blocks."""
+    def _folder(self) -> int:
+        """A descriptor of the folder; raises OSError, SnapshotError."""
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._check(os.fstat(folder), self._path.parent, (os.geteuid(), 0))
+        except SnapshotError:
+            os.close(folder)
+            raise
+        return folder
+
+    @staticmethod
+    def _check(status: os.stat_result, path: Path, owners: tuple[int, ...]) -> None:
+        if status.st_uid not in owners:
+            raise SnapshotError(f"{path} belongs to uid {status.st_uid}, not to this user "
+                                f"({os.geteuid()}): who writes there could become operator")
+        if status.st_mode & 0o022:
+            raise SnapshotError(f"{path} can be written by others (mode "
+                                f"{stat.S_IMODE(status.st_mode):o}): take that right from them")
+
+    def write(self, saved: Saved) -> None:
+        """Whole or not at all; raises OSError, SnapshotError. Blocks."""
         now = time.time()
         body = json.dumps({
-            "format": 2, "confirmed_at": confirmed_at, "manta_owner": manta_owner, "vms": vms,
-            "nodes": nodes, "accounts": [
+            "format": 2, "confirmed_at": saved.confirmed_at, "manta_owner": saved.manta_owner,
+            "vms": saved.vms, "nodes": saved.nodes, "accounts": [
                 [account.uuid, account.login, account.operator, account.approved, now - age,
                  [[holder.key.line, holder.name] for holder in account.keys.values()]]
-                for account, age in accounts]}, separators=(",", ":")).encode()
-        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self._path)
+                for account, age in saved.accounts]}, separators=(",", ":")).encode()
+        fresh, folder = self._path.name + ".new", self._folder()
+        try:
+            try:
+                os.unlink(fresh, dir_fd=folder)     # left by a process that was killed
+            except FileNotFoundError:
+                pass
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                                 | os.O_CLOEXEC, 0o600, dir_fd=folder)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, self._path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        finally:
+            os.close(folder)
 
-    def read(self) -> tuple[list[Vm], list[Node], str, list[tuple[Account, float]], float]:
-        """What was written; raises ValueError in words, OSError."""
-        digest, _, body = self._path.read_bytes().partition(b"\n")
+    def read(self) -> Saved:
+        """What was written; raises SnapshotError, OSError."""
+        folder = self._folder()
+        try:
+            descriptor = os.open(self._path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                                 | os.O_CLOEXEC, dir_fd=folder)
+        finally:
+            os.close(folder)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise SnapshotError(f"{self._path} is no file")
+            self._check(status, self._path, (os.geteuid(),))
+            digest, _, body = file.read().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise ValueError("its checksum is wrong")
-        content = json.loads(body)
+            raise SnapshotError("its checksum is wrong")
         now = time.time()
         try:
+            content = json.loads(body)
             if content["format"] != 2:
-                raise ValueError("it is of another version")
+                raise SnapshotError("it is of another version")
             # interned, as vm_of does: most texts of 10,000 VMs are the same few
-            vms = [Vm._make(tuple(value) if isinstance(value, list) else
-                            sys.intern(value) if isinstance(value, str) else value for value in row)
-                   for row in content["vms"]]
-            nodes = [Node(uuid, name, (address[0], address[1]) if address else None)
-                     for uuid, name, address in content["nodes"]]
+            vms = tuple([Vm._make(
+                tuple(value) if isinstance(value, list) else
+                sys.intern(value) if isinstance(value, str) else value for value in row)
+                for row in content["vms"]])
+            nodes = tuple([Node(uuid, name, (address[0], address[1]) if address else None)
+                           for uuid, name, address in content["nodes"]])
             accounts = []
             for uuid, login, operator, approved, at, keys in content["accounts"]:
                 holders = [AuthorizedKey(public_key(line), name) for line, name in keys]
                 accounts.append((Account(uuid, login, {one.key.md5: one for one in holders},
                                          operator, approved), max(now - at, 0.0)))
-            return vms, nodes, str(content["manta_owner"]), accounts, float(content["confirmed_at"])
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"it is not one of ours ({error})") from None
+            confirmed_at = float(content["confirmed_at"])
+            if confirmed_at > now + 60:
+                raise SnapshotError(f"it is from the future ({utc(confirmed_at)}): is the clock "
+                                    "right?")
+            return Saved(vms, nodes, str(content["manta_owner"]), tuple(accounts), confirmed_at)
+        except (KeyError, TypeError, IndexError, ValueError, RecursionError) as error:
+            raise SnapshotError(f"it is not one of ours ({error})") from None
 
 
-class TritonSource:
-    """Keeps the inventory as VMAPI, its changefeed and CNAPI say."""
+class ChangeFeed:
+    """Follows VMAPI's changefeed in a thread of its own, for ever, and tells the loop by calls:
+    `connected` when it listens (what changed before must be read), `lost` with the reason, and
+    `changed` with a VM's uuid."""
 
-    def __init__(self, settings: Settings, proxy: Proxy, random: Callable[[], float],
-                 first: bool = True) -> None:
-        own = settings.inventory
-        self._first = first                 # of several workers, the one that tells agents and disk
-        assert own.vmapi is not None and own.cnapi is not None and own.mahi is not None
-        self._proxy, self._server, self._random = proxy, proxy.server, random
-        self._inventory = proxy.inventory
-        self._port, self._max_age = settings.agent.port, own.max_age
-        self._vmapi, self._cnapi = Service("vmapi", own.vmapi), Service("cnapi", own.cnapi)
-        self._mahi = Service("mahi", own.mahi)
-        self.accounts = Mahi(self._mahi, self._server)
-        self._snapshot = Snapshot(own.snapshot) if own.snapshot is not None else None
-        self._fetchers = Pool("vmapi", FETCHERS, 1_000_000)
-        self._lock = threading.Lock()       # _dirty and _epoch: feed thread and fetchers
-        self._dirty: dict[str, bool] = {}   # being read; True: has changed again meanwhile
-        self._epoch = 0                     # of the bootstrap: what an older one reads is dropped
-        self._again = threading.Event()     # a fetch has failed: read all anew
-        self._nodes_wanted = threading.Event()
-        self._missing: set[str] = set()     # nodes that the last poll did not list
-        self.manta_owner = ""
-        self._have_nodes = False
-        self.connected = False
-        self.bootstraps = self.events = self.fetched = 0
-        self._refresh: set[str] = set()     # nodes to be told; the loop's
-        self._refreshed: dict[str, float] = {}
-
-    # in the loop
+    def __init__(self, url: str, server: Server, random: Callable[[], float],
+                 connected: Callable[[], object], lost: Callable[[str], object],
+                 changed: Callable[[str], object]) -> None:
+        self._url, self._server, self._loop = url, server, server.loop
+        self._backoff = Backoff(0.5, 60.0, random, 0.5)
+        self._connected, self._lost, self._changed = connected, lost, changed
 
     def start(self) -> None:
-        """Load the snapshot, then let the threads begin."""
-        self._restore()
-        self._inventory.changed.append(self._vm_changed)
-        for name, target in (("feed", self._follow), ("cnapi", self._poll_nodes),
-                             ("snapshot", self._write_snapshots)):
-            if self._first or name != "snapshot":
-                threading.Thread(target=target, name=name, daemon=True).start()
-        self._server.loop.every(1.0, self._tick)
-        if self._first:
-            self._server.loop.every(0.5, self._tell_agents)
+        """Begin."""
+        threading.Thread(target=self._follow, name="changefeed", daemon=True).start()
 
-    def _restore(self) -> None:
-        if self._snapshot is None:
-            return
-        try:
-            vms, nodes, manta_owner, accounts, confirmed_at = self._snapshot.read()
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
-            log.warning("the snapshot is not used: %s", error)
-            return
-        age = max(time.time() - confirmed_at, 0.0)
-        if age > self._max_age:
-            log.warning("the snapshot is not used: it is %d seconds old", age)
-            return
-        self.manta_owner = manta_owner
-        self._inventory.replace(*by_owner(vms))
-        self._inventory.replace_nodes({node.uuid: node for node in nodes})
-        self._inventory.confirmed = self._server.now() - age
-        self._inventory.confirmed_at = confirmed_at
-        self._inventory.ready = True
-        self.accounts.restore(accounts)
-        log.info("inventory: %d containers from the snapshot, %d seconds old", len(vms), age)
-
-    def _tick(self) -> None:
-        if self.connected:
-            self._inventory.confirm()
-
-    def _vm_changed(self, before: Vm | None, after: Vm | None) -> None:
-        """A VM was made, moved or destroyed: its nodes' agents should look again."""
-        servers = {vm.server for vm in (before, after) if vm is not None and vm.server}
-        if before is None or after is None or before.server != after.server \
-                or before.owner != after.owner:
-            self._refresh |= servers
-        if any(server not in self._inventory.nodes for server in servers):
-            self._nodes_wanted.set()
-
-    def _tell_agents(self) -> None:
-        now = self._server.now()
-        for uuid in list(self._refresh):
-            node = self._inventory.nodes.get(uuid)
-            if node is not None and now - self._refreshed.get(uuid, -60.0) < REFRESH_SECONDS:
-                continue
-            self._refresh.discard(uuid)
-            if node is None:
-                continue
-            self._refreshed[uuid] = now
-            try:
-                upstream = self._proxy.upstreams.to(node)
-                head = (f"POST /v1/refresh HTTP/1.1\r\nHost: {upstream.host}\r\n"
-                        "Content-Length: 0\r\n\r\n").encode()
-                upstream.ask(Job(head, now + 5.0, lambda reply, refusal: None))
-            except Refused:
-                pass                        # it looks by itself, only later
-
-    def _take_all(self, vms: dict[str, Vm], owned: dict[str, dict[str, Vm]], epoch: int,
-                  servers: set[str]) -> None:
-        if epoch != self._epoch:
-            return
-        self._inventory.replace(vms, owned)
-        if not self._inventory.ready:
-            gc.freeze()                     # as in FileSource
-        self._refresh |= servers
-        self._inventory.confirm()
-        if any(vm.server and vm.server not in self._inventory.nodes for vm in vms.values()):
-            self._nodes_wanted.set()
-        self._is_ready()
-
-    def _take_nodes(self, nodes: dict[str, Node]) -> None:
-        # paging by offset over a list that changes can skip a server: gone is what is missing twice
-        missing = self._inventory.nodes.keys() - nodes.keys()
-        kept = {uuid: self._inventory.nodes[uuid] for uuid in missing - self._missing}
-        self._missing = set(missing)
-        for node in nodes.values():
-            before = self._inventory.nodes.get(node.uuid)
-            if node.address is None and (before is None or before.address is not None):
-                log.warning("compute node %s (%s) has no address on the admin network", node.uuid,
-                            node.hostname)
-        self._inventory.replace_nodes({**kept, **nodes})
-        self._have_nodes = True
-        self._is_ready()
-
-    def _is_ready(self) -> None:
-        if not self._inventory.ready and self._have_nodes and self.bootstraps:
-            self._inventory.ready = True
-            log.info("inventory: %d containers on %d compute nodes", len(self._inventory.vms),
-                     len(self._inventory.nodes))
-
-    def _take_vm(self, uuid: str, vm: Vm | None, epoch: int) -> None:
-        if epoch == self._epoch:
-            if vm is None:
-                self._inventory.drop(uuid)
-            else:
-                self._inventory.put(vm)
-
-    # in the feed's thread
+    # in its thread
 
     def _follow(self) -> None:
-        """Connect, read all, follow what changes; for ever."""
-        backoff = Backoff(0.5, 60.0, self._random, 0.5)
         while not self._server.stopping:
+            problem = ""
             try:
-                self._follow_once(backoff)
+                self._follow_once()
             except ServiceError as error:
-                log.warning("the inventory stays as it is: %s", error)
-            except Exception:
+                problem = str(error)
+            except Exception as error:
                 log.exception("following the changefeed failed")
-            self.connected = False
-            time.sleep(backoff.next())
+                problem = f"changefeed: {type(error).__name__}"
+            self._loop.call_soon(self._lost, problem)
+            time.sleep(self._backoff.next())
 
-    def _follow_once(self, backoff: Backoff) -> None:
-        feed = WebSocket(self._vmapi.url, "/changefeeds", {"accept-version": "~1"})
+    def _follow_once(self) -> None:
+        feed = WebSocket(self._url, "/changefeeds", {"accept-version": "~1"})
         try:
-            # registration first, then everything: what changes in between comes by the feed
             self._register(feed)
+            self._backoff.reset()
+            self._loop.call_soon(self._connected)
             heartbeat = time.monotonic() + HEARTBEAT_SECONDS
-            with self._lock:
-                self._epoch += 1
-                self._dirty.clear()
-            self._again.clear()
-            self._bootstrap(feed)
-            backoff.reset()
-            self.connected = True
-            while not self._server.stopping and not self._again.is_set():
+            while not self._server.stopping:
                 for message in feed.receive(min(heartbeat - time.monotonic(), 1.0)):
-                    self._event(message)
+                    self._take(message)
                 if time.monotonic() >= heartbeat:
                     heartbeat = time.monotonic() + HEARTBEAT_SECONDS
                     if feed.answers_pings and time.monotonic() - feed.heard > 3 * HEARTBEAT_SECONDS:
@@ -2509,10 +2584,10 @@ class TritonSource:
                     feed.send(TEXT_FRAME, b"heartbeat")
                     feed.send(PING_FRAME, b"cmon")
         finally:
-            self.connected = False
             feed.close()
 
-    def _register(self, feed: WebSocket) -> None:
+    @staticmethod
+    def _register(feed: WebSocket) -> None:
         # a second client with the same instance id would take this one's place
         instance = f"cmon-proxy-{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
         feed.send(TEXT_FRAME, json.dumps({
@@ -2521,184 +2596,446 @@ class TritonSource:
         end = time.monotonic() + SERVICE_TIMEOUT
         while time.monotonic() < end:
             for message in feed.receive(1.0):
-                try:
-                    route = json.loads(message).get("bootstrapRoute")
-                except (ValueError, AttributeError, RecursionError):
-                    route = None
-                if route is not None:
+                if member_of(message, "bootstrapRoute") is not None:
                     return
                 raise ServiceError(f"changefeed: the registration is answered {message[:80]!r}")
         raise ServiceError("changefeed: no answer to the registration")
 
-    def _bootstrap(self, feed: WebSocket) -> None:
-        """Read all VMs. A list that is much shorter than before is read once more: discovery must
-        not lose its targets to a hiccup of VMAPI's store."""
-        self._find_manta()
-        before = dict(self._inventory.vms)
-        for _ in range(3):
-            vms, owned = self._read_all(feed)
-            if len(vms) * 2 >= len(before):
-                break
-            if not vms:
-                raise self._vmapi.wrong("lists no container at all, which is not believed")
-            log.warning("vmapi lists %d containers where there were %d: reading again", len(vms),
-                        len(before))
-            time.sleep(0.5 + self._random())
-        servers = {vm.server for uuid, vm in vms.items() if before and vm.server and (
-            uuid not in before or before[uuid].server != vm.server)}
-        servers |= {vm.server for uuid, vm in before.items() if vm.server and (
-            uuid not in vms or vms[uuid].server != vm.server)}
-        self.bootstraps += 1
-        self._server.loop.call_soon(self._take_all, vms, owned, self._epoch, servers)
+    def _take(self, message: bytes) -> None:
+        """A change: the VM is to be read, since the feed does not deliver all of it."""
+        uuid = member_of(message, "changedResourceId")
+        if isinstance(uuid, str) and UUID.fullmatch(uuid.lower()):
+            self._loop.call_soon(self._changed, uuid.lower())
+        else:
+            log.warning("changefeed: a message that is not understood: %r", message[:200])
 
-    def _read_all(self, feed: WebSocket) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]]:
-        found: dict[str, Vm] = {}
-        marker = ""
-        since = iso(time.time())
-        heartbeat = time.monotonic() + HEARTBEAT_SECONDS
-        while True:
-            _, records = self._vmapi.get(f"/vms?state=active&limit={PAGE_SIZE}{marker}")
-            if not isinstance(records, list):
-                raise self._vmapi.wrong("/vms does not answer with a list")
-            if not records:             # not merely a short page: see the service's documents
-                return by_owner(found.values())
-            last = records[-1].get("uuid") if isinstance(records[-1], dict) else None
-            for record in records:
-                vm = vm_of(record, "bootstrap", since)
-                if vm is not None:
-                    found[vm.uuid] = vm
-            fresh = "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}), safe="")
-            if last is None or fresh == marker:
-                raise self._vmapi.wrong("/vms does not go on behind its marker")
-            marker = fresh
-            if time.monotonic() >= heartbeat:
-                heartbeat = time.monotonic() + HEARTBEAT_SECONDS
-                feed.send(TEXT_FRAME, b"heartbeat")
 
-    def _find_manta(self) -> None:
+def member_of(message: bytes, name: str) -> Any:
+    """A member of a JSON object; None where there is none. Total."""
+    try:
+        content = json.loads(message)
+    except (ValueError, RecursionError):
+        return None
+    return content.get(name) if isinstance(content, dict) else None
+
+
+class AllVms(NamedTuple):
+    """What reading all VMs gave."""
+    vms: Mapping[str, Vm]
+    owned: Mapping[str, Mapping[str, Vm]]
+    manta_owner: str | None             # None: mahi could not be asked
+    began: float                        # when the reading began, by the loop's clock
+
+
+class VmReader:
+    """Reads VMs: all now and then, single ones when they change. Belongs to the loop; jobs read.
+
+    Reading all alone confirms ownership: the feed says nothing while its publisher is blind, and of
+    several VMAPIs each publishes a part. A single VM that was read while all are being read is
+    newer than the page that it is on, and wins.
+    """
+
+    def __init__(self, vmapi: Service, mahi: Service, inventory: Inventory, loop: Loop,
+                 random: Callable[[], float]) -> None:
+        self._vmapi, self._mahi, self._inventory = vmapi, mahi, inventory
+        self._loop, self._random = loop, random
+        most = min(READ_ALL_SECONDS, inventory.max_age / 4)
+        self._interval, self._without_feed = most, min(most, READ_ALL_WITHOUT_FEED)
+        self._backoff = Backoff(0.5, min(60.0, most), random, 0.5)
+        self._lister = Pool("vmapi-list", 1, 1)
+        self._fetchers = Pool("vmapi", FETCHERS, MAX_FETCHES)
+        self._fetching: dict[str, bool] = {}        # True: has changed again meanwhile
+        self._newer: dict[str, Vm | None] = {}      # read singly while all are being read
+        self._began = self._complete = 0            # readings of all, counted
+        self._reading = False
+        self._due = loop.now() + 5.0                # the feed will say so earlier
+        self._short = 0                             # lists in a row that were much too short
+        self.follows = False                        # changes are announced
+        self.manta_owner = ""
+        self.bootstraps = self.events = self.fetched = 0
+        self.problem = ""
+
+    def start(self) -> None:
+        """Begin."""
+        self._loop.every(min(0.25, self._interval / 4), self._tick)
+
+    def feed_begins(self) -> None:
+        """Changes are announced from now on; those before must be found."""
+        self.follows = True
+        self._due = self._loop.now()
+
+    def feed_ends(self, problem: str) -> None:
+        """Changes are not announced any more."""
+        if problem:
+            log.warning("changes are not announced: %s", problem)
+        self.follows = False
+        self._due = min(self._due, self._loop.now() + self._without_feed)
+
+    def _tick(self) -> None:
+        if self._reading or self._loop.now() < self._due:
+            return
+        gentle = self._inventory.ready
+        if self._lister.submit(self._read_all, self._loop.now(), gentle):
+            self._reading, self._began = True, self._began + 1
+            self._newer = {}
+
+    def _read_all(self, began: float, gentle: bool) -> None:
+        """In the lister's thread."""
+        found: AllVms | None = None
+        problem = ""
+        try:
+            found = self._list(began, gentle)
+        except ServiceError as error:
+            problem = str(error)
+        except Exception as error:
+            log.exception("reading all containers failed")
+            problem = f"vmapi: {type(error).__name__}"
+        self._loop.call_soon(self._all_arrived, found, problem)
+
+    def _list(self, began: float, gentle: bool) -> AllVms:
+        manta: str | None = None
         try:
             account = read_account(self._mahi, "poseidon")
-            self.manta_owner = account.uuid if account is not None else ""
+            manta = account.uuid if account is not None else ""
         except ServiceError as error:
             log.debug("the owner of manta is not known: %s", error)
+        found: list[Vm] = []
+        since = iso(time.time())
+        for records in self._vmapi.pages(
+                f"/vms?state=active&fields={VM_FIELDS}",
+                lambda _, last: "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}),
+                                                                safe=""), gentle):
+            found += [vm for record in records
+                      if (vm := vm_of(record, "bootstrap", since)) is not None]
+        return AllVms(*by_owner(found), manta, began)
 
-    def _event(self, message: bytes) -> None:
-        """A change: the VM is read anew, since the feed does not deliver all of it. The same one
-        comes once for each matching subresource; while it is read, one more reading is enough."""
-        try:
-            uuid = json.loads(message).get("changedResourceId")
-        except (ValueError, AttributeError, RecursionError):
-            log.warning("changefeed: a message that is not understood: %r", message[:200])
+    def _all_arrived(self, found: AllVms | None, problem: str) -> None:
+        self._reading = False
+        now, had = self._loop.now(), len(self._inventory.vms)
+        if found is not None and had and not found.vms:
+            problem = str(self._vmapi.wrong("lists no container at all, which is not believed"))
+        if found is None or problem:
+            log.warning("the inventory stays as it is: %s", problem)
+            self.problem, self._due = problem, now + self._backoff.next()
             return
+        if len(found.vms) * 2 < had and self._short < 2:
+            # discovery must not lose its targets to a hiccup of VMAPI's store
+            self._short += 1
+            log.warning("vmapi lists %d containers where there were %d: reading again",
+                        len(found.vms), had)
+            self._due = now + self._backoff.next()
+            return
+        self._short, self.problem = 0, ""
+        self._backoff.reset()
+        interval = self._interval if self.follows else self._without_feed
+        self._due = now + interval * (0.8 + 0.4 * self._random())
+        self._complete = self._began
+        if found.manta_owner is not None:
+            self.manta_owner = found.manta_owner
+        if self._inventory.ready or self.bootstraps:
+            self._inventory.merge(found.vms)
+        else:
+            self._inventory.replace(dict(found.vms), {owner: dict(owned) for owner, owned
+                                                      in found.owned.items()})
+            gc.freeze()                     # as in FileSource
+        for uuid, vm in self._newer.items():
+            self._put(uuid, vm)
+        self._newer = {}
+        self.bootstraps += 1
+        self._inventory.confirm(now - found.began)
+
+    # single VMs
+
+    def changed(self, uuid: str) -> None:
+        """A VM has changed. The same change comes once for each matching subresource; while the
+        VM is read, one more reading is enough."""
         self.events += 1
-        if not isinstance(uuid, str) or not UUID.fullmatch(uuid.lower()):
+        if uuid in self._fetching:
+            self._fetching[uuid] = True
+        elif len(self._fetching) < MAX_FETCHES and self._fetchers.submit(
+                self._fetch, uuid, self._began):
+            self._fetching[uuid] = False
+        else:
+            self._due = min(self._due, self._loop.now())
+
+    def _fetch(self, uuid: str, began: int) -> None:
+        """In a fetcher's thread."""
+        vm: Vm | None = None
+        problem = ""
+        try:
+            status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
+            if status == 200:
+                vm = vm_of(record, "changefeed", iso(time.time()))
+        except ServiceError as error:
+            problem = str(error)
+        except Exception as error:
+            log.exception("reading container %s failed", uuid)
+            problem = f"vmapi: {type(error).__name__}"
+        self._loop.call_soon(self._arrived, uuid, vm if vm and vm.uuid == uuid else None, began,
+                             problem)
+
+    def _arrived(self, uuid: str, vm: Vm | None, began: int, problem: str) -> None:
+        again = self._fetching.pop(uuid, False)
+        if problem:
+            log.warning("container %s cannot be read, all will be read: %s", uuid, problem)
+            self._due = min(self._due, self._loop.now() + self._backoff.next())
             return
-        uuid = uuid.lower()
-        with self._lock:
-            if uuid in self._dirty:
-                self._dirty[uuid] = True
-                return
-            self._dirty[uuid] = False
-            epoch = self._epoch
-        self._fetchers.submit(self._fetch, uuid, epoch)
-
-    # in the fetchers
-
-    def _fetch(self, uuid: str, epoch: int) -> None:
-        for _ in range(100):
-            try:
-                self._fetch_once(uuid, epoch)
-            except ServiceError as error:
-                log.warning("container %s cannot be read, all are read anew: %s", uuid, error)
-                self._again.set()
-                return
-            with self._lock:
-                if self._epoch != epoch or not self._dirty.get(uuid):
-                    if self._epoch == epoch:
-                        self._dirty.pop(uuid, None)
-                    return
-                self._dirty[uuid] = False
-
-    def _fetch_once(self, uuid: str, epoch: int) -> None:
-        status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
         self.fetched += 1
-        vm = vm_of(record, "changefeed", iso(time.time())) if status == 200 else None
-        self._server.loop.call_soon(
-            self._take_vm, uuid, vm if vm and vm.uuid == uuid else None, epoch)
+        # asked for before a reading of all that is complete: what that one says is newer
+        if began >= self._complete:
+            self._put(uuid, vm)
+        if self._reading and began == self._began:
+            self._newer[uuid] = vm
+        if again:
+            self.events -= 1
+            self.changed(uuid)
 
-    # in CNAPI's thread
+    def _put(self, uuid: str, vm: Vm | None) -> None:
+        if vm is None:
+            self._inventory.drop(uuid)
+        else:
+            self._inventory.put(vm)
 
-    def _poll_nodes(self) -> None:
-        backoff, soon = (Backoff(0.5, 60.0, self._random, 0.5) for _ in range(2))
-        while not self._server.stopping:
-            self._nodes_wanted.clear()
-            try:
-                nodes = self._read_nodes()
-                self._server.loop.call_soon(self._take_nodes, nodes)
-                backoff.reset()
-                if not self.manta_owner:
-                    self._find_manta()
-                wait = POLL_NODES_SECONDS * (0.8 + 0.4 * self._random())
-                if self._nodes_wanted.wait(wait):
-                    time.sleep(soon.next())         # longer each time: CNAPI may never list it
-                else:
-                    soon.reset()
-            except ServiceError as error:
-                log.warning("the list of compute nodes stays as it is: %s", error)
-                time.sleep(backoff.next())
-            except Exception:
-                log.exception("reading the compute nodes failed")
-                time.sleep(backoff.next())
 
-    def _read_nodes(self) -> dict[str, Node]:
-        found: dict[str, Node] = {}
-        offset = 0
-        while True:
-            _, records = self._cnapi.get(
-                f"/servers?setup=true&extras=sysinfo&limit={PAGE_SIZE}&offset={offset}")
-            if not isinstance(records, list):
-                raise self._cnapi.wrong("/servers does not answer with a list")
-            if not records:
-                return found
-            fresh = nodes_of(records, self._port)
-            if not fresh.keys() - found.keys():
-                raise self._cnapi.wrong("/servers does not go on behind its offset")
-            found.update(fresh)
-            offset += len(records)
+class NodeReader:
+    """Reads compute nodes from CNAPI now and then. Belongs to the loop; a job reads."""
 
-    # in the snapshot's thread
+    def __init__(self, cnapi: Service, inventory: Inventory, loop: Loop, port: int,
+                 random: Callable[[], float]) -> None:
+        self._cnapi, self._inventory, self._loop, self._port = cnapi, inventory, loop, port
+        self._random = random
+        self._pool = Pool("cnapi", 1, 1)
+        self._backoff, self._soon = (Backoff(0.5, 60.0, random, 0.5) for _ in range(2))
+        self._missing: frozenset[str] = frozenset()     # nodes that the last list did not have
+        self._reading = self._wanted = False
+        self._due = loop.now()
+        self.complete = False                           # a whole list has been in
 
-    def _write_snapshots(self) -> None:
-        written: object = None
-        while self._snapshot is not None:
-            time.sleep(SNAPSHOT_SECONDS if written is not None else 1.0)
-            inventory = self._inventory
-            if not inventory.ready:
+    def start(self) -> None:
+        """Begin."""
+        self._loop.every(0.25, self._tick)
+
+    def want(self) -> None:
+        """A VM is on a node that is not known: read them soon, less soon each time, since CNAPI
+        may never list it."""
+        if not self._wanted:
+            self._wanted = True
+            self._due = min(self._due, self._loop.now() + self._soon.next())
+
+    def _tick(self) -> None:
+        if not self._reading and self._loop.now() >= self._due:
+            if not self._wanted:
+                self._soon.reset()
+            self._wanted = False
+            self._reading = self._pool.submit(self._read)
+
+    def _read(self) -> None:
+        """In the pool's thread."""
+        found: dict[str, Node] | None = None
+        problem = ""
+        try:
+            found = {}
+            for records in self._cnapi.pages("/servers?setup=true&extras=sysinfo",
+                                             lambda count, _: f"&offset={count}"):
+                found.update(nodes_of(records, self._port))
+        except ServiceError as error:
+            problem = str(error)
+        except Exception as error:
+            log.exception("reading the compute nodes failed")
+            problem = f"cnapi: {type(error).__name__}"
+        self._loop.call_soon(self._arrived, found, problem)
+
+    def _arrived(self, nodes: Mapping[str, Node], problem: str) -> None:
+        self._reading = False
+        if problem:
+            log.warning("the list of compute nodes stays as it is: %s", problem)
+            self._due = self._loop.now() + self._backoff.next()
+            return
+        self._backoff.reset()
+        self._due = self._loop.now() + POLL_NODES_SECONDS * (0.8 + 0.4 * self._random())
+        # paging by offset over a list that changes can skip a server: gone is what is missing twice
+        before = self._inventory.nodes
+        missing = frozenset(before.keys() - nodes.keys())
+        kept = {uuid: before[uuid] for uuid in missing - self._missing}
+        self._missing = missing
+        for node in nodes.values():
+            known = before.get(node.uuid)
+            if node.address is None and (known is None or known.address is not None):
+                log.warning("compute node %s (%s) has no address on the admin network", node.uuid,
+                            node.hostname)
+        self._inventory.replace_nodes({**kept, **nodes})
+        self.complete = True
+
+
+class AgentNotices:
+    """Tells agents that a VM was made, moved or destroyed on their node. Belongs to the loop."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._wanted: set[str] = set()
+        self._told: dict[str, float] = {}
+
+    def changed(self, servers: AbstractSet[str]) -> None:
+        """These nodes have other VMs now."""
+        self._wanted |= servers
+
+    def tell(self) -> None:
+        """Twice a second."""
+        now = self._proxy.server.now()
+        for uuid in list(self._wanted):
+            node = self._proxy.inventory.nodes.get(uuid)
+            if node is not None and now - self._told.get(uuid, -60.0) < REFRESH_SECONDS:
                 continue
+            self._wanted.discard(uuid)
+            if node is None:
+                continue
+            self._told[uuid] = now
             try:
-                self._snapshot.write(list(inventory.vms.values()), list(inventory.nodes.values()),
-                                     self.manta_owner, self.accounts.kept(), inventory.confirmed_at)
-                written = True
-            except (OSError, RuntimeError) as error:    # a dictionary that changed meanwhile
-                log.warning("the snapshot cannot be written: %s", error)
+                upstream = self._proxy.upstreams.to(node)
+                head = (f"POST /v1/refresh HTTP/1.1\r\nHost: {upstream.host}\r\n"
+                        "Content-Length: 0\r\n\r\n").encode()
+                upstream.ask(Job(head, now + 5.0, lambda reply, refusal: None))
+            except Refused:
+                pass                        # it looks by itself, only later
+
+
+class TritonSource:
+    """Keeps the inventory as VMAPI, its changefeed and CNAPI say, and the accounts as mahi does.
+    Belongs to the loop."""
+
+    def __init__(self, settings: Settings, proxy: Proxy, random: Callable[[], float],
+                 first: bool = True) -> None:
+        own = settings.inventory
+        self._first = first                 # of several workers, the one that tells agents and disk
+        assert own.vmapi is not None and own.cnapi is not None and own.mahi is not None
+        self._loop, self._inventory = proxy.server.loop, proxy.inventory
+        self._services = (Service("vmapi", own.vmapi), Service("cnapi", own.cnapi),
+                          Service("mahi", own.mahi, 4 << 20))
+        vmapi, cnapi, mahi = self._services
+        self.accounts = Accounts(mahi, proxy.server)
+        self.nodes = NodeReader(cnapi, proxy.inventory, self._loop, settings.agent.port, random)
+        self.vms = VmReader(vmapi, mahi, proxy.inventory, self._loop, random)
+        self._feed = ChangeFeed(vmapi.url, proxy.server, random, self.vms.feed_begins,
+                                self.vms.feed_ends, self.vms.changed)
+        self._notices = AgentNotices(proxy)
+        self._snapshot = Snapshot(own.snapshot) if own.snapshot is not None else None
+        self._writer = Pool("snapshot", 1, 1)
+        self._writing = False
+        self._saved_at = 0.0                # when the snapshot was written, since the epoch
+        self._unsaved = ""                  # why it could not be written
+
+    @property
+    def manta_owner(self) -> str:
+        """The account whose zones' manta roles are groups."""
+        return self.vms.manta_owner
+
+    def start(self) -> None:
+        """Load the snapshot, then begin to read."""
+        self._restore()
+        self._inventory.changed.append(self._vm_changed)
+        self.vms.start()
+        self.nodes.start()
+        self._feed.start()
+        self._loop.every(0.1, self._tick)
+        self._loop.every(5.0, self.accounts.keep_warm)
+        if self._first:
+            self._loop.every(0.5, self._notices.tell)
+            if self._snapshot is not None:
+                self._loop.call_later(1.0, self._save)
+
+    def _restore(self) -> None:
+        if self._snapshot is None:
+            return
+        try:
+            saved = self._snapshot.read()
+        except FileNotFoundError:
+            return
+        except (OSError, SnapshotError) as error:
+            log.warning("the snapshot is not used: %s", error)
+            return
+        age = max(time.time() - saved.confirmed_at, 0.0)
+        if age > self._inventory.max_age:
+            log.warning("the snapshot is not used: it is %d seconds old", age)
+            return
+        self.vms.manta_owner = saved.manta_owner
+        self._inventory.replace(*by_owner(saved.vms))
+        self._inventory.replace_nodes({node.uuid: node for node in saved.nodes})
+        self._inventory.confirm(age)
+        self._inventory.ready = True
+        self.accounts.restore(saved.accounts)
+        log.info("inventory: %d containers from the snapshot, %d seconds old", len(saved.vms), age)
+
+    def _tick(self) -> None:
+        inventory = self._inventory
+        if not inventory.ready and self.nodes.complete and self.vms.bootstraps:
+            inventory.ready = True
+            log.info("inventory: %d containers on %d compute nodes", len(inventory.vms),
+                     len(inventory.nodes))
+            if any(vm.server and vm.server not in inventory.nodes for vm in inventory.vms.values()):
+                self.nodes.want()
+
+    def _vm_changed(self, before: Vm | None, after: Vm | None) -> None:
+        servers = {vm.server for vm in (before, after) if vm is not None and vm.server}
+        if before is None or after is None or before.server != after.server \
+                or before.owner != after.owner:
+            self._notices.changed(servers)
+        if after is not None and after.server and after.server not in self._inventory.nodes:
+            self.nodes.want()
+
+    # the snapshot
+
+    def _save(self) -> None:
+        self._loop.call_later(SNAPSHOT_SECONDS if self._saved_at else 1.0, self._save)
+        inventory = self._inventory
+        if inventory.ready and not self._writing:
+            saved = Saved(tuple(inventory.vms.values()), tuple(inventory.nodes.values()),
+                          self.manta_owner, self.accounts.kept(), inventory.confirmed_at)
+            self._writing = self._writer.submit(self._write, saved)
+
+    def _write(self, saved: Saved) -> None:
+        """In the writer's thread."""
+        assert self._snapshot is not None
+        problem = ""
+        try:
+            self._snapshot.write(saved)
+        except (OSError, SnapshotError) as error:
+            problem = str(error)
+        self._loop.call_soon(self._written, problem)
+
+    def _written(self, problem: str) -> None:
+        self._writing = False
+        if problem and problem != self._unsaved:
+            log.error("the snapshot cannot be written: %s", problem)
+        if not problem:
+            self._saved_at = time.time()
+        self._unsaved = problem
 
     def families(self) -> list[Family]:
         """For the admin side."""
-        services = (self._vmapi, self._cnapi, self._mahi)
+        vms, accounts = self.vms, self.accounts
         return [
-            Family("cmon_proxy_changefeed_connected", GAUGE, "Whether changes come in.",
-                   [Sample((), int(self.connected))]),
+            Family("cmon_proxy_changefeed_connected", GAUGE, "Whether changes are announced.",
+                   [Sample((), int(vms.follows))]),
             Family("cmon_proxy_changefeed_events_total", COUNTER, "Changes that were announced.",
-                   [Sample((), self.events)]),
+                   [Sample((), vms.events)]),
             Family("cmon_proxy_inventory_bootstraps_total", COUNTER, "How often all containers "
-                   "were read.", [Sample((), self.bootstraps)]),
+                   "were read.", [Sample((), vms.bootstraps)]),
             Family("cmon_proxy_inventory_reads_total", COUNTER, "How often one container was read.",
-                   [Sample((), self.fetched)]),
+                   [Sample((), vms.fetched)]),
+            Family("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
+                   "to read the inventory succeeded.", [Sample((), int(not vms.problem))]),
+            Family("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
+                   "inventory was last read with success.",
+                   [Sample((), self._inventory.confirmed_at if self._inventory.ready else 0)]),
             Family("cmon_proxy_account_reads_total", COUNTER, "How often an account was read.",
-                   [Sample((), self.accounts.reads)]),
+                   [Sample((), accounts.reads)]),
+            Family("cmon_proxy_account_lookups_refused_total", COUNTER, "Unknown logins that were "
+                   "not looked up, since too many were.", [Sample((), accounts.refused)]),
+            Family("cmon_proxy_snapshot_last_write_timestamp_seconds", GAUGE, "When the snapshot "
+                   "was last written; 0: never.", [Sample((), self._saved_at)]),
             Family("cmon_proxy_service_errors_total", COUNTER, "Requests to a service of Triton "
                    "that failed.", [Sample((("service", one.name),), one.errors)
-                                    for one in services]),
+                                    for one in self._services]),
         ]
 
 
@@ -4354,7 +4691,7 @@ class Proxy:
             peer.certificate = None         # the identity has it, shared by all who show the same
         if identity.refusal is not None:    # one object for all requests: not with all their traces
             raise identity.refusal.with_traceback(None)
-        account = self.directory.find(identity.login)
+        account = self.directory.find(identity.login, peer.address)
         if isinstance(account, Deferred):          # is being looked up; comes back here
             return self._after(account, action, cost, request, args)
         peer.known = False
@@ -5986,6 +6323,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
         proxy.source = TritonSource(settings, proxy, random.random,
                                     place is None or place.number == 0)
         proxy.directory = proxy.source.accounts
+        registry.caches.extend(proxy.source.accounts.caches)
     registry.collect(proxy.source.families)
     proxy.source.start()
 

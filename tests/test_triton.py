@@ -2,10 +2,14 @@
 """The proxy with VMAPI, the changefeed, CNAPI and mahi, whose stand-ins run as processes."""
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import os
 import random
 import sys
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +24,9 @@ from agents import (
     client_tls, key, proxy_config, uuid, vm)
 from cmon_agent import Backoff, Deferred, Refused, Registry, Server
 from cmon_proxy import (
-    Frames, InventorySettings, Mahi, Proxy, ServiceError, Settings, Snapshot, TlsSettings,
-    TritonSource, account_of, frame_of, make_certificate, nodes_of, public_key,
-    vm_of)
+    Accounts, Frames, Inventory, InventorySettings, Proxy, Saved, ServiceError, Settings, Snapshot,
+    SnapshotError, TlsSettings, TritonSource, VmReader, account_of, frame_of, make_certificate,
+    nodes_of, public_key, vm_of)
 from support import Answer, Program, free_port, http_get, wait_until
 
 OWNER = ("old_rsa", "rsa")
@@ -338,6 +342,27 @@ def test_ownership_that_is_too_old_is_not_believed(cloud: Cloud, tmp_path: Path)
         assert get(program, "/-/ready").status == 503
 
 
+@pytest.mark.parametrize("how", ["blind", "down"])
+def test_a_feed_that_is_up_confirms_nothing(cloud: Cloud, tmp_path: Path, how: str) -> None:
+    """The publisher's own database poll may fail while the connection stays open."""
+    with start(cloud, tmp_path, max_age=4) as program:
+        wait_until(lambda: get(program, page(WEB)).status == 200)
+        if how == "blind":              # the change is there, but nobody announces it
+            cloud.vmapi.order("put", silent=True, vms=[{"uuid": WEB, "owner_uuid": BOB}])
+            wait_until(lambda: get(program, page(WEB)).status == 404)
+            assert WEB not in listed(program)
+        else:                           # nor can it be read
+            cloud.vmapi.order("fail", status=503)
+            wait_until(lambda: get(program, page(WEB)).headers.get("x-cmon-error")
+                       == "inventory_too_old")
+            assert admin(program)["cmon_proxy_inventory_last_reload_successful"] == 0
+            assert get(program, "/-/ready").status == 503
+            cloud.vmapi.order("fail", status=0)
+            wait_until(lambda: get(program, page(WEB)).status == 200)
+        assert admin(program)["cmon_proxy_changefeed_connected"] == 1
+        assert len(cloud.vmapi.order("stats")["registrations"]) == 1
+
+
 def test_ten_thousand_vms_and_five_hundred_changes_a_second(cloud: Cloud, tmp_path: Path) -> None:
     nodes = [uuid(0x20000 + n) for n in range(200)]
     cloud.cnapi.order("servers", servers=[
@@ -362,7 +387,7 @@ def test_a_much_shorter_list_is_read_again_and_an_empty_one_not_believed(
         running: Program, cloud: Cloud) -> None:
     cloud.vmapi.order("forget", uuids=[DB, STOPPED, NAT, BOBS, uuid(50), uuid(51)])
     cloud.vmapi.order("cut")
-    running.wait_for_log("vmapi lists 1 containers where there were 7: reading again", 3)
+    running.wait_for_log("vmapi lists 1 containers where there were 7: reading again", 2)
     wait_until(lambda: set(listed(running)) == {WEB})
     cloud.vmapi.order("forget", uuids=[WEB])
     cloud.vmapi.order("cut")
@@ -405,7 +430,7 @@ def inside(cloud: Cloud, monkeypatch: Any) -> Iterator[Any]:
 def test_heartbeats_and_pings(inside: Any, cloud: Cloud) -> None:
     source, _ = inside
     wait_until(lambda: cloud.vmapi.order("stats")["heartbeats"] > 5)
-    assert source.connected
+    assert source.vms.follows
     cloud.vmapi.order("silence")            # it takes everything and says nothing more
     wait_until(lambda: len(cloud.vmapi.order("stats")["registrations"]) > 1)
 
@@ -425,19 +450,220 @@ def test_services_that_answer_nonsense_change_nothing(inside: Any, cloud: Cloud)
     for text in ("{", "{}", "7", "[7, null]", '[{"uuid": null}]'):
         for service in (cloud.vmapi, cloud.cnapi):
             service.order("nonsense", text=text)
-        errors = source._cnapi.errors, source._vmapi.errors
+        errors = [service.errors for service in source._services[:2]]
         cloud.vmapi.order("cut")
-        wait_until(lambda errors=errors: source._cnapi.errors > errors[0]  # type: ignore[misc]
-                   and source._vmapi.errors > errors[1])
+        wait_until(lambda errors=errors: all(  # type: ignore[misc]
+            service.errors > before for service, before in zip(source._services, errors)))
         assert dict(proxy.inventory.vms) == before[0]
     for service in (cloud.vmapi, cloud.cnapi):
         service.order("nonsense", text="")
-    wait_until(lambda: source.connected)
+    wait_until(lambda: source.vms.follows)
     assert set(proxy.inventory.vms) == set(before[0])
 
 
+def test_nothing_of_the_loop_is_touched_by_another_thread(
+        cloud: Cloud, monkeypatch: pytest.MonkeyPatch, inside: Any) -> None:
+    """What is read crosses over as immutable values, by calls alone."""
+    source, proxy = inside
+    watched = [proxy.inventory, source.vms, source.nodes, source.accounts, source._notices]
+    allowed = {VmReader: {"_list", "_read_all", "_fetch"}, type(source.nodes): {"_read"},
+               Accounts: {"_read"}}
+    strangers: list[str] = []
+    ours: list[int] = []
+    proxy.server.loop.call_soon(lambda: ours.append(threading.get_ident()))
+    wait_until(lambda: ours)
+
+    def guard(kind: type, handed: set[str]) -> None:
+        """Each access of an attribute that is not a job's or never changes is checked."""
+        def look(self: Any, name: str, real: Any = kind.__getattribute__) -> Any:
+            value = real(self, name)
+            if threading.get_ident() not in (ours[0], threading.main_thread().ident) and \
+                    name not in handed and isinstance(
+                        value, (dict, set, list, int, float, str, bool, cmon_proxy.Cache)):
+                strangers.append(f"{kind.__name__}.{name}")
+            return value
+        monkeypatch.setattr(kind, "__getattribute__", look)
+    for one in watched:
+        guard(type(one), allowed.get(type(one), set()) | {"_port"})
+    for number in range(30):
+        cloud.vmapi.order("put", vms=[{"uuid": WEB, "alias": f"a{number}"}])
+        proxy.server.loop.call_soon(source.accounts.find, "alice")
+        if number % 10 == 0:
+            cloud.vmapi.order("cut")
+    wait_until(lambda: proxy.inventory.vms[WEB].alias == "a29")
+    monkeypatch.undo()
+    assert not strangers
+
+
+def test_large_records_are_read_in_smaller_pages(cloud: Cloud) -> None:
+    """Metadata are left out; and where a page is still too large, it is asked for in halves."""
+    cloud.vmapi.order("put", vms=[
+        vm(uuid(0x500 + number), ALICE, customer_metadata={"x": "y" * 70_000}, alias="z" * 2000)
+        for number in range(40)])
+    service = cmon_proxy.Service("vmapi", cloud.vmapi.url, max_body=20_000)
+    pages = list(service.pages(f"/vms?state=active&fields={cmon_proxy.VM_FIELDS}", lambda _, last:
+                               "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}))))
+    found = [record["uuid"] for records in pages for record in records]
+    assert len(found) == len(set(found)) and {uuid(0x500 + n) for n in range(40)} <= set(found)
+    assert service.page_size < 10
+    service = cmon_proxy.Service("vmapi", cloud.vmapi.url, max_body=100)
+    with pytest.raises(ServiceError, match="larger than 100 bytes"):
+        list(service.pages("/vms?state=active", lambda count, last: ""))
+
+
+@pytest.mark.parametrize("pages, said", [
+    ([{"a": 1}], "does not answer with a list"), ([[7]], "does not go on"),
+    ([[{"uuid": WEB}], [{"uuid": WEB}]], "does not go on"), ([[{"uuid": None}]], "does not go on"),
+    ([[{"uuid": WEB}], [{"uuid": DB}], [{"uuid": WEB}]], "does not go on"),
+], ids=str)
+def test_a_list_that_does_not_end_is_refused(pages: list[Any], said: str) -> None:
+    service = cmon_proxy.Service("vmapi", "http://127.0.0.1:1")
+    left = iter(pages)
+    service.get = lambda *_, **__: (200, next(left))  # type: ignore[method-assign,misc]
+    with pytest.raises(ServiceError, match=said):
+        list(service.pages("/vms?x=y", lambda count, last: ""))
+
+
+class Readings:
+    """A VmReader whose jobs run when the test lets them, and answer what the test says."""
+
+    def __init__(self) -> None:
+        self.at, self.jobs, self.loop = 0.0, [], self
+        self.inventory = Inventory(self.now)
+        self.inventory.max_age = 400.0
+        self.stored: dict[str, Any] = {}
+        self.fails = False
+        self.reader = VmReader(self, self, self.inventory,  # type: ignore[arg-type]
+                               self, lambda: 0.5)  # type: ignore[arg-type]
+        self.reader._lister = self.reader._fetchers = self  # type: ignore[assignment]
+
+    def now(self) -> float:
+        return self.at
+
+    def call_soon(self, function: Any, *args: Any) -> None:
+        function(*args)
+
+    def every(self, seconds: float, function: Any) -> None:
+        self.tick = function
+
+    def submit(self, function: Any, *args: Any) -> bool:
+        self.jobs.append((function, args))
+        return True
+
+    def get(self, path: str, *_: Any) -> Any:
+        if self.fails:
+            raise ServiceError("vmapi: down", down=True)
+        record = self.stored.get(path.rpartition("/")[2])
+        return (200, record) if record else (404, None)
+
+    def pages(self, path: str, behind: Any, gentle: bool) -> Any:
+        if self.fails:
+            raise ServiceError("vmapi: down", down=True)
+        return [list(self.stored.values())]
+
+    def wrong(self, what: str) -> ServiceError:
+        return ServiceError(what)
+
+    def store(self, *vms: Any) -> None:
+        self.stored = {one["uuid"]: one for one in vms}
+
+    def go(self, job: int = 0) -> None:
+        function, args = self.jobs.pop(job)
+        function(*args)
+
+    def pass_by(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.at += 1
+            self.tick()
+
+
+@pytest.fixture()
+def readings() -> Readings:
+    made = Readings()
+    made.reader.start()
+    made.store(vm(WEB, ALICE), vm(DB, ALICE))
+    made.reader.feed_begins()
+    made.pass_by(1)
+    made.go()
+    assert set(made.inventory.vms) == {WEB, DB}
+    return made
+
+
+def test_all_are_read_again_well_within_the_time_that_they_are_believed(readings: Readings) -> None:
+    for _ in range(5):
+        before = readings.at
+        readings.pass_by(125)
+        assert len(readings.jobs) == 1 and readings.at - readings.inventory.confirmed > 100
+        readings.at = before + 130          # reading takes a while: it confirms when it began
+        readings.go()
+        assert 20 <= readings.at - readings.inventory.confirmed <= 60
+
+
+def test_a_reading_that_fails_confirms_nothing_and_is_tried_again(readings: Readings) -> None:
+    readings.fails = True
+    readings.pass_by(130)
+    assert len(readings.jobs) == 1
+    for _ in range(6):
+        readings.go()
+        assert readings.reader.problem
+        readings.pass_by(61)
+        assert len(readings.jobs) == 1
+    assert readings.inventory.refusal is not None
+    readings.fails = False
+    readings.inventory.ready = True
+    readings.go()
+    assert readings.inventory.refusal is None and not readings.reader.problem
+
+
+def test_without_a_feed_all_are_read_every_minute(readings: Readings) -> None:
+    readings.reader.feed_ends("gone")
+    readings.pass_by(61)
+    assert len(readings.jobs) == 1
+    readings.go()
+    readings.pass_by(73)
+    assert len(readings.jobs) == 1
+
+
+def test_what_is_read_singly_meanwhile_is_newer_than_the_page(readings: Readings) -> None:
+    readings.pass_by(125)
+    listing, = readings.jobs
+    old = dict(readings.stored)
+    readings.stored[WEB] = vm(WEB, BOB)
+    del readings.stored[DB]
+    readings.reader.changed(WEB)
+    readings.reader.changed(DB)
+    readings.go(1)
+    readings.go(1)
+    assert readings.inventory.vms[WEB].owner == BOB and DB not in readings.inventory.vms
+    readings.stored = old                   # as the pages had been before the changes
+    readings.go()
+    assert readings.inventory.vms[WEB].owner == BOB and DB not in readings.inventory.vms
+
+
+def test_what_was_asked_for_before_all_were_read_does_not_win_afterwards(readings: Readings
+                                                                          ) -> None:
+    readings.reader.changed(WEB)
+    slow = readings.jobs.pop()
+    function, args = slow
+    readings.pass_by(125)
+    readings.stored[WEB] = vm(WEB, BOB)
+    readings.go()
+    assert readings.inventory.vms[WEB].owner == BOB
+    readings.stored[WEB] = vm(WEB, ALICE)   # what the slow answer had seen
+    function(*args)
+    assert readings.inventory.vms[WEB].owner == BOB
+
+
+def test_vms_that_have_not_changed_keep_their_date_and_kept_answers(readings: Readings) -> None:
+    before, generation = readings.inventory.vms[WEB], readings.inventory.generation(ALICE)
+    readings.pass_by(125)
+    readings.go()
+    assert readings.inventory.vms[WEB] is before
+    assert readings.inventory.generation(ALICE) == generation
+
+
 class Clock:
-    """A server and its loop for `Mahi`: a clock, and calls that are made at once."""
+    """A server and its loop for `Accounts`: a clock, and calls that are made at once."""
 
     def __init__(self) -> None:
         self.at = 0.0
@@ -456,14 +682,18 @@ class Shelf:
     def __init__(self) -> None:
         self.account: Any = {"account": mahi_account(ALICE, "alice", "rsa")}
         self.fails = False
+        self.error: ServiceError | None = None
         self.full = False
         self.jobs: list[Any] = []
-        self.asked = 0
+        self.asked = self.requests = 0
 
     def get(self, path: str, allowed: Any = (200,), timeout: float = 0) -> Any:
         self.asked += path.startswith("/accounts")
+        self.requests += 1
         if self.fails:
-            raise ServiceError("mahi: down")
+            raise ServiceError("mahi: down", down=True)
+        if self.error is not None:
+            raise self.error
         if path.startswith("/roles"):
             return 200, {}
         return (200, self.account) if self.account else (404, None)
@@ -485,8 +715,8 @@ class Shelf:
 @pytest.fixture()
 def desk() -> Any:
     shelf, clock = Shelf(), Clock()
-    mahi = Mahi(shelf, clock)  # type: ignore[arg-type]
-    mahi._pool = shelf  # type: ignore[assignment]
+    mahi = Accounts(shelf, clock)  # type: ignore[arg-type]
+    mahi._pool = mahi._strangers = shelf  # type: ignore[assignment]
     return mahi, shelf, clock
 
 
@@ -527,9 +757,9 @@ def test_a_key_that_was_removed_is_not_believed_for_long(desk: Any) -> None:
     shelf.go()
     assert later.answer.status == 200 and mahi.find("alice") is None
     assert shelf.asked == 2
-    clock.at = 70.0
+    clock.at = 90.0
     assert mahi.find("alice") is None and shelf.asked == 2      # also what is not there is kept
-    clock.at = 72.0
+    clock.at = 122.0
     assert isinstance(mahi.find("alice"), Deferred)
 
 
@@ -565,16 +795,129 @@ def test_questions_to_mahi_are_bounded(desk: Any, monkeypatch: Any) -> None:
     with pytest.raises(Refused):
         mahi.find("alice")
     shelf.full = False
-    monkeypatch.setattr(cmon_proxy, "KEPT_ACCOUNTS", 3)
+    monkeypatch.setattr(mahi.unknown, "limit", 1000)
     for number in range(6):
         mahi.find(f"nobody{number}")
         shelf.account = None
         shelf.go()
-    assert len(mahi._known) == 3
+    assert len(mahi.unknown) == 3
     shelf.account = {"account": mahi_account(BOB, "bob", "rsa")}    # not the one that was asked for
     later = mahi.find("alice")
     shelf.go()
     assert later.answer.status == 503
+
+
+@pytest.mark.parametrize("login", ["x" * 65, "x" * 60_000, "a\nb", "\0", "a\ud800", ""])
+def test_a_login_that_nobody_can_have_is_not_asked_for(desk: Any, login: str) -> None:
+    accounts, shelf, _ = desk
+    assert accounts.find(login) is None and not shelf.jobs
+
+
+def both_known(desk: Any) -> Any:
+    accounts, shelf, clock = desk
+    first = known(desk)
+    for number, login in ((ALICE, "alice"), (BOB, "bob"), (OPERATOR, "root"), (uuid(7), "dave")):
+        shelf.account = {"account": mahi_account(number, login, "rsa")}
+        accounts.find(login)
+        shelf.go()
+    assert len(accounts.known) == 4
+    return first
+
+
+def test_what_mahi_says_to_one_login_is_of_that_login_alone(desk: Any) -> None:
+    """Every 2 s a stranger's login is answered 414; and one tenant's account cannot be read."""
+    accounts, shelf, clock = desk
+    both_known(desk)
+    clock.at = 45.0
+    for number in range(40):                        # strangers, then bob
+        clock.at += 2
+        shelf.error = ServiceError("mahi: /accounts answers 414")
+        assert isinstance(accounts.find(f"stranger{number}"), Deferred)
+        shelf.go()
+        accounts.find("bob")
+        shelf.go()
+    shelf.error, shelf.account = None, None         # alice's account is gone
+    later = accounts.find("alice")
+    shelf.go()
+    assert isinstance(later, Deferred) and accounts.find("alice") is None
+
+
+@pytest.mark.parametrize("logins, down", [
+    (("alice", "bob"), False), (("alice", "bob", "root"), True), (("x1", "x2", "x3", "x4"), False)])
+def test_mahi_is_down_when_several_known_accounts_say_so(desk: Any, logins: Any, down: bool
+                                                         ) -> None:
+    accounts, shelf, clock = desk
+    both_known(desk)
+    clock.at = 100.0
+    shelf.error = ServiceError("mahi: down", down=True)
+    for login in logins:
+        accounts.find(login)
+        shelf.go()
+    assert isinstance(accounts.find("dave"), Deferred) is not down
+
+
+def test_known_accounts_do_not_wait_behind_strangers(desk: Any) -> None:
+    accounts, shelf, clock = desk
+    both_known(desk)
+    shelf.jobs.clear()
+    accounts._pool, strangers = Shelf(), shelf
+    strangers.full = True                           # their queue is full
+    clock.at = 100.0
+    with pytest.raises(Refused):
+        accounts.find("stranger")
+    assert isinstance(accounts.find("alice"), Deferred) and len(accounts._pool.jobs) == 1
+
+
+def test_each_address_may_look_up_so_many_unknown_logins(desk: Any) -> None:
+    accounts, shelf, clock = desk
+    both_known(desk)
+    clock.at = 100.0
+    numbers = itertools.count()
+
+    def lets_in(address: str, count: int = 100) -> int:
+        admitted = 0
+        for _ in range(count):
+            try:
+                accounts.find(f"stranger{next(numbers)}", address)
+                admitted += 1
+            except Refused as refusal:
+                assert refusal.status == 503        # never 401: we do not know
+        return admitted
+    assert lets_in("10.0.0.1") == 60 and lets_in("10.0.0.1") == 0 and accounts.refused == 140
+    assert lets_in("10.0.0.2") == 60
+    assert lets_in("2001:db8::1", 50) + lets_in("2001:db8::2", 50) == 60    # one network
+    clock.at += 10
+    assert lets_in("10.0.0.1") == 10
+    assert isinstance(accounts.find("alice", "10.0.0.1"), Deferred)         # a known one
+
+
+def test_an_unknown_login_costs_as_many_requests_as_a_known_one(desk: Any) -> None:
+    accounts, shelf, _ = desk
+    counts = []
+    for account in (shelf.account, None):
+        before = shelf.requests
+        shelf.account = account
+        accounts.find("alice" if account else "nobody")
+        shelf.go()
+        counts.append(shelf.requests - before)
+    assert counts == [2, 2]
+
+
+def test_an_account_in_use_is_kept_fresh_and_one_that_is_not_is_left(desk: Any) -> None:
+    accounts, shelf, clock = desk
+    both_known(desk)
+    shelf.account = {"account": mahi_account(ALICE, "alice", "rsa")}
+    for _ in range(60):                             # a scrape each minute, looked after each 5 s
+        for _ in range(12):
+            clock.at += 5
+            accounts.keep_warm()
+            jobs = [args for _, args in shelf.jobs]
+            assert clock.at < 125 or jobs in ([], [("alice",)])
+            shelf.jobs = [job for job in shelf.jobs if job[1] == ("alice",)]
+            for login in ("bob", "root", "dave"):
+                accounts._asking.pop(login, None)
+            shelf.go()
+        assert accounts.find("alice").login == "alice"      # nobody waits
 
 
 # the parts, without processes
@@ -593,7 +936,7 @@ def test_no_account(record: Any) -> None:
 
 def test_account_without_keys_and_groups() -> None:
     found = account_of({"account": {"uuid": ALICE, "login": "a"}}, {"u": None, "v": {"keys": 7}})
-    assert found is not None and not found.keys and not found.operator and found.approved
+    assert found is not None and not found.keys and not found.operator and not found.approved
     found = account_of({"account": {"uuid": ALICE, "login": "a", "approved_for_provisioning": False,
                                     "isOperator": True, "keys": {"a": "junk", "b": key("rsa")}}}, 7)
     assert found is not None and len(found.keys) == 1 and found.operator and not found.approved
@@ -641,11 +984,77 @@ def test_snapshots_read_back_what_was_written(tmp_path: Path) -> None:
     nodes = list(nodes_of([{"uuid": NODE_1, "sysinfo": sysinfo("10.0.0.1")}, {"uuid": NODE_2}],
                           9163).values())
     snapshot = Snapshot(tmp_path / "s")
-    snapshot.write([one], nodes, OPERATOR, [(who, 5.0)], 12.0)
-    vms, found, manta, accounts, at = snapshot.read()
-    assert (vms, found, manta, at) == ([one], nodes, OPERATOR, 12.0)
-    assert accounts[0][0] == who and 5 <= accounts[0][1] < 60
+    saved = Saved((one,), tuple(nodes), OPERATOR, ((who, 5.0),), 12.0)
+    snapshot.write(saved)
+    found = snapshot.read()
+    assert found[:3] == saved[:3] and found.confirmed_at == 12.0
+    assert found.accounts[0][0] == who and 5 <= found.accounts[0][1] < 60
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    for body in (b"[]", b"{}", b'{"format":2}', b'{"format":1,"vms":7}', b"7", b"[" * 100_000,
+                 json.dumps({"format": 1, "vms": [], "nodes": [], "accounts": [],
+                             "manta_owner": "", "confirmed_at": 1e300}).encode()):
+        (tmp_path / "s").write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        with pytest.raises(SnapshotError):
+            snapshot.read()
     for content in (b"", b"x\ny", b"[]"):
         (tmp_path / "s").write_bytes(content)
-        with pytest.raises(ValueError):
+        with pytest.raises(SnapshotError, match="checksum"):
             snapshot.read()
+
+
+@pytest.fixture()
+def saved(tmp_path: Path) -> Any:
+    """A folder with a snapshot as the proxy makes it."""
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o700)
+    who = account_of({"account": mahi_account(ALICE, "mallory", "rsa", isOperator=True)}, None)
+    assert who is not None
+    content = Saved((), (), OPERATOR, ((who, 5.0),), 12.0)
+    Snapshot(folder / "s").write(content)
+    return folder, content
+
+
+@pytest.mark.parametrize("attack, said", [
+    (lambda folder: (folder / "s").chmod(0o666), r"/s can be written by others \(mode 666\)"),
+    (lambda folder: (folder / "s").chmod(0o620), "can be written by others"),
+    (lambda folder: os.chown(folder / "s", 65534, -1), "/s belongs to uid 65534, not to this user"),
+    (lambda folder: os.chown(folder, 65534, -1), "/folder belongs to uid 65534"),
+    (lambda folder: folder.chmod(0o777), "/folder can be written by others"),
+    (lambda folder: folder.chmod(0o1777), "/folder can be written by others"),
+    (lambda folder: (folder / "s").rename(folder / "t") and (folder / "s").symlink_to("t"),
+     "Too many levels of symbolic links"),
+    (lambda folder: (folder / "s").unlink() or os.mkfifo(folder / "s"), "is no file"),
+], ids=["666", "620", "chown", "chown folder", "777", "sticky", "symlink", "fifo"])
+def test_a_snapshot_that_somebody_else_could_have_written_is_refused(
+        saved: Any, attack: Any, said: str) -> None:
+    folder, content = saved
+    attack(folder)
+    with pytest.raises((SnapshotError, OSError), match=said):
+        Snapshot(folder / "s").read()
+    if said.startswith("/folder"):          # nor is one written there
+        with pytest.raises(SnapshotError, match=said):
+            Snapshot(folder / "s").write(content)
+
+
+@pytest.mark.parametrize("name", ["s", "s.new"])
+def test_writing_a_snapshot_follows_no_symlink(saved: Any, name: str, tmp_path: Path) -> None:
+    folder, content = saved
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / "s").unlink()
+    (folder / name).symlink_to(victim)
+    Snapshot(folder / "s").write(content)
+    assert victim.read_text() == "precious" and not (folder / "s").is_symlink()
+    assert Snapshot(folder / "s").read().manta_owner == OPERATOR
+
+
+def test_a_proxy_says_that_it_does_not_use_a_foreign_snapshot(cloud: Cloud, tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with start(cloud, tmp_path, snapshot="open/state.json") as program:
+        assert "the snapshot is not used: " in program.log
+        program.wait_for_log("the snapshot cannot be written: .*/open can be written by others")
+        wait_until(lambda: get(program, "/-/ready").status == 200)
+        assert admin(program)["cmon_proxy_snapshot_last_write_timestamp_seconds"] == 0

@@ -272,7 +272,11 @@ def vmapi(state: State, path: str, query: dict[str, str]) -> Reply:
         vms = [vm for vm in vms if vm["uuid"] < marker]
     else:
         vms = vms[int(query.get("offset", 0)):]
-    return 200, vms[:limit]
+    vms = vms[:limit]
+    if "fields" in query:
+        fields = query["fields"].split(",")
+        vms = [{name: vm[name] for name in fields if name in vm} for vm in vms]
+    return 200, vms
 
 
 def cnapi(state: State, path: str, query: dict[str, str]) -> Reply:
