@@ -2320,6 +2320,13 @@ class Accounts:
         self._asking[login].append(later)
         return later
 
+    def recall(self, login: str, default: Account) -> Account | None:
+        """The account as it is known now, without waiting; `default` where nothing is known."""
+        known = self.known.get(login)
+        if known is not None:
+            return known.account
+        return None if self.unknown.get(login) is not None else default
+
     def keep_warm(self) -> None:
         """Every few seconds: read accounts again that are in use and not fresh any more."""
         now = self._loop.now()
