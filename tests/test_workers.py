@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,58 @@ def test_a_dead_worker_is_replaced(folder: Path) -> None:
         wait_until(lambda: len(children(program)) == 2 and ready(program))
         assert get(program).status == 200
         assert admin(program)["cmon_proxy_worker_restarts_total"] == 1
+
+
+def test_a_worker_killed_under_load_takes_nobody_along_and_revocation_holds_everywhere(
+        folder: Path) -> None:
+    with proxy(folder, workers=2) as program:
+        wait_until(lambda: ready(program))
+        over = threading.Event()
+        answers: list[tuple[float, int]] = []
+        broken: list[float] = []
+
+        def ask() -> None:
+            while not over.is_set():
+                try:
+                    status = get(program).status
+                except OSError:
+                    broken.append(time.monotonic())
+                else:
+                    answers.append((time.monotonic(), status))
+        # kept connections, some of them to the worker that stays
+        kept = [Connection(program.address, client_tls(*TLS_OF_OWNER)) for _ in range(12)]
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+
+        def alive(connection: Connection) -> bool:
+            try:
+                return connection.request(f"/v1/{WEB}/metrics", {"Host": "cmon.test"}).status == 200
+            except OSError:
+                return False
+        assert all(map(alive, kept))
+        wait_until(lambda: len(answers) > 50)
+        os.kill(children(program)[0], signal.SIGKILL)
+        before = len(answers)
+        lost = sum(not alive(connection) for connection in kept)
+        wait_until(lambda: len(answers) > before + 50)          # others go on
+        program.wait_for_log("has ended with -9")
+        wait_until(lambda: len(children(program)) == 2 and ready(program))
+        assert {status for _, status in answers} == {200}
+        assert lost < len(kept) and len(broken) <= len(threads) + 2
+        content = inventory("127.0.0.1:1")
+        content["accounts"][0]["keys"] = []
+        written = time.monotonic()
+        write_inventory(folder, content)
+        wait_until(lambda: [status for _, status in answers[-60:]] == [401] * 60)
+        over.set()
+        for thread in threads:
+            thread.join()
+        for connection in kept:
+            connection.close()
+        last = max(at for at, status in answers if status != 401)
+        # 3 s are promised; more only where this machine stands still
+        assert last - written < 10, last - written
 
 
 def test_workers_reread_settings_and_end_with_the_first_process(folder: Path) -> None:
