@@ -12,8 +12,9 @@ cd "$(dirname "$0")/.."
 ROOT=$(pwd)
 ENVS=${CMON_TEST_ENVS:-$ROOT/.test-envs}    # virtual environments, one for each Python
 COVERAGE_LEAST=95
-PACKAGES="ca-certificates chromium curl dnsmasq-base gcc iproute2 libc6-dev libxml2-utils mount
-libnss3-tools nginx-light openssh-client openssl procps prometheus python3-venv victoria-metrics"
+PACKAGES="ca-certificates chromium collectd-core curl dnsmasq-base gcc graphite-carbon influxdb
+iproute2 libc6-dev libxml2-utils mount libnss3-tools nginx-light openssh-client openssl procps
+prometheus python3-venv rsyslog rsyslog-gnutls victoria-metrics"
 
 say() { printf '\n=== %s\n' "$*"; }
 
