@@ -1527,6 +1527,8 @@ def dashboard(arguments: argparse.Namespace) -> int:
 
 LOOPBACK = "127.0.0.1"
 SUFFIX = "demo.localhost"       # OpenSSL takes no wildcard right below a top-level name
+SILENT_NODE = "5a5a5a5a-0008-4000-8000-00000000cafe"
+SILENT_VM = "5a5a5a5a-0008-4000-8000-000000000001"
 START_SECONDS = 30.0            # for a child to listen: a small machine may compile for ten
 STOP_SECONDS = 5.0
 
@@ -1540,6 +1542,10 @@ class Program:
             # in a session of its own, so that Ctrl-C reaches us alone and we stop it in order
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink,
                                              stderr=sink, start_new_session=True)
+        # its end of the pipe closes with us, also when we are killed: then it ends the program
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", f"read -r _; kill {self._process.pid}"], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def port(self) -> int:
         """The port it listens on, as it says itself."""
@@ -1567,6 +1573,8 @@ class Program:
 
     def stop(self) -> None:
         """End it, by force when it does not."""
+        self._guard.kill()
+        self._guard.communicate()
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -1598,9 +1606,13 @@ class Demo:
         except (OSError, CertificateError) as error:
             raise Failure("the demo makes certificates with the OpenSSL of this Python, and "
                           f"cannot: {error}") from None
-        self.agent_port = self._run("agent", ["-I"], "--replay", str(recording))
+        recorded = json.loads(recording.read_text("utf-8"))
+        recorded["load"] = json.loads(example("load.json").read_text("utf-8"))
+        self._write("node.json", json.dumps(recorded).encode())
+        self.agent_port = self._run("agent", ["-I"], "--replay", str(self.folder / "node.json"))
         for server in self.inventory["servers"]:        # one agent plays all the nodes
             server["admin_ip"] = f"{LOOPBACK}:{self.agent_port}"
+        self._add_silent_node()
         self._write("inventory.json", json.dumps(self.inventory, indent=2).encode())
         self._write("proxy.json", json.dumps({
             "tls": {"certificate": "server-cert.pem", "key": "server-key.pem"},
@@ -1609,6 +1621,17 @@ class Demo:
             "agent": {"port": self.agent_port},
         }, indent=2).encode())
         self.proxy_port = self._run("proxy", ["-sE"], "--config", str(self.folder / "proxy.json"))
+
+    def _add_silent_node(self) -> None:
+        """A compute node that does not answer, with a container of the last ordinary account."""
+        owner = [account for account in self.inventory["accounts"]
+                 if not account.get("operator")][-1]["uuid"]
+        mine = next(vm for vm in self.inventory["vms"] if vm["owner_uuid"] == owner)
+        self.inventory["servers"].append({"uuid": SILENT_NODE, "hostname": "cn08",
+                                          "admin_ip": f"{LOOPBACK}:1"})
+        self.inventory["vms"].append({
+            **mine, "uuid": SILENT_VM, "alias": "reports", "server_uuid": SILENT_NODE,
+            "state": "running"})
 
     def stop(self) -> None:
         """End both programs."""
@@ -1636,6 +1659,12 @@ class Demo:
         """A command that asks the proxy as this account, from any shell on this machine."""
         flags = self.credentials(login, ("--cacert", "--cert", "--key"))
         return f"{curl} {flags} --connect-to ::{LOOPBACK}: {url}"
+
+    def bundle(self, login: str) -> str:
+        """A command that makes what a browser imports."""
+        cert, key, bundle = (shlex.quote(str(self.folder / f"{login}{end}"))
+                             for end in ("-cert.pem", "-key.pem", ".p12"))
+        return f"openssl pkcs12 -export -passout pass: --in {cert} --inkey {key} --out {bundle}"
 
     def prometheus_yml(self, login: str) -> str:
         """A configuration for Prometheus on this machine, with no name to resolve but localhost."""
@@ -1745,7 +1774,8 @@ def demo(arguments: argparse.Namespace) -> int:
         running.start()
         show(running)
         if arguments.once:
-            print("All of it works. Without --once it stays up, so that you can repeat the steps.")
+            print("All of it works. Its files are gone now; without --once everything stays up "
+                  "until\nCtrl-C, so that you can repeat the steps.")
             return 0
         print("Everything runs until Ctrl-C.", flush=True)
         while True:
@@ -1774,11 +1804,21 @@ def show(running: Demo) -> None:
         print(f"{emphasis(f'{len(steps)}. {title}')}\n\n{wrapped(command)}\n")
         print("".join(f"    {line}\n" for line in result), end="\n" if result else "", flush=True)
 
+    run = sum(vm["state"] == "running" for vm in vms)
     print(f"""
-Container Monitor on one machine: a recorded compute node with {len(vms)} zones of
-{len(running.inventory["accounts"])} accounts, its agent, and the proxy in front of it. \
-Each step below has just
-been done; its command repeats it from any shell.
+Container Monitor on one machine: an agent that replays a recorded compute node, {len(vms)} zones
+of {len(running.inventory["accounts"])} accounts ({run} running), and the proxy in front of it.
+
+    {base}/
+
+is the page for people. A browser needs {login}'s certificate: make {login}.p12 as below, import it
+(Firefox: Settings, Certificates, Your Certificates; Chrome: Settings, Security, Manage
+certificates), and accept the demo's CA. Within minutes db01 reaches its CPU cap, web02 runs out
+of memory and lb01 loses packets; the page of carol has a container on a silent compute node.
+
+    {wrapped(running.bundle(login)).strip()}
+
+Each step below has just been done; its command repeats it from any shell.
 """)
     _, containers = proxy.containers()
     if mine["uuid"] not in [container.uuid for container in containers]:
@@ -1809,7 +1849,7 @@ been done; its command repeats it from any shell.
          f"--url {base} {flags}", [])
     step("and a Prometheus, if there is one; see http://127.0.0.1:9090/targets then",
          f"prometheus --config.file={shlex.quote(str(config))} "
-         f"--storage.tsdb.path={shlex.quote(str(running.folder / 'prometheus'))} "
+         f"--storage.tsdb.path={shlex.quote(str(running.folder.parent / 'cmon-prometheus'))} "
          "--web.listen-address=127.0.0.1:9090", [])
     proxy.close()
 

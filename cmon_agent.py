@@ -1650,11 +1650,43 @@ class _Frame(NamedTuple):
     vms: list[Any]
 
 
+class Course(NamedTuple):
+    """How one member of a kstat moves, in place of or on top of the frames; straight lines between
+    points, again from the start at the end. A counter's values are its growth in a second."""
+    times: tuple[float, ...]                # seconds, from 0
+    values: tuple[float, ...]
+    sums: tuple[float, ...]                 # growth up to each point
+
+    @classmethod
+    def of(cls, points: Sequence[Sequence[float]]) -> Course:
+        """From [seconds, value] pairs; raises ValueError."""
+        times = tuple(float(point[0]) for point in points)
+        values = tuple(float(point[1]) for point in points)
+        if len(times) < 2 or times[0] != 0 or list(times) != sorted(set(times)):
+            raise ValueError("the times of a load's points must ascend from 0")
+        sums = [0.0]
+        for index in range(1, len(times)):
+            sums.append(sums[-1] + (values[index] + values[index - 1]) / 2
+                        * (times[index] - times[index - 1]))
+        return cls(times, values, tuple(sums))
+
+    def at(self, seconds: float) -> tuple[float, float]:
+        """The value, and the growth since the start."""
+        loops, rest = divmod(seconds, self.times[-1])
+        index = bisect.bisect_right(self.times, rest) - 1
+        begin, first = self.times[index], self.values[index]
+        slope = (self.values[index + 1] - first) / (self.times[index + 1] - begin)
+        value = first + slope * (rest - begin)
+        return value, (loops * self.sums[-1] + self.sums[index]
+                       + (first + value) / 2 * (rest - begin))
+
+
 class Recording:
     """A capture: frames that are played in a loop, with time moved to now.
 
     Members that count go on growing from loop to loop, by what they grew from the first frame to
-    the last (scaled to the loop's length), so that rates are right across the seam.
+    the last (scaled to the loop's length), so that rates are right across the seam. A capture with
+    a `load` (see Course) also moves smoothly between its frames: the demo's does.
     """
 
     def __init__(self, path: str, now: Callable[[], float] = time.monotonic) -> None:
@@ -1667,6 +1699,11 @@ class Recording:
             frames = content["frames"]
             first = float(frames[0]["at"])
             self.frames = [self._frame(frame, first) for frame in frames]
+            self._load: dict[str, dict[str, Course]] = {}
+            for row in content.get("load", ()):
+                key = f"{row['module']}:{row['instance']}:{row['name']}"
+                self._load.setdefault(key, {})[str(row["member"])] = Course.of(row["points"])
+            self._keys = [dict(self._keyed(frame)) for frame in self.frames if self._load]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"{path}: not a capture of `cmon_agent.py capture`: "
                               + (f"{error} is missing" if isinstance(error, KeyError) else
@@ -1717,7 +1754,14 @@ class Recording:
     def kstat(self, ref: Ref, frame: int, loop: int) -> Kstat:
         """A kstat of a frame, as it is in this loop."""
         kstat = self.frames[frame].kstats[ref.address]
-        data = dict(kstat.data)
+        data = self._in_loop(kstat, loop)
+        if self._load:
+            self._move(ref, data, frame, loop)
+        return pack(ref, kstat.snaptime, data)
+
+    def _in_loop(self, kstat: RecordedKstat, loop: int) -> dict[str, Any]:
+        """A kstat's data with what the loops before have added."""
+        data, ref = dict(kstat.data), kstat.ref
         first, last = (ends.get((str(ref), ref.crtime)) for ends in self._ends)
         for member, value in data.items():
             if member == "boot_time" and isinstance(value, int):
@@ -1727,7 +1771,25 @@ class Recording:
                 ends = (first.data.get(member), last.data.get(member))
                 if isinstance(ends[0], int) and isinstance(ends[1], int):
                     data[member] = value + int(loop * max(ends[1] - ends[0], 0) * self._stretch)
-        return pack(ref, kstat.snaptime, data)
+        return data
+
+    def _move(self, ref: Ref, data: dict[str, Any], frame: int, loop: int) -> None:
+        """Move data between its frame and the next, and as the load says."""
+        elapsed = max(self._now() - self._began, 0.0)
+        last = frame + 1 == len(self.frames)
+        gap = (self._period if last else self._starts[frame + 1]) - self._starts[frame]
+        share = min((elapsed - loop * self._period - self._starts[frame]) / gap, 1.0)
+        later = self._keys[0 if last else frame + 1].get((str(ref), ref.crtime))
+        ends = self._in_loop(later, loop + last) if later is not None else {}
+        for member, value in data.items():
+            end = ends.get(member)
+            if (ref.module, member) in COUNTER_MEMBERS and isinstance(value, int) \
+                    and isinstance(end, int) and end > value:
+                data[member] = value + int((end - value) * share)
+        for member, course in self._load.get(str(ref), {}).items():
+            level, grown = course.at(elapsed)
+            data[member] = int(data[member] + grown if (ref.module, member) in COUNTER_MEMBERS
+                               else level)
 
 
 class RecordedHandle:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""Makes node.json, one believable compute node, and the inventory that goes with it.
+"""Makes node.json, one believable compute node, the inventory that goes with it, and load.json, an
+hour of its life.
 
-    python3 examples/make_node.py            rewrites examples/node.json and examples/inventory.json
+    python3 examples/make_node.py            rewrites node.json, inventory.json and load.json here
 
 Everything is invented and seeded: the same files come out each time. The node has 8 CPUs, 64 GiB,
 one pool, zones of three tenants and of the data center itself, of brands joyent (SmartOS), lx and
@@ -700,6 +701,53 @@ def capture() -> dict[str, Any]:
          "commands": node.commands(frame), "vms": node.vms()} for frame in range(FRAMES)]}
 
 
+def load() -> list[dict[str, Any]]:
+    """An hour in the zones' life for the demo: busy and quiet times for all; db01 runs into its CPU
+    cap, web02 leaks memory until nothing is left and is restarted, lb01 loses packets.
+
+    A row is a member of a kstat and points of [seconds, value]: of a gauge the value, of a counter
+    what it grows by in a second, beyond what it grows by in the frames.
+    """
+    Node()                                          # gives the zones their ids
+    rows: list[dict[str, Any]] = []
+    named = {zone.alias: zone for zone in ZONES}
+
+    def move(module: str, instance: int, name: str, member: str, *points: tuple[int, float]
+             ) -> None:
+        rows.append({"module": module, "instance": instance, "name": name[:30], "member": member,
+                     "points": [[at, round(value)] for at, value in points]})
+
+    for zone in ZONES:
+        if not zone.running or not zone.cpu_cap:
+            continue
+        dice = random.Random(f"{SEED}/load/{zone.alias}")
+        usual = 0.8 * zone.busy * max(zone.cpu_cap, 100)    # as the frames have it, per cent
+        room = max(0.85 * zone.cpu_cap - usual, 0)
+        extra = [(at, room * dice.random() ** 2) for at in range(0, 3600, 300)]
+        if zone.alias == "db01":
+            full = zone.cpu_cap - usual
+            extra = [(0, 60), (20, full), (2900, full), (3000, 60)]
+            move("caps", zone.id, f"cpucaps_zone_{zone.id}", "nwait", (0, 0), (20, 7), (2900, 9),
+                 (3000, 0), (3600, 0))
+            move("zones", zone.id, zone.uuid, "nsec_waitrq", (0, 0), (20, 9e8), (2900, 1.4e9),
+                 (3000, 0), (3600, 0))
+        extra.append((3600, extra[0][1]))
+        move("caps", zone.id, f"cpucaps_zone_{zone.id}", "usage",
+             *((at, usual + more) for at, more in extra))
+        move("zones", zone.id, zone.uuid, "nsec_user", *((at, more * 1e7) for at, more in extra))
+    leak, cap = named["web02"], named["web02"].memory * MIB
+    move("memory_cap", leak.id, leak.uuid, "rss", (0, cap * 0.88), (60, cap * 0.96),
+         (180, cap * 0.998), (2700, cap * 0.999), (2715, cap * 0.35), (3600, cap * 0.88))
+    move("memory_cap", leak.id, leak.uuid, "anon_alloc_fail", (0, 0), (170, 0), (180, 4),
+         (2700, 12), (2705, 0), (3600, 0))
+    lossy = named["lb01"]
+    move("link", 0, f"z{lossy.id}_net0", "norcvbuf", (0, 20), (600, 45), (1500, 12), (2500, 60),
+         (3600, 20))
+    move("tcp", lossy.id, "tcp", "retransSegs", (0, 40), (600, 90), (1500, 25), (2500, 120),
+         (3600, 40))
+    return rows
+
+
 def inventory(recorded: dict[str, Any]) -> dict[str, Any]:
     """What a proxy has to know of it; the accounts' keys are left for the owner to fill in."""
     return {
@@ -713,10 +761,12 @@ def inventory(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write both files beside this one, or into the folder given."""
+    """Write the files beside this one, or into the folder given."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     recorded = capture()
     (folder / "node.json").write_text(spread(recorded))
+    (folder / "load.json").write_text(
+        "[\n" + ",\n".join(map(json.dumps, load())) + "\n]\n")
     (folder / "inventory.json").write_text(json.dumps(inventory(recorded), indent=2) + "\n")
     return 0
 

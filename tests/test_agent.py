@@ -20,7 +20,8 @@ import pytest
 from nodes import (
     LB01, SPARK01, STOPPED, WEB01, Clock, Desk, Machine, Vminfod, collectors, down, steady,
     value)
-from support import NODE, ROOT, Connection, Kernel, Program, http_get, node, samples, wait_until
+from support import (
+    EXAMPLES, NODE, ROOT, Connection, Kernel, Program, http_get, node, samples, wait_until)
 
 import cmon_agent as agent
 
@@ -449,6 +450,48 @@ def test_counters_keep_growing_across_the_seam(tmp_path: Path, frames: int) -> N
         assert len(busy) > 5
         for steps in busy:              # at the seam they grow about as much as elsewhere
             assert max(steps) < 20 * (sum(steps) / len(steps)), steps
+
+
+def test_a_load_moves_gauges_and_adds_to_counters_from_second_to_second(tmp_path: Path) -> None:
+    content = node()
+    content["load"] = json.loads((EXAMPLES / "load.json").read_text())
+    path = tmp_path / "capture.json"
+    path.write_text(json.dumps(content))
+    clock = Clock()
+    recording = agent.Recording(str(path), clock)
+    keys = {(row["module"], row["instance"], row["name"], row["member"]): row["points"]
+            for row in content["load"]}
+    before: dict[Any, Any] = {}
+    steady = set()
+    began = clock.at
+    for second in [*range(0, 100), 2699, 2701, 3599, 3600, 3601, 7200]:
+        clock.at = began + second
+        loop, place = recording.place()
+        for ref in [kstat.ref for kstat in recording.frames[place].kstats]:
+            if not any(key[:3] == (ref.module, ref.instance, ref.name) for key in keys):
+                continue
+            for member, number in recording.kstat(ref, place, loop).data.items():
+                key = (ref.module, ref.instance, ref.name, member)
+                if key not in keys:
+                    continue
+                if key[::3] in agent.COUNTER_MEMBERS:
+                    assert number >= before.get(key, 0), (second, key)
+                    if 0 < second < 100 and number == before[key]:
+                        steady.add(key)
+                elif second % 3600 == 0:
+                    assert number == keys[key][0][1], key
+                before[key] = number
+    assert {key for key in steady if key[3] == "nsec_user"} == set()
+    assert set(before) == set(keys), "the load is of kstats that the node has"
+
+
+@pytest.mark.parametrize("points", [[], [[0, 1]], [[1, 1], [2, 1]], [[0, 1], [0, 2]], [["x", 1]]])
+def test_a_load_that_makes_no_sense_is_refused(points: Any, tmp_path: Path) -> None:
+    path = tmp_path / "capture.json"
+    path.write_text(json.dumps({**node(), "load": [
+        {"module": "caps", "instance": 1, "name": "x", "member": "usage", "points": points}]}))
+    with pytest.raises(agent.ConfigError, match="not a capture"):
+        agent.Recording(str(path), Clock())
 
 
 def test_a_replay_has_the_time_of_now(replay: Program) -> None:

@@ -689,6 +689,50 @@ def test_demo_says_which_child_died(name: str, tmp_path: Path, start_demo: Any) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_demo_that_is_killed_takes_its_children_along(start_demo: Any) -> None:
+    program = start_demo()
+    children = demo_children(program)
+    assert sorted(children) == ["agent", "proxy"]
+    program.kill()
+
+    def gone() -> bool:
+        for pid in children.values():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                continue
+            state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE,
+                                   universal_newlines=True).stdout
+            if not state.startswith("Z"):       # in a container nobody may reap the orphan
+                return False
+        return True
+    wait_until(gone)
+
+
+def test_demo_begins_with_the_page_and_its_certificate(running: Running, tmp_path: Path) -> None:
+    output = running.program.output
+    assert re.search(r"(?m)^    https://localhost:\d+/$", output)
+    assert "17 zones\nof 4 accounts (16 running)" in output
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    command = re.findall(r"(?m)^    (openssl (?:.*\\\n)*.*)$", output)[0]
+    done = paste(command)
+    assert (done.returncode, done.stderr) == (0, "")
+    bundle = Path(shlex.split(command.replace("\\\n", " "))[-1])
+    assert bundle.stat().st_size > 500
+
+
+def test_demo_keeps_no_file_that_a_running_prometheus_needs(running: Running) -> None:
+    command, = [command for command in running.commands if command.startswith("prometheus")]
+    words = shlex.split(command.replace("\\\n", " "))
+    config, storage = (word.partition("=")[2] for word in words[1:3])
+    assert Path(config).parent not in Path(storage).parents
+
+
+def test_demo_once_says_that_its_files_are_gone() -> None:
+    assert "Its files are gone now" in run("demo", "--once").stdout
+
+
 @pytest.mark.parametrize("name", ["agent", "proxy"])
 def test_demo_says_which_port_is_taken(name: str) -> None:
     before = temporary_folders()
@@ -722,7 +766,7 @@ def copy(tmp_path: Path) -> Callable[..., "Done[str]"]:
     return go
 
 
-@pytest.mark.parametrize("name", ["node.json", "inventory.json"])
+@pytest.mark.parametrize("name", ["node.json", "inventory.json", "load.json"])
 def test_demo_without_examples(name: str, copy: Any) -> None:
     one_line(copy(lambda folder: (folder / "examples" / name).unlink()), 1,
              f"examples/{name} is missing: run cmon.py in a copy of the whole project")

@@ -19,7 +19,7 @@ COUNTERS = {"nsec_user", "nsec_sys", "nsec_waitrq", "nread", "nwritten", "reads"
 
 def test_files_are_what_the_script_makes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, EXAMPLES / "make_node.py", tmp_path], check=True)
-    for name in ("node.json", "inventory.json"):
+    for name in ("node.json", "inventory.json", "load.json"):
         assert (tmp_path / name).read_bytes() == (EXAMPLES / name).read_bytes(), name
     assert NODE.stat().st_size < 1_000_000
 
