@@ -4,6 +4,7 @@
 
     cmon.py discover [--groups A,B] [--json]    containers of an account, as the proxy lists them
     cmon.py monitor NAME|UUID [--use]           the page of metrics of one of them, or a table
+    cmon.py check NAME EXPR,WARN,CRIT           a plugin for Nagios and Icinga
     cmon.py certgen --account LOGIN --ssh-key FILE
                                                 a certificate for the proxy
     cmon.py rules | dashboard [NAME]            what to load into Prometheus and Grafana
@@ -20,6 +21,7 @@ Map (`grep '^# ---'`):
     figures
     monitor
     recordings
+    check
     discover
     certificates
     rules and dashboards
@@ -35,6 +37,7 @@ import errno
 import functools
 import getpass
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -55,6 +58,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Union
 
@@ -64,9 +68,9 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
-        COUNTER, GAUGE, MAX_BODY, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Client,
-        ClientError, ClientResponse, ExpositionError, Labels, Number, Sample, Use, __version__,
-        metadata, number, parse)
+        COUNTER, GAUGE, MAX_BODY, SUFFIXES, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID,
+        Client, ClientError, ClientResponse, ExpositionError, Labels, Number, Sample, Use,
+        __version__, metadata, number, parse, render)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
 
@@ -112,7 +116,10 @@ class Proxy:
 
     def page(self, path: str) -> bytes:
         """The body of a 200; any other answer is a failure, in the proxy's own words."""
-        answer = self.get(path)
+        return self.checked(self.get(path))
+
+    def checked(self, answer: ClientResponse) -> bytes:
+        """The same for an answer that is already here."""
         if answer.status != 200:
             words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
             raise Failure(f"{urllib.parse.urlsplit(self.url).netloc} says {answer.status}: {words}")
@@ -396,7 +403,8 @@ def amount(value: Number | None, unit: str) -> str:
         return brief(quotient(value, 10 ** 9))
     if unit == "share":
         return f"{quotient(value, 1) * 100:.1f} %"
-    shown = {"percent": " %", "seconds": " s", "milliseconds": " ms", "ppm": " ppm"}.get(unit, "")
+    shown = {"percent": " %", "seconds": " s", "milliseconds": " ms", "ppm": " ppm",
+             "days": " days"}.get(unit, "")
     whole = unit == "seconds" and isinstance(value, int) and not rate
     return (str(value) if whole else brief(value)) + shown + rate
 
@@ -453,7 +461,7 @@ class Painter:
 
 # --- figures --------------------------------------------------------------------------------------
 
-LEAST_SPAN = 0.2                # seconds; closer readings are one reading, answered twice
+LEAST_SPAN = 0.05               # seconds; closer readings are one reading, answered twice
 OLDEST_COPY = 60.0              # seconds that another proxy's copy may be older than the last page
 _METRIC = r'[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})?'
 _OPERAND = rf"rate\(\s*{_METRIC}\s*\)|{_METRIC}"
@@ -489,47 +497,53 @@ class Figures:
         self.page = page
         self.values: dict[str, dict[Labels, Number]] = {}
         self.rates: dict[str, dict[Labels, float]] = {}
-        self.counters: list[str] = []
+        self.kinds: dict[str, str] = {}     # of a sample's name: with its suffix
         try:
-            families = parse(page.body.decode())
+            self.families = parse(page.body.decode())
         except (ExpositionError, UnicodeDecodeError) as error:
             raise Failure(f"the page of {page.alias} is not in Prometheus' text format: "
                           + printable(str(error))) from None
-        for family in families:
+        for family in self.families:
             for sample in family.samples:
                 name = family.name + sample.suffix
-                if name not in self.values:
-                    self.values[name] = {}
-                    if family.kind != GAUGE:
-                        self.counters.append(name)
-                self.values[name][tuple(sorted(sample.labels))] = sample.value
+                self.kinds[name] = family.kind
+                self.values.setdefault(name, {})[tuple(sorted(sample.labels))] = sample.value
         self.ages = {labels[0][1]: age for labels, age in self.values.get(
             "cmon_sample_age_seconds", {}).items() if labels}
         clock = self.values.get("time_of_day", {}).get(())
-        self.node_clock = clock is not None
-        now = page.at if clock is None else quotient(clock, 1000) + self.ages.get("time", 0)
-        self.taken = {collector: now - age for collector, age in self.ages.items()}
-        self.taken[""] = now
-        if before is not None and before.node_clock == self.node_clock:
+        self.now = page.at if clock is None else quotient(clock, 1000) + self.ages.get("time", 0)
+        self.taken = {"": self.now, **{collector: self.now - age
+                                       for collector, age in self.ages.items()}}
+        if before is not None:
             self._compare(before)
 
     def _compare(self, before: Figures) -> None:
-        spans = {collector: taken - before.taken.get(collector, before.taken[""])
-                 for collector, taken in self.taken.items()}
+        ours = self.page.at - before.page.at
+        if self.now - before.now >= ours / 2 - 1:
+            spans = {collector: taken - before.taken.get(collector, before.now)
+                     for collector, taken in self.taken.items()}
+        else:       # the node's clock stands still or was set back
+            spans = dict.fromkeys(self.taken, ours)
         for collector, span in spans.items():
             if -OLDEST_COPY < span < LEAST_SPAN:
-                self.taken[collector] = before.taken.get(collector, before.taken[""])
-        for name in self.counters:
-            span = spans[self.collector(name)]
+                self.taken[collector] = before.taken.get(collector, before.now)
+        for name in self.counters():
+            span, values = spans[self.collector(name)], self.values[name]
+            earlier = before.values.get(name, {})
+            if span < LEAST_SPAN and values != earlier:
+                span = ours         # it was read again, whatever the page says
             if span < LEAST_SPAN:
                 if name in before.rates and span > -OLDEST_COPY:
                     self.rates[name] = before.rates[name]
                 continue
-            earlier = before.values.get(name, {})
             self.rates[name] = {
                 labels: quotient(value - earlier[labels] if value >= earlier[labels] else value,
                                  span)
-                for labels, value in self.values[name].items() if labels in earlier}
+                for labels, value in values.items() if labels in earlier}
+
+    def counters(self) -> list[str]:
+        """The names of all that is no gauge."""
+        return [name for name, kind in self.kinds.items() if kind != GAUGE]
 
     def collector(self, name: str) -> str:
         """Which collector of the page a metric comes from; "" when the page does not say."""
@@ -629,6 +643,11 @@ class Range(NamedTuple):
             raise Usage(f"{text!r} is not a range: it begins above its end")
         return cls(text, low, high, match.group(1) == "@")
 
+    def words(self) -> str:
+        """What is wrong with a value that it alerts for."""
+        text = self.text.lstrip("@")
+        return ("inside " if self.inverted else "outside ") + (text if ":" in text else "0:" + text)
+
     def alerts(self, value: Number) -> bool:
         """Whether the value is one to alert for."""
         return (self.low <= value <= self.high) == self.inverted
@@ -669,7 +688,8 @@ class Cell(NamedTuple):
     name: str
     verdict: int | None
     figures: tuple[Expression, ...]
-    thresholds: tuple[Threshold, ...]
+    share: str = ""             # how much of it is used, in words beside the figure of `shared`
+    shared: str = ""
 
 
 @functools.lru_cache(maxsize=None)
@@ -681,21 +701,28 @@ def figure_of(name: str) -> Expression:
 
 @functools.lru_cache(maxsize=None)
 def cell_thresholds(use: Use, cell: str) -> tuple[Threshold, ...]:
-    """What judges a cell: a share is worth a look from USE_BUSY and bad from USE_FULL; saturation
-    is worth a look, and errors are bad, from USE_FROM."""
-    if cell == "utilisation":
-        if not use.share:
-            return ()
-        text = f"{figure_of(use.share[0]).text}/{use.share[1]}"
-        return (Threshold(Expression.of_text(text), below(USE_BUSY), below(USE_FULL)),)
+    """What judges saturation, which is worth a look, and errors, which are bad, from USE_FROM."""
     thresholds: list[Threshold] = []
-    for name in getattr(use, cell):
+    for name in use.saturation if cell == "saturation" else use.errors:
         limit = Range.of_text("1:") if name in USE_UP else below(USE_FROM.get(name, 0))
         if USE_FROM.get(name, 0) != math.inf:
             bad = cell == "errors"
             thresholds.append(Threshold(figure_of(name), None if bad else limit,
                                         limit if bad else None))
     return tuple(thresholds)
+
+
+def share_of(use: Use, figures: Figures) -> float | None:
+    """The part of a resource that is used, as the table says; of several, the fullest."""
+    if not use.share:
+        return None
+    used, whole = figure_of(use.share[0]), use.share[1:]
+    if whole:
+        shares = list(Expression.of_text(f"{used.text}/{whole[0]}").of(figures).values())
+    else:
+        values = used.of(figures).values()
+        shares = [quotient(sum(values), len(values))] if values else []
+    return max((1 - share if use.left else share for share in shares), default=None)
 
 
 def below(limit: float) -> Range:
@@ -709,6 +736,24 @@ def scope_of(figures: Figures) -> str:
         else "zone"
 
 
+def verdict_of(use: Use, cell: str, figures: Figures) -> int | None:
+    """The verdict of a cell; None where there is nothing to judge by."""
+    if cell == "utilisation":
+        share = share_of(use, figures)
+        return None if share is None else CRITICAL if share >= USE_FULL else int(share >= USE_BUSY)
+    return max((one.status(value) for one in cell_thresholds(use, cell)
+                for value in one.expression.of(figures).values()), default=None)
+
+
+def share_words(use: Use, figures: Figures) -> str:
+    """The share of a resource that is used, beside the figure that says so."""
+    share = share_of(use, figures)
+    if share is None:
+        return ""
+    whole = f" of {use.share[1]}" if use.share[1:] else ""
+    return f" ({amount(share, 'share')}{whole}{'' if whole and not use.left else ' used'})"
+
+
 def use_cells(figures: Figures) -> list[Cell]:
     """The USE table of a page; resources of which the page says nothing are left out."""
     cells: list[Cell] = []
@@ -720,11 +765,10 @@ def use_cells(figures: Figures) -> list[Cell]:
             continue
         for cell, names in zip(CELLS, metrics):
             if names:
-                thresholds = cell_thresholds(use, cell)
-                found = [one.status(value) for one in thresholds
-                         for value in one.expression.of(figures).values()]
                 shown = tuple(figure_of(name) for name in names if name in figures.values)
-                cells.append(Cell(use.resource, cell, max(found, default=None), shown, thresholds))
+                cells.append(Cell(use.resource, cell, verdict_of(use, cell, figures), shown,
+                                  share_words(use, figures) if cell == "utilisation" else "",
+                                  *use.share[:1]))
     return cells
 
 
@@ -865,8 +909,8 @@ def use_lines(figures: Figures, width: int) -> list[str]:
     first = heads[0] + " " * (indent - cells_of(heads[0])) + "FIGURES" if beside else heads[0]
     lines = [emphasis(clipped(first, width))]
     for head, cell in zip(heads[1:], cells):
-        texts = [f"{one.over.name} {combined(one, figures)}{share_of(one, cell, figures)}"
-                 for one in cell.figures]
+        texts = [f"{one.over.name} {combined(one, figures)}"
+                 + (cell.share if one.over.name == cell.shared else "") for one in cell.figures]
         if beside:      # a figure is not torn apart
             words = ", ".join(texts).replace(" ", "\0").replace(",\0", ", ").replace("\0(", " (")
             texts = [clipped(text.replace("\0", " "), width - indent) for text in
@@ -877,16 +921,6 @@ def use_lines(figures: Figures, width: int) -> list[str]:
             lines += [judged(clipped(head, width)),
                       *(clipped("  " + text, width) for text in texts)]
     return [line.rstrip() for line in lines] if cells else []
-
-
-def share_of(figure: Expression, cell: Cell, figures: Figures) -> str:
-    """What a figure is compared with, where its cell is judged by a share of something."""
-    for one in cell.thresholds:
-        under = one.expression.under
-        if cell.name == "utilisation" and under is not None and one.expression.over == figure.over:
-            shares = one.expression.of(figures).values()
-            return f" ({amount(max(shares), 'share')} of {under.name})" if shares else ""
-    return ""
 
 
 def judged(line: str) -> str:
@@ -1061,7 +1095,7 @@ def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterat
             elif not silent:
                 before = earlier.get(page.uuid)
                 waiting = figures = earlier[page.uuid] = Figures(page, before)
-                if figures.rates or table is None or not table.rates or not figures.counters or (
+                if figures.rates or table is None or not table.rates or not figures.counters() or (
                         before and (several or done >= MOST_SCRAPES)):
                     waiting = None
                     paint(painter, figures, table, arguments, several)
@@ -1105,8 +1139,8 @@ def paint(painter: Painter, figures: Figures, table: Table | None, arguments: ar
 # and pages can be appended to it.
 LONGEST_PAUSE = 60.0            # seconds that --replay waits where the recording has a gap
 HEAD = re.compile(rb"# cmon page at=([0-9]{1,12}(?:\.[0-9]{1,6})?) uuid=(" + UUID.pattern.encode()
-                  + rb") alias=(\S{1,400}) bytes=([0-9]{1,9})\n")
-LONGEST_HEAD = 600
+                  + rb") alias=(\S{1,1500}) bytes=([0-9]{1,9})\n")
+LONGEST_HEAD = 2000
 
 
 class Recorder:
@@ -1141,16 +1175,19 @@ class Recorder:
 
     def add(self, page: Page) -> None:
         """Append one page, at once."""
-        alias = urllib.parse.quote(page.alias)
-        head = f"# cmon page at={page.at:.3f} uuid={page.uuid} alias={alias} " \
-               f"bytes={len(page.body)}\n"
-        whole = head.encode() + page.body
+        whole = recorded_page(page)
         self._file.write(gzip.compress(whole) if self.packed else whole)
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def recorded_page(page: Page) -> bytes:
+    """A page as it stands in a recording."""
+    return (f"# cmon page at={page.at:.3f} uuid={page.uuid} alias={urllib.parse.quote(page.alias)} "
+            f"bytes={len(page.body)}\n").encode() + page.body
 
 
 def whole_members(file: IO[bytes]) -> int:
@@ -1213,6 +1250,266 @@ def replayed_pages(arguments: argparse.Namespace) -> Iterator[Scrape]:
             time.sleep(pause)
         last = page
         yield page
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+# https://www.monitoring-plugins.org/doc/guidelines.html
+STATUS_WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
+GRAVITY = (OK, UNKNOWN, WARNING, CRITICAL)      # of several findings the gravest counts
+UOMS = {"bytes": "B", "seconds": "s", "milliseconds": "ms", "percent": "%"}
+AT_ONCE = 8                     # pages that are asked for at the same time
+LONGEST_OUTPUT = 8000           # characters; Nagios takes 8192
+MOST_PROBLEMS = 5               # told in words; all are in the exit status and the performance data
+COLLECTORS_UP = "cmon_collector_up,1:"
+RESPONSE = "response_seconds"           # what is known beside the fleet page's metrics
+DAYS_LEFT = "certificate_days_left"
+DAYS_LEFT_LIMITS = f"{DAYS_LEFT},30:,7:"
+
+
+class Finding(NamedTuple):
+    """What came of one sample, or of one that is missing."""
+    status: int
+    words: str
+    perfdata: str = ""
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """`cmon.py check`: one line, and an exit status of its own."""
+    try:
+        findings = check_findings(arguments)
+    except (Failure, OSError, KeyboardInterrupt) as error:
+        findings = [Finding(UNKNOWN, str(error) or type(error).__name__)]
+    except Exception as error:  # Python's exit status for a traceback is 1, which is WARNING here
+        findings = [Finding(UNKNOWN, f"internal error: {error!r}")]
+    return report(findings)
+
+
+def report(findings: Sequence[Finding]) -> int:
+    """Print the line of a plugin; returns its exit status."""
+    status = max((finding.status for finding in findings), key=GRAVITY.index)
+    told = sorted((finding for finding in findings if finding.status != OK) if status != OK
+                  else findings, key=lambda one: -GRAVITY.index(one.status))
+    words = [printable(finding.words) for finding in told[:MOST_PROBLEMS]]
+    if len(told) > MOST_PROBLEMS:
+        words.append(f"and {len(told) - MOST_PROBLEMS} more")
+    line = f"CMON {STATUS_WORDS[status]}: " + ", ".join(words).replace("|", "/")
+    line = clipped(line, LONGEST_OUTPUT // 4)
+    data = ""
+    for finding in findings:
+        if len(line) + len(data) + len(finding.perfdata) + 4 <= LONGEST_OUTPUT:
+            data += f" {finding.perfdata}" if finding.perfdata else ""
+    print(line + (f" |{data}" if data else ""))
+    return status
+
+
+def check_findings(arguments: argparse.Namespace) -> list[Finding]:
+    """Ask what was chosen, and judge it."""
+    words = list(arguments.words)
+    selected = arguments.all or arguments.groups or arguments.proxy or arguments.certificate
+    name = "" if selected else (words.pop(0) if words else "")
+    if not selected and not name:
+        raise Usage("what is to be checked? NAME, --all, --groups, --proxy or --certificate")
+    default = RESPONSE if arguments.proxy else DAYS_LEFT_LIMITS if arguments.certificate \
+        else COLLECTORS_UP
+    thresholds = [Threshold.of_text(word) for word in words or [default]]
+    proxy = proxy_of(arguments)
+    state = RateState(arguments, thresholds)
+    if arguments.proxy or arguments.certificate:
+        found = check_page(state.figures(fleet_page(proxy)), thresholds, "")
+        state.save()
+        return found
+    chosen = [proxy.find(name)] if name else proxy.containers(arguments.groups)[1]
+    running = [one for one in chosen if name or one.state == "running"]
+    if not running:
+        raise Failure("no container runs" + (f" in {arguments.groups}" if arguments.groups else ""))
+    findings: list[Finding] = []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for one, page in zip(running, pool.map(functools.partial(scraped, proxy), running)):
+            who = "" if name else one.alias
+            if isinstance(page, Failure):
+                findings.append(Finding(UNKNOWN, f"{who}: {page}" if who else str(page)))
+                continue
+            try:
+                findings += check_page(state.figures(page), thresholds, who)
+            except Failure as failure:      # the page is none
+                findings.append(Finding(UNKNOWN, str(failure)))
+    state.save()
+    if not name and all(finding.status == OK for finding in findings):
+        findings.insert(0, Finding(OK, f"{len(running)} containers"))
+    return findings
+
+
+def scraped(proxy: Proxy, container: Container) -> Scrape:
+    """One page, or why there is none."""
+    try:
+        body = proxy.scrape(container.uuid)
+        return Page(time.time(), container.uuid, container.alias, body)
+    except Failure as failure:
+        return failure
+
+
+def fleet_page(proxy: Proxy) -> Page:
+    """The fleet page with what was learnt on the way; no day is left of an expired certificate."""
+    begin = time.monotonic()
+    answer = proxy.get("/v1/fleet/metrics")
+    elapsed = time.monotonic() - begin
+    if answer.status == 401 and answer.headers.get("x-cmon-error") == "expired":
+        return Page(time.time(), "", "the proxy", f"{DAYS_LEFT} 0\n{RESPONSE} {elapsed}\n".encode())
+    body = proxy.checked(answer)
+    ends = re.search(rb"(?m)^cmon_client_certificate_expiry_timestamp_seconds\{.*\} (\S+)$", body)
+    if ends is not None:
+        left = (float(ends.group(1)) - time.time()) / 86400
+        body += f"{DAYS_LEFT} {left:.3f}\n".encode()
+    return Page(time.time(), "", "the proxy", body + f"{RESPONSE} {elapsed:.6f}\n".encode())
+
+
+def check_page(figures: Figures, thresholds: Sequence[Threshold], who: str) -> list[Finding]:
+    """A finding for each sample of each expression."""
+    findings: list[Finding] = []
+    for one in thresholds:
+        found = one.expression.of(figures)
+        if not found:
+            why = missing(one.expression, figures)
+            findings.append(Finding(UNKNOWN, f"{who}: {why}" if who else why))
+        names = telling(list(found))
+        for labels, value in found.items():
+            name = " ".join((*([who] if who else []), one.expression.text,
+                             *(text for label, text in labels if label in names)))
+            status = one.status(value)
+            broken = one.critical if status == CRITICAL else one.warning
+            words = f"{name} is {amount(value, unit_of(one.expression))}"
+            if status != OK and broken is not None:
+                words += f" ({broken.words()})"
+            label = printable(name).translate(PERFDATA_LABEL)
+            findings.append(Finding(status, words, f"'{label}'={number(value)}"
+                                    f"{uom(one.expression, figures)};"
+                                    f"{one.warning.text if one.warning else ''};"
+                                    f"{one.critical.text if one.critical else ''}"))
+    return findings
+
+
+def telling(found: Sequence[Labels]) -> set[str]:
+    """The names of labels that tell samples apart: one that does so alone, or all that differ."""
+    if len(found) < 2:
+        return set()
+    names = {name for labels in found for name, _ in labels}
+    values = {name: {dict(labels).get(name) for labels in found} for name in names}
+    alone = sorted(name for name in names if len(values[name]) == len(found))
+    return set(alone[:1]) or {name for name in names if len(values[name]) > 1}
+
+
+# A label stands between single quotes and ends at the equals sign.
+PERFDATA_LABEL = {ord("'"): None, ord('"'): None, ord("="): ":", ord("|"): "/"}
+
+
+def unit_of(expression: Expression) -> str:
+    """The unit of a value that is told in words."""
+    return {RESPONSE: "seconds", DAYS_LEFT: "days"}.get(expression.text, expression.unit())
+
+
+def uom(expression: Expression, figures: Figures) -> str:
+    """The unit of measurement in performance data; the guidelines know none for a rate."""
+    if expression.under is None and not expression.over.rate \
+            and figures.kinds.get(expression.over.name) == COUNTER:
+        return "c"
+    return UOMS.get(unit_of(expression), "")
+
+
+def missing(expression: Expression, figures: Figures) -> str:
+    """Why an expression has no value."""
+    for part in (expression.over, expression.under):
+        if part is None or part.of(figures):
+            continue
+        if part.rate and part._replace(rate=False).of(figures):
+            if figures.kinds.get(part.name) == GAUGE:
+                return f"{part.name} is a gauge: a rate is for counters"
+            return f"{expression.text} has no earlier reading yet: the next run has"
+        return f"no sample of {expression.text}" if part is expression.over and \
+            expression.under is None else f"no sample of {part.name}"
+    return f"{expression.text} cannot be divided: by zero, or no sample with the same labels"
+
+
+class RateState:
+    """The last two readings of the counters whose rates are asked for, in a file of the user's: a
+    recording of those metrics alone. Two, since a run may see the reading that the last run saw."""
+
+    def __init__(self, arguments: argparse.Namespace, thresholds: Sequence[Threshold]) -> None:
+        self._names = {part.name for one in thresholds
+                       for part in (one.expression.over, one.expression.under)
+                       if part is not None and part.rate}
+        self._pages: dict[str, list[Page]] = {}     # by container
+        self._kept: list[Page] = []
+        if not self._names:
+            return
+        # each check has a file of its own: they run at intervals of their own
+        what = "\0".join((arguments.url, arguments.cert, str(arguments.all), arguments.groups,
+                          str(arguments.proxy), str(arguments.certificate), *arguments.words))
+        self._path = cache_folder(arguments.state) / (
+            "check-" + hashlib.sha256(what.encode()).hexdigest()[:20])
+        if self._path.exists():
+            for page in recording(str(self._path)):
+                self._pages.setdefault(page.uuid, []).append(page)
+
+    def figures(self, page: Page) -> Figures:
+        """The figures of a page, with the rates that are asked for."""
+        if not self._names:
+            return Figures(page)
+        last: Figures | None = None
+        known = self._pages.get(page.uuid or NO_UUID, [])[-2:]
+        try:
+            for one in known:
+                last = Figures(one, last)
+        except Failure:                     # not what we wrote: as if it were not there
+            last, known = None, []
+        figures = Figures(page, last)
+        collectors = {figures.collector(name) for name in self._names}
+        if last is None or any(figures.taken[one] > last.taken.get(one, -math.inf)
+                               for one in collectors):
+            wanted = self._names | {"time_of_day", "cmon_sample_age_seconds"}
+            body = render([family for family in figures.families
+                           if {family.name, *(family.name + suffix for suffix in SUFFIXES.get(
+                               family.kind, ()))} & wanted])
+            known = [*known[-1:], page._replace(uuid=page.uuid or NO_UUID, body=body.encode())]
+        self._kept += known
+        return figures
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        if self._names:
+            write_whole(self._path, b"".join(map(recorded_page, self._kept)))
+
+
+NO_UUID = "00000000-0000-0000-0000-000000000000"       # of the fleet page
+
+
+def cache_folder(chosen: str) -> Path:
+    """Where readings are kept; made if it is not there. Failure when it cannot be."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(chosen) if chosen else (
+            Path(base) if base.startswith("/") else Path.home() / ".cache") / "cmon"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        words = words_of(error) if isinstance(error, OSError) else str(error)
+        raise Failure(f"no folder for the readings that rates need: {words}; "
+                      "--state DIR names one") from None
+    return folder
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, mode 600, whole or not at all."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=path.name, dir=str(path.parent))
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {words_of(error)}") from None
 
 
 # --- discover -------------------------------------------------------------------------------------
@@ -2050,6 +2347,27 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
     """A command without flags."""
 
 
+def check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `check`."""
+    add = parser.add_argument
+    add("words", metavar="NAME EXPR,WARN,CRIT", nargs="*",
+        help="a container (not with --all and its like), then what to look at: METRIC, "
+             "METRIC{label=\"value\"}, rate(METRIC) or A/B, with the ranges of the plugin "
+             "guidelines, which may be empty; of several samples the worst counts. Default: "
+             f"whether all collectors work ({COLLECTORS_UP})")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--all", action="store_true", help="every container of your account")
+    chosen.add_argument("--groups", metavar="A,B", default="",
+                        help="every container in one of these groups")
+    chosen.add_argument("--proxy", action="store_true", help=f"the proxy: {RESPONSE}, and metrics "
+                        "of its fleet page, as cmon_quota_used")
+    chosen.add_argument("--certificate", action="store_true",
+                        help=f"how long your certificate is good ({DAYS_LEFT_LIMITS})")
+    add("--state", metavar="DIR", default="", help="where the last readings for rates are kept "
+        "(cmon in the cache folder of the user)")
+    connection_arguments(parser)
+
+
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `demo`."""
     parser.add_argument("--once", action="store_true",
@@ -2064,6 +2382,9 @@ COMMANDS = (
             "cmon.py discover --groups web,db"),
     Command("monitor", "show the metrics of one container: its page, or a table", monitor,
             monitor_arguments, "cmon.py monitor web01 --use --watch 5"),
+    Command("check", "be a plugin of Nagios and Icinga: one line, exit status 0, 1, 2 or 3", check,
+            check_arguments, "cmon.py check web01 mem_agg_usage/mem_limit,0.8,0.9 "
+            "'rate(net_drops_in_total),0'"),
     Command("certgen", "make a certificate for the proxy with an SSH key of your account", certgen,
             certgen_arguments, "cmon.py certgen --account alice --ssh-key ~/.ssh/id_rsa"),
     Command("rules", "print rules for Prometheus: what to record, and when to alert", rules,
@@ -2075,9 +2396,19 @@ COMMANDS = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors a monitoring system understands, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage on stderr and 2; for `check` a line on stdout and 3, since 2 is CRITICAL there."""
+        if self.prog.endswith(" check"):
+            sys.exit(report([Finding(UNKNOWN, message)]))
+        super().error(message)
+
+
 def command_line() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cmon.py", description="Container Monitor: metrics of zones, for their owners.",
         allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cmon {__version__}")
@@ -2088,7 +2419,7 @@ def command_line() -> argparse.ArgumentParser:
                                     description=command.help[0].upper() + command.help[1:] + ".",
                                     epilog=f"Example: {command.example}")
         command.arguments(inner)
-        inner.set_defaults(run=command.run)
+        inner.set_defaults(run=command.run, parser=inner)
     return parser
 
 
@@ -2099,7 +2430,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")        # a locale without "…" is no reason to end
-    arguments = command_line().parse_args(argv)
+    arguments, rest = command_line().parse_known_args(argv)
+    if rest:
+        arguments.parser.error("unrecognized arguments: " + " ".join(rest))
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -100,7 +100,7 @@ __all__ = [     # what the other programs import
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "start_logging",
     "stop_logging", "SUFFIXES", "SUMMARY",
     "text", "TooLarge",
-    "USE", "Use", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
+    "Use", "USE", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
     "valid_label_name", "valid_metric_name",
 ]
 

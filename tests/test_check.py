@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: MPL-2.0
+"""`cmon.py check` as Nagios and Icinga run it: one line, exit status, readings kept for rates."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import PATIENCE, ROOT, free_port
+from test_monitor import inside
+from test_cmon import (  # noqa: F401  (fixtures are used by name)
+    CMON, CONTAINERS, Answer, Files, StandIn, connection, container, files, proxy, run,
+)
+
+UUIDS = [one["vm_uuid"] for one in CONTAINERS]
+PAGE = """\
+# TYPE load gauge
+load 5
+# TYPE mem gauge
+mem 50
+limit 200
+# TYPE drops counter
+drops{interface="vnic0",tag="a"} 10
+drops{interface="vnic1",tag="a"} 40
+# TYPE mem_agg_usage gauge
+mem_agg_usage 9007199254740993
+# TYPE net_agg_bytes_in counter
+net_agg_bytes_in 7
+# TYPE cpucap_cur_usage_percentage gauge
+cpucap_cur_usage_percentage 239
+# TYPE mem_fault_throttle_seconds_total counter
+mem_fault_throttle_seconds_total 2.5
+zero 0
+nan NaN
+cmon_collector_up{collector="cpucap"} 1
+cmon_collector_up{collector="zfs"} 1
+"""
+FLEET = """\
+cmon_client_certificate_expiry_timestamp_seconds{{subject="CN=al ice"}} {}
+cmon_quota_used 0.25
+"""
+
+
+@pytest.fixture()
+def check(proxy: StandIn, files: Files, tmp_path: Path) -> Callable[..., Any]:  # noqa: F811
+    """Runs a check; `check.page` and `check.fleet` lay down what the proxy answers."""
+    def go(*arguments: Any, url: str = "", run: Any = inside, **more: Any) -> tuple[int, str]:
+        done = run("check", *arguments, *connection(url or proxy, files), **{
+            "env": {"XDG_CACHE_HOME": str(tmp_path / "cache")}, **more})
+        assert done.stderr == ""
+        assert done.stdout.count("\n") == 1 and done.stdout.startswith("CMON ")
+        assert done.stdout.startswith("CMON " + ("OK", "WARNING", "CRITICAL", "UNKNOWN")[
+            done.returncode] + ": ")
+        return done.returncode, done.stdout[:-1]
+
+    def lay(text: str, index: int = 0, status: int = 200) -> None:
+        proxy.answers[f"/v1/{UUIDS[index]}/metrics"] = Answer(status, text.encode())
+
+    def fleet(text: str) -> None:
+        proxy.answers["/v1/fleet/metrics"] = Answer(200, text.encode())
+    setattr(go, "page", lay)
+    setattr(go, "fleet", fleet)
+    lay(PAGE)
+    fleet(FLEET.format(f"{time.time() + 40 * 86400:.0f}"))
+    return go
+
+
+# --- one container --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, status, line", [
+    (["load"], 0, "CMON OK: load is 5 | 'load'=5;;"),
+    (["load,10,20"], 0, "CMON OK: load is 5 | 'load'=5;10;20"),
+    (["load,4,8"], 1, "CMON WARNING: load is 5 (outside 0:4) | 'load'=5;4;8"),
+    (["load,,4"], 2, "CMON CRITICAL: load is 5 (outside 0:4) | 'load'=5;;4"),
+    (["load,@4:6"], 1, "CMON WARNING: load is 5 (inside 4:6) | 'load'=5;@4:6;"),
+    (["load,~:,6:"], 2, "CMON CRITICAL: load is 5 (outside 6:) | 'load'=5;~:;6:"),
+    (["mem/limit,0.2,0.5"], 1,
+     "CMON WARNING: mem/limit is 25.0 % (outside 0:0.2) | 'mem/limit'=0.25;0.2;0.5"),
+    (['drops{interface="vnic1"},50'], 0, "CMON OK: drops{interface=\"vnic1\"} is 40 | "
+     "'drops{interface:vnic1}'=40c;50;"),
+    # of several samples the worst counts
+    (["drops,20,50"], 1, "CMON WARNING: drops vnic1 is 40 (outside 0:20) | "
+     "'drops vnic0'=10c;20;50 'drops vnic1'=40c;20;50"),
+    (["load,9", "drops,,20"], 2, "CMON CRITICAL: drops vnic1 is 40 (outside 0:20) | "
+     "'load'=5;9; 'drops vnic0'=10c;;20 'drops vnic1'=40c;;20"),
+    # units of the metrics, exact numbers
+    (["mem_agg_usage"], 0, "CMON OK: mem_agg_usage is 8 PiB | 'mem_agg_usage'=9007199254740993B;;"),
+    (["cpucap_cur_usage_percentage,300"], 0, "CMON OK: cpucap_cur_usage_percentage is 239 % | "
+     "'cpucap_cur_usage_percentage'=239%;300;"),
+    (["net_agg_bytes_in"], 0, "CMON OK: net_agg_bytes_in is 7 B | 'net_agg_bytes_in'=7c;;"),
+    # never OK for what is not known
+    (["missing"], 3, "CMON UNKNOWN: no sample of missing"),
+    (["load,4,8", "missing"], 1, None),
+    (["load", "missing"], 3, None),
+    (["load/missing"], 3, "CMON UNKNOWN: no sample of missing"),
+    (["load/zero"], 3, "CMON UNKNOWN: load/zero cannot be divided: by zero, or no sample with the "
+     "same labels"),
+    (["nan"], 3, "CMON UNKNOWN: no sample of nan"),
+    (["rate(load)"], 3, "CMON UNKNOWN: load is a gauge: a rate is for counters"),
+    (["load,8:4"], 3, "CMON UNKNOWN: '8:4' is not a range: it begins above its end"),
+    (["load,x"], 3, "CMON UNKNOWN: 'x' is not a range: 10, 10:, ~:10, 10:20 or @10:20"),
+    (["load,1,2,3"], 3, None), (["load;1"], 3, None), ([""], 3, None),
+    ([], 0, "CMON OK: cmon_collector_up cpucap is 1, cmon_collector_up zfs is 1 | "
+     "'cmon_collector_up cpucap'=1;1:; 'cmon_collector_up zfs'=1;1:;"),
+], ids=str)
+def test_a_container(words: list[str], status: int, line: str | None, check: Any) -> None:
+    got = check("web01", *words)
+    assert got[0] == status, got
+    assert line is None or got[1] == line
+
+
+def test_a_process_has_the_exit_status_of_its_line(check: Any) -> None:
+    assert [check("web01", words, run=run)[0] for words in (
+        "load", "load,4", "load,,4", "missing", "load,,x")] == [0, 1, 2, 3, 3]
+
+
+def test_a_collector_that_failed_is_a_warning(check: Any) -> None:
+    check.page(PAGE + 'cmon_collector_up{collector="tcp"} 0\n')
+    status, line = check("web01")
+    assert status == 1 and "cmon_collector_up tcp is 0 (outside 1:) | " in line
+
+
+def test_what_a_page_says_does_not_break_the_line(check: Any) -> None:
+    check.page('x{a="\\n|\'=;é\x1b[2J"} 1\nx{a="b"} 2\n')
+    status, line = check("web01", "x")
+    assert status == 0 and "\x1b" not in line
+    assert line.count("|") == 1
+    assert line.endswith("| 'x /:;é?[2J'=1;; 'x b'=2;;")
+
+
+def test_many_samples_stay_one_line_that_nagios_takes(check: Any) -> None:
+    check.page("".join(f'x{{a="{number:050}"}} {number}\n' for number in range(1000)))
+    status, line = check("web01", "x,,5:")
+    assert status == 2 and len(line) <= 8192 and "and 0 more" not in line
+    assert re.search(r"x 0{50} is 0 \(outside 5:\), ", line)
+    assert re.search(r"=\d+;;5:$", line)
+
+
+# --- what is not there ----------------------------------------------------------------------------
+
+def test_a_dead_proxy_is_unknown(check: Any) -> None:
+    dead = f"https://127.0.0.1:{free_port()}"
+    for arguments in (["web01", "load"], [UUIDS[0], "load"], ["--all", "load"], ["--proxy"],
+                      ["--certificate"], ["--groups", "a"]):
+        status, line = check(*arguments, url=dead)
+        assert status == 3 and "connection refused" in line
+
+
+@pytest.mark.parametrize("answer, words", [
+    (Answer(503, b"the node is silent\n"), "says 503: the node is silent"),
+    (Answer(429, b"quota\n"), "says 429: quota"), (Answer(401, b"who?\n"), "says 401"),
+    (Answer(200, b"<html>"), "not in Prometheus' text format"),
+    (Answer(200, b""), "no sample of load")])
+def test_a_page_that_does_not_come_is_unknown(answer: Answer, words: str, check: Any,
+                                              proxy: StandIn) -> None:  # noqa: F811
+    proxy.answers[f"/v1/{UUIDS[0]}/metrics"] = answer
+    status, line = check("web01", "load")
+    assert status == 3 and words in line
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "what is to be checked?"), (["--all", "--proxy"], "not allowed with argument"),
+    (["web01", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["web01", "load", "--timeout", "0"], "invalid seconds value"),
+    (["nobody"], "no container 'nobody'"), (["db"], "give the UUID"),
+    (["--groups", "a,b"], "no container runs in a,b")])
+def test_a_wrong_command_line_is_unknown(arguments: list[str], words: str, check: Any) -> None:
+    status, line = check(*arguments)
+    assert status == 3 and words in line
+
+
+def test_no_connection_flags_is_unknown() -> None:
+    done = run("check", "web01", "load")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == ("CMON UNKNOWN: where is the proxy? set CMON_URL or give --url, for "
+                           "example https://cmon.dc.example:9163\n")
+
+
+# --- several --------------------------------------------------------------------------------------
+
+def test_all_containers_that_run(check: Any, proxy: StandIn) -> None:  # noqa: F811
+    for index in (1, 2):
+        check.page(PAGE.replace("load 5", f"load {index}"), index)
+    status, line = check("--all", "load,4")
+    assert status == 1      # the second db is stopped and has no page
+    assert line == ("CMON WARNING: web01 load is 5 (outside 0:4) | 'db load'=2;4; "
+                    "'web01 load'=5;4; 'web02 load'=1;4;")
+    assert check("--all", "load,9")[1].startswith("CMON OK: 3 containers, ")
+    check.page("", 1, 503)
+    assert check("--all", "load,9") == (3, "CMON UNKNOWN: web02: 127.0.0.1:%d says 503: no reason "
+                                           "given | 'db load'=2;9; 'web01 load'=5;9;" % proxy.port)
+    assert check("--all", "load,,4")[0] == 2        # what is known to be bad outweighs it
+
+
+def test_containers_of_groups(check: Any, proxy: StandIn) -> None:  # noqa: F811
+    proxy.answers["/v1/discover?groups=web"] = Answer(
+        200, json.dumps({"containers": CONTAINERS[:1]}).encode())
+    assert check("--groups", "web", "load")[1] == "CMON OK: 1 containers, web01 load is 5 | " \
+                                                  "'web01 load'=5;;"
+
+
+# --- the proxy and the certificate ----------------------------------------------------------------
+
+def test_the_proxy(check: Any) -> None:
+    status, line = check("--proxy")
+    assert status == 0
+    assert re.fullmatch(r"CMON OK: response_seconds is \S+ s \| 'response_seconds'=[\d.]+s;;", line)
+    assert check("--proxy", "cmon_quota_used,0.2,0.8") == (
+        1, "CMON WARNING: cmon_quota_used is 0.25 (outside 0:0.2) | 'cmon_quota_used'=0.25;0.2;0.8")
+
+
+@pytest.mark.parametrize("days, status", [(40, 0), (29, 1), (6, 2), (-1, 2)])
+def test_the_certificate(days: int, status: int, check: Any) -> None:
+    check.fleet(FLEET.format(f"{time.time() + days * 86400:.0f}"))
+    got = check("--certificate")
+    assert got[0] == status
+    assert re.search(r"\| 'certificate_days_left'=-?[\d.]+;30:;7:$", got[1])
+    assert check("--certificate", "certificate_days_left,50:")[0] == 1
+
+
+def test_a_certificate_that_has_ended_is_critical(check: Any, proxy: StandIn,  # noqa: F811
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy refuses it, so no page can say so."""
+    proxy.answers["/v1/fleet/metrics"] = Answer(401, b"the certificate ended\n", "text/plain\r\n"
+                                                     "X-Cmon-Error: expired")
+    assert check("--certificate") == (
+        2, "CMON CRITICAL: certificate_days_left is 0 days (outside 7:) | "
+           "'certificate_days_left'=0;30:;7:")
+    assert check("--proxy", "cmon_quota_used")[0] == 3
+
+
+def test_no_end_of_a_certificate_is_unknown(check: Any) -> None:
+    check.fleet("cmon_quota_limited 0\n")
+    assert check("--certificate") == (3, "CMON UNKNOWN: no sample of certificate_days_left")
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+def at(value: float, clock: float, age: float = 0) -> str:
+    return (f"# TYPE net_drops_in_total counter\nnet_drops_in_total {value}\n# TYPE time_of_day "
+            f"counter\ntime_of_day {clock * 1000:.0f}\n"
+            f"cmon_sample_age_seconds{{collector=\"link\"}} {age}\nother 1\n")
+
+
+DROPS = "rate(net_drops_in_total),2,20"
+
+
+def test_a_rate_is_taken_from_one_run_to_the_next(check: Any, tmp_path: Path) -> None:
+    check.page(at(100, 1000))
+    first = check("web01", DROPS)
+    assert first == (3, "CMON UNKNOWN: rate(net_drops_in_total) has no earlier reading yet: "
+                        "the next run has")
+    check.page(at(130, 1010))
+    assert check("web01", DROPS) == (
+        1, "CMON WARNING: rate(net_drops_in_total) is 3/s (outside 0:2) | "
+           "'rate(net_drops_in_total)'=3.0;2;20")
+    check.page(at(135, 1020))
+    assert check("web01", DROPS)[1].endswith("'rate(net_drops_in_total)'=0.5;2;20")
+    # the same reading once more, as "check now" may see it: its rate stays
+    check.page(at(135, 1022, 2))
+    assert check("web01", DROPS)[1].endswith("'rate(net_drops_in_total)'=0.5;2;20")
+    check.page(at(145, 1030))
+    assert check("web01", DROPS)[1].endswith("'rate(net_drops_in_total)'=1.0;2;20")
+    check.page(at(10, 1040))        # began again
+    assert check("web01", DROPS)[1].endswith("'rate(net_drops_in_total)'=1.0;2;20")
+    file, = (tmp_path / "cache" / "cmon").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert b"other" not in file.read_bytes()
+
+
+def test_checks_do_not_share_their_readings(check: Any, tmp_path: Path) -> None:
+    check.page(at(100, 1000))
+    check("web01", DROPS)
+    assert check("web01", "rate(net_drops_in_total),9")[0] == 3
+    assert check("web01", DROPS, "--state", tmp_path / "elsewhere")[0] == 3
+    assert len(list((tmp_path / "cache" / "cmon").iterdir())) == 2
+
+
+def test_rates_of_several_containers_and_of_the_proxy(check: Any) -> None:
+    for clock in (1000, 1010):
+        for index in range(3):
+            check.page(at(100 + index * (clock - 1000), clock), index)
+        got = check("--all", DROPS)
+    assert got[0] == 0
+    assert "'db rate(net_drops_in_total)'=2.0;2;20" in got[1]
+    text = "# TYPE asked counter\nasked {}\n"
+    check.fleet(text.format(1))
+    assert check("--proxy", "rate(asked)")[0] == 3
+    check.fleet(text.format(2))
+    assert check("--proxy", "rate(asked)")[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish\n", b"\x00" * 100, None])
+def test_broken_readings_are_as_none(content: bytes | None, check: Any, tmp_path: Path) -> None:
+    check.page(at(100, 1000))
+    check("web01", DROPS)
+    file, = (tmp_path / "cache" / "cmon").iterdir()
+    body = b"net_drops_in_total 1 2 3\n"
+    file.write_bytes(content if content is not None else (
+        f"# cmon page at=1 uuid={UUIDS[0]} alias=web01 bytes={len(body)}\n".encode() + body))
+    check.page(at(130, 1010))
+    assert "no earlier reading" in check("web01", DROPS)[1]
+    check.page(at(160, 1020))
+    assert check("web01", DROPS)[0] == 1
+
+
+def test_a_folder_that_cannot_be_is_unknown(check: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, line = check("web01", DROPS, "--state", tmp_path / "file" / "x")
+    assert status == 3 and "no folder for the readings that rates need" in line
+
+
+def test_a_home_that_is_nowhere_is_unknown(check: Any) -> None:
+    status, line = check("web01", DROPS, env={"HOME": "/dev/null", "XDG_CACHE_HOME": "relative"})
+    assert status == 3 and "--state DIR names one" in line
+    assert check("web01", "net_agg_bytes_in", env={"HOME": "/dev/null"})[0] == 0
+
+
+def test_interrupted_it_is_unknown(files: Files) -> None:  # noqa: F811
+    """Nagios ends a plugin that takes too long by a signal; ours ends by itself, in time."""
+    import signal
+    import socket
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(5)
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        with subprocess.Popen([sys.executable, str(CMON), "check", "web01", "x",
+                               *connection(url, files)], stdout=subprocess.PIPE) as process:
+            accepted, _ = silent.accept()
+            assert accepted.recv(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 3
+            assert process.stdout is not None
+            assert process.stdout.read() == b"CMON UNKNOWN: KeyboardInterrupt\n"
+            accepted.close()
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+def test_the_examples_run_commands_that_exist() -> None:
+    """Each expression of examples/ is one, on metrics that exist."""
+    import cmon
+    for name in ("icinga2.conf", "nagios.cfg"):
+        text = (ROOT / "examples" / name).read_text()
+        words = re.findall(r"[a-z_]+\([a-z_]+\),[^\s'\"!]+|[a-z]+_[a-z_/]+,[\d.:~@,]+", text)
+        assert len(words) >= 3, name
+        for word in words:
+            one = cmon.Threshold.of_text(word)
+            for part in (one.expression.over, one.expression.under):
+                assert part is None or part.name in cmon.facts() or part.name.startswith(
+                    ("cmon_quota", "certificate_days")), word
+        assert os.path.basename(str(CMON)) in text
