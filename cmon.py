@@ -7,6 +7,9 @@
     cmon.py check NAME EXPR,WARN,CRIT           a plugin for Nagios and Icinga
     cmon.py certgen --account LOGIN --ssh-key FILE
                                                 a certificate for the proxy
+    cmon.py doctor [NAME]                       which link to the figures is broken, and what to do
+    cmon.py setup DIR --account LOGIN --ssh-key FILE
+                                                all that a Prometheus needs
     cmon.py rules | dashboard [NAME]            what to load into Prometheus and Grafana
     cmon.py demo [--once]                       a compute node, a proxy and a tenant on this machine
 
@@ -24,7 +27,9 @@ Map (`grep '^# ---'`):
     check
     discover
     certificates
+    doctor
     rules and dashboards
+    setup
     demo
     commands
 """
@@ -34,11 +39,13 @@ import argparse
 import base64
 import difflib
 import errno
+import email.utils
 import functools
 import getpass
 import gzip
 import hashlib
 import io
+import ipaddress
 import json
 import math
 import os
@@ -127,8 +134,12 @@ class Proxy:
 
     def containers(self, groups: str = "") -> tuple[Any, list[Container]]:
         """Discovery: the JSON as it came, and the containers in it by alias."""
+        return self.listed(self.page("/v1/discover" + groups_query(groups)))
+
+    def listed(self, body: bytes) -> tuple[Any, list[Container]]:
+        """The same from an answer to discovery."""
         try:
-            found = json.loads(self.page("/v1/discover" + groups_query(groups)))
+            found = json.loads(body)
             return found, sorted(
                 Container(*(printable(str(item.get(key) or "-")) for key in (
                     "vm_alias", "vm_uuid", "vm_brand", "vm_state", "server_uuid")))
@@ -1516,16 +1527,95 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def discover(arguments: argparse.Namespace) -> int:
     """`cmon.py discover`"""
+    if arguments.every and not arguments.file_sd:
+        raise Usage("--every goes with --file-sd FILE")
     proxy = proxy_of(arguments)
+    if arguments.file_sd:
+        return keep_file_sd(proxy, arguments)
     found, containers = proxy.containers(arguments.groups)
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     elif not containers:
         print("cmon: no containers" + (f" in {arguments.groups}" if arguments.groups else
                                        ": this account has none that run"), file=sys.stderr)
+    elif arguments.hosts or arguments.zone:
+        host = urllib.parse.urlsplit(proxy.url).hostname or ""
+        print("\n".join(name_lines(containers, host, arguments.suffix or host,
+                                   arguments.hosts or "")))
     else:
         print("\n".join(container_table(containers, screen_width())))
     return 0
+
+
+def name_lines(containers: Sequence[Container], host: str, suffix: str,
+               address: str) -> Iterator[str]:
+    """The containers' own names, for sites without wildcard DNS: for /etc/hosts with an address,
+    else records to include in a zone file."""
+    for container in containers:
+        if not UUID.fullmatch(container.uuid):
+            raise Failure(f"the proxy lists a container whose UUID is none: {container.uuid!r}")
+        name = f"{container.uuid}.{suffix}"
+        if address:
+            yield f"{address}\t{name}\t# {container.alias}"
+        elif is_address(host):
+            kind = "AAAA" if ":" in host else "A"
+            yield f"{name}.\t60\tIN\t{kind}\t{host}\t; {container.alias}"
+        else:
+            yield f"{name}.\t60\tIN\tCNAME\t{host}.\t; {container.alias}"
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IP address in digits."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def keep_file_sd(proxy: Proxy, arguments: argparse.Namespace) -> int:
+    """`--file-sd FILE`: write it once, or again and again. A failure leaves the file as it is."""
+    path = Path(arguments.file_sd)
+    while True:
+        try:
+            write_file_sd(path, proxy.page("/v1/sd" + groups_query(arguments.groups)))
+        except Failure as failure:
+            if not arguments.every:
+                raise
+            print(f"cmon: {failure}; {path} stays as it is", file=sys.stderr, flush=True)
+        if not arguments.every:
+            return 0
+        time.sleep(arguments.every)
+
+
+def write_file_sd(path: Path, body: bytes) -> None:
+    """Targets as Prometheus' file_sd_configs read them, whole or not at all."""
+    try:
+        groups = json.loads(body)
+        good = isinstance(groups, list) and all(
+            all(isinstance(one, str) for one in (*group["targets"], *group["labels"],
+                                                 *group["labels"].values())) for group in groups)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise Failure("the proxy answers /v1/sd with something else than targets")
+    content = (json.dumps(groups, indent=1, ensure_ascii=False) + "\n").encode()
+    try:
+        if path.is_file() and path.read_bytes() == content:
+            return                          # Prometheus reads again what is written
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.",
+                                         delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)      # Prometheus may be another user
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {words_of(error)}") from None
 
 
 # --- certificates ---------------------------------------------------------------------------------
@@ -1788,6 +1878,422 @@ def read_text(path: Path, what: str) -> str:
         raise Failure(f"cannot read the {what} {path}: {words_of(error)}") from None
 
 
+# --- doctor ---------------------------------------------------------------------------------------
+
+PROMETHEUS_URL = "http://localhost:9090"
+CLOCK_SECONDS = 30.0        # more makes figures look old; certificates stand 300
+OLD_SECONDS = 60.0          # kernel statistics are kept for 8 s
+OLD_SLOWLY_SECONDS = 900.0  # what is asked for less often, as `zfs list` is: 300 s
+SLOWLY = ("zfs", "zpool", "ntp", "triton_core")
+DOCKER_PURPOSE = "1.3.6.1.4.1.38678.1.4.1"
+WEAK = ("md5", "sha1")
+OVER_QUOTA = ("the account is over its quota: pages are old copies",
+              "scrape less often, or ask the operator for a larger quota")
+
+
+class Broken(Exception):
+    """A link that does not hold: what is wrong, and what to do about it."""
+
+    def __init__(self, what: str, step: str, link: str = "") -> None:
+        super().__init__(what)
+        self.step = step
+        self.link = link        # of a later link, if it is that one that this one has found broken
+
+
+class Skipped(Exception):
+    """A link that is not there to be looked at, and why."""
+
+
+class Doctor:
+    """The chain from the user's files to Prometheus. Each link is a method that returns a few words
+    on what is well, or raises Broken, Skipped or Failure; it may rely on the links before it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.url = proxy_url(arguments.url)
+        parts = urllib.parse.urlsplit(self.url)
+        self.host, self.port = parts.hostname or "", parts.port or 443
+        self.netloc = parts.netloc
+        self.arguments = arguments
+        for flag, variable, value in (("--cert", "CMON_CERT", arguments.cert),
+                                      ("--key", "CMON_KEY", arguments.key)):
+            if not value:
+                raise Usage(f"who asks? set {variable} or give {flag} FILE (PEM)")
+        self.tls: ssl.SSLContext
+        self.proxy: Proxy
+        self.cert: Any = None                       # a cmon_proxy.Certificate
+        self.new_style = False
+        self.chosen = Container("-", "-", "-", "-", "-")
+        self.containers: list[Container] = []
+        self.families: dict[str, list[Sample]] = {}
+        self.discovered = b""
+        self.clock = -math.inf                      # of the proxy, less this machine's
+        self.node_clock = 0.0                       # of the compute node
+
+    def files(self) -> str:
+        """Files that are there, and a key that is nobody else's."""
+        for what, path in (("certificate", self.arguments.cert), ("key", self.arguments.key),
+                           ("CA", self.arguments.ca)):
+            if path:
+                read_text(Path(path), what)
+        mode = os.stat(self.arguments.key).st_mode & 0o777
+        if mode & 0o077:
+            raise Broken(f"others may read the key {self.arguments.key} (mode {mode:o})",
+                         f"`chmod 600 {self.arguments.key}`")
+        return f"{self.arguments.cert} and {self.arguments.key}"
+
+    def key(self) -> str:
+        """The key is the certificate's."""
+        from cmon_proxy import CertificateError, certificate, first_certificate
+        try:
+            self.cert = certificate(first_certificate(
+                read_text(Path(self.arguments.cert), "certificate")))
+        except (CertificateError, OSError) as error:
+            raise Broken(f"{self.arguments.cert} cannot be used: {error}",
+                         "make a certificate with `cmon.py certgen`") from None
+        if self.cert.digest in WEAK:                # OpenSSL does not even load it
+            raise Broken(f"the certificate is signed with {self.cert.digest.upper()}",
+                         "make a certificate with `cmon.py certgen`, which uses SHA-256 or better",
+                         "signature")
+        self.tls = client_context(self.arguments.cert, self.arguments.key, self.arguments.ca)
+        return f"fits the certificate, {self.cert.key.kind}"
+
+    def style(self) -> str:
+        """One of the two styles that proxies know, or a CA's."""
+        from cmon_proxy import CMON_PURPOSE, key_id_of
+        cert = self.cert
+        renew = "make a certificate with `cmon.py certgen`"
+        if not cert.subject:
+            raise Broken("the certificate's subject has no common name", renew)
+        if CMON_PURPOSE in cert.purposes and not cert.self_issued:
+            self.new_style = True
+            if key_id_of(cert.issuer) is None:
+                raise Broken(f"the certificate's issuer {printable(cert.issuer)!r} is not the MD5 "
+                             "fingerprint of an SSH key", renew)
+            return f"new, for {printable(cert.subject)}, issued by {cert.issuer}"
+        kind = "old" if cert.self_issued else f"of the CA {printable(cert.issuer)}"
+        return f"{kind}, for {printable(cert.subject)}"
+
+    def purpose(self) -> str:
+        """Made for clients, and for this service."""
+        from cmon_proxy import CLIENT_PURPOSE
+        purposes, renew = self.cert.purposes, "make a certificate with `cmon.py certgen`"
+        if DOCKER_PURPOSE in purposes and not self.new_style:
+            raise Broken("the certificate is made for Docker", renew)
+        if purposes and CLIENT_PURPOSE not in purposes:
+            raise Broken("the certificate is not made for clients (clientAuth)", renew)
+        return "for clients" if purposes else "not restricted"
+
+    def dates(self) -> str:
+        """Begun, and not ended."""
+        from cmon_proxy import CLOCK_SKEW_SECONDS, utc
+        cert, now = self.cert, time.time()
+        if now < cert.not_before - CLOCK_SKEW_SECONDS:
+            raise Broken(f"the certificate begins on {utc(cert.not_before)}",
+                         "check this machine's clock, or wait")
+        if now > cert.not_after and (self.new_style or not cert.self_issued):
+            raise Broken(f"the certificate ended on {utc(cert.not_after)}",
+                         "`cmon.py certgen --renew` makes a new one")
+        return ("valid until " if now <= cert.not_after else
+                "ended, which the proxy allows in the old style: ") + utc(cert.not_after)
+
+    def signature(self) -> str:
+        """Strong, and by the key that the certificate names where that key is at hand."""
+        from cmon_proxy import CertificateError, key_id_of, public_key, signed_by
+        cert = self.cert
+        if cert.self_issued and not signed_by(cert, cert.key):
+            raise Broken("the certificate says that it is signed by its own key, and is not",
+                         "make a certificate with `cmon.py certgen`")
+        if self.new_style:
+            for path in sorted(Path.home().glob(".ssh/*.pub")):
+                try:
+                    key = public_key(read_text(path, "public key"))
+                except (CertificateError, Failure):
+                    continue
+                if key.md5 == key_id_of(cert.issuer):
+                    if signed_by(cert, key):
+                        return f"by {path}"
+                    raise Broken(f"the certificate names {path} as its issuer, which has not "
+                                 "signed it", "make a certificate with `cmon.py certgen`")
+        return str(cert.digest or cert.signature)
+
+    def name(self) -> str:
+        """DNS knows the proxy."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise Broken(f"{self.host} cannot be resolved", "check the host name in --url or "
+                         "CMON_URL, and this machine's DNS") from None
+        return ", ".join(dict.fromkeys(str(one[4][0]) for one in found))
+
+    def tcp(self) -> str:
+        """Something listens."""
+        with self._connect() as connection:
+            return f"connected to {connection.getpeername()[0]}"
+
+    def handshake(self) -> str:
+        """It speaks TLS, in a version of today."""
+        lenient = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        lenient.check_hostname = False
+        lenient.verify_mode = ssl.CERT_NONE
+        try:
+            with self._connect() as raw, lenient.wrap_socket(
+                    raw, server_hostname=self.host) as connection:
+                return connection.version() or "TLS"
+        except OSError as error:                    # SSLError is one
+            raise Broken(f"no TLS with {self.netloc}: {tls_words(error)}",
+                         "check the port: is it the proxy's?") from None
+
+    def server(self) -> str:
+        """Its certificate is for this name, by a CA that we trust, and valid."""
+        try:
+            with self._connect() as raw, self.tls.wrap_socket(
+                    raw, server_hostname=self.host) as connection:
+                shown: Any = connection.getpeercert()
+        except ssl.SSLCertVerificationError as error:
+            step = "--ca FILE or CMON_CA names the CA of the proxy's certificate, PEM"
+            if "mismatch" in str(error) or "not valid for" in error.verify_message:
+                step = "give --url with a name that the certificate is for"
+            elif error.verify_code in (9, 10):      # X509_V_ERR_CERT_NOT_YET_VALID, _HAS_EXPIRED
+                step = "tell the operator, or check this machine's clock"
+            raise Broken(f"the proxy's certificate is not accepted: {error.verify_message}", step
+                         ) from None
+        except OSError as error:
+            raise Broken(f"the proxy ends the handshake: {tls_words(error)}",
+                         "ask the operator what the proxy's log says") from None
+        return f"valid until {shown.get('notAfter', '?')}"
+
+    def discovery(self) -> str:
+        """The proxy knows the account."""
+        self.proxy = Proxy(self.url, self.tls, self.arguments.timeout)
+        self.discovered = self._ask("/v1/discover").body
+        return "the proxy knows the account"
+
+    def listed(self) -> str:
+        """There is something to scrape."""
+        _, self.containers = self.proxy.listed(self.discovered)
+        if not self.containers:
+            raise Broken("the account has no container that runs", "start one, or check that the "
+                         f"certificate is for the right account, {self.cert.subject}")
+        if self.arguments.container:
+            self.chosen = choose(self.arguments.container, self.containers)
+        else:
+            running = [one for one in self.containers if one.state in ("running", "-")]
+            self.chosen = (running or self.containers)[0]
+        return f"{len(self.containers)} containers"
+
+    def scrape(self) -> str:
+        """One page comes."""
+        before = time.time()
+        answer = self._ask(f"/v1/{self.chosen.uuid}/metrics")
+        try:
+            parsed = parse(answer.body.decode())
+        except (ExpositionError, UnicodeDecodeError) as error:
+            raise Broken(f"the page of {self.chosen.alias} cannot be parsed: {error}",
+                         "tell the operator") from None
+        for family in parsed:
+            self.families.setdefault(family.name, []).extend(family.samples)
+        told = self.families.get("time_of_day")
+        if told:                                    # milliseconds
+            self.node_clock = float(told[0].value) / 1000 - (before + time.time()) / 2
+        return f"{sum(map(len, self.families.values()))} samples of {self.chosen.alias}"
+
+    def whole(self) -> str:
+        """No collector has failed."""
+        ups = self.families.get("cmon_collector_up")
+        if ups is None:                             # the original's agent
+            raise Skipped("this agent does not say")
+        failed = [dict(one.labels).get("collector", "?") for one in ups if one.value == 0]
+        if failed:
+            raise Broken(f"the page of {self.chosen.alias} lacks {', '.join(failed)}",
+                         "tell the operator: the agent's log on the compute node says why")
+        return f"all {len(ups)} collectors"
+
+    def age(self) -> str:
+        """Its figures are of now."""
+        if self._limited():
+            raise Broken(*OVER_QUOTA, "quota")
+        ages = [(float(one.value), dict(one.labels).get("collector", "?"))
+                for one in self.families.get("cmon_sample_age_seconds", ())]
+        old = sorted((age, name) for age, name in ages if not name.startswith("plugin_") and
+                     age > (OLD_SLOWLY_SECONDS if name in SLOWLY else OLD_SECONDS))
+        if old:
+            raise Broken(f"{old[-1][1]} of {self.chosen.alias} is {old[-1][0]:.0f} s old", "tell "
+                         "the operator: the compute node is short of time, or a command hangs")
+        if not ages:
+            raise Skipped("this agent does not say")
+        return f"at most {max(ages)[0]:.0f} s"
+
+    def quota(self) -> str:
+        """The account may ask as often as it does."""
+        answer = self._ask("/v1/fleet/metrics", Skipped("this proxy has no fleet page"))
+        values = {family.name: family.samples[0].value
+                  for family in parse(answer.body.decode("utf-8", "replace")) if family.samples}
+        if values.get("cmon_quota_limited") == 1 or self._limited():
+            raise Broken(*OVER_QUOTA)
+        limit = values.get("cmon_quota_limit")
+        return "no limit" if limit is None else f"{limit:g} requests a minute"
+
+    def clocks(self) -> str:
+        """This machine, the proxy and the node agree on the time."""
+        proxy = self.clock if math.isfinite(self.clock) else 0.0    # without a date: who knows
+        for whose, apart in (("proxy", proxy), ("compute node", self.node_clock)):
+            if abs(apart) > CLOCK_SECONDS:
+                raise Broken(f"this machine's clock is {abs(apart):.0f} s "
+                             f"{'behind' if apart > 0 else 'ahead of'} the {whose}'s",
+                             "check the clocks of both (NTP)")
+        return f"{max(abs(proxy), abs(self.node_clock)):.0f} s apart"
+
+    def configuration(self) -> str:
+        """The file of Prometheus names the same files and the same proxy."""
+        if not self.arguments.prometheus:
+            raise Skipped("no --prometheus FILE")
+        path = Path(self.arguments.prometheus)
+        said = scalars(read_text(path, "configuration"))
+        tool = shutil.which("promtool")
+        if tool is not None:
+            done = subprocess.run([tool, "check", "config", str(path)], stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, check=False, stdin=subprocess.DEVNULL)
+            if done.returncode:
+                lines = done.stdout.decode("utf-8", "replace").strip().splitlines() or ["no reason"]
+                raise Broken(f"promtool refuses {path}: {printable(lines[-1])}",
+                             f"`promtool check config {path}` says more")
+        hosts = {urllib.parse.urlsplit(url).hostname for key, url in said if key == "url"}
+        hosts |= {value for key, value in said if key == "endpoint"}
+        if self.host not in hosts:
+            raise Broken(f"{path} has no job that discovers containers from {self.host}",
+                         "`cmon.py setup` writes one that does")
+        for key, mine in (("cert_file", self.arguments.cert), ("key_file", self.arguments.key)):
+            named = {(path.parent / value).resolve() for name, value in said if name == key}
+            if Path(mine).resolve() not in named:
+                raise Broken(f"{path} does not use {mine}, but " + (
+                    " and ".join(sorted(map(str, named))) or f"no {key}"),
+                    f"use the same {key} there, or give that one to this command")
+        return f"{path} uses the same files and {self.host}"
+
+    def targets(self) -> str:
+        """Prometheus has targets of this proxy, and all are up."""
+        if not self.arguments.prometheus:
+            raise Skipped("no --prometheus FILE")
+        base = self.arguments.prometheus_url.rstrip("/")
+        client = Client()
+        try:
+            answer = client.request("GET", f"{base}/api/v1/targets?state=active")
+        except ClientError as error:
+            if "refused" in str(error):
+                raise Skipped(f"no Prometheus runs at {base}") from None
+            raise Broken(f"no answer from Prometheus: {error}", "check --prometheus-url") from None
+        finally:
+            client.close()
+        try:
+            active = json.loads(answer.body)["data"]["activeTargets"]
+            mine = [(str(one["health"]), str(one["scrapeUrl"]), str(one["lastError"]))
+                    for one in active if (urllib.parse.urlsplit(one["scrapeUrl"]).hostname or "")
+                    .endswith(self.host)]
+        except (ValueError, LookupError, TypeError):
+            raise Broken(f"{base} does not answer as Prometheus does", "check --prometheus-url"
+                         ) from None
+        if not mine:
+            raise Broken(f"Prometheus at {base} has no target of {self.host}", "give it the file, "
+                         "or reload it (SIGHUP)")
+        down = [(url, why) for health, url, why in mine if health == "down"]
+        if down:
+            raise Broken(f"{len(down)} of {len(mine)} targets are down, the first: "
+                         + printable(f"{down[0][0]}: {down[0][1]}"),
+                         "if the other links hold, reload Prometheus (SIGHUP) and look again")
+        return f"{len(mine)} targets, none down"
+
+    def _connect(self) -> socket.socket:
+        try:
+            return socket.create_connection((self.host, self.port), self.arguments.timeout)
+        except OSError as error:
+            step = "check the port in --url, and firewalls between here and there"
+            if urllib.parse.urlsplit(self.url).port is None:
+                step = f"the proxy's usual port is {PROXY_PORT}: " \
+                    f"--url https://{self.host}:{PROXY_PORT}"
+            raise Broken(f"cannot connect to {self.host}:{self.port}: {words_of(error)}", step
+                         ) from None
+
+    def _limited(self) -> bool:
+        return any(one.value == 1 for one in self.families.get("cmon_quota_limited", ()))
+
+    def _ask(self, path: str, missing: Skipped | None = None) -> ClientResponse:
+        """An answer with status 200; its date tells the proxy's clock, in whole seconds."""
+        before = time.time()
+        answer = self.proxy.get(path)
+        try:
+            date = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+        except (LookupError, ValueError, TypeError):
+            date = -math.inf
+        if not path.startswith("/v1/" + self.chosen.uuid):      # a page has the agent's date
+            # an answer may have been made before it was asked for: the latest counts
+            self.clock = max(self.clock, date + 0.5 - (before + time.time()) / 2)
+        if answer.status == 200:
+            return answer
+        if answer.status == 404 and missing is not None:
+            raise missing
+        words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
+        raise Broken(f"the proxy says {answer.status}: {words}", {
+            401: "add the SSH key to the account, or make a certificate with a key that it has",
+            404: "check the name: `cmon.py discover` lists the containers",
+            429: "scrape less often, or ask the operator for a larger quota",
+        }.get(answer.status, "try again in a minute; if it stays so, tell the operator"),
+            "quota" if answer.status == 429 else "")
+
+
+# in the order in which they depend on each other
+LINKS: tuple[tuple[str, Callable[[Doctor], str]], ...] = (
+    ("files", Doctor.files), ("key", Doctor.key), ("style", Doctor.style),
+    ("purpose", Doctor.purpose), ("dates", Doctor.dates), ("signature", Doctor.signature),
+    ("name", Doctor.name), ("TCP", Doctor.tcp), ("TLS", Doctor.handshake),
+    ("server certificate", Doctor.server), ("discovery", Doctor.discovery),
+    ("list", Doctor.listed), ("scrape", Doctor.scrape), ("page", Doctor.whole),
+    ("age", Doctor.age), ("quota", Doctor.quota), ("clock", Doctor.clocks),
+    ("configuration", Doctor.configuration), ("targets", Doctor.targets),
+)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """`cmon.py doctor`"""
+    patient = Doctor(arguments)
+    broken: Broken | None = None
+    for name, link in LINKS:
+        word, said = "ok", ""
+        if broken is not None:
+            word, said = ("FAIL", str(broken)) if broken.link == name else ("skip", "")
+        else:
+            try:
+                said = link(patient)
+            except Skipped as why:
+                word, said = "skip", str(why)
+            except Broken as error:
+                broken = error
+                word, said = ("skip", f"see {error.link}") if error.link not in ("", name) else (
+                    "FAIL", str(error))
+            except Failure as failure:
+                broken = Broken(str(failure), {
+                    "list": "`cmon.py discover` lists the containers",
+                    "key": "make a certificate with `cmon.py certgen`"}.get(
+                        name, "check the files and the URL that the command was given"))
+                word, said = "FAIL", str(failure)
+        print(f"{word:<4}  {name}" + (f": {said}" if said else ""), flush=True)
+    print(f"Next: {broken.step}." if broken else "All is well.")
+    return 1 if broken else 0
+
+
+def tls_words(error: OSError) -> str:
+    """`wrong version number`."""
+    reason = getattr(error, "reason", None)
+    return str(reason).replace("_", " ").lower() if reason else words_of(error)
+
+
+def scalars(text: str) -> list[tuple[str, str]]:
+    """The settings `key: value` of a YAML or JSON file in their order. The standard library has no
+    parser for YAML, and which files and names occur is all that is asked here."""
+    found = re.findall(r"""["']?\b(\w+)["']?\s*:\s+("[^"\n]*"|'[^'\n]*'|[^\s,{}\[\]]+)""",
+                       re.sub(r"(?m)(^|\s)#.*$", "", text))
+    return [(key, value.strip("\"'")) for key, value in found]
+
+
 # --- rules and dashboards -------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
@@ -1818,6 +2324,155 @@ def dashboard(arguments: argparse.Namespace) -> int:
                 for name in DASHBOARDS]
         print("\n".join(table(("NAME", "TITLE"), rows)))
     return 0
+
+
+# --- setup ----------------------------------------------------------------------------------------
+
+DATASOURCE_YML = """\
+apiVersion: 1
+datasources:
+  - {name: Prometheus, type: prometheus, access: proxy, url: URL, isDefault: true}
+"""
+DASHBOARDS_YML = """\
+apiVersion: 1
+providers:
+  - {name: Container Monitor, type: file, options: {path: DASHBOARDS}}
+"""
+
+
+class Profile(NamedTuple):
+    """What a profile of node-triton (~/.triton) tells."""
+    account: str = ""
+    key_id: str = ""            # a fingerprint, MD5 or SHA256
+    url: str = ""               # of the proxy, as CloudAPI's name suggests
+
+
+def triton_profile(home: Path) -> Profile:
+    """The profile that TRITON_PROFILE or ~/.triton/config.json names, else the only one."""
+    folder = home / ".triton"
+    try:
+        found = {path.stem: path for path in sorted(folder.glob("profiles.d/*.json"))}
+        name = os.environ.get("TRITON_PROFILE", "")
+        config = folder / "config.json"
+        if not name and config.exists():
+            name = str(json.loads(config.read_bytes()).get("profile", ""))
+        if name not in found and len(found) == 1:
+            name = next(iter(found))
+        if name not in found:
+            return Profile()
+        said = json.loads(found[name].read_bytes())
+        account, key_id, cloudapi = (str(said.get(key) or "") for key in (
+            "actAsAccount", "keyId", "url"))
+        account = account or str(said.get("account") or "")
+        host = urllib.parse.urlsplit(cloudapi).hostname or ""
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return Profile()                    # whatever is wrong with it, the flags serve
+    if re.fullmatch("(?:[0-9a-f]{2}:){15}[0-9a-f]{2}", key_id):
+        key_id = "MD5:" + key_id
+    service = re.sub(r"^cloudapi\.", "cmon.", host)
+    return Profile(account if LOGIN.fullmatch(account) else "", key_id,
+                   f"https://{service}:{PROXY_PORT}" if service != host else "")
+
+
+def key_of_profile(home: Path, key_id: str) -> str:
+    """The private key in ~/.ssh whose public half has that fingerprint; "" without one."""
+    from cmon_proxy import CertificateError, public_key
+    for path in sorted(home.glob(".ssh/*.pub")) if key_id else ():
+        try:
+            key = public_key(read_text(path, "public key"))
+        except (CertificateError, Failure):
+            continue
+        if key_id in (key.sha256, "MD5:" + key.md5) and path.with_suffix("").exists():
+            return str(path.with_suffix(""))
+    return ""
+
+
+def setup(arguments: argparse.Namespace) -> int:
+    """`cmon.py setup`"""
+    home, folder = Path.home(), Path(arguments.dir)
+    profile = triton_profile(home)
+    arguments.account = arguments.account or profile.account
+    if not arguments.account:
+        raise Usage("for which account? give --account LOGIN")
+    if not arguments.ssh_key:
+        arguments.ssh_key = key_of_profile(home, profile.key_id)
+        if not arguments.ssh_key and profile.key_id and os.environ.get("SSH_AUTH_SOCK"):
+            arguments.ssh_key, arguments.agent = profile.key_id, True
+    arguments.url = proxy_url(arguments.url or profile.url)
+    config = folder / "prometheus.yml"
+    if os.path.lexists(config) and not arguments.force:
+        raise Failure(f"{config} exists: --force replaces what setup wrote; give another folder to "
+                      "start afresh")
+    ca = read_text(Path(arguments.ca), "CA") if arguments.ca else ""
+    cert, key = (folder / f"{arguments.account}-{kind}.pem" for kind in ("cert", "key"))
+    if cert.exists() and key.exists():
+        print(f"using {cert} and {key}, which are there")
+    else:
+        arguments.out, arguments.renew = str(folder), False
+        certgen(arguments)
+    arguments.cert, arguments.key = str(cert), str(key)
+    if ca:
+        arguments.ca = str(folder / "ca.pem")
+        write_plain(folder / "ca.pem", ca)
+    write_plain(config, prometheus_yml(arguments, operates(arguments)))
+    write_plain(folder / "rules.yml", example("rules.yml").read_text("utf-8"))
+    for name in DASHBOARDS:
+        write_plain(folder / "dashboards" / f"{name}.json",
+                    example(f"dashboards/{name}.json").read_text("utf-8"))
+    provisioning = folder / "grafana" / "provisioning"
+    write_plain(provisioning / "datasources" / "prometheus.yml",
+                DATASOURCE_YML.replace("URL", json.dumps(arguments.prometheus_url)))
+    write_plain(provisioning / "dashboards" / "cmon.yml", DASHBOARDS_YML.replace(
+        "DASHBOARDS", json.dumps(str((folder / "dashboards").resolve()), ensure_ascii=False)))
+    print(f"wrote {config}, rules.yml, dashboards/ and grafana/ beside it\n", flush=True)
+    arguments.container, arguments.prometheus = "", str(config)
+    status = doctor(arguments)
+    quoted = shlex.quote(str(config))
+    data = shlex.quote(str(folder / "data"))
+    print(f"\nStart Prometheus:\n\n    prometheus --config.file={quoted} "
+          f"--storage.tsdb.path={data}\n\nand Grafana, if there is one:\n\n"
+          f"    GF_PATHS_PROVISIONING={shlex.quote(str(provisioning.resolve()))} grafana server")
+    return status
+
+
+def operates(arguments: argparse.Namespace) -> bool:
+    """Whether the account may see compute nodes; where nobody can be asked, no."""
+    try:
+        proxy = Proxy(arguments.url, client_context(arguments.cert, arguments.key, arguments.ca),
+                      arguments.timeout)
+        return proxy.get("/v1/gz/discover").status == 200
+    except Failure:
+        return False                        # doctor says why, in a moment
+
+
+def prometheus_yml(arguments: argparse.Namespace, nodes: bool) -> str:
+    """The example for Prometheus, with this proxy, account and CA; with its compute nodes if so."""
+    parts = urllib.parse.urlsplit(arguments.url)
+    host, port = parts.hostname or "", parts.port or 443
+    text = example("prometheus-dns.yml" if arguments.dns else "prometheus.yml").read_text("utf-8")
+    if nodes:
+        operator = example("prometheus-operator.yml").read_text("utf-8")
+        job = operator[operator.index("  - job_name: nodes"):operator.index("  - job_name: agents")]
+        text += job.replace("admin-", "alice-")
+    text = text.replace("cmon.dc.example:9163", f"[{host}]:{port}" if ":" in host
+                        else f"{host}:{port}")
+    text = text.replace("endpoint: cmon.dc.example", f"endpoint: {json.dumps(host)}\n        "
+                        f"port: {port}")
+    text = text.replace("cmon.dc.example", arguments.suffix or host)
+    text = text.replace("account: alice", f"account: {json.dumps(arguments.account)}")
+    text = re.sub(r"alice-(cert|key)\.pem", rf"{arguments.account}-\1.pem", text)
+    if arguments.ca:
+        text = re.sub(r"(?m)^( +)(cert_file: .*)$", r"\1ca_file: ca.pem\n\1\2", text)
+    return text
+
+
+def write_plain(path: Path, text: str) -> None:
+    """A file for everybody to read, in folders that are made for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {words_of(error)}") from None
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -2280,7 +2935,18 @@ def discover_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `discover`."""
     parser.add_argument("--groups", metavar="A,B", default="",
                         help="only containers in one of these groups (tag triton.cmon.groups)")
-    parser.add_argument("--json", action="store_true", help="the proxy's answer as JSON")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="the proxy's answer as JSON")
+    forms.add_argument("--file-sd", metavar="FILE", default="", help="write targets for "
+                       "Prometheus' file_sd_configs; a failure leaves the file as it is")
+    forms.add_argument("--hosts", metavar="ADDRESS", type=address, help="the "
+                       "containers' own names as lines of /etc/hosts, with the proxy's address")
+    forms.add_argument("--zone", action="store_true",
+                       help="the same as records to include in a zone file")
+    parser.add_argument("--every", metavar="SECONDS", type=seconds,
+                        help="with --file-sd: write it again and again, until Ctrl-C")
+    parser.add_argument("--suffix", metavar="NAME", default="", help="what the containers' own "
+                        "names end with (the host name of the URL)")
     connection_arguments(parser)
 
 
@@ -2322,8 +2988,20 @@ def login(text: str) -> str:
 
 def certgen_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `certgen`."""
+    signing_arguments(parser, required=True)
     add = parser.add_argument
-    add("--account", metavar="LOGIN", type=login, required=True, help="the account's login")
+    add("--out", metavar="DIR", default=".", help="where LOGIN-cert.pem and LOGIN-key.pem go (.)")
+    add("--force", action="store_true", help="replace what is there")
+    add("--renew", action="store_true", help="replace what is there if it ends within "
+        f"{RENEW_DAYS} days; otherwise leave it")
+
+
+def signing_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Whose certificate is to be made, how and with which key."""
+    add = parser.add_argument
+    profile = "" if required else " (the one of your triton profile)"
+    add("--account", metavar="LOGIN", type=login, required=required,
+        help="the account's login" + profile)
     add("--ssh-key", metavar="FILE", default="", help="a private key of the account, RSA or ECDSA, "
         "as ssh-keygen makes it or PEM; with --agent its public half or its fingerprint")
     add("--agent", action="store_true", help="let ssh-agent sign, with the one key that it has or "
@@ -2331,10 +3009,42 @@ def certgen_arguments(parser: argparse.ArgumentParser) -> None:
     add("--old-style", action="store_true", help="the SSH key itself, self-signed, as "
         "sdc-docker-setup.sh makes it, instead of a key of its own")
     add("--days", metavar="N", type=days, default=DAYS, help=f"how long it is valid ({DAYS})")
-    add("--out", metavar="DIR", default=".", help="where LOGIN-cert.pem and LOGIN-key.pem go (.)")
-    add("--force", action="store_true", help="replace what is there")
-    add("--renew", action="store_true", help="replace what is there if it ends within "
-        f"{RENEW_DAYS} days; otherwise leave it")
+
+
+def address(text: str) -> str:
+    """A flag's value: an IP address."""
+    return str(ipaddress.ip_address(text))
+
+
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `doctor`."""
+    parser.add_argument("container", metavar="NAME|UUID", nargs="?", default="",
+                        help="the container to scrape (the first that runs)")
+    parser.add_argument("--prometheus", metavar="FILE", default="",
+                        help="a prometheus.yml that should use the same files and proxy")
+    prometheus_url_argument(parser)
+    connection_arguments(parser)
+
+
+def prometheus_url_argument(parser: argparse.ArgumentParser) -> None:
+    """Where Prometheus answers."""
+    parser.add_argument("--prometheus-url", metavar="URL", default=PROMETHEUS_URL,
+                        help=f"where its API answers ({PROMETHEUS_URL})")
+
+
+def setup_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `setup`."""
+    add = parser.add_argument
+    add("dir", metavar="DIR", help="where the files go")
+    signing_arguments(parser)
+    add("--dns", action="store_true", help="discover by names of the containers' own, where "
+        "wildcard DNS leads to the proxy, instead of by HTTP")
+    add("--suffix", metavar="NAME", default="", help="with --dns: what those names end with (the "
+        "host name of the URL)")
+    add("--force", action="store_true", help="replace the files that setup wrote, but not the "
+        "certificate")
+    prometheus_url_argument(parser)
+    connection_arguments(parser)
 
 
 def dashboard_arguments(parser: argparse.ArgumentParser) -> None:
@@ -2387,6 +3097,10 @@ COMMANDS = (
             "'rate(net_drops_in_total),0'"),
     Command("certgen", "make a certificate for the proxy with an SSH key of your account", certgen,
             certgen_arguments, "cmon.py certgen --account alice --ssh-key ~/.ssh/id_rsa"),
+    Command("doctor", "walk from your files to a page and say which link is broken", doctor,
+            doctor_arguments, "cmon.py doctor web01 --prometheus prometheus.yml"),
+    Command("setup", "make all that a Prometheus needs: certificate, configuration, rules", setup,
+            setup_arguments, "cmon.py setup monitoring --account alice --ssh-key ~/.ssh/id_rsa"),
     Command("rules", "print rules for Prometheus: what to record, and when to alert", rules,
             no_arguments, "cmon.py rules > rules.yml"),
     Command("dashboard", "print a dashboard for Grafana", dashboard, dashboard_arguments,
