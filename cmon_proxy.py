@@ -80,6 +80,8 @@ class TlsSettings:
         one_of("account-keys", "ca"))
     client_ca: Path | None = setting(None, "PEM file: the CA of client certificates, with ca")
     allow_sha1: bool = setting(False, "take client certificates that are signed with SHA-1")
+    allow_rsa1024: bool = setting(
+        False, "take RSA keys of 1,024 bits and more; otherwise 2,048 is the least")
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,13 @@ class AccountQuota:
 @dataclass(frozen=True)
 class QuotaSettings:
     """How much an account may ask."""
-    per_minute: float = setting(1000.0, "requests a minute of one account", at_least(0))
+    per_minute: float = setting(6000.0, "requests a minute of one account", at_least(0))
     burst: float = setting(1000.0, "requests at once", at_least(1))
     over_quota: str = setting(
         "stale", "above that: stale (the last copy of the page), refuse (429) or allow",
         one_of("stale", "refuse", "allow"))
     replicas: int = setting(1, "proxies behind one name; each admits its share", at_least(1))
-    hard_per_minute: float = setting(10000.0, "above that everything is refused", at_least(0))
+    hard_per_minute: float = setting(60000.0, "above that everything is refused", at_least(0))
     exempt_operators: bool = setting(False, "no quota for operators")
     accounts: dict[str, AccountQuota] = setting({}, "what is different, by login")
 
@@ -248,9 +250,11 @@ REFUSALS: dict[str, tuple[int, str]] = {
                 "cmon-certgen`"),
     "not_yet_valid": (401, "the client certificate begins on {date}: check the clock of the "
                       "machine that made it, or wait"),
+    "weak_key": (401, "an RSA key of {bits} bits is too short: make a new one with `ssh-keygen -t "
+                 "ed25519` or `-b 3072`, add it to the account, and make a certificate with it"),
     "unknown_key": (401, "no key of account {login} vouches for this client certificate (wanted: "
-                    "{key}): add the key to the account, or make a certificate with one that it "
-                    "has"),
+                    "{key}): add that key to the account, or make a certificate with one that it "
+                    "has; or is the certificate's common name, {login}, not your login?"),
     "unknown_account": (401, "no account {login}, or it may not come in: the certificate's common "
                         "name must be the account's login"),
     "not_approved": (403, "account {login} is not approved: ask the operator"),
@@ -513,6 +517,12 @@ class PublicKey:
         """The fingerprint that ssh-keygen shows."""
         digest = base64.b64encode(hashlib.sha256(self.blob).digest())
         return "SHA256:" + digest.decode().rstrip("=")
+
+    @property
+    def bits(self) -> int:
+        """The length of an RSA key's modulus; 0 for other kinds."""
+        return int.from_bytes(_ssh_fields(self.blob)[2], "big").bit_length() \
+            if self.kind == "ssh-rsa" else 0
 
     @property
     def line(self) -> str:
@@ -1089,8 +1099,10 @@ def server_context(certificate_file: str, key_file: str,
 
 KEPT_CERTIFICATES_BYTES = 8 << 20
 CLOCK_SKEW_SECONDS = 300.0      # certgen does not date back, and clocks differ
-STRONG_DIGESTS = frozenset(("sha224", "sha256", "sha384", "sha512", "sha3-256", "sha3-384",
-                            "sha3-512"))
+# OpenSSL's names of the digests that are taken; what is not listed is refused, whatever its name
+STRONG_DIGESTS = frozenset(("sha224", "sha256", "sha384", "sha512", "sha512-224", "sha512-256",
+                            "sha3-224", "sha3-256", "sha3-384", "sha3-512"))
+RSA_BITS, SHORT_RSA_BITS = 2048, 1024   # least, and least with `allow_rsa1024`
 _MD5_BASE64 = re.compile(r"MD5:([A-Za-z0-9+/]{22})(?:==)?")
 _MD5_HEX = re.compile(r"(?:MD5:)?([0-9A-Fa-f]{2}(?::?[0-9A-Fa-f]{2}){15})")
 
@@ -1185,14 +1197,12 @@ class Identity:
 
     The account, its key and the dates are looked at again on every request: see `grant`.
     """
-    __slots__ = ("login", "key_id", "cert", "dated", "strong", "refusal", "header", "granted",
-                 "policy")
+    __slots__ = ("login", "key_id", "cert", "dated", "refusal", "header", "granted", "policy")
 
     def __init__(self, der: bytes | None) -> None:
         self.login = self.key_id = ""
         self.cert: Certificate | None = None
         self.dated = False                      # its dates are enforced
-        self.strong = True
         self.refusal: Refused | None = None
         self.header = b""                       # F18: told in every answer
         self.granted: Grant | None = None    # the last one; good while its account is the same
@@ -1206,7 +1216,6 @@ class Identity:
             self.refusal = refused("bad_certificate", why=error)
             return
         self.login = cert.subject
-        self.strong = cert.digest in STRONG_DIGESTS or cert.signature.upper() == "ED25519"
         self.dated = CMON_PURPOSE in cert.purposes
         self.header = (f"X-Cmon-Certificate-Expires: {utc(cert.not_after)}\r\n").encode()
         if self.dated and not cert.self_issued:
@@ -1223,6 +1232,15 @@ class Identity:
             self.refusal = refused("bad_certificate", why="its subject has no common name")
 
 
+    @property
+    def wanted(self) -> str:
+        """Fingerprints of the key that must be on the account, as ssh-keygen shows them. Of a new
+        style certificate only the MD5 one is known: by it the issuer is named."""
+        if self.cert is not None and self.key_id == self.cert.key.md5:
+            return f"MD5:{self.key_id} {self.cert.key.sha256}"
+        return f"MD5:{self.key_id}, shown by `ssh-keygen -l -E md5 -f KEY.pub`"
+
+
 def check_dates(cert: Certificate, now: float) -> None:
     """Raises Refused outside the certificate's dates."""
     if now > cert.not_after:
@@ -1231,10 +1249,29 @@ def check_dates(cert: Certificate, now: float) -> None:
         raise refused("not_yet_valid", date=utc(cert.not_before))
 
 
+def check_key(key: PublicKey, policy: Policy) -> None:
+    """Raises Refused for an RSA key that is too short: the verify callback bypasses OpenSSL's own
+    check of it."""
+    if key.kind == "ssh-rsa" and key.bits < (SHORT_RSA_BITS if policy.allow_rsa1024 else RSA_BITS):
+        raise refused("weak_key", bits=key.bits)
+
+
+def check_strength(cert: Certificate, policy: Policy) -> None:
+    """Raises Refused for a digest or a key that is too weak."""
+    if not cert.digest and cert.signature.upper() != "ED25519":
+        raise refused("bad_certificate", why="its signature is of a kind that OpenSSL does not know"
+                      + (f" ({cert.signature})" if cert.signature else ""))
+    if cert.digest and cert.digest not in STRONG_DIGESTS and not (
+            cert.digest == "sha1" and policy.allow_sha1):
+        raise refused("weak_signature", digest=cert.digest.upper())
+    check_key(cert.key, policy)
+
+
 class Policy(NamedTuple):
     """How identities are judged; from the settings."""
     by_ca: bool = False
     allow_sha1: bool = False
+    allow_rsa1024: bool = False
     require_approved: bool = False
 
 
@@ -1255,8 +1292,7 @@ def grant(identity: Identity, account: Account | None, policy: Policy, now: floa
     if granted is not None and granted.account is account and identity.policy is policy:
         return granted
     identity.granted, identity.policy = None, policy
-    if not identity.strong and not policy.allow_sha1:
-        raise refused("weak_signature", digest=(cert.digest or cert.signature).upper())
+    check_strength(cert, policy)
     holder: AuthorizedKey | None = None
     if policy.by_ca:
         if account is None:
@@ -1265,7 +1301,8 @@ def grant(identity: Identity, account: Account | None, policy: Policy, now: floa
         # an unknown account and one without the key read the same: logins are not to be guessed
         holder = account.keys.get(identity.key_id) if account is not None else None
         if account is None or holder is None or not certificates.signed(cert, holder.key):
-            raise refused("unknown_key", login=identity.login, key="MD5:" + identity.key_id)
+            raise refused("unknown_key", login=identity.login, key=identity.wanted)
+        check_key(holder.key, policy)
     if policy.require_approved and not account.approved:
         raise refused("not_approved", login=identity.login)
     granted = identity.granted = Grant(account, holder.groups if holder else None, identity)
@@ -1324,8 +1361,8 @@ class Vm(NamedTuple):
     role: str = ""                  # manta_role: one more group, for the owner of manta
     core: bool = False              # has a smartdc_role or manta_role tag
     hidden: bool = False            # NAT zones: not to be seen by anybody
-    since: str = ""                 # when we learned this, ISO 8601
-    source: str = ""
+    since: int = 0                  # when we learned this, milliseconds since the epoch
+    source: str = ""                # as the original calls it: Bootstrapper or Updater
     number: int = 0                 # 64-bit hash of the UUID: which shard it belongs to
 
 
@@ -1361,7 +1398,7 @@ def _word(value: Any) -> str:
     return sys.intern(value if value.isascii() else value.encode("utf-8", "replace").decode())
 
 
-def vm_of(record: Any, source: str, since: str) -> Vm | None:
+def vm_of(record: Any, source: str, since: int) -> Vm | None:
     """A VM from VMAPI's or the file's members; None when it has no usable uuid or owner.
 
     Total: any member may be null or missing, other types count as missing.
@@ -1619,7 +1656,7 @@ class _FileReader:
         if len(owners) < len(accounts):
             self.odd(("owners",), "accounts", "two logins have the same uuid, so both own its VMs")
         vms: dict[str, Vm] = {}
-        since = iso(time.time())
+        since = milliseconds()
         for where, record in self._records(content, "vms", "vms"):
             vm = self._vm(record, where, since, owners, nodes)
             if vm is not None and vm.uuid in vms:
@@ -1721,6 +1758,9 @@ class _FileReader:
             try:
                 key = public_key(key_text if isinstance(key_text, str) else "")
                 into[key.md5] = AuthorizedKey(key, name, groups)
+                if key.kind == "ssh-rsa" and key.bits < RSA_BITS:
+                    self.odd(("weak", where), f"{where}.keys[{index}]", f"an RSA key of {key.bits} "
+                             f"bits is too short to come in with, where {RSA_BITS} is the least")
             except CertificateError as error:
                 self.wrong(f"{where}.keys[{index}]", str(error))
 
@@ -1737,7 +1777,7 @@ class _FileReader:
                        + _shown(shown))
         return Node(uuid, self._text(record, "hostname", where), address)
 
-    def _vm(self, record: dict[str, Any], where: str, since: str, owners: AbstractSet[str],
+    def _vm(self, record: dict[str, Any], where: str, since: int, owners: AbstractSet[str],
             nodes: Mapping[str, Node]) -> Vm | None:
         for name in ("uuid", "owner_uuid"):
             self._uuid(record, name, where)
@@ -1749,7 +1789,7 @@ class _FileReader:
             self._text(tags, "triton.cmon.groups", f"{where}.tags")
         elif tags is not None:
             self.odd(("tags",), where, f"tags must be an object, not {_shown(tags)}: ignored")
-        vm = vm_of(record, "file", since)
+        vm = vm_of(record, "Bootstrapper", since)
         if vm is None:
             return None
         if vm.owner not in owners:
@@ -1777,10 +1817,9 @@ def tell_warnings(warnings: Sequence[str]) -> list[str]:
     return [*warnings[:TOLD - 1], f"{len(warnings) - TOLD + 1} more warnings of this kind"]
 
 
-def iso(seconds: float) -> str:
-    """A time for programs."""
-    second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{second}.{int(seconds * 1000) % 1000:03d}Z"
+def milliseconds() -> int:
+    """Now, since the epoch."""
+    return int(time.time() * 1000)
 
 
 class FileWatch:
@@ -2480,7 +2519,7 @@ class Snapshot:
         """Whole or not at all; raises OSError, SnapshotError. Blocks."""
         now = time.time()
         body = json.dumps({
-            "format": 2, "confirmed_at": saved.confirmed_at, "manta_owner": saved.manta_owner,
+            "format": 3, "confirmed_at": saved.confirmed_at, "manta_owner": saved.manta_owner,
             "vms": saved.vms, "nodes": saved.nodes, "accounts": [
                 [account.uuid, account.login, account.operator, account.approved, now - age,
                  [[holder.key.line, holder.name] for holder in account.keys.values()]]
@@ -2520,7 +2559,7 @@ class Snapshot:
         now = time.time()
         try:
             content = json.loads(body)
-            if content["format"] != 2:
+            if content["format"] != 3:
                 raise SnapshotError("it is of another version")
             # interned, as vm_of does: most texts of 10,000 VMs are the same few
             vms = tuple([Vm._make(
@@ -2707,13 +2746,13 @@ class VmReader:
         except ServiceError as error:
             log.debug("the owner of manta is not known: %s", error)
         found: list[Vm] = []
-        since = iso(time.time())
+        since = milliseconds()
         for records in self._vmapi.pages(
                 f"/vms?state=active&fields={VM_FIELDS}",
                 lambda _, last: "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}),
                                                                 safe=""), gentle):
             found += [vm for record in records
-                      if (vm := vm_of(record, "bootstrap", since)) is not None]
+                      if (vm := vm_of(record, "Bootstrapper", since)) is not None]
         return AllVms(*by_owner(found), manta, began)
 
     def _all_arrived(self, found: AllVms | None, problem: str) -> None:
@@ -2772,7 +2811,7 @@ class VmReader:
         try:
             status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
             if status == 200:
-                vm = vm_of(record, "changefeed", iso(time.time()))
+                vm = vm_of(record, "Updater", milliseconds())
         except ServiceError as error:
             problem = str(error)
         except Exception as error:
@@ -3899,21 +3938,23 @@ class Selection(NamedTuple):
         return self.shards == 1 or shard_of(number, self.shards) == self.shard
 
 
-def container_row(vm: Vm, groups: Sequence[str]) -> dict[str, Any]:
-    """A container as the original's discovery shows it, member for member."""
-    return {"server_uuid": vm.server, "source": vm.source, "vm_alias": vm.alias,
-            "vm_brand": vm.brand, "vm_image_uuid": vm.image, "vm_owner_uuid": vm.owner,
-            "vm_uuid": vm.uuid, "vm_state": vm.state, "groups": list(groups),
-            "has_core_tag": vm.core, "manta_group": vm.role, "cached_date": vm.since}
+def container_row(vm: Vm) -> dict[str, Any]:
+    """A container as the original's discovery shows it, member for member: those that are absent
+    are left out, the date is in milliseconds, and a manta role is no group, though it selects."""
+    row = {"server_uuid": vm.server, "source": vm.source, "vm_alias": vm.alias,
+           "vm_brand": vm.brand, "vm_image_uuid": vm.image, "vm_owner_uuid": vm.owner,
+           "vm_uuid": vm.uuid, "vm_state": vm.state, "groups": list(vm.groups),
+           "has_core_tag": vm.core, "manta_group": vm.role, "cached_date": vm.since}
+    return {name: value for name, value in row.items() if value != ""}
 
 
-def container_labels(vm: Vm, groups: Sequence[str]) -> dict[str, str]:
+def container_labels(vm: Vm) -> dict[str, str]:
     """What Prometheus' triton_sd says of a container, and how to reach it by the one name."""
     labels = {"__meta_triton_machine_id": vm.uuid, "__meta_triton_machine_alias": vm.alias,
               "__meta_triton_machine_brand": vm.brand, "__meta_triton_machine_image": vm.image,
               "__meta_triton_server_id": vm.server}
-    if groups:
-        labels["__meta_triton_groups"] = "," + ",".join(groups) + ","
+    if vm.groups:
+        labels["__meta_triton_groups"] = "," + ",".join(vm.groups) + ","
     return {**labels, "instance": vm.uuid, "__scheme__": "https",
             "__metrics_path__": f"/v1/{vm.uuid}/metrics"}
 
@@ -4440,12 +4481,12 @@ class View(NamedTuple):
                 rows.append((vm, own))
         return sorted(rows, key=lambda row: row[0].uuid)
 
-    def listed(self) -> Iterator[tuple[Vm, tuple[str, ...]]]:
-        """Those of them that discovery lists."""
-        for vm, groups in self.seen():
+    def listed(self) -> Iterator[Vm]:
+        """Those of them that discovery lists; what is on no compute node has nothing to scrape."""
+        for vm, _ in self.seen():
             state = state_of(vm.state)
-            if state.listed_stopped if self.stopped else state.listed:
-                yield vm, groups
+            if vm.server and (state.listed_stopped if self.stopped else state.listed):
+                yield vm
 
 
 class Discovery:
@@ -4475,14 +4516,14 @@ class Discovery:
     def containers(self, request: Request, caller: Caller) -> Answer | Deferred:
         """The original's list of containers."""
         return self._containers("discover", request, caller, "", lambda view: json_answer(
-            '{"containers":[', (container_row(*row) for row in view.listed()), "]}"))
+            '{"containers":[', (container_row(vm) for vm in view.listed()), "]}"))
 
     def container_targets(self, request: Request, caller: Caller) -> Answer | Deferred:
         """The same for Prometheus' HTTP service discovery: everything by the one name."""
         address = request.headers.get("host", "")
         return self._containers("sd", request, caller, address, lambda view: json_answer("[", (
-            {"targets": [address], "labels": container_labels(*row)}
-            for row in view.listed()), "]"))
+            {"targets": [address], "labels": container_labels(vm)}
+            for vm in view.listed()), "]"))
 
     def _nodes(self, kind: str, request: Request, caller: Caller, address: str,
                make: Callable[[list[Node]], Response]) -> Answer | Deferred:
@@ -4630,7 +4671,8 @@ class Proxy:
         self.settings = settings
         self.inventory.max_age = settings.inventory.max_age
         tls = settings.tls
-        self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, settings.require_approved)
+        self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, tls.allow_rsa1024,
+                             settings.require_approved)
         self.quotas.reload(settings.quota)
         self.upstreams.settings = settings.agent
         self._builder.clear()

@@ -43,7 +43,7 @@ class House(World):
 
     def give(self, owner: str, containers: int) -> None:
         """All containers are this account's."""
-        made = [vm_of(vm(uuid(n + 1), owner), "test", "") for n in range(containers)]
+        made = [vm_of(vm(uuid(n + 1), owner), "test", 0) for n in range(containers)]
         self.proxy.inventory.replace(*by_owner([one for one in made if one is not None]))
 
     def request(self, path: str, query: Any = (), which: int = 0, host: str = "cmon.test",
@@ -460,7 +460,7 @@ def test_no_alias_makes_a_500(path: str, alias: str, house: Any) -> None:
         world.proxy.inventory.replace(*by_owner([fresh]))
         answer = world.settled(world.ask(path if "/c/" not in path else f"/c/{WEB}"))
         assert answer.status == 200
-    json.dumps(vm_of(vm(WEB, world.owner.uuid, alias=alias), "", ""), ensure_ascii=False).encode()
+    json.dumps(vm_of(vm(WEB, world.owner.uuid, alias=alias), "", 0), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("body", [b"", b"garbage", gzip.compress(b"x 1\n")[:-4],

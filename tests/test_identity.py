@@ -2,6 +2,9 @@
 """Who a certificate is: every kind of certificate against every kind of account."""
 from __future__ import annotations
 
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ import cmon_proxy
 from agents import TLS, key
 from cmon_agent import Refused
 from cmon_proxy import (
-    Account, AuthorizedKey, Identity, Policy, first_certificate, grant, key_id_of, public_key)
+    CLIENT_PURPOSE, CMON_PURPOSE, Account, AuthorizedKey, Identity, Policy, first_certificate,
+    grant, key_id_of, make_certificate, public_key)
 
 NOW = 1_795_000_000.0           # November 2026
 
@@ -76,6 +80,108 @@ def test_sha1_is_taken_where_the_settings_say_so() -> None:
     assert verdict("old_sha1", account("rsa"), policy) == "ok"
     assert verdict("new_sha1", account("rsa"), policy) == "ok"
     assert verdict("new_sha1", account("ec"), policy) == "unknown_key"
+
+
+@pytest.mark.parametrize("signature, digest, sha1, taken", [
+    ("RSA-SHA256", "sha256", False, True), ("RSA-SHA512/256", "sha512-256", False, True),
+    ("RSA-SHA512/224", "sha512-224", False, True), ("ecdsa-with-SHA384", "sha384", False, True),
+    ("id-rsassa-pkcs1-v1_5-with-sha3-256", "sha3-256", False, True), ("ED25519", "", False, True),
+    ("RSA-SHA1", "sha1", False, False), ("RSA-SHA1", "sha1", True, True),
+    ("RSA-MD5", "md5", True, False), ("RSA-RIPEMD160", "ripemd160", True, False),
+    ("RSA-MD4", "md4", True, False), ("RSA-MDC2", "mdc2", True, False),
+    ("RSA-MD5-SHA1", "md5-sha1", True, False), ("", "", True, False),
+    ("SM2-SM3", "sm3", True, False),
+])
+def test_digests_are_taken_by_name(signature: str, digest: str, sha1: bool, taken: bool) -> None:
+    shown = identity("old_rsa")
+    assert shown.cert is not None
+    shown.cert = shown.cert._replace(signature=signature, digest=digest)
+    try:
+        grant(shown, account("rsa"), Policy(allow_sha1=sha1), NOW)
+        assert taken
+    except Refused as refusal:
+        assert not taken and dict(refusal.headers)["X-Cmon-Error"] == (
+            "weak_signature" if digest else "bad_certificate")
+
+
+def made(tmp_path: Path, bits: int, digest: str = "sha256", kind: str = "RSA") -> tuple[str, bytes]:
+    """A key as accounts have it and a certificate by it, as openssl makes them."""
+    key_file, cert = tmp_path / f"{kind}{bits}.key", tmp_path / f"{kind}{bits}-{digest}.pem"
+    config = tmp_path / "openssl.cnf"
+    config.write_text("[req]\ndistinguished_name=d\n[d]\n")
+    if kind == "DSA":
+        parameters = tmp_path / "dsa"
+        run("openssl", "genpkey", "-genparam", "-algorithm", "DSA", "-pkeyopt",
+            f"dsa_paramgen_bits:{bits}", "-out", parameters)
+        run("openssl", "genpkey", "-paramfile", parameters, "-out", key_file)
+    else:
+        run("openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", f"rsa_keygen_bits:{bits}",
+            "-out", key_file)
+    # OpenSSL 3.0 makes SHA-512/256 with PKCS#1 padding, too, but cannot check it
+    padding = ["-sigopt", "rsa_padding_mode:pss"] if digest.startswith("sha512-") else []
+    run("openssl", "req", "-x509", "-config", config, "-key", key_file, "-subj", "/CN=alice",
+        f"-{digest}", *padding, "-days", "9", "-out", cert)
+    public = run("openssl", "pkey", "-in", key_file, "-pubout")
+    return public, first_certificate(cert.read_text())
+
+
+def run(*command: Any) -> str:
+    return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL).stdout.decode()
+
+
+def refusal_of(public: str, der: bytes, policy: Policy) -> str:
+    one = public_key(public)
+    who = Account("a", "alice", {one.md5: AuthorizedKey(one)})
+    try:
+        grant(Identity(der), who, policy, time.time())
+        return ""
+    except Refused as refusal:
+        assert str(one.bits) in str(refusal)
+        return dict(refusal.headers)["X-Cmon-Error"]
+
+
+@pytest.mark.parametrize("bits, strict, lax", [(512, "weak_key", "weak_key"),
+                                               (1024, "weak_key", ""), (2048, "", "")])
+def test_short_rsa_keys_are_refused(tmp_path: Path, bits: int, strict: str, lax: str) -> None:
+    public, der = made(tmp_path, bits)
+    assert public_key(public).bits == bits
+    assert refusal_of(public, der, Policy()) == strict
+    assert refusal_of(public, der, Policy(allow_rsa1024=True)) == lax
+
+
+def test_a_short_key_of_the_account_is_refused_whatever_the_certificates_own_is(tmp_path: Path
+                                                                                ) -> None:
+    """New style: a strong key of its own, signed by an SSH key of 512 bits."""
+    public, _ = made(tmp_path, 512)
+    pem = make_certificate(
+        (TLS / "client.key").read_bytes(), "alice", issuer="MD5:" + public_key(public).md5,
+        signing_key=(tmp_path / "RSA512.key").read_bytes(), purposes=(CLIENT_PURPOSE, CMON_PURPOSE))
+    assert refusal_of(public, first_certificate(pem.decode()), Policy()) == "weak_key"
+
+
+@pytest.mark.parametrize("digest", ["sha512-256", "sha512-224", "sha3-256"])
+def test_rare_digests_that_are_strong_are_taken(tmp_path: Path, digest: str) -> None:
+    assert refusal_of(*made(tmp_path, 2048, digest), Policy()) == ""
+
+
+def test_dsa_is_no_key_to_come_in_with(tmp_path: Path) -> None:
+    _, der = made(tmp_path, 2048, kind="DSA")
+    with pytest.raises(Refused, match="a kind of key that is neither RSA, ECDSA nor Ed25519"):
+        grant(Identity(der), account("rsa"), Policy(), NOW)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("old_rsa", ("MD5:", "SHA256:", "is the certificate's common name, alice, not your login?")),
+    ("new_rsa", ("MD5:", "`ssh-keygen -l -E md5 -f KEY.pub`", "not your login?")),
+])
+def test_who_is_not_known_learns_by_which_key_and_name(name: str, words: Any) -> None:
+    with pytest.raises(Refused) as caught:
+        grant(identity(name), account("other"), Policy(), NOW)
+    shown = str(caught.value)
+    assert all(word in shown for word in words)
+    if name == "old_rsa":
+        assert all(one in shown for one in (TLS / "rsa.fingerprints.txt").read_text().split())
 
 
 def test_new_settings_hold_for_open_connections() -> None:

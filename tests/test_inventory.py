@@ -434,7 +434,7 @@ def test_states_are_all_here_and_a_new_one_does_not_vanish() -> None:
                                     {"uuid": 7, "owner_uuid": ALICE},
                                     {"uuid": "../../etc", "owner_uuid": ALICE}])
 def test_a_record_that_cannot_be_used_is_none(record: Any) -> None:
-    assert vm_of(record, "test", "") is None
+    assert vm_of(record, "test", 0) is None
 
 
 def test_odd_members_survive() -> None:
@@ -446,13 +446,13 @@ def test_odd_members_survive() -> None:
         if generator.random() < 0.5:
             record["tags"] = {name: generator.choice(odd) for name in (
                 "triton.cmon.groups", "smartdc_role", "manta_role")}
-        found = vm_of({"uuid": WEB, "owner_uuid": ALICE, **record}, "test", "")
+        found = vm_of({"uuid": WEB, "owner_uuid": ALICE, **record}, "test", 0)
         assert found is not None and all(
             isinstance(value, (str, bool, tuple, int)) for value in found)
 
 
 def made(number: int, owner: str = ALICE, **more: Any) -> Vm:
-    found = vm_of(vm(uuid(number), owner, **more), "test", "now")
+    found = vm_of(vm(uuid(number), owner, **more), "test", 1)
     assert found is not None
     return found
 
@@ -462,7 +462,7 @@ def test_changes_are_followed_and_told() -> None:
     told: list[Any] = []
     inventory_.changed.append(lambda before, after: told.append((before, after)))
     first = made(1)
-    assert inventory_.put(first) and not inventory_.put(first._replace(since="later"))
+    assert inventory_.put(first) and not inventory_.put(first._replace(since=2))
     before = inventory_.generation(ALICE)
     assert inventory_.put(first._replace(alias="new")) and inventory_.generation(ALICE) != before
     assert inventory_.owned[ALICE][WEB].alias == "new"

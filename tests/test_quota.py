@@ -34,18 +34,18 @@ def test_rate_over_a_long_time_is_the_limit() -> None:
 
 
 @pytest.mark.parametrize("settings, login, operator, expected", [
-    ({}, "a", False, (1000, 1000, 10000, "stale", False)),
-    ({"per_minute": 60, "burst": 5}, "a", False, (60, 5, 10000, "stale", False)),
-    ({"exempt_operators": True}, "a", True, (1000, 1000, 10000, "stale", True)),
-    ({"exempt_operators": True}, "a", False, (1000, 1000, 10000, "stale", False)),
+    ({}, "a", False, (6000, 1000, 60000, "stale", False)),
+    ({"per_minute": 60, "burst": 5}, "a", False, (60, 5, 60000, "stale", False)),
+    ({"exempt_operators": True}, "a", True, (6000, 1000, 60000, "stale", True)),
+    ({"exempt_operators": True}, "a", False, (6000, 1000, 60000, "stale", False)),
     ({"accounts": {"a": AccountQuota(per_minute=5, over_quota="refuse")}}, "a", False,
-     (5, 1000, 10000, "refuse", False)),
+     (5, 1000, 60000, "refuse", False)),
     ({"accounts": {"a": AccountQuota(exempt=True)}}, "a", False,
-     (1000, 1000, 10000, "stale", True)),
-    ({"accounts": {"a": AccountQuota(per_minute=50_000)}}, "a", False,
-     (50_000, 1000, 50_000, "stale", False)),
+     (6000, 1000, 60000, "stale", True)),
+    ({"accounts": {"a": AccountQuota(per_minute=70_000)}}, "a", False,
+     (70_000, 1000, 70_000, "stale", False)),
     ({"accounts": {"b": AccountQuota(per_minute=5)}}, "a", False,
-     (1000, 1000, 10000, "stale", False)),
+     (6000, 1000, 60000, "stale", False)),
 ])
 def test_terms(settings: Any, login: str, operator: bool, expected: Any) -> None:
     found = quota_limits_of(QuotaSettings(**settings), login, operator)

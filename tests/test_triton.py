@@ -144,7 +144,7 @@ def listed(program: Program, who: Any = OWNER) -> dict[str, Any]:
 def test_bootstrap(running: Program, cloud: Cloud) -> None:
     rows = listed(running)
     assert set(rows) == {WEB, DB} and rows[WEB]["groups"] == ["web"]
-    assert rows[WEB]["source"] == "bootstrap" and rows[DB]["groups"] == []
+    assert rows[WEB]["source"] == "Bootstrapper" and rows[DB]["groups"] == []
     assert get(running, page(WEB)).status == 200
     assert get(running, page(BOBS)).status == 404
     assert get(running, page(WEB), ("new_ec384", "client")).status == 200   # an administrator's key
@@ -162,7 +162,11 @@ def test_mantas_role_is_a_group(running: Program, tmp_path: Path) -> None:
     (tmp_path / "poseidon.pem").write_bytes(
         make_certificate((TLS / "ec521.key").read_bytes(), "poseidon"))
     rows = listed(running, (str(tmp_path / "poseidon"), "ec521"))
-    assert rows[uuid(51)]["groups"] == ["moray"] and rows[uuid(51)]["has_core_tag"]
+    row = rows[uuid(51)]        # it selects, but is not listed among the groups
+    assert row["groups"] == [] and row["manta_group"] == "moray" and row["has_core_tag"]
+    for group, found in (("moray", {uuid(51)}), ("other", set())):
+        answer = get(running, f"/v1/discover?groups={group}", (str(tmp_path / "poseidon"), "ec521"))
+        assert {one["vm_uuid"] for one in json.loads(answer.text)["containers"]} == found
 
 
 def change(cloud: Cloud, **members: Any) -> None:
@@ -173,7 +177,7 @@ def change(cloud: Cloud, **members: Any) -> None:
     ({"alias": "Ünicode \"x\""}, {"vm_alias": "Ünicode \"x\""}),
     ({"tags": {"triton.cmon.groups": "a,b"}}, {"groups": ["a", "b"]}),
     ({"tags": None}, {"groups": []}), ({"server_uuid": NODE_2}, {"server_uuid": NODE_2}),
-    ({"server_uuid": None}, {"server_uuid": ""}),
+    ({"server_uuid": None}, None),
     ({"owner_uuid": BOB}, None), ({"state": "stopped"}, None), ({"state": "destroyed"}, None),
     ({"tags": {"smartdc_role": "nat"}}, None),
 ], ids=str)
@@ -978,7 +982,7 @@ def test_frames_of_ours_are_masked(size: int) -> None:
 
 
 def test_snapshots_read_back_what_was_written(tmp_path: Path) -> None:
-    one = vm_of(vm(WEB, ALICE, tags={"triton.cmon.groups": "a,b"}), "x", "y")
+    one = vm_of(vm(WEB, ALICE, tags={"triton.cmon.groups": "a,b"}), "x", 1)
     who = account_of({"account": mahi_account(ALICE, "alice", "rsa", "ec")}, None)
     assert one is not None and who is not None
     nodes = list(nodes_of([{"uuid": NODE_1, "sysinfo": sysinfo("10.0.0.1")}, {"uuid": NODE_2}],
@@ -991,8 +995,8 @@ def test_snapshots_read_back_what_was_written(tmp_path: Path) -> None:
     assert found.accounts[0][0] == who and 5 <= found.accounts[0][1] < 60
     assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
-    for body in (b"[]", b"{}", b'{"format":2}', b'{"format":1,"vms":7}', b"7", b"[" * 100_000,
-                 json.dumps({"format": 1, "vms": [], "nodes": [], "accounts": [],
+    for body in (b"[]", b"{}", b'{"format":2}', b'{"format":3,"vms":7}', b"7", b"[" * 100_000,
+                 json.dumps({"format": 3, "vms": [], "nodes": [], "accounts": [],
                              "manta_owner": "", "confirmed_at": 1e300}).encode()):
         (tmp_path / "s").write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         with pytest.raises(SnapshotError):
