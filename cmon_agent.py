@@ -7,6 +7,7 @@ so that a zone's figures are there when the zone itself is out of CPU, memory or
 
     cmon_agent.py [--config FILE] [--listen HOST:PORT] [--replay CAPTURE] [--libkstat PATH] …
     cmon_agent.py capture FILE
+    cmon_agent.py check [--json]
 
 This file runs when copied alone, so it also carries the kit that the proxy and the command share.
 Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
@@ -51,6 +52,7 @@ import logging.handlers
 import math
 import operator
 import os
+import pwd
 import queue
 import random
 import re
@@ -7732,7 +7734,8 @@ PORT = 9163
 DEFAULT_COMMANDS = {
     "zfs": "/usr/sbin/zfs", "zpool": "/usr/sbin/zpool", "ntpq": "/usr/sbin/ntpq",
     "chronyc": "/usr/bin/chronyc", "sysinfo": "/usr/bin/sysinfo", "vmadm": "/usr/sbin/vmadm",
-    "zoneadm": "/usr/sbin/zoneadm"}
+    "zoneadm": "/usr/sbin/zoneadm", "kstat": "/usr/bin/kstat", "svcs": "/usr/bin/svcs",
+    "ppriv": "/usr/bin/ppriv"}
 DEFAULT_PLUGIN_DIRS = {"gz": "/opt/custom/cmon/gz-plugins", "vm": "/opt/custom/cmon/vm-plugins"}
 SYSINFO_FILE = "/var/run/cmon/sysinfo.json"
 
@@ -7976,18 +7979,11 @@ def _captured_kstats(host: Host | RecordedHost) -> list[tuple[Ref, Kstat]]:
                 continue                    # it has gone, or is of a kind that is not read
         return read
     readers = KstatThreads(host.open_kstats)
-    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    readers.submit(Job(work, done.put))
-    while True:
-        try:
-            result: list[tuple[Ref, Kstat]] | Exception = done.get(timeout=0.1)
-            break
-        except queue.Empty:
-            readers.watch()
-    readers.close()
-    if isinstance(result, Exception):
-        raise result
-    return result
+    try:
+        result: list[tuple[Ref, Kstat]] = kstat_job(readers, work)
+        return result
+    finally:
+        readers.close()
 
 
 def _captured(host: Host | RecordedHost, name: str, argv: Sequence[str],
@@ -8025,6 +8021,570 @@ def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
                 vm["customer_metadata"] = {"metricPorts": metadata_of["metricPorts"]}
             kept.append(vm)
     return kept
+
+
+# -- check: is all there that the agent needs, and are its values those of `kstat -p`
+
+GOOD, BAD, NOTE = "ok", "FAIL", "note"
+CHECK_SECONDS = 55.0                        # for everything: an operator waits a minute
+READS_A_TABLE = 3                           # kstats of one kind that are read and compared
+ORIGINAL = "svc:/smartdc/agent/cmon-agent:default"
+OURS = ("svc:/site/cmon-agent-setup:default", "svc:/site/cmon-agent:default")
+# What need not be there, and what it means when it is not.
+ABSENT = {"cpucaps_zone_*": "no zone has a CPU cap, or no zone runs",
+          "vcpu*": "no bhyve zone runs",
+          "lockedmem_zone_*": "no zone runs", "nprocs_zone_*": "no zone runs",
+          "swapresv_zone_*": "no zone runs"}
+ABSENT_MODULES = {"zfs_metaslab_group": "this platform does not count them"}
+
+Finding = tuple[str, str]                   # GOOD, BAD or NOTE, and what was found
+
+
+class Header(NamedTuple):
+    """A kstat of the chain, whether a table wants it or not."""
+    module: str
+    instance: int
+    name: str
+    klass: str
+    type: int
+
+
+class Examined:
+    """What the checks share: settings, the machine, and how long they may take."""
+
+    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
+        self.arguments, self.settings = arguments, settings
+        self.host: Host | None = None
+        self.sysinfo: Any = {}
+        self.headers: list[Header] = []
+        self.zones: list[ZoneLine] = []
+        self.commands = Commands()
+        self._readers: KstatThreads | None = None
+        self._end = time.monotonic() + CHECK_SECONDS
+
+    def left(self, most: float = 10.0) -> float:
+        """Seconds that the next step may take."""
+        return max(min(self._end - time.monotonic(), most), 0.1)
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() >= self._end
+
+    def run(self, name: str, *arguments: str) -> Output:
+        """A command of the settings; raises CommandError."""
+        return self.commands.run(name, [self.settings.commands[name], *arguments], self.left())
+
+    def job(self, work: Callable[[Reader], Any]) -> Any:
+        """Have a reader of kstats do it; raises KstatError."""
+        if self.host is None:
+            raise KstatError("kstats cannot be read: see libkstat")
+        if self._readers is None:
+            self._readers = KstatThreads(self.host.open_kstats)
+        return kstat_job(self._readers, work, self.left())
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        self.commands.kill()
+        if self._readers is not None:
+            self._readers.close()
+
+
+def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: float = math.inf
+              ) -> Any:
+    """Read kstats outside of the server; one that blocks is given up, as there."""
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    readers.submit(Job(work, done.put))
+    end = time.monotonic() + timeout
+    result: Any = KstatError("reading kstats takes too long")
+    while time.monotonic() < end:
+        try:
+            result = done.get(timeout=0.1)
+            break
+        except queue.Empty:
+            readers.watch()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def check_sysinfo(node: Examined) -> Iterator[Finding]:
+    """As root from the command, else what the set-up service left."""
+    twice: list[str] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice.extend(key for key, count in collections.Counter(key for key, _ in found).items()
+                     if count > 1)
+        return dict(found)
+    if os.geteuid() == 0:
+        output = node.commands.run("sysinfo", [node.settings.commands["sysinfo"], "-f"],
+                                   node.left(30.0))
+        if output.status:
+            raise CommandError(f"sysinfo -f: {_last_line(output)}")
+        text_ = output.stdout
+    else:
+        try:
+            text_ = Path(node.settings.sysinfo_file).read_text("utf-8", "replace")
+        except OSError as error:
+            yield NOTE, f"{node.settings.sysinfo_file}: {(error.strerror or str(error)).lower()}" \
+                "; root can run sysinfo"
+            return
+    node.sysinfo = json.loads(text_, object_pairs_hook=pairs)
+    info, address = parse_sysinfo(node.sysinfo), admin_address(node.sysinfo)
+    for key in sorted(set(twice)):
+        yield NOTE, f"the key {key!r} is duplicated, the last one counts"
+    if address is None and node.settings.listen is None:
+        yield BAD, "no address on the admin network, and no listen in the settings"
+    missing = [name for name, value in (
+        ("UUID", info.uuid), ("Hostname", info.hostname), ("Zpool", info.pool or
+                                                           node.settings.pool)) if not value]
+    yield (NOTE if missing else GOOD), f"admin address {address}, pool {info.pool or '?'}, " \
+        f"{info.cpus} CPUs" + (f"; without {', '.join(missing)}" if missing else "")
+
+
+def check_services(node: Examined) -> Iterator[Finding]:
+    """Whether ours are imported, and whether the original runs."""
+    output = node.run("svcs", "-a", "-H", "-o", "state,fmri")
+    if output.status:
+        raise CommandError(f"svcs: {_last_line(output)}")
+    states = {words[1]: words[0].rstrip("*") for words in map(str.split, output.stdout.splitlines())
+              if len(words) == 2}
+    for fmri in OURS:
+        state = states.get(fmri)
+        if state is None:
+            yield NOTE, f"{fmri} is not imported yet"
+        else:
+            yield (BAD if state in ("maintenance", "degraded") else GOOD), f"{fmri} is {state}"
+    state = states.get(ORIGINAL, "absent")
+    port = PORT if node.settings.listen is None else parse_address(node.settings.listen)[1]
+    yield (BAD if state == "online" and port == PORT else NOTE), \
+        f"the original agent is {state}" + (f", and has port {PORT}" if state == "online" else "")
+
+
+def check_user(node: Examined) -> Iterator[Finding]:
+    """From here on as the service would run: what root can read it may not be able to."""
+    wanted = node.arguments.user
+    if os.geteuid() == 0:
+        try:
+            entry = pwd.getpwnam(wanted)
+        except KeyError:
+            yield BAD, f"there is no user {wanted!r}: the rest is checked as root"
+            return
+        "x".encode("idna")              # a codec that is loaded late, and may not be readable then
+        os.setgroups([])
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+    try:
+        name = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        name = str(os.geteuid())
+    yield (GOOD if name == wanted else NOTE), f"{name}, where the service runs as {wanted}"
+    try:
+        sets = dict(line.strip().split(": ", 1) for line in node.run(
+            "ppriv", str(os.getpid())).stdout.splitlines() if ": " in line)
+        yield NOTE, f"effective privileges {sets.get('E', '?')}, limit {sets.get('L', '?')}"
+    except CommandError as error:
+        yield NOTE, f"privileges are not known: {error}"
+    for path in (node.arguments.config, os.path.abspath(__file__), sys.executable, os.__file__):
+        if path is not None and not os.access(path, os.R_OK):
+            yield BAD, f"{path} is not readable for {name}"
+
+
+def check_python(_node: Examined) -> Iterator[Finding]:
+    """The interpreter, and what its server waits with."""
+    yield GOOD, f"Python {sys.version.split()[0]} at {sys.executable}, " \
+        f"{8 * ctypes.sizeof(ctypes.c_void_p)} bits, on {sys.platform}, " \
+        f"{selectors.DefaultSelector.__name__}, {ssl.OPENSSL_VERSION}"
+
+
+def check_libkstat(node: Examined) -> Iterator[Finding]:
+    """Layout of the structures, and a chain that makes sense."""
+    library = Libkstat(node.settings.libkstat)
+    control = library.open()
+    if not control:
+        raise KstatError(f"kstat_open: {os.strerror(ctypes.get_errno()).lower()}")
+    kids: list[int] = []
+    address = control.contents.kc_chain
+    while address and len(kids) < 1_000_000:
+        (_crtime, following, kid, module, _resv, instance, name, kind, klass,
+         _flags) = HEADER.unpack_from(ctypes.string_at(address, HEADER.size))
+        kids.append(kid)
+        node.headers.append(Header(_text(module), instance, _text(name), _text(klass), kind))
+        address = following
+    chain_id = control.contents.kc_chain_id
+    library.close(control)
+    node.host = Host(node.settings)
+    if not node.headers or chain_id <= 0 or kids != sorted(set(kids)) or any(
+            not header.module or not header.name or header.type > TIMER for header in node.headers):
+        yield BAD, f"the chain does not make sense: {len(kids)} headers, id {chain_id}; this " \
+            "library has another layout than <sys/kstat.h>"
+        return
+    by_module = collections.Counter(header.module for header in node.headers)
+    yield GOOD, f"{len(kids)} kstats, {by_module['unix']} of them in module unix"
+
+
+def check_zones(node: Examined) -> Iterator[Finding]:
+    """What runs, by zoneadm, and whether the kernel counts for it."""
+    output = node.run("zoneadm", *ZONEADM_COMMAND)
+    node.zones = [zone for zone in parse_zoneadm(output.stdout) if zone.zone_id]
+    if output.status or "global" not in output.stdout:
+        raise CommandError(f"zoneadm list: {_last_line(output)}")
+    known = {(header.module, header.instance) for header in node.headers}
+    unnamed = [zone.name for zone in node.zones if ("zones", zone.zone_id) not in known]
+    if unnamed and node.headers:
+        yield BAD, f"no kstat zones:ID for {', '.join(unnamed[:5])}"
+    brands = collections.Counter(zone.brand for zone in node.zones)
+    yield GOOD, f"{len(node.zones)} run: " + (", ".join(
+        f"{count} {brand}" for brand, count in sorted(brands.items())) or "none")
+
+
+def _chosen_refs(reader: Reader) -> dict[Table, list[Ref]]:
+    """The kstats that each table names."""
+    refs: dict[Table, list[Ref]] = {}
+    for ref in itertools.chain(*reader.index.modules.values(), *reader.index.zones.values()):
+        for table in ref.tables:
+            refs.setdefault(table, []).append(ref)
+    return refs
+
+
+def _read_again(reader: Reader, table: Table, ref: Ref) -> dict[str, Any]:
+    """A kstat by what it is called: the reader may be another one by now, with other addresses."""
+    zone_id = None if table.zone is None else table.zone(ref)
+    for one in reader.index.modules.get(ref.module, ()) if zone_id is None else \
+            reader.index.zones.get(zone_id, ()):
+        if (one.module, one.instance, one.name) == (ref.module, ref.instance, ref.name):
+            return reader.read(one).data
+    raise KstatError(f"{ref}: it has just gone", vanished=True)
+
+
+def _same(before: Any, said: str, after: Any) -> bool:
+    """Whether `kstat -p`, run between two reads of ours, says what they say."""
+    if isinstance(before, str) or isinstance(after, str):
+        return said.strip() in (str(before).strip(), str(after).strip())
+    number_ = word(said.strip())
+    if number_ is None:
+        return False
+    low, high = min(before, after), max(before, after)
+    if "." in said:                         # older ones print the times of disks in seconds
+        return bool(low / 1e9 - 1e-6 <= number_ <= high / 1e9 + 1e-6)
+    return bool(low <= number_ <= high)
+
+
+def check_kstats(node: Examined) -> Iterator[Finding]:
+    """Each table: are its kstats there, with its members, and with the values of `kstat -p`."""
+    found = node.job(_chosen_refs)
+    compared = values = 0
+    tool = ""
+    for table in dict.fromkeys(ZONE_TABLES + NODE_TABLES):
+        what = f"{table.module}:*:{table.names}"
+        refs = found.get(table, [])
+        if not refs:
+            why = ABSENT.get(table.names) or ABSENT_MODULES.get(table.module)
+            yield (NOTE if why else BAD), f"{what}: none" + (f": {why}" if why else "")
+            continue
+        wanted = IO if table.module == "disk" else RAW if table.names == "vminfo" else NAMED
+        odd = sorted({ref.type for ref in refs} - {wanted})
+        if odd:
+            yield BAD, f"{what}: of type {odd[0]}, not {wanted}"
+        missing: set[str] = set()
+        for ref in refs[:READS_A_TABLE]:
+            try:
+                data, wrong, tool = _compare(node, table, ref, tool)
+            except KstatError as error:
+                if not error.vanished:
+                    yield BAD, str(error)
+                continue
+            if wrong:
+                yield BAD, f"{what}: kstat -p says otherwise of {', '.join(wrong[:3])}"
+            elif not tool:
+                compared, values = compared + 1, values + len(data)
+            missing |= {row.member for row in table.metrics} - set(data)
+        yield (NOTE if missing else GOOD), f"{what}: {len(refs)}" + (
+            f", without {', '.join(sorted(missing))}" if missing else "")
+    if tool:
+        yield BAD, f"values were not compared: {tool}"
+        return
+    yield (GOOD if compared else BAD), f"{values} values of {compared} kstats are those of kstat -p"
+
+
+def _compare(node: Examined, table: Table, ref: Ref, tool: str
+             ) -> tuple[dict[str, Any], list[str], str]:
+    """A kstat's members, those of which `kstat -p` says something else, and why it cannot be
+    asked, if `tool` says so already. What moves to and fro may differ once, not three times."""
+    def read() -> dict[str, Any]:
+        data: dict[str, Any] = node.job(lambda reader: _read_again(reader, table, ref))
+        return data
+    if tool:
+        return read(), [], tool
+    which = ("-c", "disk") if ref.module == "disk" else ("-m", ref.module)
+    begin = f":{ref.instance}:{ref.name}:"
+    wrong: list[str] = []
+    for _ in range(3):
+        before = read()
+        try:
+            output = node.run("kstat", "-p", *which, "-i", str(ref.instance), "-n", ref.name)
+        except CommandError as error:
+            return before, [], str(error)
+        if output.status > 1:
+            return before, [], f"kstat -p: {_last_line(output)}"
+        after = read()
+        said = {line.partition("\t")[0].partition(begin)[2]: line.partition("\t")[2]
+                for line in output.stdout.splitlines()}
+        wrong = [f"{ref}:{member} ({said.get(member, 'nothing')}, not {value!r})"
+                 for member, value in before.items()
+                 if member not in said or not _same(value, said[member], after.get(member, value))]
+        if not wrong:
+            break
+    return before, wrong, ""
+
+
+def check_guests(node: Examined) -> Iterator[Finding]:
+    """Virtual machines: vmm goes by the debug id, viona by nothing that is of use."""
+    guests = {zone.debug_id: zone.name for zone in node.zones if zone.brand == "bhyve"}
+    names = node.job(lambda reader: {
+        str(reader.read(ref).data.get("vm_name")) for ref in reader.index.modules.get("vmm", ())
+        if ref.name == "vm"})
+    lost = [name for debug_id, name in guests.items() if GUEST_NAME.format(debug_id) not in names]
+    if lost:
+        yield BAD, f"no vmm kstat of {', '.join(lost[:5])}: no vcpu metrics there; vmm has " \
+            f"{', '.join(sorted(names)[:5]) or 'none'}"
+    viona = sum(header.module == "viona" for header in node.headers)
+    yield GOOD, f"{len(guests)} bhyve zones, {len(names)} machines in vmm, {viona} NICs in viona"
+
+
+def check_caps(node: Examined) -> Iterator[Finding]:
+    """Whether "no cap" is said in a form that is known."""
+    memory = parse_sysinfo(node.sysinfo).memory_bytes
+    rows = ((MEMCAP, "physcap", CAP.convert, 16 * memory or 2 ** 62),
+            (MEMCAP, "swapcap", CAP.convert, 64 * memory or 2 ** 62),
+            (LIMITS[1], "value", COUNT_CAP.convert, 10 ** 7))
+
+    def read(reader: Reader) -> dict[tuple[str, str], list[Any]]:
+        refs, found = _chosen_refs(reader), dict[tuple[str, str], list[Any]]()
+        for table, member, _, _ in rows:
+            for ref in refs.get(table, ())[:500]:
+                try:
+                    found.setdefault((table.names, member), []).append(
+                        reader.read(ref).data.get(member))
+                except KstatError:
+                    continue                # its zone has just stopped
+        return found
+    found = node.job(read)
+    for table, member, convert, most in rows:
+        values = found.get((table.names, member), [])
+        caps = [cap_ for cap_ in map(convert, values) if cap_ is not None]
+        odd = sorted({str(cap_) for cap_ in caps if cap_ > most})
+        if odd:
+            yield BAD, f"{table.module}:*:{table.names}:{member} is {', '.join(odd[:3])}, which " \
+                "looks like no cap in a form that is not known"
+        yield GOOD, f"{table.module} {member}: {len(caps)} caps, {len(values) - len(caps)} without"
+
+
+def check_links(node: Examined) -> Iterator[Finding]:
+    """How the links of zones are called; those of LX differ between platforms."""
+    links: dict[int, list[str]] = {}
+    for header in node.headers:
+        match = ZONE_LINK.fullmatch(header.name) if header.module == "link" else None
+        if match:
+            links.setdefault(int(match.group(1)), []).append(match.group(2))
+    bare = [zone.name for zone in node.zones if zone.ip_type == "excl"
+            and zone.zone_id not in links]
+    lx = sorted({re.sub(r"[0-9]+$", "N", name) for zone in node.zones if zone.brand == "lx"
+                 for name in links.get(zone.zone_id or 0, ())})
+    yield GOOD, f"{sum(map(len, links.values()))} links of {len(links)} zones" + (
+        f"; LX calls them {', '.join(lx)}" if lx else "") + (
+        f"; {len(bare)} zones have none: {', '.join(bare[:3])}" if bare else "")
+
+
+def check_cost(node: Examined) -> Iterator[Finding]:
+    """What a page takes to read here."""
+    def read(reader: Reader) -> list[tuple[str, int, float]]:
+        refs = _chosen_refs(reader)
+        zone = next(iter(reader.index.zones.values()), [])
+        rows = []
+        for what, some in (("the node", [ref for table in NODE_TABLES for ref in
+                                         refs.get(table, ())]), ("a zone", zone)):
+            began = time.thread_time()
+            for ref in some:
+                try:
+                    dict(reader.read(ref).data)
+                except KstatError:
+                    continue                # told above
+            rows.append((what, len(some), time.thread_time() - began))
+        return rows
+    yield GOOD, "; ".join(f"{what}: {count} kstats read in {1000 * seconds:.1f} ms of CPU"
+                          for what, count, seconds in node.job(read))
+
+
+def _first_line(output: Output) -> str:
+    """How a command's output looks, for whoever reads the report."""
+    return repr(output.stdout.partition("\n")[0][:200])
+
+
+def check_commands(node: Examined) -> Iterator[Finding]:
+    """Each command of a page: exit status, columns, form."""
+    pool = node.settings.pool or parse_sysinfo(node.sysinfo).pool or "zones"
+    columns = ZFS_COLUMNS
+    output = node.run("zfs", *zfs_command(columns), pool)
+    while (unknown := unknown_column(output, columns)) is not None:
+        yield NOTE, f"zfs list: this platform has no property {unknown}"
+        columns = tuple(name for name in columns if name != unknown)
+        output = node.run("zfs", *zfs_command(columns), pool)
+    datasets = parse_zfs_list(output.stdout, columns)
+    own = [zone.name for zone in node.zones if f"{pool}/{zone.name}" not in datasets]
+    if output.status or not datasets:
+        yield BAD, f"zfs list: {_last_line(output)}"
+    elif own:
+        yield BAD, f"zfs list: no dataset {pool}/ZONE of {', '.join(own[:3])}: is it in " \
+            "another pool?"
+    else:
+        yield GOOD, f"zfs list: {len(datasets)} datasets, {_first_line(output)}"
+    output = node.run("zpool", *ZPOOL_COMMAND)
+    pools = parse_zpool_list(output.stdout)
+    odd = sorted({row.member for name, words in pools for row in ZPOOL
+                  if row.unit.convert(words[row.member]) in (None, -1)})
+    yield (BAD if output.status or not pools else GOOD), f"zpool list: {len(pools)} pools" + (
+        f", without {', '.join(odd)}" if odd else "") + (
+        f": {_last_line(output)}" if output.status else f", {_first_line(output)}")
+
+
+def check_clock(node: Examined) -> Iterator[Finding]:
+    """ntpd, or chronyd."""
+    try:
+        output = node.run("ntpq", *APEERS_COMMAND)
+    except CommandError:
+        tracking, sources = (node.run("chronyc", *words).stdout
+                             for words in (TRACKING_COMMAND, SOURCES_COMMAND))
+        yield GOOD, f"chronyd: {len(chrony_families(tracking, sources))} metrics"
+        return
+    peers = parse_apeers(output.stdout)
+    peer = system_peer(peers)
+    details = parse_ntp_details(node.run(
+        "ntpq", *NTP_COMMAND, *(("-c", f"readvar {peer}") if peer else ())).stdout)
+    if not peers and not details.system:
+        yield BAD, f"ntpq: {_last_line(output)}"
+        return
+    lost = [row.member for row in NTP if row.unit.convert(details.system.get(row.member)) is None]
+    yield GOOD, f"ntpd: {len(peers)} peers, {'one' if peer else 'none'} is the system peer" + (
+        f"; not printed: {', '.join(lost)}" if lost else "")
+
+
+def check_vminfod(node: Examined) -> Iterator[Finding]:
+    """Whether the first event comes."""
+    vms, end = Vms(node.settings.vminfod), time.monotonic() + node.left()
+    vms.start()
+    while not (vms.answered or vms.problem) and time.monotonic() < end:
+        time.sleep(0.05)
+    vms.stop()
+    if vms.absent:
+        yield NOTE, f"nobody listens at {node.settings.vminfod}: links carry no NIC labels"
+    elif not vms.answered:
+        yield BAD, f"no event `ready` at {node.settings.vminfod}: {vms.problem or 'it is silent'}"
+    else:
+        unknown = [zone.name for zone in node.zones if zone.name not in vms.vms]
+        yield GOOD, f"{len(vms.vms)} VMs" + (f"; not {', '.join(unknown[:3])}" if unknown else "")
+
+
+def check_port(node: Examined) -> Iterator[Finding]:
+    """Whether the address can be listened on."""
+    listen = node.settings.listen
+    address = admin_address(node.sysinfo) if listen is None else None
+    if listen is None and address is None:
+        yield NOTE, "not tried: the address is not known"
+        return
+    host, port = parse_address(listen) if listen is not None else (str(address), PORT)
+    shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host
+                                  else socket.AF_INET):
+            yield GOOD, f"{shown} is free"
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            yield BAD, f"{shown}: {(error.strerror or str(error)).lower()}"
+            return
+        try:
+            healthy = Client(max_idle=0).request("GET", f"http://{shown}/-/healthy",
+                                                 timeout=node.left(3.0)).body
+        except ClientError:
+            healthy = b""
+        ours = healthy.strip() == HEALTHY.encode()
+        yield (GOOD if ours else BAD), f"{shown} is in use" + (" by this agent" if ours else "")
+
+
+def check_plugins(node: Examined) -> Iterator[Finding]:
+    """What of the operators' folders would run."""
+    problems: list[str] = []
+    found = [plugin for folder in node.settings.plugin_dirs.values()
+             for plugin in find_plugins(folder, problems)]
+    for problem in problems:
+        yield BAD, problem
+    yield GOOD, f"{len(found)} plugins" + "".join(f", {plugin.name}" for plugin in found[:20])
+
+
+class Item(NamedTuple):
+    """A check: its name, what does it, and what to do when something is wrong."""
+    name: str
+    look: Callable[[Examined], Iterator[Finding]]
+    todo: str
+
+
+CHECKS = (                                  # in this order: the first two want root
+    Item("sysinfo", check_sysinfo, "run `sysinfo -f` as root, or set listen and pool"),
+    Item("services", check_services, "see `svcs -xv`; import smf/cmon-original-off.xml to keep "
+         "the original off, or set listen to another port to try both"),
+    Item("user", check_user, "let the service's user read the agent's files: chmod -R a+rX"),
+    Item("python", check_python, "install a 64-bit Python 3.9 or later"),
+    Item("libkstat", check_libkstat, "use a 64-bit Python of this platform; send this report"),
+    Item("zones", check_zones, "run `zoneadm list -p -c` as the service's user; send this report"),
+    Item("kstats", check_kstats, "send this report with the platform's version (uname -v)"),
+    Item("guests", check_guests, "send this report, with `kstat -p -m vmm -n vm`"),
+    Item("caps", check_caps, "send this report: such a zone would seem to have a cap"),
+    Item("links", check_links, "send this report"),
+    Item("cost", check_cost, "send this report"),
+    Item("commands", check_commands, "run the command as the service's user; see commands and pool "
+         "in the settings"),
+    Item("clock", check_clock, "see whether ntpd or chronyd runs; no ntp_ metrics without"),
+    Item("vminfod", check_vminfod, "see `svcs -x vminfod`"),
+    Item("port", check_port, "set listen, or stop what has the port"),
+    Item("plugins", check_plugins, "chown root and chmod go-w what is named"),
+)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """`cmon_agent.py check`: what the agent will find on this machine; changes nothing."""
+    try:
+        node = Examined(arguments, load_agent(arguments))
+    except ConfigError as error:
+        complain("cmon_agent", error.problems)
+        return EXIT_USAGE
+    logging.getLogger().addHandler(logging.NullHandler())
+    rows: list[dict[str, str]] = []
+
+    def tell(item: Item, status: str, found: str) -> None:
+        rows.append({"check": item.name, "status": status, "found": found,
+                     **({"todo": item.todo} if status == BAD else {})})
+        if not arguments.json:
+            print(f"{status:4} {item.name}: {found}" + (
+                f"\n     -> {item.todo}" if status == BAD else ""), flush=True)
+    for item in CHECKS:
+        try:
+            if node.late:
+                tell(item, BAD, "not looked at: the minute is over")
+                continue
+            for status, found in item.look(node):
+                tell(item, status, found)
+        except (KstatError, LibraryError, CommandError, CollectError, ConfigError, OSError,
+                ValueError, RecursionError) as error:
+            tell(item, BAD, str(error) or type(error).__name__)
+    node.close()
+    bad = sum(row["status"] == BAD for row in rows)
+    if arguments.json:
+        print(json.dumps({"format": 1, "version": __version__, "python": sys.version.split()[0],
+                          "platform": " ".join(os.uname()), "findings": rows}, indent=1))
+    else:
+        print("nothing needs attention" if not bad else f"{bad} of {len(rows)} findings need "
+              "attention; `check --json` makes a report to send")
+    return 1 if bad else 0
 
 
 TEXTFILES = ("var", "triton", "metrics")    # below the root of a zone
@@ -8130,6 +8690,23 @@ def capture_command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def check_command_line() -> argparse.ArgumentParser:
+    """The flags of `check`."""
+    parser = argparse.ArgumentParser(
+        prog="cmon_agent.py check", allow_abbrev=False,
+        description="Check in the global zone that all is there that the agent needs, and that its "
+        "values are those of `kstat -p`. Changes nothing; takes a minute at most. Exit 1: "
+        "something needs attention.")
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="settings as JSON")
+    add("--json", action="store_true", help="a report to send, instead of lines")
+    add("--user", default="noaccess", metavar="NAME",
+        help="whom the service runs as; root becomes this user (noaccess)")
+    add("--libkstat", metavar="PATH", help="the library that kstats are read with")
+    parser.set_defaults(listen=None, log_level=None, log_format=None)
+    return parser
+
+
 def address_command_line() -> argparse.ArgumentParser:
     """The flags of `address`."""
     parser = argparse.ArgumentParser(
@@ -8150,6 +8727,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["capture"]:
         return capture(capture_command_line().parse_args(words[1:]))
+    if words[:1] == ["check"]:
+        return check(check_command_line().parse_args(words[1:]))
     if words[:1] == ["address"]:
         return print_address(address_command_line().parse_args(words[1:]))
     if words[:1] == ["textfiles"] and len(words) == 2:      # for the agent itself

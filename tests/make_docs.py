@@ -151,6 +151,7 @@ def commands() -> str:
             "settings (the servers as SMF services: 96).\n\n"]
     text += [manual(f"cmon.py {name}", one) for name, one in inner.choices.items()]
     text += [manual("cmon_agent.py", parser_of(cmon_agent.main, [])),
+             manual("cmon_agent.py check", parser_of(cmon_agent.main, ["check"])),
              manual("cmon_agent.py capture", parser_of(cmon_agent.main, ["capture"])),
              manual("cmon_proxy.py", parser_of(cmon_proxy.main, [])),
              manual("cmon_forwarder.py", parser_of(cmon_forwarder.main, []))]
