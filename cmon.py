@@ -31,6 +31,7 @@ Map (`grep '^# ---'`):
     rules and dashboards
     setup
     demo
+    completion
     commands
 """
 from __future__ import annotations
@@ -2880,6 +2881,136 @@ def wrapped(command: str) -> str:
     return "    " + " \\\n      ".join(lines)
 
 
+# --- completion -----------------------------------------------------------------------------------
+
+PROGRAMS = "cmon cmon.py"               # as pip installs it, and as it lies in a checkout
+BASH = """\
+# bash completion of cmon: in ~/.bashrc, `source <(cmon.py completion bash)`
+_cmon() {
+    local current="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" word command=
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case "$word" in
+        COMMANDS) command="$word"; break ;;
+        esac
+    done
+    COMPREPLY=()
+    case "$before" in
+    FILES) mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
+    FOLDERS) mapfile -t COMPREPLY < <(compgen -d -- "$current"); return ;;
+    VALUES) return ;;
+    esac
+    local words=
+    case "$command" in
+WORDS
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$current")
+}
+complete -o filenames -F _cmon PROGRAMS
+"""
+ZSH = """\
+#compdef PROGRAMS
+# zsh completion of cmon: `cmon.py completion zsh > _cmon` in a folder of $fpath
+_cmon() {
+    local -a commands
+    local context state state_descr line
+    typeset -A opt_args
+    commands=(
+COMMANDS
+    )
+    _arguments -C \\
+GLOBAL
+        '1:command:->command' '*::argument:->argument'
+    case $state in
+    command) _describe command commands ;;
+    argument)
+        case $words[1] in
+ARGUMENTS
+        esac ;;
+    esac
+}
+if [ "$funcstack[1]" = _cmon ]; then _cmon "$@"; else compdef _cmon PROGRAMS; fi
+"""
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    """`cmon.py completion`"""
+    print({"bash": bash_completion, "zsh": zsh_completion}[arguments.shell](command_line()), end="")
+    return 0
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Flags and arguments, without the commands."""
+    return [action for action in parser._actions
+            if not isinstance(action, argparse._SubParsersAction)
+            and action.help != argparse.SUPPRESS]
+
+
+def bash_completion(parser: argparse.ArgumentParser) -> str:
+    """What bash has to source."""
+    commands = parsers_of(parser)
+    kinds: dict[str, set[str]] = {"FILES": set(), "FOLDERS": set(), "VALUES": set()}
+    lines = []
+    for name, one in (("", parser), *commands.items()):
+        words = list(commands) if not name else []
+        for action in actions_of(one):
+            words += action.option_strings or list(action.choices or ())
+            if action.option_strings and action.nargs is None:      # needs a value
+                kind = {"FILE": "FILES", "DIR": "FOLDERS"}.get(str(action.metavar), "VALUES")
+                kinds[kind] |= set(action.option_strings)
+        if any(action.metavar == "DIR" and not action.option_strings for action in actions_of(one)):
+            words.append("$(compgen -d -- $current)")
+        lines.append(f'    "{name}") words="{" ".join(words)}" ;;')
+    text = BASH.replace("COMMANDS", "|".join(commands)).replace("PROGRAMS", PROGRAMS)
+    for kind, flags in kinds.items():
+        text = text.replace(kind, "|".join(sorted(flags)))
+    return re.sub(r"(?m)^WORDS$", lambda _: "\n".join(lines), text)
+
+
+def zsh_completion(parser: argparse.ArgumentParser) -> str:
+    """What zsh has to find in its $fpath."""
+    def quoted(text: str) -> str:
+        return "'" + text.replace("'", "'\\''") + "'"
+
+    def plain(text: str) -> str:        # brackets and colons have a meaning
+        return re.sub(r"([\[\]:\\])", r"\\\1", text)
+
+    def specs(one: argparse.ArgumentParser, indent: str) -> str:
+        lines = []
+        for action in actions_of(one):
+            help_text = plain((action.help or "").replace("%%", "%"))
+            metavar = str(action.metavar or action.dest)
+            values = "(" + " ".join(map(str, action.choices)) + ")" if action.choices else (
+                {"FILE": "_files", "DIR": "_files -/"}.get(metavar, " "))
+            for flag in action.option_strings:
+                takes = "" if action.nargs == 0 else \
+                    (":" if action.nargs is None else "::") + plain(metavar) + ":" + values
+                lines.append(quoted(f"{flag}[{help_text}]{takes}"))
+            if not action.option_strings:
+                lines.append(quoted(f"{'*' if action.nargs in ('*', '+') else ''}:"
+                                    f"{plain(metavar)}:{values}"))
+        return " \\\n".join(indent + line for line in lines)
+
+    commands = parsers_of(parser)
+    helps = {command.name: command.help for command in COMMANDS}
+    text = ZSH.replace("PROGRAMS", PROGRAMS)
+    for word, value in (
+            ("COMMANDS", "\n".join(f"        {quoted(f'{name}:{plain(helps[name])}')}"
+                                   for name in commands)),
+            ("GLOBAL", specs(parser, " " * 8) + " \\"),
+            ("ARGUMENTS", "\n".join(f"        {name}) _arguments \\\n{specs(one, ' ' * 12)} ;;"
+                                    for name, one in commands.items()))):
+        text = re.sub(rf"(?m)^{word}$", lambda _, value=value: value, text)     # type: ignore[misc]
+    return text
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 class Command(NamedTuple):
@@ -3053,6 +3184,11 @@ def dashboard_arguments(parser: argparse.ArgumentParser) -> None:
                         help=" or ".join(DASHBOARDS) + "; without it, a list of them")
 
 
+def completion_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `completion`."""
+    parser.add_argument("shell", metavar="SHELL", choices=("bash", "zsh"), help="bash or zsh")
+
+
 def no_arguments(parser: argparse.ArgumentParser) -> None:
     """A command without flags."""
 
@@ -3105,6 +3241,8 @@ COMMANDS = (
             no_arguments, "cmon.py rules > rules.yml"),
     Command("dashboard", "print a dashboard for Grafana", dashboard, dashboard_arguments,
             "cmon.py dashboard fleet > fleet.json"),
+    Command("completion", "print what makes a shell complete this command", completion,
+            completion_arguments, "source <(cmon.py completion bash)"),
     Command("demo", "see all of it work on this machine, with nothing installed", demo,
             demo_arguments, "cmon.py demo"),
 )

@@ -5,6 +5,7 @@
 docs/SETTINGS.md   every setting of the servers' JSON files
 docs/METRICS.md    every metric of the agent, and the table of what to look at
 docs/COMMANDS.md   every command with its flags
+docs/man/          the same as man pages
 examples/dashboards/   Grafana's dashboards, from examples/make_dashboards.py
 docs/TROUBLESHOOTING.md   the blocks between `<!-- generated: NAME -->` and `<!-- end -->`
 
@@ -241,6 +242,79 @@ def metrics() -> str:
     return "".join(text)
 
 
+# --- man pages ------------------------------------------------------------------------------------
+
+def roff(text: str) -> str:
+    """Text for a line of a man page."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return re.sub(r"(?m)^([.'])", r"\\&\1", text)
+
+
+def man_option(action: argparse.Action) -> str:
+    """A flag or argument, the names bold and the value slanted."""
+    if not action.option_strings:
+        return f"\\fI{roff(str(action.metavar or action.dest))}\\fR"
+    value = "" if action.nargs == 0 else roff(invocation(action).split(" ", 1)[1].split(",")[0])
+    value = f" \\fI{value}\\fR" if value else ""
+    return ", ".join(f"\\fB{roff(flag)}\\fR{value}" for flag in action.option_strings)
+
+
+def man_page(name: str, command: str, section: int, parser: argparse.ArgumentParser,
+             about: str, see: Sequence[str]) -> str:
+    """One page; `man -l` renders it, `tests/test_man.py` says."""
+    actions = cmon.actions_of(parser)
+    lines = [f'.TH {roff(name.upper())} {section} "" "Container Monitor"', ".SH NAME",
+             f"{roff(name)} \\- {roff(about)}", ".SH SYNOPSIS", f".B {roff(command)}"]
+    for action in actions:
+        shown = man_option(action).split(", ")[-1]
+        needed = action.required if action.option_strings else action.nargs != "?"
+        lines.append(shown if needed else f"[{shown}]")
+    inner = cmon.parsers_of(parser)
+    if inner:
+        lines.append("\\fICOMMAND\\fR")
+    lines += [".SH DESCRIPTION", roff(parser.description or "")]
+    for one, other in inner.items():
+        lines += [".TP", f"\\fB{roff(one)}\\fR", roff((other.description or "").rstrip("."))]
+    if actions:
+        lines.append(".SH OPTIONS")
+    for action in actions:
+        lines += [".TP", man_option(action), roff((action.help or "").replace("%%", "%"))]
+    if parser.epilog:
+        lines += [".SH EXAMPLE", roff(parser.epilog.partition("Example: ")[2] or parser.epilog)]
+    lines += [".SH EXIT STATUS", roff(
+        "0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN." if name == "cmon-check" else
+        "0; 1 when something failed, in one line on the standard error; 2 for a wrong command line"
+        + (" or bad settings (as an SMF service: 96)." if section == 8 else "."))]
+    if section == 1:
+        lines += [".SH ENVIRONMENT", roff("CMON_URL, CMON_CERT, CMON_KEY and CMON_CA stand for "
+                                          "--url, --cert, --key and --ca.")]
+    lines += [".SH SEE ALSO", ", ".join(f"\\fB{roff(one)}\\fR({8 if '_' in one else 1})"
+                                        for one in see if one != name)]
+    return "\n".join(lines) + "\n"
+
+
+def man_pages() -> dict[str, Callable[[], str]]:
+    """docs/man: a page for the command, for each of its commands, and for each server."""
+    top = cmon.command_line()
+    commands = cmon.parsers_of(top)
+    helps = {command.name: command.help for command in cmon.COMMANDS}
+    servers = {"cmon_agent": cmon_agent, "cmon_proxy": cmon_proxy,
+               "cmon_forwarder": cmon_forwarder}
+    pages = {"docs/man/cmon.1": functools.partial(
+        man_page, "cmon", "cmon.py", 1, top, "metrics of zones, for their owners",
+        [f"cmon-{name}" for name in commands] + list(servers))}
+    for name, parser in commands.items():
+        pages[f"docs/man/cmon-{name}.1"] = functools.partial(
+            man_page, f"cmon-{name}", f"cmon.py {name}", 1, parser, helps[name], ["cmon"])
+    for name, module in servers.items():
+        parser = parser_of(module.main, [])
+        pages[f"docs/man/{name}.8"] = functools.partial(
+            man_page, name, f"{name}.py", 8, parser,
+            (parser.description or "").rstrip(".")[:1].lower()
+            + (parser.description or "").rstrip(".")[1:], ["cmon", *servers])
+    return pages
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 BLOCKS: dict[str, Callable[[], str]] = {"refusals": refusals}
@@ -257,6 +331,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/METRICS.md": metrics,
     "docs/SETTINGS.md": settings,
     "docs/TROUBLESHOOTING.md": troubleshooting,
+    **man_pages(),
     **{f"examples/dashboards/{row[0]}.json": functools.partial(make_dashboards.text, row[0])
        for row in make_dashboards.DASHBOARDS},
 }
