@@ -273,13 +273,16 @@ def test_monitor_of_a_uuid_needs_no_discovery(proxy: StandIn, files: Files) -> N
     assert headers["X-Prometheus-Scrape-Timeout-Seconds"] == "7.5"
 
 
+def test_monitor_wants_a_name(proxy: StandIn, files: Files) -> None:
+    one_line(run("monitor", "", *connection(proxy, files)), 2, "whose metrics?")
+
+
 @pytest.mark.parametrize("name, words", [
     ("web03", "no container 'web03'; did you mean web01 or web02?"),
     ("WEB", "did you mean web01 or web02?"),
     ("ngnix", "no container 'ngnix'; `cmon.py discover` lists them"),
     ("0b7e", "'0b7e' may be 0b7e2c1a-5d44-4f0e-9c3a-7f21d8aa6b10 (web01, running) or 0b7e9999-"),
     ("db", "(db, running) or bbbbbbbb-0000-4f0e-9c3a-7f21d8aa6b13 (db, stopped): give the UUID"),
-    ("", "no container ''"),
     ("a", "no container 'a'"),
 ])
 def test_monitor_names_the_candidates(name: str, words: str, proxy: StandIn, files: Files) -> None:
