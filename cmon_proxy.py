@@ -121,7 +121,7 @@ class QuotaSettings:
     per_minute: float = setting(6000.0, "requests a minute of one account", at_least(0))
     burst: float = setting(1000.0, "requests at once", at_least(1))
     over_quota: str = setting(
-        "stale", "above that: stale (the last copy of the page), refuse (429) or allow",
+        "stale", "above that: stale (pages are the last copy), refuse (429 for all) or allow",
         one_of("stale", "refuse", "allow"))
     replicas: int = setting(1, "proxies behind one name; each admits its share", at_least(1))
     hard_per_minute: float = setting(60000.0, "above that everything is refused", at_least(0))

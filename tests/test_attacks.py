@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import resource
 import signal
 import socket
 import sys
@@ -20,8 +22,8 @@ from agents import NODE_1, Agent, inventory, proxy, proxy_config, uuid, vm, writ
 from cmon_agent import Deferred, Peer, Refused, Request, respond, wire
 from cmon_proxy import (
     Account, AgentHead, AuthorizedKey, Certificates, Copy, Quotas, QuotaSettings, Reply,
-    Vm, by_owner, first_certificate, make_certificate, make_key, vm_of)
-from support import Program, wait_until
+    Saved, Snapshot, Vm, by_owner, first_certificate, make_certificate, make_key, vm_of)
+from support import ROOT, Program, wait_until
 from test_proxy import code, connect, get, page
 from test_relay import Running
 from test_tenancy import World
@@ -568,3 +570,33 @@ def test_a_coding_that_was_not_asked_for_is_refused(lines: str, lied: Any) -> No
     assert (answer.status, code(answer)) == (503, "node_error")
     liar.raw = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
     wait_until(lambda: get(program, page(WEB)).status == 200)
+
+
+# a disk that is full
+
+def test_a_full_disk_leaves_the_old_snapshot(tmp_path: Path) -> None:
+    shelf = Snapshot(tmp_path / "snapshot")
+    made = vm_of(vm(WEB, uuid(7)), "test", "")
+    assert made is not None
+    good = Saved((made,), (), "", (), 5.0)
+    shelf.write(good)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))      # no file may be larger
+    try:
+        with pytest.raises(OSError):
+            shelf.write(good._replace(manta_owner="x" * 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert shelf.read() == good
+    shelf.write(good._replace(confirmed_at=6.0))
+    assert shelf.read().confirmed_at == 6.0
+
+
+def test_what_the_document_on_security_names_is_tested() -> None:
+    document = (ROOT / "docs" / "SECURITY.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", document))
+    there = {name for path in (ROOT / "tests").rglob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert len(named) > 60 and named <= there, named - there
+    for paragraph in document.partition("## What each")[2].partition("## Known")[0].split("\n\n"):
+        assert not paragraph.startswith("**") or "test_" in paragraph or paragraph.endswith(":")
