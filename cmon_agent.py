@@ -1571,6 +1571,7 @@ class Host:
     def __init__(self, settings: Settings) -> None:
         self.commands_of = dict(settings.commands)
         self._sysinfo_file = settings.sysinfo_file
+        self.zfs_columns = ZFS_COLUMNS      # those that this platform knows; of collect_zfs
         self._library = Libkstat(settings.libkstat)
         self._commands = Commands()
         self.vms = Vms(settings.vminfod)
@@ -1850,6 +1851,7 @@ class RecordedHost:
 
     def __init__(self, path: str, settings: Settings) -> None:
         self._recording = Recording(path)
+        self.zfs_columns = ZFS_COLUMNS
         self.commands_of = dict(settings.commands)
         self.vms: Vms = RecordedVms(self._recording)
         self.page_size = 4096               # of x86, on which all of the platform runs
@@ -2133,8 +2135,9 @@ class ZoneContext(NamedTuple):
     """What a zone's page needs beside the kstats that carry the zone's id."""
     zone_id: int
     zone: str                               # its name, which is its UUID
-    nics: Mapping[str, tuple[str, str]] | None = None
-    # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod
+    # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod;
+    # raises CollectError when it is not known yet whether there are some
+    nics: Callable[[], Mapping[str, tuple[str, str]] | None] = lambda: None
 
 
 class NodeContext(NamedTuple):
@@ -2232,7 +2235,7 @@ def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> list[Labels]:
         match = LINK_NUMBER.fullmatch(name)
         label = "vnic" + match.group(1) if match else name
         shown[name] = label if holder.setdefault(label, name) == name else name
-    nics = context.nics
+    nics = context.nics()
     if nics is None:
         return [(("interface", shown[name]),) for name in named]
     labels: list[Labels] = []
@@ -2933,52 +2936,7 @@ NTP = (                         # by the words of iostats, kerninfo, monstats, s
     counter("ntp_uptime_seconds", "uptime", WORD_SECONDS, "Seconds since ntpd started."),
 )
 
-# -- which collectors there are, and what is said of their metrics
-
-class Collector(NamedTuple):
-    """One collector of a page."""
-    name: str
-    source: str                             # "kstat", or what the page's builder has to ask
-    lifetime: float                         # seconds that a value is used for at the most
-    tables: tuple[Table, ...] = ()
-    metrics: tuple[Metric, ...] = ()        # beside those of the tables
-
-
-KSTAT_SECONDS, CORE_SECONDS, PLUGIN_SECONDS = 8.0, 5.0, 60.0
-TIME = Collector("time", "clock", 0.0, metrics=(TIME_OF_DAY,))
-ZONE_COLLECTORS = (             # in page order
-    Collector("cpucap", "kstat", KSTAT_SECONDS, (CPUCAP,)),
-    Collector("limits", "kstat", KSTAT_SECONDS, LIMITS),
-    Collector("link", "kstat", KSTAT_SECONDS, (LINK,)),
-    Collector("memcap", "kstat", KSTAT_SECONDS, (MEMCAP,)),
-    Collector("tcp", "kstat", KSTAT_SECONDS, (TCP,)),
-    Collector("textfile", "textfile", PLUGIN_SECONDS),
-    Collector("triton_core", "ports", CORE_SECONDS),
-    Collector("vcpu", "kstat", KSTAT_SECONDS, (VCPU,)),
-    Collector("zfs", "zfs", 300.0, metrics=ZFS),
-    Collector("zone_misc", "kstat", KSTAT_SECONDS, (ZONE_MISC,)),
-    Collector("zone_vfs", "kstat", KSTAT_SECONDS, (ZONE_VFS,)),
-    TIME,
-)
-NODE_COLLECTORS = (             # in page order
-    Collector("alloc", "kstat", 60.0, metrics=ALLOC),
-    Collector("arcstats", "kstat", KSTAT_SECONDS, (ARCSTATS,)),
-    Collector("cpu_info", "kstat", KSTAT_SECONDS, (CPU_INFO,), (CPUS_BY_STATE,)),
-    Collector("cpu_util", "kstat", KSTAT_SECONDS, (CPU_UTIL,)),
-    Collector("disk", "kstat", KSTAT_SECONDS, (DISK,)),
-    Collector("link", "kstat", KSTAT_SECONDS, (NODE_LINK,)),
-    Collector("load", "kstat", KSTAT_SECONDS, (NODE_LOAD,)),
-    Collector("memory", "kstat", KSTAT_SECONDS, (MEMORY,)),
-    Collector("ntp", "ntp", 64.0, metrics=NTP_PEER + NTP_SYSTEM_PEER + NTP),
-    Collector("proc", "kstat", KSTAT_SECONDS, (PROC,)),
-    Collector("swap", "kstat", KSTAT_SECONDS, (SWAP,)),
-    Collector("zones", "zoneadm", 30.0, metrics=(ZONES_BY_STATE,)),
-    Collector("zpool", "zpool", 30.0, (METASLAB,), ZPOOL),
-    TIME,
-)
-LIFETIMES: Mapping[str, float] = {one.name: one.lifetime
-                                  for one in ZONE_COLLECTORS + NODE_COLLECTORS}
-
+# -- what is said of metrics
 
 def _source(metric: Metric, table: Table | None) -> str:
     if metric.source:
@@ -2997,34 +2955,8 @@ def help_of(metric: Metric, table: Table | None = None) -> str:
     return f"{metric.help[:-1]} ({_source(metric, table)})."
 
 
-TABLES = (*ZONE_TABLES, GUESTS, *NODE_TABLES)
-WANTED = wanted_of(TABLES)      # what the index keeps of the chain
 ZFS_ROWS, ZPOOL_ROWS = Rows(ZFS), Rows(ZPOOL)
 NTP_PEER_ROWS, NTP_SYSTEM_PEER_ROWS, NTP_ROWS = Rows(NTP_PEER), Rows(NTP_SYSTEM_PEER), Rows(NTP)
-_ZONE_TABLES = {one.name: one.tables for one in ZONE_COLLECTORS}
-_NODE_TABLES = {one.name: one.tables for one in NODE_COLLECTORS}
-
-
-def zone_part(collector: str, found: Mapping[Table, Sequence[Read]], context: ZoneContext) -> Part:
-    """What one collector sends of a zone, from what was read of it; raises CollectError."""
-    return join_parts([table.part(found.get(table, ()), context, context.zone)
-                       for table in _ZONE_TABLES.get(collector, ())])
-
-
-def node_part(collector: str, found: Mapping[Table, Sequence[Read]], context: NodeContext) -> Part:
-    """What one collector sends of the node, from what was read; raises CollectError."""
-    if collector == "alloc":
-        return part_of(_alloc(found, context))
-    parts: list[Part] = []
-    for table in _NODE_TABLES.get(collector, ()):
-        read = found.get(table, ())
-        if table is CPU_INFO:
-            read = sorted(read, key=lambda one: one.ref.instance if one.ref else 0)
-            parts.append(part_of([_by_state(CPUS_BY_STATE, collections.Counter(
-                str(data["state"]) for kstat in read if isinstance(kstat, Kstat)
-                for data in (kstat.data,) if "state" in data))]))
-        parts.append(table.part(read, context))
-    return join_parts(parts)
 
 
 def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
@@ -3032,7 +2964,7 @@ def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
                   [Sample((("state", state),), counts[state]) for state in sorted(counts)])
 
 
-def _alloc(found: Mapping[Table, Sequence[Read]], context: NodeContext) -> list[Family]:
+def alloc_families(found: Mapping[Table, Sequence[Read]], page_size: int) -> list[Family]:
     """What zones may use at the most, beside what there is."""
     def data_of(table: Table) -> list[dict[str, Any]]:
         return [kstat.data for kstat in found.get(table, ()) if isinstance(kstat, Kstat)
@@ -3053,7 +2985,7 @@ def _alloc(found: Mapping[Table, Sequence[Read]], context: NodeContext) -> list[
                 "memory": len(memory_caps) - len(capped)}
     made: list[tuple[Metric, Number | None]] = [
         (ALLOC[0], of_node(PROC, "ncpus")), (ALLOC[1], cpus_of_percent(sum(cpu_caps))),
-        (ALLOC[2], None if pages is None else pages * context.page_size), (ALLOC[3], sum(capped))]
+        (ALLOC[2], None if pages is None else pages * page_size), (ALLOC[3], sum(capped))]
     return [Family(metric.name, metric.kind, help_of(metric), [Sample((), value)])
             for metric, value in made if value is not None] + [
         Family(ALLOC[4].name, GAUGE, help_of(ALLOC[4]),
@@ -3514,6 +3446,235 @@ def is_core(vm: Any) -> bool:
     members = _members(vm)
     role = _members(members.get("tags")).get("smartdc_role")
     return isinstance(role, str) and role != "" and members.get("owner_uuid") == ADMIN_UUID
+
+# -- collectors: each is a row, and what is no kstat has a function that brings a part of a page
+
+class Brought(NamedTuple):
+    """What others wrote, before its names are compared with those of others on the page."""
+    families: Sequence[Foreign]
+    problems: Sequence[str] = ()
+    ttl: float | None = None                # the lifetime that it asks for
+
+
+Found = Union[Part, Mapping[str, Part], Brought]    # by zone, of a collector that is shared
+
+
+class Task(NamedTuple):
+    """What a collector's function is given. It runs in a thread of a pool, and all that comes back
+    is what it returns, or the reason why there is nothing: CollectError and its like."""
+    host: Host | RecordedHost | RecordingHost
+    zone: str                               # or NODE
+    timeout: float                          # of each command
+    pool: str                               # where the datasets of zones are
+    read: Callable[[Callable[[Reader], Any]], Any]      # has kstats read
+    now: Callable[[], float]
+
+
+def collect_alloc(task: Task) -> Found:
+    """What zones may use, and what the node has."""
+    read = task.read(lambda reader: {**read_tables(reader, PROC, MEMORY),
+                                     **read_zones(reader, MEMCAP, CPUCAP)[1]})
+    return part_of(alloc_families(read, task.host.page_size))
+
+
+def unknown_column(output: Output, columns: Sequence[str]) -> str | None:
+    """The property that a `zfs list` has refused, if that was its trouble."""
+    return next((name for name in columns if output.status and re.search(
+        rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
+
+
+def collect_zfs(task: Task) -> Found:
+    """One `zfs list` for all zones; a column that an old platform lacks is asked for once."""
+    host = task.host
+    output = host.run("zfs", (*zfs_command(host.zfs_columns), task.pool), task.timeout)
+    while output.status and not output.stdout:
+        unknown = unknown_column(output, host.zfs_columns)
+        if unknown is None:
+            raise CollectError(f"zfs list: {_last_line(output)}")
+        log.warning("this zfs has no property %s", unknown)
+        host.zfs_columns = tuple(name for name in host.zfs_columns if name != unknown)
+        output = host.run("zfs", (*zfs_command(host.zfs_columns), task.pool), task.timeout)
+    return {name[len(task.pool) + 1:]: zfs_part(words) for name, words
+            in parse_zfs_list(output.stdout, host.zfs_columns).items()
+            if name.startswith(task.pool + "/")}
+
+
+def collect_zpool(task: Task) -> Found:
+    """The pools, with the kstats of their metaslab groups."""
+    output = task.host.run("zpool", ZPOOL_COMMAND, task.timeout)
+    if output.status:
+        raise CollectError(f"zpool list: {_last_line(output)}")
+    groups = task.read(lambda reader: read_tables(reader, METASLAB))
+    return zpool_part(parse_zpool_list(output.stdout), groups.get(METASLAB, ()))
+
+
+def collect_ntp(task: Task) -> Found:
+    """ntpd's figures, or chrony's where ntpq is absent."""
+    run = task.host.run
+    try:
+        peers = run("ntpq", APEERS_COMMAND, task.timeout)
+    except CommandError as error:
+        try:
+            tracking = run("chronyc", TRACKING_COMMAND, task.timeout)
+            sources = run("chronyc", SOURCES_COMMAND, task.timeout)
+        except CommandError:
+            raise CollectError(str(error)) from None
+        return part_of(chrony_families(tracking.stdout, sources.stdout))
+    if not peers.stdout.strip():            # ntpd is down: exit 0, and a line on stderr
+        raise CollectError(f"ntpq: {_last_line(peers)}")
+    found = parse_apeers(peers.stdout)
+    peer = system_peer(found)
+    details = run("ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()), task.timeout)
+    return ntp_part(found, parse_ntp_details(details.stdout))
+
+
+def collect_zones(task: Task) -> Found:
+    """How many zones are in which state."""
+    output = task.host.run("zoneadm", ZONEADM_COMMAND, task.timeout)
+    if output.status:
+        raise CollectError(f"zoneadm list: {_last_line(output)}")
+    return part_of(zone_states(parse_zoneadm(output.stdout)))
+
+
+LEAST_PORT_SECONDS = 0.2        # for a core zone's port after others have used the time up
+
+
+def collect_core(task: Task) -> Found:
+    """The metricPorts of a platform zone: each port for itself, no retry, nothing kept open."""
+    vm = task.host.vms.vms.get(task.zone)
+    if vm is None or not vm.ports or not vm.addresses or task.host.recorded:
+        return NOTHING      # the addresses of a recording are in somebody's network
+    page = CorePage(lambda name: is_ours(name, False))
+    address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
+    client = Client(max_body=2 << 20, max_idle=0)
+    end = task.now() + task.timeout         # for all ports, but each has a chance
+    for port in vm.ports:
+        try:
+            answer = client.request(
+                "GET", f"http://{address}:{port}/metrics", {"Connection": "close"},
+                timeout=max(end - task.now(), LEAST_PORT_SECONDS))
+            if answer.status != 200:
+                raise CollectError(f"answers {answer.status}")
+            page.add(f"port {port} of {task.zone}", answer.body)
+        except (ClientError, CollectError) as error:
+            page.problems.append(f"port {port} of {task.zone}: {error}")
+    families = page.families()
+    if page.problems and not families:
+        raise CollectError("; ".join(page.problems)[:1000])
+    return Brought(families, page.problems)
+
+
+def collect_textfiles(task: Task) -> Found:
+    """What a tenant leaves in files, read by a process of its own: its file system may hang."""
+    zone, vm = task.zone, task.host.vms.vms.get(task.zone)
+    root = (vm.zonepath if vm is not None and vm.zonepath else f"/{task.pool}/{zone}") + "/root"
+    output = task.host.run_self("textfiles", root, task.timeout)
+    if output.status:
+        raise CollectError(f"text files of {zone}: {_last_line(output)}")
+    families: list[Family] = []
+    problems: list[str] = []
+    for name, content in json.loads(output.stdout).items():
+        if isinstance(content, str):
+            found, wrong = textfile_families(name, content)
+            families += found
+            problems += [f"{zone}: {name}: {problem}" for problem in wrong]
+        else:
+            problems.append(f"{zone}: {name}: {content[0]}")
+    merged, more = merge(families)
+    return Brought(foreign(merged), problems + more)
+
+
+def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found:
+    """What an operator's program prints; `others`: how names of other plugins begin."""
+    output = task.host.run_plugin(plugin.path, "global" if task.zone == NODE else task.zone,
+                                  task.timeout, PLUGIN_OUTPUT)
+    if output.stderr:
+        log.debug("%s: %s", plugin.path, output.stderr[:1000])
+    if output.status:
+        raise CollectError(f"{plugin.path}: exit {output.status}: {_last_line(output)}")
+    found, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
+    families = [family for family in found if not family.name.startswith(others)
+                and not is_ours(family.name, task.zone == NODE)]
+    problems += [f"{family.name} is a name that the page has already" for family in found
+                 if family not in families]
+    return Brought(foreign(families), [f"{plugin.path}: {problem}" for problem in problems], ttl)
+
+
+def _last_line(output: Output) -> str:
+    lines = output.stderr.strip().splitlines()
+    return lines[-1][:300] if lines else f"exit {output.status} and no word"
+
+
+class Collector(NamedTuple):
+    """One collector of a page."""
+    name: str
+    collect: Callable[[Task], Found] | None     # None: from kstats that are read with the page
+    lifetime: float                         # seconds that a value is used for at the most
+    tables: tuple[Table, ...] = ()
+    metrics: tuple[Metric, ...] = ()        # beside those of the tables
+    timeout: float = 10.0                   # seconds, of each command
+    shared: bool = False                    # one piece of work brings the parts of all zones
+    foreign: bool = False                   # others' programs: they have threads of their own
+    patient: bool = False                   # after a failure as after a success: it is costly
+
+
+KSTAT_SECONDS, CORE_SECONDS, PLUGIN_SECONDS = 8.0, 5.0, 60.0
+NODE = "gz"
+TIME = Collector("time", None, 0.0, metrics=(TIME_OF_DAY,))
+ZONE_COLLECTORS = (             # in page order
+    Collector("cpucap", None, KSTAT_SECONDS, (CPUCAP,)),
+    Collector("limits", None, KSTAT_SECONDS, LIMITS),
+    Collector("link", None, KSTAT_SECONDS, (LINK,)),
+    Collector("memcap", None, KSTAT_SECONDS, (MEMCAP,)),
+    Collector("tcp", None, KSTAT_SECONDS, (TCP,)),
+    Collector("textfile", collect_textfiles, PLUGIN_SECONDS, foreign=True),
+    Collector("triton_core", collect_core, CORE_SECONDS, timeout=2.0, foreign=True),
+    Collector("vcpu", None, KSTAT_SECONDS, (VCPU,)),
+    Collector("zfs", collect_zfs, 300.0, metrics=ZFS, timeout=60.0, shared=True),
+    Collector("zone_misc", None, KSTAT_SECONDS, (ZONE_MISC,)),
+    Collector("zone_vfs", None, KSTAT_SECONDS, (ZONE_VFS,)),
+    TIME,
+)
+NODE_COLLECTORS = (             # in page order
+    Collector("alloc", collect_alloc, 60.0, metrics=ALLOC),
+    Collector("arcstats", None, KSTAT_SECONDS, (ARCSTATS,)),
+    Collector("cpu_info", None, KSTAT_SECONDS, (CPU_INFO,), (CPUS_BY_STATE,)),
+    Collector("cpu_util", None, KSTAT_SECONDS, (CPU_UTIL,)),
+    Collector("disk", None, KSTAT_SECONDS, (DISK,)),
+    Collector("link", None, KSTAT_SECONDS, (NODE_LINK,)),
+    Collector("load", None, KSTAT_SECONDS, (NODE_LOAD,)),
+    Collector("memory", None, KSTAT_SECONDS, (MEMORY,)),
+    Collector("ntp", collect_ntp, 64.0, metrics=NTP_PEER + NTP_SYSTEM_PEER + NTP),
+    Collector("proc", None, KSTAT_SECONDS, (PROC,)),
+    Collector("swap", None, KSTAT_SECONDS, (SWAP,)),
+    Collector("zones", collect_zones, 30.0, metrics=(ZONES_BY_STATE,), timeout=20.0),
+    Collector("zpool", collect_zpool, 30.0, (METASLAB,), ZPOOL, timeout=20.0),
+    TIME,
+)
+TABLES = (*ZONE_TABLES, GUESTS, *NODE_TABLES)
+WANTED = wanted_of(TABLES)      # what the index keeps of the chain
+
+
+def zone_part(collector: Collector, found: Mapping[Table, Sequence[Read]], context: ZoneContext
+              ) -> Part:
+    """What one collector sends of a zone, from what was read of it; raises CollectError."""
+    return join_parts([table.part(found.get(table, ()), context, context.zone)
+                       for table in collector.tables])
+
+
+def node_part(collector: Collector, found: Mapping[Table, Sequence[Read]], context: NodeContext
+              ) -> Part:
+    """What one collector sends of the node, from what was read; raises CollectError."""
+    parts: list[Part] = []
+    for table in collector.tables:
+        read = found.get(table, ())
+        if table is CPU_INFO:
+            read = sorted(read, key=lambda one: one.ref.instance if one.ref else 0)
+            parts.append(part_of([_by_state(CPUS_BY_STATE, collections.Counter(
+                str(data["state"]) for kstat in read if isinstance(kstat, Kstat)
+                for data in (kstat.data,) if "state" in data))]))
+        parts.append(table.part(read, context))
+    return join_parts(parts)
 
 # -- the endpoint explains itself: what /v1/metadata and docs/METRICS.md say
 
@@ -5830,130 +5991,90 @@ NICS_SECONDS = 60.0             # how long links wait for a vminfod that is foll
                                 # know their zone: vmadm does not manage it
 FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
 BURST_SECONDS = 30.0            # of the CPU budget may be used at once
-LEAST_PORT_SECONDS = 0.2        # for a core zone's port after others have used the time up
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
-NODE = "gz"
-DEFAULT_TIMEOUTS = {"zfs": 60.0, "zpool": 20.0, "ntp": 10.0, "triton_core": 2.0, "zones": 20.0}
 
 
-class Outcome(NamedTuple):
-    """What one collector has brought."""
-    part: Part
-    at: float                       # when, on the monotonic clock
-    seconds: float                  # how long it took
-    names: AbstractSet[str] = frozenset()       # of what others wrote: theirs on the page
+class NotYet(CollectError):
+    """A collector has nothing yet although nothing has failed: no breaker opens for it."""
 
 
-class Brought(NamedTuple):
-    """What a collector of others' metrics has brought, before its names are compared with those
-    of others on the page."""
-    families: Sequence[Foreign]
-    at: float
-    seconds: float
+# What comes back of a piece of work for one collector; None: it was left out
+Result = Union[Part, Mapping[str, Part], Brought, Exception, None]
 
 
-class Failure(NamedTuple):
-    """Why a collector's last attempt brought nothing, and when that was."""
-    why: str
-    at: float
+class Cell:
+    """One collector of a page, or of all pages: what it has brought last, whether that fails now,
+    and whether it is at work. Belongs to the loop's thread."""
+    __slots__ = ("collector", "found", "at", "seconds", "names", "why", "tried", "breaker", "began",
+                 "late", "pages")
 
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector              # with the lifetime and timeout of the settings
+        self.found: Part | Mapping[str, Part] | None = None     # by zone, where it is shared
+        self.at = self.seconds = 0.0            # when it came, and how long that took
+        self.names: AbstractSet[str] = frozenset()      # of what others wrote: theirs on the page
+        self.why = ""                           # why the last attempt failed; "": it did not
+        self.tried = -math.inf                  # when that was
+        self.breaker: Breaker | None = None
+        self.began: float | None = None         # it is at work since then …
+        self.late = False                       # … for too long: newcomers do not wait for it
+        self.pages: list[Page] = []             # … and these want to know when it ends
 
-class Datasets(NamedTuple):
-    """What `zfs list` says of all datasets; shared by all pages."""
-    rows: Mapping[str, Part]
-    at: float
-    seconds: float
+    @property
+    def is_up(self) -> bool:
+        """Whether it has values and works."""
+        return self.found is not None and not self.why and not self.late
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a breaker keeps it from being tried."""
+        return self.breaker is not None and self.breaker.open
 
-class Waits(str):
-    """Why a collector has nothing yet although nothing has failed: no breaker opens for it."""
-
-
-# by collector; a text says why it failed
-Results = dict[str, Union[Outcome, Brought, Datasets, str]]
-
-
-class Source(NamedTuple):
-    """Where some collectors of a page come from, in one piece of work."""
-    name: str
-    collectors: tuple[str, ...]
-    begin: Callable[[Page, Callable[[Results], None]], None]
-    fast: bool = False              # its lifetime follows the asker
-    shared: bool = False            # one piece of work serves all pages
-
-    def key(self, page: Page) -> str:
-        """What is under way at most once."""
-        return self.name if self.shared else f"{self.name} {page.zone}"
-
-
-class Flight:
-    """Work under way, and the pages that wait for it."""
-    __slots__ = ("began", "pages", "late")
-
-    def __init__(self, began: float) -> None:
-        self.began = began
-        self.pages: list[Page] = []
-        self.late = False           # a deadline has passed: later askers do not wait for it
-
-
-class PageLayout(NamedTuple):
-    """What a page consists of."""
-    sources: tuple[Source, ...]
-    order: tuple[tuple[str, Source], ...]       # the collectors as they stand on the page
-
-
-class Waiting:
-    """Those who wait for a page, and for what."""
-    __slots__ = ("askers", "fresh", "since")
-
-    def __init__(self, since: float) -> None:
-        self.since = since
-        # Each for keys of flights of its own: one that came after a flight was found to be late
-        # is not to wait for it, and one that has more time than others is.
-        self.askers: dict[Deferred, set[str]] = {}
-        self.fresh: set[str] = set()            # collectors that have come since
+    def mend(self) -> None:
+        """What failed may be mended: forget that it did."""
+        self.why, self.breaker = "", None
 
 
 class Page:
-    """One page: the last outcomes of its collectors, and who waits. Belongs to the server's
-    thread."""
-    __slots__ = ("key", "zone", "core", "outcomes", "breakers", "layout", "generation", "waiting",
-                 "prepared", "until", "asked", "used", "failed", "since", "checked")
+    """One page: its collectors, and who waits for it. Belongs to the loop's thread."""
+    __slots__ = ("key", "zone", "core", "names", "cells", "kstats", "generation", "waiting",
+                 "waiting_since", "prepared", "until", "asked", "used", "since", "checked")
 
     def __init__(self, zone: str, core: bool, since: float) -> None:
         self.key = (zone, core)
         self.since = since                      # when it was asked for first
         self.zone, self.core = zone, core
-        self.outcomes: dict[str, Outcome] = {}
-        self.breakers: dict[str, Breaker] = {}
-        self.failed: dict[str, Failure] = {}    # collectors whose last attempt failed
-        self.layout = PageLayout((), ())            # the same object for all pages of its kind
+        self.names: tuple[str, ...] = ()        # of its collectors
+        self.cells: tuple[Cell, ...] = ()       # in page order
+        self.kstats: tuple[Cell, ...] = ()      # those that are read together
         self.generation = -1
-        self.waiting: Waiting | None = None
+        # Each waits for cells of its own, the first one in place of all of `kstats`: a client that
+        # came after a cell was found to be late does not wait for it.
+        self.waiting: dict[Deferred, set[Cell]] = {}
+        self.waiting_since = 0.0
         self.prepared: Prepared | None = None
         self.until = 0.0
-        self.asked: dict[str, tuple[float, float]] = {}     # asker -> last time, interval
+        self.asked: dict[str, tuple[float, float]] = {}     # client -> last time, interval
         self.used = 0.0
         self.checked = since                    # when it was last sure that the zone runs
-
-    def is_stopped(self, collector: str) -> bool:
-        """Whether a breaker keeps a collector from being tried."""
-        return collector in self.breakers and self.breakers[collector].open
 
     def has_values(self) -> bool:
         """Whether there is something to send; of a zone only what its kstats have proved to run."""
         proofs = self._proofs()
-        return bool(self.outcomes) if not proofs else any(name in self.outcomes for name in proofs)
+        return any(cell.found is not None for cell in proofs or self.cells)
 
     def is_proved(self) -> bool:
         """Whether its zone runs, as far as that can be told; before that, nothing is run for it."""
         proofs = self._proofs()
-        return not proofs or any(name in self.outcomes for name in proofs)
+        return not proofs or any(cell.found is not None for cell in proofs)
 
-    def _proofs(self) -> list[str]:
+    def _proofs(self) -> list[Cell]:
         """Collectors that bring something only where the zone runs."""
-        return [name for source in self.layout.sources if source.fast and self.zone != NODE
-                for name in source.collectors if name != "triton_core"]
+        return [] if self.zone == NODE else [cell for cell in self.kstats if cell.collector.tables]
+
+    def together(self, cell: Cell) -> tuple[Cell, ...]:
+        """What is at work in one piece with a cell."""
+        return self.kstats if cell in self.kstats else (cell,)
 
     def seen(self, asker: str, now: float) -> None:
         """Note that somebody asks, and how often."""
@@ -6119,16 +6240,6 @@ def _plugin(path: str, file_name: str, options: Any) -> Plugin | None:
                   None if zones is None else frozenset(zones))
 
 
-ZONE_PLACES, NODE_PLACES = ({one.name: place for place, one in enumerate(collectors)}
-                            for collectors in (ZONE_COLLECTORS, NODE_COLLECTORS))
-
-
-def unknown_column(output: Output, columns: Sequence[str]) -> str | None:
-    """The property that a `zfs list` has refused, if that was its trouble."""
-    return next((name for name in columns if output.status and re.search(
-        rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
-
-
 TIME_TEMPLATE = render([Family(TIME_OF_DAY.name, TIME_OF_DAY.kind, help_of(TIME_OF_DAY),
                                [Sample((), 0)])]).replace(" 0\n", " %s\n")
 
@@ -6151,45 +6262,104 @@ def page_template(collectors: tuple[str, ...], templates: tuple[str | None, ...]
     return "".join(text_)
 
 
-class Scraper:
-    """All pages, and the work that fills them. Everything here but `_collect…`, which run in
-    other threads and only return values, belongs to the server's thread."""
+class KstatParts:
+    """From raw kstats to parts of pages, in readers' threads, one after the other. What they have
+    to remember for that is here, and nobody else touches it."""
 
-    def __init__(self, settings: Settings, host: Any, server: Server, registry: Registry,
-                 sysinfo: Sysinfo) -> None:
+    def __init__(self, host: Host | RecordedHost, now: Callable[[], float], booked: Counter
+                 ) -> None:
+        self._host, self._now, self._booked = host, now, booked
+        # Boots of zones: labels of their links, None for links that go without.
+        self._labels: dict[tuple[str, int], Mapping[str, tuple[str, str]] | None] = {}
+        self._unlabelled: dict[tuple[str, int], float] = {}     # those not decided yet -> since
+        self._vminfo: tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
+
+    def zone(self, collectors: Sequence[Collector], skipped: AbstractSet[str], zone: str,
+             reading: ZoneReading) -> list[Result]:
+        """What collectors send of a zone."""
+        def nics() -> Mapping[str, tuple[str, str]] | None:
+            return self._nics(zone, reading.zone_id)
+        context = ZoneContext(reading.zone_id, zone, nics)
+        return self._results("zone", collectors, skipped, lambda collector: zone_part(
+            collector, reading.kstats, context))
+
+    def node(self, collectors: Sequence[Collector], skipped: AbstractSet[str],
+             read: Mapping[Table, Sequence[Read]]) -> list[Result]:
+        """What collectors send of the node."""
+        context = NodeContext(self._host.page_size, self._vminfo)
+        self._vminfo = vminfo_readings(read, self._vminfo)
+        return self._results("node", collectors, skipped, lambda collector: node_part(
+            collector, read, context))
+
+    def _results(self, scope: str, collectors: Sequence[Collector], skipped: AbstractSet[str],
+                 make: Callable[[Collector], Part]) -> list[Result]:
+        cpu = time.thread_time()
+        results: list[Result] = []
+        for collector in collectors:
+            try:
+                results.append(None if collector.name in skipped else make(collector))
+            except CollectError as error:
+                results.append(error)
+            except Exception as error:      # a bug of ours costs one collector
+                results.append(_bug(collector.name, error))
+        self._booked.add(time.thread_time() - cpu, scope)
+        return results
+
+    def _nics(self, zone: str, zone_id: int) -> Mapping[str, tuple[str, str]] | None:
+        """The labels of a zone's links; None: none; raises NotYet while that is not decided.
+
+        Labels that are known stay for the boot of the zone, since such as come and go break every
+        rate. Without them links wait as long as vminfod can be expected to know them.
+        """
+        vms, key, now = self._host.vms, (zone, zone_id), self._now()
+        vm = vms.vms.get(zone)
+        if vm is not None and (vm.nics or key not in self._labels):
+            if len(self._labels) > 20_000:
+                self._labels.clear()
+            self._unlabelled.pop(key, None)
+            self._labels[key] = vm.nics
+        elif key not in self._labels and not vms.absent:
+            problem = vms.problem
+            if problem or not vms.answered:             # it is away: it may know when it is back
+                self._unlabelled[key] = now
+            if now - self._unlabelled.setdefault(key, now) < NICS_SECONDS:
+                raise NotYet("vminfod has not told of this zone's NICs yet"
+                             + (f" ({problem})" if problem else ""))
+        return self._labels.get(key)
+
+
+class Scraper:
+    """All pages, and the work that fills them. Belongs to the loop's thread: others run what
+    `submit` and pools are given, and hand over what they bring by `call_soon`."""
+
+    def __init__(self, settings: Settings, host: Host | RecordedHost, server: Server,
+                 registry: Registry, sysinfo: Sysinfo) -> None:
         self.settings, self.host, self.server = settings, host, server
         self.kstats = KstatThreads(host.open_kstats)
         self.governor = Governor()
         self._commands = Pool("command", 6)     # zfs, zpool, ntp, zoneadm: each has a thread
         self._foreign = Pool("plugin", settings.max_collections, 10_000)
-        self._client = Client(max_body=2 << 20, max_idle=0)
         self._pages: dict[tuple[str, bool], Page] = {}
-        self._flights: dict[str, Flight] = {}
+        self._shared: dict[str, Cell] = {}      # those of all pages, by collector
+        self._running = 0                       # pieces of work
         self._unknown: dict[str, float] = {}    # zones that are not there -> until when
-        # Boots of zones: labels of their links, None for links that go without.
-        self._labels: dict[tuple[str, int], Mapping[str, tuple[str, str]] | None] = {}
-        self._unlabelled: dict[tuple[str, int], float] = {}     # those not decided yet -> since
         self._plugins: dict[str, list[Plugin]] = {"gz": [], "vm": []}
+        self._lifetimes: dict[str, float] = {}  # that plugins ask for
         self._told: dict[str, set[str]] = {}    # problems that were logged, by their source
-        self._lifetimes = dict(LIFETIMES)       # and what plugins say themselves
         self.sysinfo = sysinfo
         self.inherited = Inherited()
-        self._vminfo: tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
-        self._datasets: Datasets | None = None
-        self._zfs_failure: Failure | None = None     # of the last zfs list, for all pages
-        self._zfs_breaker = Breaker(server.now)
-        self._zfs_columns = ZFS_COLUMNS         # those that this platform knows
         self._debug_ids: dict[str, int] = {}    # zone -> its debug id, from zoneadm
         self._rereading = False                 # whether zoneadm is asked for them now
         self.generation = 0                     # of what the pages consist of
-        self._layouts: dict[tuple[Any, ...], PageLayout] = {}
+        self._kinds: dict[tuple[Any, ...], tuple[Collector, ...]] = {}
         add = registry.counter
         self.collections = add("cmon_agent_collections_total", "Collections by their result.",
                                "collector", "result")
         self.problems = add("cmon_agent_input_problems_total", "Lines and families of plugins, "
                             "text files and core zones that were left out.", "source")
-        self._booked = add("cmon_agent_collection_cpu_seconds_total", "CPU time of reading and "
-                           "rendering kstats in seconds.", "scope")
+        self._parts = KstatParts(host, server.now, add(
+            "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
+            "scope"))
         registry.collect(self._own_families)
         self._watching = False                  # whether the timer for `_watch` is set
         server.loop.every(1.0, lambda: self.governor.look(self.settings.cpu_budget))
@@ -6207,7 +6377,7 @@ class Scraper:
 
     def _watch(self) -> None:
         self.kstats.watch()
-        self._watching = bool(self._flights) or self.kstats.busy
+        self._watching = self._running > 0 or self.kstats.busy
         if self._watching:
             self.server.loop.call_later(WATCH_SECONDS, self._watch)
 
@@ -6226,11 +6396,8 @@ class Scraper:
         self.settings = settings
         self._foreign.resize(settings.max_collections)
         self.host.commands_of = dict(settings.commands)
-        for page in self._pages.values():       # what failed may be what was mended
-            page.breakers.clear()
-            page.failed.clear()
-        self._zfs_failure = None
-        self._zfs_breaker.succeeded()
+        for cell in self.all_cells():           # what failed may be what was mended
+            cell.mend()
         self._renew()
         self._reread_plugins()
 
@@ -6252,19 +6419,20 @@ class Scraper:
         if found != self._plugins:
             self._plugins = found
             for page in self._pages.values():   # a name may be another plugin's now
-                page.outcomes = {collector: last for collector, last in page.outcomes.items()
-                                 if not collector.startswith("plugin_")}
-            self._lifetimes = {**LIFETIMES, **{
-                f"plugin_{plugin.name}": plugin.ttl for plugins in found.values()
-                for plugin in plugins}}
+                page.cells = tuple(cell for cell in page.cells
+                                   if not cell.collector.name.startswith("plugin_"))
+            self._lifetimes = {}
             self._renew()
 
     def _reread_zones(self) -> None:
         """Debug ids of bhyve zones, off the scrape path."""
+        timeout = self._configured(next(row for row in NODE_COLLECTORS
+                                        if row.collect is collect_zones)).timeout
+
         def read() -> None:
             found: dict[str, int] = {}
             try:
-                output = self.host.run("zoneadm", ZONEADM_COMMAND, self._timeout("zones"))
+                output = self.host.run("zoneadm", ZONEADM_COMMAND, timeout)
                 found = {row.name: row.debug_id for row in parse_zoneadm(output.stdout)
                          if row.debug_id is not None}
             except (CommandError, CollectError) as error:
@@ -6307,7 +6475,7 @@ class Scraper:
                           ("Retry-After", "5"), code="not_collected")
         self.inherited.ready += 1
         self._check_that_it_runs(page, now)
-        page.prepared = self._prepare(page, now, frozenset())
+        page.prepared = self._prepare(page, now, math.inf)
         page.until = now + PREPARED_SECONDS
         return page.prepared
 
@@ -6333,9 +6501,9 @@ class Scraper:
         if not awaited:
             return None
         later = Deferred(deadline, lambda: self._partial(page, later))
-        if page.waiting is None:
-            page.waiting = Waiting(now)
-        page.waiting.askers[later] = awaited
+        if not page.waiting:
+            page.waiting_since = now
+        page.waiting[later] = awaited
         return later
 
     def _is_core(self, zone: str) -> bool:
@@ -6354,7 +6522,7 @@ class Scraper:
             return reader.zone_id(page.zone)
 
         def drop(zone_id: Any) -> None:
-            if zone_id is None and page.waiting is None:
+            if zone_id is None and not page.waiting:
                 self._pages.pop(page.key, None)
         self.submit(Job(look, lambda zone_id: self.server.loop.call_soon(drop, zone_id)))
 
@@ -6363,468 +6531,116 @@ class Scraper:
                        code="no_such_zone")
 
     def _why(self, page: Page) -> str:
-        return "; ".join(sorted({failure.why for failure in page.failed.values()}))[:500] \
+        return "; ".join(sorted({cell.why for cell in page.cells if cell.why}))[:500] \
             or "it is not due yet"
 
-    def _collect(self, page: Page, now: float) -> set[str]:
-        """Begin what is due; the keys of the work that this page is to wait for."""
+    def _collect(self, page: Page, now: float) -> set[Cell]:
+        """Begin what is due; what this page is to wait for."""
         if page.generation != self.generation:
-            page.generation, page.layout = self.generation, self._layout(page)
-        awaited: set[str] = set()
-        for source in page.layout.sources:
-            key = source.key(page)
-            flight = self._flights.get(key)
-            if source.name == "zfs":
-                self._share_datasets(page, now)
-            if flight is None:
-                if not self._is_due(page, source, now) or not (
-                        source.fast or source.shared or page.is_proved()):
+            self._furnish(page)
+        awaited: set[Cell] = set()
+        interval, proved, kstats = page.interval(now), page.is_proved(), page.kstats
+        if kstats and kstats[0].began is None and any([
+                self._is_due(cell, page, now, interval) for cell in kstats
+                if cell.collector.tables]):
+            self._begin_kstats(page, now)
+        for cell in page.cells:
+            if cell.collector.collect is None:
+                if cell is not kstats[0] or cell.began is None:
+                    continue                # the first one is waited for in place of all
+            elif cell.began is None:
+                if not (proved or cell.collector.shared) or not self._is_due(cell, page, now, None):
                     continue
-                flight = self._flights[key] = Flight(now)
-                source.begin(page, functools.partial(
-                    self.server.loop.call_soon, self._arrived, key))
-            if page not in flight.pages:
-                flight.pages.append(page)
-            if not flight.late:
-                awaited.add(key)
+                self._begin(cell, page, now)
+            if page not in cell.pages:
+                cell.pages.append(page)
+            if not cell.late:
+                awaited.add(cell)
         return awaited
 
-    def lifetime(self, collector: str, interval: float | None) -> float:
-        """For how long a collector's values are used; `interval`: of a fast one's askers."""
-        own = self.settings.collectors.get(collector)
-        configured = own.ttl if own is not None and own.ttl is not None else \
-            self._lifetimes.get(collector, PLUGIN_SECONDS)
+    def lifetime(self, cell: Cell, interval: float | None) -> float:
+        """For how long a collector's values are used; `interval`: of clients, for kstats."""
+        seconds = cell.collector.lifetime
         if interval is not None:
-            configured = max(min(configured, INTERVAL_SHARE * interval), LEAST_LIFETIME)
-        return max(configured * self.governor.stretch, self.settings.min_poll_interval)
+            seconds = max(min(seconds, INTERVAL_SHARE * interval), LEAST_LIFETIME)
+        return max(seconds * self.governor.stretch, self.settings.min_poll_interval)
 
-    def _is_due(self, page: Page, source: Source, now: float) -> bool:
-        interval = page.interval(now) if source.fast else None
-        for collector in source.collectors:
-            breaker = self._zfs_breaker if collector == "zfs" else page.breakers.get(collector)
-            if breaker is not None and breaker.retry_seconds > 0:
-                continue
-            if source.fast and collector == "triton_core":
-                continue                    # empty, and no reason to read kstats
-            last = page.outcomes.get(collector)
-            failed = self._failure(page, collector)
-            if failed is not None:
-                # a plugin is an operator's work: what it costs he has said by its lifetime
-                pause = self.lifetime(collector, None) if collector.startswith("plugin_") else 0.0
-                if now - failed.at >= max(LEAST_LIFETIME * self.governor.stretch, pause,
-                                          self.settings.min_poll_interval):
-                    return True
-            elif last is None or now - last.at >= self.lifetime(collector, interval):
-                return True
-        return False
+    def _is_due(self, cell: Cell, page: Page, now: float, interval: float | None) -> bool:
+        if cell.breaker is not None and cell.breaker.retry_seconds > 0:
+            return False
+        if cell.why:
+            return now - cell.tried >= max(
+                LEAST_LIFETIME * self.governor.stretch, self.settings.min_poll_interval,
+                self.lifetime(cell, None) if cell.collector.patient else 0.0)
+        return cell.found is None or now - cell.at >= self.lifetime(cell, interval) \
+            or self._is_older(cell, page, now)
 
-    def _failure(self, page: Page, collector: str) -> Failure | None:
-        """Why a collector's last attempt failed, if it did; zfs list is one for all."""
-        return self._zfs_failure if collector == "zfs" else page.failed.get(collector)
+    @staticmethod
+    def _is_older(cell: Cell, page: Page, now: float) -> bool:
+        """Whether a list for all zones was made before a zone that is not on it came."""
+        return cell.collector.shared and isinstance(cell.found, dict) \
+            and page.zone not in cell.found and cell.at < page.since \
+            and now - cell.at > NEW_DATASET_SECONDS
 
-    # answers
+    # what work brings
 
-    def _arrived(self, key: str, results: Results) -> None:
-        """Work has ended: keep what it brought, and answer those who waited for nothing else."""
-        flight = self._flights.pop(key, None)
-        if flight is None:                      # a refresh has dropped it
-            return
-        now = self.server.now()
-        self.inherited.collected.observe(now - flight.began, "plugin" if key.startswith("plugin_")
-                                         else key.partition(" ")[0])
-        if key == "zfs":
-            self._take_datasets(results["zfs"], now)
-        for page in flight.pages:
-            proved = page.is_proved()
-            self._take(page, key, results, now)
-            if not proved and page.is_proved() and page.waiting is not None:
-                more = self._collect(page, now)     # its plugins, its files, its ports
-                for needed in page.waiting.askers.values():
-                    needed |= more
-            self._release(page, key, now)
+    def _begin_kstats(self, page: Page, now: float) -> None:
+        """Have a reader read what the page's tables want."""
+        zone, cells, parts = page.zone, page.kstats, self._parts
+        collectors = [cell.collector for cell in cells]
+        skipped = frozenset(cell.collector.name for cell in cells if cell.breaker is not None
+                            and cell.breaker.open and not cell.breaker.allows())
+        for cell in cells:
+            cell.began = now
+        self._running += 1
+        if zone == NODE:
+            tables = [table for collector in collectors for table in collector.tables
+                      if collector.name not in skipped]
 
-    def _take(self, page: Page, key: str, results: Results, now: float) -> None:
-        if "" in results:                       # the zone is not there
-            waiting, page.waiting = page.waiting, None
-            self._pages.pop(page.key, None)
-            if len(self._unknown) > 1000:
-                self._unknown.clear()
-            self._unknown[page.zone] = now + UNKNOWN_SECONDS
-            refusal = self._no_zone(page.zone)
-            for later in waiting.askers if waiting is not None else ():
-                later.finish(refusal.answer())
-            return
-        for collector, result in results.items():
-            if key == "zfs":
-                self._share_datasets(page, now)
-                if page.waiting is not None:
-                    page.waiting.fresh.add(collector)
-                continue
-            if isinstance(result, str):
-                self._failed(page, collector, result, now)
-                continue
-            if isinstance(result, Brought):
-                result = self._admitted(page, collector, result)
-            if collector in page.failed:
-                log.info("%s of %s works again", collector, page.zone)
-                del page.failed[collector]
-                page.breakers.pop(collector, None)
-            assert isinstance(result, Outcome)
-            page.outcomes[collector] = result
-            if page.waiting is not None:
-                page.waiting.fresh.add(collector)
-            self.collections.add(1, collector, "ok")
+            def work(reader: Reader) -> Any:
+                return read_tables(reader, *tables)
+        else:
+            vm = self.host.vms.vms.get(zone)
+            debug_id = self._debug_ids.get(zone) if vm is None or vm.brand == "bhyve" else None
 
-    def _admitted(self, page: Page, collector: str, brought: Brought) -> Outcome:
-        """What others brought, less the names that another of them has on this page."""
-        taken = {name: other for other, last in page.outcomes.items() if other != collector
-                 for name in last.names}
-        kept: list[Foreign] = []
-        for family in brought.families:
-            other = next((taken[name] for name in family.names() if name in taken), None)
-            if other is None:
-                kept.append(family)
+            def work(reader: Reader) -> Any:
+                return read_zone(reader, zone, debug_id, skipped)
+
+        def done(read: Any) -> None:
+            """In the reader's thread."""
+            results: Sequence[Result] | NoSuchZone
+            if isinstance(read, NoSuchZone):
+                results = read
+            elif isinstance(read, Exception):
+                results = [read] * len(cells)
+            elif isinstance(read, ZoneReading):
+                results = parts.zone(collectors, skipped, zone, read)
             else:
-                self.tell(collector, [f"{collector}: {family.name} is already on the page of "
-                                      f"{page.zone}, by {other}"])
-        return Outcome(verbatim("".join(family.text for family in kept)), brought.at,
-                       brought.seconds, frozenset().union(*(family.names() for family in kept)))
+                results = parts.node(collectors, skipped, read)
+            self.server.loop.call_soon(self._arrived, cells, results, self.server.now())
+        self.submit(Job(work, done))
 
-    def _take_datasets(self, result: Outcome | Brought | Datasets | str, now: float) -> None:
-        if isinstance(result, Datasets):
-            if self._zfs_failure is not None:
-                log.info("zfs works again")
-            self._datasets, self._zfs_failure = result, None
-            self._zfs_breaker.succeeded()
-            self.collections.add(1, "zfs", "ok")
-        elif isinstance(result, str):
-            if self._zfs_failure is None:
-                log.warning("zfs fails: %s", result)
-            self._zfs_failure = Failure(result, now)
-            self._zfs_breaker.failed(result)
-            self.collections.add(1, "zfs", "failed")
+    def _begin(self, cell: Cell, page: Page, now: float) -> None:
+        """Have a pool run a collector's function; whatever happens there, it is told."""
+        collector = cell.collector
+        assert collector.collect is not None
+        task = Task(self.host, page.zone, collector.timeout, self.pool, self._wait_for,
+                    self.server.now)
 
-    def _share_datasets(self, page: Page, now: float) -> None:
-        """Give a page its part of the last `zfs list`, unless it has it."""
-        shared = self._datasets
-        last = page.outcomes.get("zfs")
-        if shared is None:
-            return
-        row = shared.rows.get(f"{self.pool}/{page.zone}")
-        if row is None and shared.at < page.since and now - shared.at > NEW_DATASET_SECONDS:
-            page.outcomes.pop("zfs", None)      # a zone that is younger than the list
-            return
-        if last is not None and last.at == shared.at:
-            return
-        page.outcomes["zfs"] = Outcome(NOTHING if row is None else row, shared.at, shared.seconds)
-
-    def _failed(self, page: Page, collector: str, why: str, now: float) -> None:
-        if isinstance(why, Waits):
-            page.failed[collector] = Failure(why, now)
-            return
-        self.collections.add(1, collector, "failed")
-        if collector not in page.failed:
-            log.warning("%s of %s fails: %s", collector, page.zone, why)
-        page.failed[collector] = Failure(why, now)
-        breaker = page.breakers.get(collector)
-        if breaker is None:
-            breaker = page.breakers[collector] = Breaker(self.server.now)
-        breaker.failed(why)
-
-    def _release(self, page: Page, key: str, now: float) -> None:
-        """Answer those who waited for nothing but this, with the same bytes."""
-        waiting = page.waiting
-        if waiting is None:
-            return
-        for needed in waiting.askers.values():
-            needed.discard(key)
-        ready = [later for later, needed in waiting.askers.items() if not needed]
-        if not ready:
-            return
-        for later in ready:
-            del waiting.askers[later]
-        self.inherited.total.observe(now - waiting.since)
-        if not waiting.askers:
-            page.waiting = None
-        answer: Answer
-        if page.has_values():
-            answer = self._prepare(page, now, waiting.fresh)
-        else:
-            answer = text(503, f"nothing could be collected of {page.zone}: {self._why(page)}; "
-                          "try again in some seconds", ("Retry-After", "5"),
-                          ("X-Cmon-Error", "not_collected"))
-        page.prepared = None
-        for later in ready:
-            later.finish(answer)
-
-    def give_up(self, page: Page, later: Deferred) -> AbstractSet[str]:
-        """Somebody waits no longer: what was waited for is late. What has come since, by then."""
-        waiting = page.waiting
-        if waiting is None or later not in waiting.askers:
-            return frozenset()
-        for key in waiting.askers.pop(later):
-            if key in self._flights:
-                self._flights[key].late = True
-        if not waiting.askers:
-            page.waiting = None
-        return waiting.fresh
-
-    def _partial(self, page: Page, later: Deferred) -> Answer:
-        """The deadline of somebody has come: what is there goes out."""
-        now, fresh = self.server.now(), self.give_up(page, later)
-        if not page.has_values():
-            return text(503, f"collecting {page.zone} takes longer than this scrape may: "
-                        "try again in some seconds", ("Retry-After", "5"),
-                        ("X-Cmon-Error", "not_collected"))
-        return self._prepare(page, now, fresh)
-
-    def _prepare(self, page: Page, now: float, fresh: AbstractSet[str]) -> Prepared:
-        shown, down = self.text(page, now, fresh)
-        # the proxy tells its tenant which scrapes were whole without reading the page
-        headers = (("X-Cmon-Partial", ",".join(down)),) if down else ()
-        return prepare(Response(200, shown.encode(), PAGE, headers))
-
-    def text(self, page: Page, now: float, fresh: AbstractSet[str]) -> tuple[str, list[str]]:
-        """The page as text, and the collectors that do not work."""
-        names: list[str] = []
-        templates: list[str | None] = []
-        values: list[Any] = []
-        ages: list[Number] = []
-        ups: list[int] = []
-        down: list[str] = []
-        for collector, source in page.layout.order:
-            last = page.outcomes.get(collector)
-            if last is not None and now - last.at > STALE_SECONDS and \
-                    now - last.at > 3 * self.lifetime(
-                        collector, page.interval(now) if source.fast else None):
-                last = None
-            flight = self._flights.get(source.key(page))
-            up = last is not None and self._failure(page, collector) is None \
-                and (flight is None or not flight.late)
-            names.append(collector)
-            ups.append(int(up))
-            if not up:
-                down.append(collector)
-            if last is None:
-                templates.append(None)
-                values += (0, 0, 0.0)
-                continue
-            template, found = last.part
-            templates.append(template)
-            values += found
-            values += (int(template != ""), int(collector not in fresh), round(last.seconds, 6))
-            ages.append(round(now - last.at, 3))
-        values += (int(self.host.time() * 1000), 1, 0, 0.0)
-        shown = page_template(tuple(names), tuple(templates)) % (*values, *ages, 0.0, *ups, 1)
-        if page.zone == NODE:
-            shown += render(self.inherited.families(
-                sum(len(one.outcomes) for one in self._pages.values())))
-        return shown, down
-
-    # where values come from
-
-    def _enabled(self, collector: str) -> bool:
-        own = self.settings.collectors.get(collector)
-        return own is None or own.enabled
-
-    def _timeout(self, collector: str) -> float:
-        own = self.settings.collectors.get(collector)
-        return own.timeout if own is not None and own.timeout is not None else \
-            DEFAULT_TIMEOUTS.get(collector, 10.0)
-
-    def _layout(self, page: Page) -> PageLayout:
-        """What a page consists of, in its order."""
-        if page.zone == NODE:
-            plugins, places = self._plugins["gz"], NODE_PLACES
-        else:
-            places = ZONE_PLACES
-            plugins = [plugin for plugin in self._plugins["vm"]
-                       if plugin.zones is None or page.zone in plugin.zones]
-        kind = (self.generation, page.zone == NODE, page.core, tuple(
-            plugin.name for plugin in plugins))
-        layout = self._layouts.get(kind)
-        if layout is None:
-            sources = [source for source in (
-                self._node_sources() if page.zone == NODE else self._zone_sources(page.core))
-                if source.collectors and (len(source.collectors) > 1
-                                          or self._enabled(source.collectors[0]))]
-            sources += [self._plugin_source(plugin) for plugin in plugins
-                        if self._enabled(f"plugin_{plugin.name}")]
-            order = sorted(((collector, source) for source in sources
-                            for collector in source.collectors),
-                           key=lambda pair: (places.get(pair[0], len(places)), pair[0]))
-            if len(self._layouts) > 100:
-                self._layouts.clear()
-            layout = self._layouts[kind] = PageLayout(tuple(sources), tuple(order))
-        return layout
-
-    def _plugin_source(self, plugin: Plugin) -> Source:
-        collector = f"plugin_{plugin.name}"
-        return Source(collector, (collector,), lambda page, done: self._submit(
-            self._foreign, collector, lambda: self._collect_plugin(plugin, page.zone), done))
-
-    def _zone_sources(self, core: bool) -> Iterator[Source]:
-        names = tuple(one.name for one in ZONE_COLLECTORS if self._enabled(one.name) and (
-            one.source == "kstat" or (one.source == "ports" and not core)))
-        yield Source("kstats", names, functools.partial(self._begin_zone, names), fast=True)
-        if core:                            # on the page of any other zone it is empty
-            yield Source("triton_core", ("triton_core",), lambda page, done: self._submit(
-                self._foreign, "triton_core", lambda: self._collect_core(page.zone), done))
-        yield Source("zfs", ("zfs",), lambda page, done: self._submit(
-            self._commands, "zfs", self._collect_zfs, done), shared=True)
-        if self.settings.textfiles:
-            yield Source("textfile", ("textfile",), lambda page, done: self._submit(
-                self._foreign, "textfile", lambda: self._collect_textfiles(page.zone), done))
-
-    def _node_sources(self) -> Iterator[Source]:
-        names = tuple(one.name for one in NODE_COLLECTORS if self._enabled(one.name)
-                      and one.source == "kstat" and one.name != "alloc")
-        yield Source("kstats", names, functools.partial(
-            self._begin_node, names, lambda reader: read_tables(reader, *(
-                table for name in names for table in _NODE_TABLES[name]))), fast=True)
-        yield Source("alloc", ("alloc",), functools.partial(
-            self._begin_node, ("alloc",), read_allocation))
-        yield self._command_source("zones", self._collect_zones)
-        yield self._command_source("zpool", self._collect_zpool)
-        yield self._command_source("ntp", self._collect_ntp)
-
-    def _outcome(self, part: Part, began: float) -> Outcome:
-        now = self.server.now()
-        return Outcome(part, now, now - began)
-
-    def _command_source(self, collector: str, collect: Callable[[], Results]) -> Source:
-        return Source(collector, (collector,), lambda page, done: self._submit(
-            self._commands, collector, collect, done))
-
-    def _submit(self, pool: Pool, collector: str, collect: Callable[[], Results],
-                done: Callable[[Results], None]) -> None:
-        """Have a pool collect; whatever happens there, `done` is called."""
         def work() -> None:
-            results: Results
+            result: Result
             try:
-                results = collect()
+                result = collector.collect(task) if collector.collect else None
             except (CollectError, CommandError, ClientError, KstatError) as error:
-                results = {collector: str(error)}
-            except Exception as error:          # around a collector: a bug of ours costs it alone
-                results = {collector: _bug(collector, error)}
-            done(results)
-        if not pool.submit(work):
-            done({collector: "too many collections wait already"})
-
-    # kstats of a zone
-
-    def _begin_zone(self, names: tuple[str, ...], page: Page, done: Callable[[Results], None]
-                    ) -> None:
-        zone, vm = page.zone, self.host.vms.vms.get(page.zone)
-        debug_id = self._debug_ids.get(zone) if vm is None or vm.brand == "bhyve" else None
-        skipped = frozenset(name for name, breaker in page.breakers.items()
-                            if breaker.open and not breaker.allows())
-        began = self.server.now()
-
-        def finish(reading: Any) -> None:
-            """In the reader's thread: from kstats to parts of a page."""
-            cpu = time.thread_time()
-            if isinstance(reading, NoSuchZone):
-                results: Results = {"": "no such zone"}
-            elif isinstance(reading, KstatError):
-                results = dict.fromkeys(names, str(reading))
-            else:
-                now = self.server.now()
-                seconds = now - began
-                decided, nics = self._nics(zone, reading.zone_id)
-                context = ZoneContext(reading.zone_id, zone, nics)
-                results = {}
-                for name in names:
-                    if name in skipped:
-                        continue
-                    if name == "link" and not decided:
-                        results[name] = Waits("vminfod has not told of this zone's NICs yet" + (
-                            f" ({problem})" if (problem := self.host.vms.problem) else ""))
-                        continue
-                    try:
-                        results[name] = Outcome(
-                            zone_part(name, reading.kstats, context), now, seconds)
-                    except CollectError as error:
-                        results[name] = str(error)
-                    except Exception as error:      # a bug of ours costs one collector
-                        results[name] = _bug(name, error)
-            self._booked.add(time.thread_time() - cpu, "zone")
-            done(results)
-        self.submit(Job(lambda reader: read_zone(reader, zone, debug_id, skipped), finish))
-
-    def _nics(self, zone: str, zone_id: int
-              ) -> tuple[bool, Mapping[str, tuple[str, str]] | None]:
-        """Whether it is decided what labels a zone's links carry, and their labels; None: none.
-
-        Labels that are known stay for the boot of the zone, since such as come and go break every
-        rate. Without them links wait as long as vminfod can be expected to know them.
-        """
-        vms, key, now = self.host.vms, (zone, zone_id), self.server.now()
-        vm = vms.vms.get(zone)
-        if vm is not None and (vm.nics or key not in self._labels):
-            if len(self._labels) > 20_000:
-                self._labels.clear()
-            self._unlabelled.pop(key, None)
-            self._labels[key] = vm.nics
-        elif key not in self._labels and not vms.absent:
-            if vms.problem or not vms.answered:         # it is away: it may know when it is back
-                self._unlabelled[key] = now
-            return now - self._unlabelled.setdefault(key, now) >= NICS_SECONDS, None
-        return True, self._labels.get(key)
-
-    # kstats of the compute node
-
-    def _begin_node(self, names: tuple[str, ...], work: Callable[[Reader], Any], _page: Page,
-                    done: Callable[[Results], None]) -> None:
-        began, before = self.server.now(), self._vminfo
-
-        def finish(read: Any) -> None:
-            cpu = time.thread_time()
-            results: Results = {}
-            if isinstance(read, Exception):
-                results = dict.fromkeys(names, str(read))
-            else:
-                context = NodeContext(self.host.page_size, before)
-                self._vminfo = vminfo_readings(read, before)
-                for name in names:
-                    try:
-                        results[name] = self._outcome(node_part(name, read, context), began)
-                    except CollectError as error:
-                        results[name] = str(error)
-                    except Exception as error:      # a bug of ours costs one collector
-                        results[name] = _bug(name, error)
-            self._booked.add(time.thread_time() - cpu, "node")
-            done(results)
-        self.submit(Job(work, finish))
-
-    # commands and what others write; these run in pools
-
-    def _collect_zfs(self) -> Results:
-        """One `zfs list` for all zones; a column that an old platform lacks is asked for once."""
-        began = self.server.now()
-        output = self.host.run("zfs", (*zfs_command(self._zfs_columns), self.pool),
-                               self._timeout("zfs"))
-        while output.status and not output.stdout:
-            unknown = unknown_column(output, self._zfs_columns)
-            if unknown is None:
-                raise CollectError(f"zfs list: {_last_line(output)}")
-            log.warning("this zfs has no property %s", unknown)
-            self._zfs_columns = tuple(name for name in self._zfs_columns if name != unknown)
-            output = self.host.run("zfs", (*zfs_command(self._zfs_columns), self.pool),
-                                   self._timeout("zfs"))
-        rows = {name: zfs_part(words) for name, words
-                in parse_zfs_list(output.stdout, self._zfs_columns).items()}
-        now = self.server.now()
-        return {"zfs": Datasets(rows, now, now - began)}
-
-    def _collect_zpool(self) -> Results:
-        began = self.server.now()
-        output = self.host.run("zpool", ZPOOL_COMMAND, self._timeout("zpool"))
-        if output.status:
-            raise CollectError(f"zpool list: {_last_line(output)}")
-        read = self._wait_for(lambda reader: read_tables(reader, METASLAB))
-        part = zpool_part(parse_zpool_list(output.stdout), read.get(METASLAB, ()))
-        return {"zpool": self._outcome(part, began)}
+                result = error
+            except Exception as error:      # around a collector: a bug of ours costs it alone
+                result = _bug(collector.name, error)
+            self.server.loop.call_soon(self._arrived, (cell,), [result], self.server.now())
+        cell.began = now
+        self._running += 1
+        if not (self._foreign if collector.foreign else self._commands).submit(work):
+            self.server.loop.call_soon(self._arrived, (cell,), [
+                CollectError("too many collections wait already")], now)
 
     def _wait_for(self, work: Callable[[Reader], Any]) -> Any:
         """In a pool: kstats that belong to what a command says."""
@@ -6838,107 +6654,227 @@ class Scraper:
             raise CollectError(str(result))
         return result
 
-    def _collect_ntp(self) -> Results:
-        """ntpd's figures, or chrony's where ntpq is absent."""
-        began, timeout = self.server.now(), self._timeout("ntp")
-        try:
-            peers = self.host.run("ntpq", APEERS_COMMAND, timeout)
-        except CommandError as error:
-            try:
-                tracking = self.host.run("chronyc", TRACKING_COMMAND, timeout)
-                sources = self.host.run("chronyc", SOURCES_COMMAND, timeout)
-            except CommandError:
-                raise CollectError(str(error)) from None
-            part = part_of(chrony_families(tracking.stdout, sources.stdout))
-            return {"ntp": self._outcome(part, began)}
-        if not peers.stdout.strip():            # ntpd is down: exit 0, and a line on stderr
-            raise CollectError(f"ntpq: {_last_line(peers)}")
-        found = parse_apeers(peers.stdout)
-        peer = system_peer(found)
-        details = self.host.run("ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()),
-                                timeout)
-        return {"ntp": self._outcome(ntp_part(found, parse_ntp_details(details.stdout)), began)}
+    def _arrived(self, cells: tuple[Cell, ...], results: Sequence[Result] | NoSuchZone, at: float
+                 ) -> None:
+        """Work has ended: keep what it brought, and answer those who waited for nothing else."""
+        now, lead = self.server.now(), cells[0]
+        began = lead.began or 0.0
+        pages = list(dict.fromkeys(page for cell in cells for page in cell.pages))
+        self._running -= 1
+        self.inherited.collected.observe(
+            now - began, "kstats" if lead.collector.collect is None else
+            "plugin" if lead.collector.name.startswith("plugin_") else lead.collector.name)
+        for cell in cells:
+            cell.began, cell.late, cell.pages = None, False, []
+        if isinstance(results, NoSuchZone):
+            for page in pages:
+                self._gone(page, now)
+            return
+        unproved = [page for page in pages if not page.is_proved()]
+        where = "all zones" if lead.collector.shared else pages[0].zone
+        for cell, result in zip(cells, results):
+            if isinstance(result, Exception):
+                self._failed(cell, where, result, now)
+            elif result is not None:
+                self._take(cell, pages, result, where)
+                cell.at, cell.seconds = at, at - began
+        for page in pages:
+            if lead.collector.collect is None:
+                page.checked = now
+            if page in unproved and page.is_proved() and page.waiting:
+                more = self._collect(page, now)     # its plugins, its files, its ports
+                for needed in page.waiting.values():
+                    needed |= more
+            self._release(page, cells, now)
 
-    def _collect_zones(self) -> Results:
-        began = self.server.now()
-        output = self.host.run("zoneadm", ZONEADM_COMMAND, self._timeout("zones"))
-        if output.status:
-            raise CollectError(f"zoneadm list: {_last_line(output)}")
-        return {"zones": self._outcome(part_of(zone_states(parse_zoneadm(output.stdout))), began)}
+    def _gone(self, page: Page, now: float) -> None:
+        """The zone does not run."""
+        waiting, page.waiting = page.waiting, {}
+        self._pages.pop(page.key, None)
+        if len(self._unknown) > 1000:
+            self._unknown.clear()
+        self._unknown[page.zone] = now + UNKNOWN_SECONDS
+        for later in waiting:
+            later.finish(self._no_zone(page.zone).answer())
 
-    def _collect_plugin(self, plugin: Plugin, zone: str) -> Results:
-        began = self.server.now()
-        own = self.settings.collectors.get(f"plugin_{plugin.name}")
-        output = self.host.run_plugin(
-            plugin.path, "global" if zone == NODE else zone, plugin.timeout
-            if own is None or own.timeout is None else own.timeout, PLUGIN_OUTPUT)
-        if output.stderr:
-            log.debug("%s: %s", plugin.path, output.stderr[:1000])
-        if output.status:
-            raise CollectError(f"{plugin.path}: exit {output.status}: {_last_line(output)}")
-        found, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
-        others = tuple(f"plugin_{other.name}_" for other
-                       in self._plugins["gz" if zone == NODE else "vm"]
-                       if other.name.startswith(plugin.name + "_"))
-        families = [family for family in found if not family.name.startswith(others)
-                    and not is_ours(family.name, zone == NODE)]
-        problems += [f"{family.name} is a name that the page has already" for family in found
-                     if family not in families]
-        self.server.loop.call_soon(self.tell, f"plugin_{plugin.name}",
-                              [f"{plugin.path}: {problem}" for problem in problems])
-        if ttl is not None:
-            self.server.loop.call_soon(self._lifetimes.__setitem__, f"plugin_{plugin.name}", ttl)
-        now = self.server.now()
-        return {f"plugin_{plugin.name}": Brought(foreign(families), now, now - began)}
+    def _take(self, cell: Cell, pages: Sequence[Page],
+              result: Part | Mapping[str, Part] | Brought, where: str) -> None:
+        if isinstance(result, Brought):
+            result = self._admitted(cell, pages[0], result)
+        if cell.why:
+            log.info("%s of %s works again", cell.collector.name, where)
+            cell.mend()
+        cell.found = result
+        self.collections.add(1, cell.collector.name, "ok")
 
-    def _collect_core(self, zone: str) -> Results:
-        """The metricPorts of a platform zone: each port for itself, no retry, nothing kept open."""
-        began = self.server.now()
-        vm = self.host.vms.vms.get(zone)
-        if vm is None or not vm.ports or not vm.addresses or self.host.recorded:
-            # (the addresses of a recording are in somebody's network: nothing is asked there)
-            return {"triton_core": Outcome(NOTHING, began, 0.0)}
-        page = CorePage(lambda name: is_ours(name, False))
-        address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
-        end = began + self._timeout("triton_core")      # for all ports, but each has a chance
-        for port in vm.ports:
-            try:
-                answer = self._client.request(
-                    "GET", f"http://{address}:{port}/metrics", {"Connection": "close"},
-                    timeout=max(end - self.server.now(), LEAST_PORT_SECONDS))
-                if answer.status != 200:
-                    raise CollectError(f"answers {answer.status}")
-                page.add(f"port {port} of {zone}", answer.body)
-            except (ClientError, CollectError) as error:
-                page.problems.append(f"port {port} of {zone}: {error}")
-        families, problems = page.families(), page.problems
-        if problems and not families:
-            raise CollectError("; ".join(problems)[:1000])
-        self.server.loop.call_soon(self.tell, "triton_core", problems)
-        now = self.server.now()
-        return {"triton_core": Brought(families, now, now - began)}
-
-    def _collect_textfiles(self, zone: str) -> Results:
-        """What a tenant leaves in files, read by a process of its own: its file system may hang."""
-        began = self.server.now()
-        vm = self.host.vms.vms.get(zone)
-        root = (vm.zonepath if vm is not None and vm.zonepath else f"/{self.pool}/{zone}") + "/root"
-        output = self.host.run_self("textfiles", root, self._timeout("textfile"))
-        if output.status:
-            raise CollectError(f"text files of {zone}: {_last_line(output)}")
-        families: list[Family] = []
-        problems: list[str] = []
-        for name, content in json.loads(output.stdout).items():
-            if isinstance(content, str):
-                found, wrong = textfile_families(name, content)
-                families += found
-                problems += [f"{zone}: {name}: {problem}" for problem in wrong]
+    def _admitted(self, cell: Cell, page: Page, brought: Brought) -> Part:
+        """What others brought, less the names that another of them has on this page."""
+        name = cell.collector.name
+        taken = {taken: other.collector.name for other in page.cells if other is not cell
+                 for taken in other.names}
+        problems = list(brought.problems)
+        kept: list[Foreign] = []
+        for family in brought.families:
+            other = next((taken[one] for one in family.names() if one in taken), None)
+            if other is None:
+                kept.append(family)
             else:
-                problems.append(f"{zone}: {name}: {content[0]}")
-        merged, more = merge(families)
-        self.server.loop.call_soon(self.tell, "textfile", problems + more)
-        now = self.server.now()
-        return {"textfile": Brought(foreign(merged), now, now - began)}
+                problems.append(f"{name}: {family.name} is already on the page of {page.zone}, "
+                                f"by {other}")
+        self.tell(name, problems)
+        if brought.ttl is not None and self._lifetimes.get(name) != brought.ttl:
+            self._lifetimes[name] = brought.ttl
+            self._renew()
+        cell.names = frozenset().union(*(family.names() for family in kept))
+        return verbatim("".join(family.text for family in kept))
+
+    def _failed(self, cell: Cell, where: str, error: Exception, now: float) -> None:
+        why, before = str(error), cell.why
+        cell.why, cell.tried = why, now
+        if isinstance(error, NotYet):
+            return
+        self.collections.add(1, cell.collector.name, "failed")
+        if not before:
+            log.warning("%s of %s fails: %s", cell.collector.name, where, why)
+        if cell.breaker is None:
+            cell.breaker = Breaker(self.server.now)
+        cell.breaker.failed(why)
+
+    # answers
+
+    def _release(self, page: Page, cells: Sequence[Cell], now: float) -> None:
+        """Answer those who waited for nothing but these, with the same bytes."""
+        for needed in page.waiting.values():
+            needed.difference_update(cells)
+        ready = [later for later, needed in page.waiting.items() if not needed]
+        if not ready:
+            return
+        for later in ready:
+            del page.waiting[later]
+        self.inherited.total.observe(now - page.waiting_since)
+        answer: Answer
+        if page.has_values():
+            answer = self._prepare(page, now, page.waiting_since)
+        else:
+            answer = text(503, f"nothing could be collected of {page.zone}: {self._why(page)}; "
+                          "try again in some seconds", ("Retry-After", "5"),
+                          ("X-Cmon-Error", "not_collected"))
+        page.prepared = None
+        for later in ready:
+            later.finish(answer)
+
+    def give_up(self, page: Page, later: Deferred) -> None:
+        """A client's time is over: mark what it has waited for as late."""
+        for cell in page.waiting.pop(later, ()):
+            for one in page.together(cell):
+                one.late = one.began is not None
+
+    def _partial(self, page: Page, later: Deferred) -> Answer:
+        """Deadline passed: answer with what there is."""
+        now, since = self.server.now(), page.waiting_since
+        self.give_up(page, later)
+        if not page.has_values():
+            return text(503, f"collecting {page.zone} takes longer than this scrape may: "
+                        "try again in some seconds", ("Retry-After", "5"),
+                        ("X-Cmon-Error", "not_collected"))
+        return self._prepare(page, now, since)
+
+    def _prepare(self, page: Page, now: float, since: float) -> Prepared:
+        shown = self.text(page, now, since)
+        # the proxy tells its tenant which scrapes were whole without reading the page
+        down = [cell.collector.name for cell in page.cells if not cell.is_up]
+        headers = (("X-Cmon-Partial", ",".join(down)),) if down else ()
+        return prepare(Response(200, shown.encode(), PAGE, headers))
+
+    def text(self, page: Page, now: float, since: float) -> str:
+        """The page as text; what came after `since` was not in the cache."""
+        templates: list[str | None] = []
+        values: list[Any] = []
+        ages: list[Number] = []
+        ups: list[int] = []
+        for cell in page.cells:
+            part = self._shown(cell, page, now)
+            ups.append(1 if part is not None and cell.is_up else 0)
+            if part is None:
+                templates.append(None)
+                values += (0, 0, 0.0)
+                continue
+            template, found = part
+            templates.append(template)
+            values += found
+            values += (1 if template else 0, 1 if cell.at < since else 0, round(cell.seconds, 6))
+            ages.append(round(now - cell.at, 3))
+        values += (int(self.host.time() * 1000), 1, 0, 0.0)
+        shown = page_template(page.names, tuple(templates)) % (*values, *ages, 0.0, *ups, 1)
+        if page.zone == NODE:
+            shown += render(self.inherited.families(
+                sum(cell.found is not None for cell in self.all_cells())))
+        return shown
+
+    def _shown(self, cell: Cell, page: Page, now: float) -> Part | None:
+        """What a page shows of a collector."""
+        found = cell.found
+        if found is None:
+            return None
+        age = now - cell.at
+        if age > STALE_SECONDS and age > 3 * self.lifetime(
+                cell, page.interval(now) if cell.collector.collect is None else None):
+            return None
+        if isinstance(found, Part):
+            return found
+        return None if self._is_older(cell, page, now) else found.get(page.zone, NOTHING)
+
+    # what pages consist of
+
+    def _furnish(self, page: Page) -> None:
+        """Give a page its collectors as they are now; those that stay keep what they have."""
+        plugins = [plugin for plugin in self._plugins["gz" if page.zone == NODE else "vm"]
+                   if plugin.zones is None or page.zone in plugin.zones]
+        kind = (self.generation, page.zone == NODE, page.core, *(one.name for one in plugins))
+        rows = self._kinds.get(kind)
+        if rows is None:
+            if len(self._kinds) > 100:
+                self._kinds.clear()
+            rows = self._kinds[kind] = tuple(self._rows(page, plugins))
+        before = {cell.collector.name: cell for cell in page.cells}
+        for row in rows:
+            cell = self._shared.get(row.name) if row.shared else before.get(row.name)
+            if cell is None:
+                cell = before[row.name] = Cell(row)
+            if row.shared:
+                before[row.name] = self._shared[row.name] = cell
+            cell.collector = row
+        page.cells = tuple([before[row.name] for row in rows])
+        page.names = tuple([row.name for row in rows])
+        page.kstats = tuple([cell for cell in page.cells if cell.collector.collect is None])
+        page.generation = self.generation
+
+    def _rows(self, page: Page, plugins: Sequence[Plugin]) -> Iterator[Collector]:
+        """The collectors of a page in its order, as the settings want them."""
+        rows = [*(NODE_COLLECTORS if page.zone == NODE else ZONE_COLLECTORS)]
+        rows.remove(TIME)
+        for plugin in sorted(plugins):
+            others = tuple(f"plugin_{other.name}_" for other in plugins
+                           if other.name.startswith(plugin.name + "_"))
+            name = f"plugin_{plugin.name}"
+            rows.append(Collector(
+                name, functools.partial(collect_plugin, plugin, others),
+                self._lifetimes.get(name, plugin.ttl), timeout=plugin.timeout, foreign=True,
+                patient=True))
+        for row in rows:
+            own = self.settings.collectors.get(row.name)
+            if own is not None and not own.enabled or (
+                    row.collect is collect_textfiles and not self.settings.textfiles):
+                continue
+            if row.collect is collect_core and not page.core:
+                row = row._replace(collect=None)        # empty
+            yield self._configured(row)
+
+    def _configured(self, row: Collector) -> Collector:
+        """A collector with the lifetime and the timeout of the settings."""
+        own = self.settings.collectors.get(row.name, CollectorSettings())
+        return row._replace(lifetime=row.lifetime if own.ttl is None else own.ttl,
+                            timeout=row.timeout if own.timeout is None else own.timeout)
 
     # housekeeping
 
@@ -6948,16 +6884,20 @@ class Scraper:
         return self.settings.pool or self.sysinfo.pool or "zones"
 
     def refresh(self) -> None:
-        """What an operator, or the proxy after a change, asks for: everything anew."""
-        self._pages = {key: page for key, page in self._pages.items()
-                       if page.zone == NODE or page.waiting is not None}
-        for page in self._pages.values():
+        """What an operator, or the proxy after a change, asks for: all is collected again."""
+        for cell in self._shared.values():
+            cell.mend()
+            cell.found = None
+        for page in [page for page in self._pages.values() if page.zone != NODE]:
+            own = [cell for cell in page.cells if not cell.collector.shared]
             page.prepared = None
-            if page.zone != NODE:
-                page.breakers.clear()
+            if not page.waiting and all(cell.began is None for cell in own):
+                del self._pages[page.key]
+            for cell in own:
+                cell.mend()
+                if not page.waiting:
+                    cell.found = None
         self._unknown.clear()
-        self._datasets, self._zfs_failure = None, None
-        self._zfs_breaker.succeeded()
         self._reread_zones()
         self.submit(Job(lambda reader: (reader.follow(force=True)
                                                or reader.reopen(force=True)),
@@ -6968,15 +6908,23 @@ class Scraper:
         return [page for core in (False, True) for page in (self._pages.get((zone, core)),)
                 if page is not None]
 
-    def all_pages(self) -> list[Page]:
-        """All pages that are kept."""
-        return list(self._pages.values())
+    def all_cells(self) -> Iterator[Cell]:
+        """The collectors of all pages that are kept."""
+        yield from self._shared.values()
+        for page in self._pages.values():
+            yield from [cell for cell in page.cells if not cell.collector.shared]
+
+    def broken(self) -> list[tuple[str, Cell]]:
+        """What fails now, and where."""
+        return [("all zones", cell) for cell in self._shared.values() if cell.why] + [
+            (page.zone, cell) for page in self._pages.values() for cell in page.cells
+            if cell.why and not cell.collector.shared]
 
     def texts(self, zones: Iterable[str]) -> dict[str, str]:
         """The pages of these zones as text, as far as there is anything of them."""
         now = self.server.now()
         pages = ((zone, self._pages.get((zone, self._is_core(zone)))) for zone in zones)
-        return {zone: self.text(page, now, frozenset())[0] for zone, page in pages
+        return {zone: self.text(page, now, math.inf) for zone, page in pages
                 if page is not None and page.has_values()}
 
     def _sweep(self) -> None:
@@ -6985,18 +6933,15 @@ class Scraper:
         for key, page in list(self._pages.items()):
             if page.prepared is not None and now >= page.until:
                 page.prepared = None
-            if now - page.used > FORGET_SECONDS and page.waiting is None:
+            if now - page.used > FORGET_SECONDS and not page.waiting:
                 del self._pages[key]
 
     def _own_families(self) -> list[Family]:
         kstats, governor = self.kstats, self.governor
-        opened = [Sample((("collector", collector), ("target", page.zone),
-                          ("reason", breaker.reason[:200])), 1)
-                  for page in self._pages.values() for collector, breaker in page.breakers.items()
-                  if breaker.open]
-        if self._zfs_breaker.open:
-            opened.append(Sample((("collector", "zfs"), ("target", "all"),
-                                  ("reason", self._zfs_breaker.reason[:200])), 1))
+        opened = [Sample((("collector", cell.collector.name),
+                          ("target", "all" if cell.collector.shared else where),
+                          ("reason", cell.why[:200])), 1)
+                  for where, cell in self.broken() if cell.is_stopped]
         now = self.server.now()
 
         def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
@@ -7009,8 +6954,8 @@ class Scraper:
                    "kstat has not returned.", [Sample((("kstat", what),), now - since)
                                                for what, since in kstats.quarantine.items()]),
             one("pages", GAUGE, "Pages that are kept.", len(self._pages)),
-            one("collections_running", GAUGE, "Collections under way.", len(self._flights)),
-            one("kstat_chain_length", GAUGE, "KstatThreads in the chain.", kstats.chain_length),
+            one("collections_running", GAUGE, "Collections under way.", self._running),
+            one("kstat_chain_length", GAUGE, "Kstats in the chain.", kstats.chain_length),
             one("kstat_index_rebuilds_total", COUNTER, "Rebuilds of the kstat index.",
                 kstats.rebuilds),
             one("kstat_index_rebuild_seconds", GAUGE, "CPU time of the last rebuild in seconds.",
@@ -7032,19 +6977,9 @@ class Scraper:
         ]
 
 
-def read_allocation(reader: Reader) -> dict[Table, list[Read]]:
-    """In a reader's thread: what zones may use, and what the node has."""
-    return {**read_tables(reader, PROC, MEMORY), **read_zones(reader, MEMCAP, CPUCAP)[1]}
-
-
-def _bug(collector: str, error: Exception) -> str:
+def _bug(collector: str, error: Exception) -> CollectError:
     log.exception("collector %s failed", collector)
-    return f"internal error: {type(error).__name__}"
-
-
-def _last_line(output: Output) -> str:
-    lines = output.stderr.strip().splitlines()
-    return lines[-1][:300] if lines else f"exit {output.status} and no word"
+    return CollectError(f"internal error: {type(error).__name__}")
 
 
 class AllZones:
@@ -7289,20 +7224,20 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> s
         if not UUID.fullmatch(zone):
             continue
         vm = vms.get(zone)
-        ages = [now - last.at for page in scraper.pages_of(zone) for collector, last
-                in page.outcomes.items() if collector != "zfs"]
-        bad = sorted({collector for page in scraper.pages_of(zone) for collector in page.failed})
+        cells = [cell for page in scraper.pages_of(zone) for cell in page.cells]
+        ages = [now - cell.at for cell in cells
+                if cell.found is not None and not cell.collector.shared]
+        bad = sorted({cell.collector.name for cell in cells if cell.why})
         rows.append(
             f"<tr><td>{escape(vm.alias) if vm and vm.alias else '<span class=dim>?</span>'}</td>"
             f"<td><a href='/v1/{zone}/metrics'><code>{zone}</code></a></td>"
             f"<td>{escape(vm.brand) if vm else ''}</td><td class=n>{zone_id}</td>"
             f"<td class=n>{f'{min(ages):.0f} s' if ages else '<span class=dim>not asked</span>'}"
             f"</td><td class=bad>{escape(', '.join(bad))}</td></tr>")
-    broken = [f"<tr><td>{escape(page.zone)}</td><td>{escape(collector)}</td>"
-              f"<td>{escape(failure.why)}</td><td class=n>{now - failure.at:.0f} s</td>"
-              f"<td>{'stopped for a while' if page.is_stopped(collector) else 'tried on'}</td>"
-              "</tr>" for page in scraper.all_pages() for collector, failure
-              in page.failed.items()]
+    broken = [f"<tr><td>{escape(where)}</td><td>{escape(cell.collector.name)}</td>"
+              f"<td>{escape(cell.why)}</td><td class=n>{now - cell.tried:.0f} s</td>"
+              f"<td>{'stopped for a while' if cell.is_stopped else 'tried on'}</td></tr>"
+              for where, cell in scraper.broken()]
     budget = scraper.settings.cpu_budget
     info = scraper.sysinfo
     facts = (
@@ -7940,32 +7875,52 @@ def spread(content: Any) -> str:
     return lines(content, 4) + "\n"
 
 
+class RecordingHost:
+    """A host that keeps what commands say: a capture is what the collectors have asked it."""
+    recorded = True                         # the addresses of zones are left alone
+
+    def __init__(self, host: Host | RecordedHost) -> None:
+        self._host = host
+        self.vms, self.page_size = host.vms, host.page_size
+        self.zfs_columns = ZFS_COLUMNS
+        self.commands: dict[str, dict[str, Any]] = {}
+
+    def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
+        """One of the commands of the settings; raises CommandError."""
+        try:
+            output = self._host.run(name, arguments, timeout)
+        except CommandError as error:
+            complain("cmon_agent", [f"{error}; the capture goes without"])
+            raise
+        self.commands[" ".join((DEFAULT_COMMANDS[name], *arguments))] = output._asdict()
+        return output
+
+    def run_plugin(self, path: str, argument: str, timeout: float, limit: int) -> Output:
+        """Plugins are of the machine, not of the capture."""
+        return self._host.run_plugin(path, argument, timeout, limit)
+
+    def run_self(self, command: str, argument: str, timeout: float) -> Output:
+        """What tenants leave in their zones stays there."""
+        return self._host.run_self(command, argument, timeout)
+
+
 def capture_frame(host: Host | RecordedHost, settings: Settings) -> dict[str, Any]:
     """One frame of a capture; raises KstatError."""
     kstats = [{"module": ref.module, "instance": ref.instance, "name": ref.name, "type": ref.type,
                "crtime": ref.crtime, "snaptime": kstat.snaptime, "data": kstat.data,
                "class": ref.klass} for ref, kstat in _captured_kstats(host)]
     sysinfo, _ = read_sysinfo(host)
-    pool = settings.pool or sysinfo.pool or "zones"
-    commands: dict[str, dict[str, Any]] = {}
-    peer = None
-    columns: tuple[str, ...] | None = ZFS_COLUMNS
-    while columns:                          # an old platform lacks some
-        output = _captured(host, "zfs", (*zfs_command(columns), pool), commands)
-        unknown = None if output is None else unknown_column(output, columns)
-        columns = tuple(name for name in columns if name != unknown) if unknown else None
-    for name, argv in (("zpool", ZPOOL_COMMAND),
-                       ("zoneadm", ZONEADM_COMMAND), ("ntpq", APEERS_COMMAND),
-                       ("chronyc", TRACKING_COMMAND), ("chronyc", SOURCES_COMMAND)):
-        output = _captured(host, name, argv, commands)
-        if argv is APEERS_COMMAND and output is not None:
+    recording = RecordingHost(host)
+    task = Task(recording, NODE, 30.0, settings.pool or sysinfo.pool or "zones",
+                lambda work: {}, time.monotonic)
+    for collector in (*ZONE_COLLECTORS, *NODE_COLLECTORS):
+        if collector.collect is not None and not collector.foreign:
             try:
-                peer = system_peer(parse_apeers(output.stdout))
-            except CollectError:
-                continue                    # the capture shows what it printed
-    _captured(host, "ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()), commands)
-    return {"at": host.time(), "kstats": kstats, "commands": commands, "vms": _captured_vms(
-        settings) if not host.recorded else []}
+                collector.collect(task)
+            except (CommandError, CollectError):
+                continue                    # the capture shows what the command said
+    return {"at": host.time(), "kstats": kstats, "commands": recording.commands,
+            "vms": _captured_vms(settings) if not host.recorded else []}
 
 
 def _captured_kstats(host: Host | RecordedHost) -> list[tuple[Ref, Kstat]]:
@@ -7986,17 +7941,6 @@ def _captured_kstats(host: Host | RecordedHost) -> list[tuple[Ref, Kstat]]:
         readers.close()
 
 
-def _captured(host: Host | RecordedHost, name: str, argv: Sequence[str],
-              into: dict[str, dict[str, Any]]) -> Output | None:
-    try:
-        output = host.run(name, argv, 30.0)
-    except CommandError as error:
-        complain("cmon_agent", [f"{error}; the capture goes without"])
-        return None
-    into[" ".join((DEFAULT_COMMANDS[name], *argv))] = output._asdict()
-    return output
-
-
 CAPTURED_VM = ("uuid", "zonename", "alias", "brand", "state", "zone_state", "owner_uuid", "tags",
                "zpool", "zfs_filesystem", "zonepath")
 
@@ -8005,12 +7949,16 @@ def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
     """VM objects, less what tenants would not want to see mailed around."""
     try:
         answer = Client().request("GET", settings.vminfod.rstrip("/") + "/vms", timeout=30.0)
-        records = json.loads(answer.body) if answer.status == 200 else []
+        if answer.status != 200:
+            raise ValueError(f"answers {answer.status}")
+        records = json.loads(answer.body)
+        if not isinstance(records, list):
+            raise ValueError("its answer is no list")
     except (ClientError, ValueError, RecursionError) as error:
         complain("cmon_agent", [f"vminfod: {error}; the capture goes without VMs"])
         return []
     kept = []
-    for record in records if isinstance(records, list) else []:
+    for record in records:
         if isinstance(record, dict):
             vm = {name: record[name] for name in CAPTURED_VM if name in record}
             vm["nics"] = [{name: nic.get(name) for name in ("interface", "nic_tag", "network_uuid",

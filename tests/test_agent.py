@@ -764,7 +764,7 @@ def test_a_capture_goes_without_vms_that_cannot_be_had(kernel: Callable[..., Ker
     done = captured(one, tmp_path / "capture.json", "--frames", "1")
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "capture.json").read_text())["frames"][0]["vms"] == []
-    assert "goes without" in done.stderr, "there is no sysinfo here"
+    assert "the capture goes without VMs" in done.stderr
     info.info.close()
 
 

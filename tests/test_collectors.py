@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import pytest
 from nodes import placed
@@ -31,12 +31,19 @@ def failed(what: str, why: str) -> KstatError:
 
 def zone(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
     """Samples of a zone's collector: name -> value, or labels -> value."""
-    return shown(agent.zone_part(collector, agent.by_table(kstats),
+    return shown(agent.zone_part(named(agent.ZONE_COLLECTORS, collector), agent.by_table(kstats),
                                  ZoneContext(7, ZONE, **context)))
 
 
 def node(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
-    return shown(agent.node_part(collector, agent.by_table(kstats), NodeContext(**context)))
+    found = agent.by_table(kstats)
+    return shown(agent.part_of(agent.alloc_families(found, 4096)) if collector == "alloc" else
+                 agent.node_part(named(agent.NODE_COLLECTORS, collector), found,
+                                 NodeContext(**context)))
+
+
+def named(collectors: Sequence[agent.Collector], name: str) -> agent.Collector:
+    return next(one for one in collectors if one.name == name)
 
 
 def shown(part: Part) -> dict[str, Any]:
@@ -70,12 +77,13 @@ class Recorded:
         number = line.zone_id
         machine = next((one.ref.instance for one in self.kstats if one.ref.module == "vmm"
                         and one.data.get("vm_name") == f"SYSbhyve-{line.debug_id}"), None)
-        context = ZoneContext(number or 0, line.name, agent.nic_labels(self.vms[line.name]))
+        nics = agent.nic_labels(self.vms[line.name])
+        context = ZoneContext(number or 0, line.name, lambda: nics)
         found = agent.by_table([
             one for one in self.kstats
             if any(table.zone and table.zone(one.ref) == number for table in one.ref.tables)
             or one.ref.module == "vmm" and one.ref.instance == machine])
-        parts = [agent.zone_part(one.name, found, context) for one in agent.ZONE_COLLECTORS]
+        parts = [agent.zone_part(one, found, context) for one in agent.ZONE_COLLECTORS]
         datasets = agent.parse_zfs_list(self.commands["zfs " + " ".join(
             (*agent.zfs_command(agent.ZFS_COLUMNS), "zones"))])
         return families_of([*parts, agent.zfs_part(datasets[f"zones/{line.name}"]), TIME])
@@ -83,8 +91,9 @@ class Recorded:
     def node(self) -> list[Family]:
         found = agent.by_table(self.kstats)
         context = NodeContext(4096, (self.before,))
-        parts = [agent.node_part(one.name, found, context) for one in agent.NODE_COLLECTORS
-                 if one.name != "zpool"]
+        parts = [agent.node_part(one, found, context) for one in agent.NODE_COLLECTORS
+                 if one.collect is None]
+        parts.append(agent.part_of(agent.alloc_families(found, 4096)))
         parts.append(agent.zpool_part(agent.parse_zpool_list(self.commands[
             "zpool " + " ".join(agent.ZPOOL_COMMAND)]), found[agent.METASLAB]))
         peers = agent.parse_apeers(self.commands["ntpq " + " ".join(agent.APEERS_COMMAND)])
@@ -222,7 +231,7 @@ def test_run_length_is_not_wait_length() -> None:
 
 
 def test_slow_operations_are_one_family() -> None:
-    part = agent.zone_part("zone_vfs", agent.by_table([kstat(
+    part = agent.zone_part(named(agent.ZONE_COLLECTORS, "zone_vfs"), agent.by_table([kstat(
         "zone_vfs", ZONE[:30], 7, "", **{"10ms_ops": 4, "1s_ops": 1})]), ZoneContext(7, ZONE))
     assert [family.name for family in families_of([part])] == ["vfs_slow_operations_total"]
     assert shown(part) == {'vfs_slow_operations_total{over="10ms"}': 4,
@@ -230,7 +239,8 @@ def test_slow_operations_are_one_family() -> None:
 
 
 def links(*names: str, nics: dict[str, tuple[str, str]] | None = None) -> list[str]:
-    values = zone("link", *(kstat("link", name, 0, rbytes64=1) for name in names), nics=nics)
+    values = zone("link", *(kstat("link", name, 0, rbytes64=1) for name in names),
+                  nics=lambda: nics)
     return [name[len("net_agg_bytes_in"):] for name in values]
 
 
@@ -532,9 +542,9 @@ def test_a_plugin_in_the_format_of_prometheus() -> None:
         "untyped 4", "# TYPE h histogram", 'h_bucket{le="+Inf"} 1', "h_sum 2", "h_count 1",
         "# TYPE b counter", 'b{__name__="cpu_user_usage"} 1')), True)
     assert agent.render(families) == "\n".join((
-        "# HELP plugin_q_v2_a All of it.", "# TYPE plugin_q_v2_a gauge",
-        'plugin_q_v2_a{x="1"} 1', "# HELP plugin_q_v2_h h", "# TYPE plugin_q_v2_h histogram",
-        'plugin_q_v2_h_bucket{le="+Inf"} 1', "plugin_q_v2_h_sum 2", "plugin_q_v2_h_count 1", ""))
+        "# HELP a All of it.", "# TYPE a gauge",
+        'a{x="1"} 1', "# HELP h h", "# TYPE h histogram",
+        'h_bucket{le="+Inf"} 1', "h_sum 2", "h_count 1", ""))
     assert ttl == 7.0
     assert len(problems) == 3
     assert problems[0].startswith("line 5:")

@@ -127,10 +127,10 @@ def test_kstats_may_hold_anything(recorded_node: dict[str, Any]) -> None:
     read = [agent.pack(placed(one["module"], one["instance"], one["name"], one["class"]), 0,
                        one["data"]) for one in kstats]
     found = agent.by_table(read)
-    parts = [agent.node_part(one.name, found, agent.NodeContext())
+    parts = [agent.node_part(one, found, agent.NodeContext())
              for one in agent.NODE_COLLECTORS]
     for zone_id in range(20):
         mine = agent.by_table([kstat for kstat in read if kstat.ref.instance == zone_id])
-        context = agent.ZoneContext(zone_id, "global", None)
-        parts += [agent.zone_part(one.name, mine, context) for one in agent.ZONE_COLLECTORS]
+        context = agent.ZoneContext(zone_id, "global")
+        parts += [agent.zone_part(one, mine, context) for one in agent.ZONE_COLLECTORS]
     assert sum(bool(part.text() and agent.parse(part.text())) for part in parts) > 20

@@ -832,8 +832,8 @@ def test_a_bug_in_a_collector_costs_that_collector(desk: Callable[..., Desk],
     one: Any = desk()
     real = agent_module.zone_part
 
-    def buggy(name: str, *arguments: Any) -> Any:
-        return [][1] if name == "memcap" else real(name, *arguments)
+    def buggy(collector: Any, *arguments: Any) -> Any:
+        return [][1] if collector.name == "memcap" else real(collector, *arguments)
     monkeypatch.setattr(agent_module, "zone_part", buggy)
     page = one.page(PATH)
     assert down(page) == {"memcap"} and value(page, "cpu_user_usage") == 0
