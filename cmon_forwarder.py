@@ -1580,13 +1580,34 @@ def shown(sink: SinkSettings, record: bytes) -> str:
 # a segment's end; a new process begins a new segment. Nothing waits for the disk itself: a machine
 # that loses power may lose the last seconds.
 
-ENTRY = struct.Struct(">IIId")          # bytes and CRC-32 of the records, how many, and when
+ENTRY = struct.Struct(">IIId")          # bytes of the records, CRC-32, how many, and when
+COVERED = struct.Struct(">Id")          # of the header, the CRC covers these before the records
 CURSOR = struct.Struct(">QQI")          # segment and offset of what comes next, CRC-32 of the two
 LENGTH = struct.Struct(">I")
 SEGMENT_BYTES = 8 << 20
+MAX_ENTRY = 1 << 30
 MEMORY_BYTES = 4 << 20                  # of entries that a full disk does not take
 REFUSED_FILES = 100                     # kept in a sink's `refused`, the newest
 REFUSED_BYTES = 64 << 20
+
+
+def entry_of(body: bytes, samples: int, at: float) -> bytes:
+    """Records with their header."""
+    return ENTRY.pack(len(body), zlib.crc32(body, zlib.crc32(COVERED.pack(samples, at))), samples,
+                      at) + body
+
+
+def body_of(header: bytes, read: Callable[[int], bytes]) -> tuple[bytes, int] | None:
+    """The records behind a header, and how many; None when they are torn or damaged."""
+    if len(header) < ENTRY.size:
+        return None
+    size, check, samples, at = ENTRY.unpack(header)
+    if size > MAX_ENTRY:
+        return None
+    body = read(size)
+    if len(body) != size or zlib.crc32(body, zlib.crc32(COVERED.pack(samples, at))) != check:
+        return None
+    return body, samples
 
 
 class SpoolError(Exception):
@@ -1690,18 +1711,17 @@ class Spool:
         """What a segment of an earlier process holds behind the cursor."""
         segment = _Segment(number_of)
         with open(self._path(number_of), "rb") as file:
-            whole = os.fstat(file.fileno()).st_size
             while True:
-                header = file.read(ENTRY.size)
-                if len(header) < ENTRY.size:
-                    break
-                size, _, samples, _ = ENTRY.unpack(header)
-                if segment.size + ENTRY.size + size > whole:
+                found = body_of(file.read(ENTRY.size), file.read)
+                if found is None:
                     break
                 if (number_of, segment.size) >= self._head:
-                    segment.samples += samples
-                segment.size += ENTRY.size + size
-                file.seek(segment.size)
+                    segment.samples += found[1]
+                segment.size = file.tell()
+            rest = os.fstat(file.fileno()).st_size - segment.size
+        if rest:
+            log.warning("spool %s: the last %d bytes of segment %016x were not written whole",
+                        self.folder, rest, number_of)
         return segment
 
     # the server's side
@@ -1712,13 +1732,16 @@ class Spool:
             return
         body = b"".join([part for record in records
                          for part in (LENGTH.pack(len(record)), record)])
-        entry = ENTRY.pack(len(body), zlib.crc32(body), len(records), at) + body
+        entry = entry_of(body, len(records), at)
         with self._lock:
             self._memory.append((entry, len(records), at))
             self._memory_bytes += len(entry)
             self._to_disk()
             while self._memory_bytes > MEMORY_BYTES:
-                self._forget("disk full")
+                if self._drop_oldest("disk full", 1):
+                    self._to_disk()
+                else:
+                    self._forget("disk full")
             if self._oldest is None:
                 self._oldest = at
             self._lock.notify_all()
@@ -1733,12 +1756,10 @@ class Spool:
             self.dropped[reason] = self.dropped.get(reason, 0) + samples
 
     def _to_disk(self) -> None:
-        """Write what is in memory, the oldest first; make room where the disk has none."""
+        """Write what is in memory, the oldest first."""
         while self._memory:
             entry, samples, _ = self._memory[0]
             problem = self._write(entry, samples)
-            if problem is not None and self._drop_oldest("disk full"):
-                continue
             if problem is not None:
                 if not self._failing:
                     log.error("spool %s: %s; what fits into memory is kept there", self.folder,
@@ -1751,7 +1772,7 @@ class Spool:
                 log.info("spool %s: can be written again", self.folder)
             self._failing = ""
             while sum(segment.size for segment in self._segments) > self._limit:
-                if not self._drop_oldest("spool full"):
+                if not self._drop_oldest("spool full", 2):
                     break
 
     def _write(self, entry: bytes, samples: int) -> str | None:
@@ -1787,10 +1808,12 @@ class Spool:
             os.close(self._writer)
             self._writer = None
 
-    def _drop_oldest(self, reason: str) -> bool:
-        """Give the oldest segment up, unless it is the one that is written."""
-        if len(self._segments) < 2:
+    def _drop_oldest(self, reason: str, least: int) -> bool:
+        """Give the oldest segment up when there are at least so many, and it takes room."""
+        if len(self._segments) < least or not self._segments[0].size:
             return False
+        if self._segments[0] is self._last():
+            self._end_writer()
         segment = self._segments.pop(0)
         self._drop(segment.samples, reason)
         self._unlink(segment.number)
@@ -1810,14 +1833,15 @@ class Spool:
                 if self._held is not None:
                     return self._held
                 if self._oldest is not None:
-                    left = self._oldest + age - self._clock()
-                    if left <= 0 or self._waiting_bytes() >= most_bytes:
+                    past = self._clock() - self._oldest
+                    # a time to come is a clock that was set back
+                    if not 0 <= past < age or self._waiting_bytes() >= most_bytes:
                         batch = self._take(most_bytes)
                         if batch.records:
                             self._held = batch
                             return batch
                         continue
-                    self._lock.wait(min(left, 1.0))
+                    self._lock.wait(min(age - past, 1.0))
                 else:
                     self._lock.wait(1.0)
             return None
@@ -1902,20 +1926,13 @@ class Spool:
                 self._end_reader()
                 self._reader = (segment.number, os.open(self._path(segment.number),
                                                         os.O_RDONLY | os.O_CLOEXEC))
-            header = os.pread(self._reader[1], ENTRY.size, offset)
-            if len(header) < ENTRY.size:
-                return None
-            size, check, samples, _ = ENTRY.unpack(header)
-            if offset + ENTRY.size + size > segment.size:
-                return None
-            body = os.pread(self._reader[1], size, offset + ENTRY.size)
+            file, at = self._reader[1], offset + ENTRY.size
+            found = body_of(os.pread(file, ENTRY.size, offset),
+                            lambda size: os.pread(file, size, at))
         except OSError as error:
             log.error("spool %s: %s", self.folder, reason_of(error))
             return None
-        if len(body) != size or zlib.crc32(body) != check:
-            return None
-        records = self._split(body)
-        return (records, offset + ENTRY.size + size) if len(records) == samples else None
+        return None if found is None else (self._split(found[0]), at + len(found[0]))
 
     @staticmethod
     def _split(body: bytes) -> Records:

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The forwarder's spool: bounded, in order, whole after any end; full disks and damaged files."""
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from forwarding import HttpSink, Source, drained, own, write_config
+from support import Program, wait_until
+
+from cmon_forwarder import (
+    ENTRY, MEMORY_BYTES, Batch, FileTransport, SinkSettings, Spool, read_counters, with_defaults,
+    write_counters)
+
+STOP = threading.Event()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture()
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture()
+def make(tmp_path: Path, clock: Clock) -> Callable[..., Spool]:
+    def make(limit: int = 1 << 20, form: str = "http lines", folder: Path = tmp_path) -> Spool:
+        return Spool(folder / "sink", form, limit, clock)
+    return make
+
+
+def take(spool: Spool, most: int = 1 << 20) -> list[int]:
+    """Settles a batch whose records are numbers."""
+    batch = spool.take(most, 0.0, STOP)
+    assert batch is not None
+    spool.settle()
+    return [int(record) for record in batch.records]
+
+
+def put(spool: Spool, *numbers: int, size: int = 0) -> None:
+    spool.append([b"%0*d" % (size, number) for number in numbers], 1000.0)
+
+
+def waiting(spool: Spool) -> int:
+    return spool.state()[0]
+
+
+def everything(spool: Spool, most: int = 1 << 20) -> list[int]:
+    found: list[int] = []
+    while waiting(spool):
+        found += take(spool, most)
+    return found
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted((folder / "sink").glob("*.log"))
+
+
+def test_records_come_back_in_order_and_leave_nothing(make: Any, tmp_path: Path) -> None:
+    spool = make()
+    put(spool, 1, 2)
+    put(spool, 3)
+    assert waiting(spool) == 3
+    assert take(spool) == [1, 2, 3]
+    assert (spool.state(), segments(tmp_path)) == ((0, 0, 0.0), [])
+    put(spool, 4)
+    put(spool, 5)
+    assert take(spool, 1) == [4]
+    assert take(spool, 1) == [5]
+
+
+def test_a_batch_is_held_until_it_is_settled(make: Any, tmp_path: Path) -> None:
+    spool = make()
+    put(spool, 1)
+    first = spool.take(1, 0.0, STOP)
+    put(spool, 2)
+    assert spool.take(1, 0.0, STOP) == first and waiting(spool) == 2
+    spool.close()
+    again = make()                          # as after a crash
+    assert everything(again) == [1, 2]
+
+
+def test_a_batch_waits_for_its_size_or_its_age(make: Any, clock: Clock) -> None:
+    spool = make()
+    found: list[Batch | None] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        found.append(spool.take(200, 5.0, stop))
+    put(spool, 1)
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.05)
+    assert not found
+    clock.now += 5.0
+    spool.wake()
+    thread.join(10)
+    assert found[0] is not None and len(found[0].records) == 1
+    spool.settle()
+    put(spool, *range(100))                 # large enough at once, and young
+    spool.append([b"1"], clock.now)
+    batch = spool.take(200, 3600.0, stop)
+    assert batch is not None and len(batch.records) == 100
+    spool.settle()
+    stop.set()
+    assert spool.take(200, 0.0, stop) is None
+
+
+def test_age_of_the_oldest(make: Any, clock: Clock) -> None:
+    spool = make()
+    spool.append([b"1"], 1000.0)
+    clock.now = 1010.0
+    spool.append([b"2"], 1010.0)
+    assert spool.state()[2] == 10.0
+    assert take(spool, 1) == [1]
+    clock.now = 1012.0
+    assert spool.state()[2] == 2.0
+    spool.close()
+    assert make().state()[2] == 2.0
+
+
+def test_the_oldest_segment_goes_when_the_spool_is_full(make: Any, tmp_path: Path) -> None:
+    spool = make(limit=16_384)
+    for number in range(100):
+        put(spool, number, size=1000)
+    used = sum(path.stat().st_size for path in segments(tmp_path))
+    assert used <= 16_384 and used == spool.state()[1]
+    left = everything(spool)
+    assert left == list(range(100 - len(left), 100)) and len(left) >= 10
+    assert spool.dropped == {"spool full": 100 - len(left)}
+
+
+def test_a_held_batch_is_not_dropped_with_its_segment(make: Any) -> None:
+    spool = make(limit=8192)
+    put(spool, 0, size=1000)
+    held = spool.take(1, 0.0, STOP)
+    for number in range(1, 50):
+        put(spool, number, size=1000)
+    assert spool.take(1, 0.0, STOP) == held
+    spool.settle()
+    left = everything(spool)
+    assert 1 + len(left) + spool.dropped["spool full"] == 50
+    assert left == list(range(50 - len(left), 50))
+
+
+def test_any_end_of_a_file_is_survived(make: Any, tmp_path: Path) -> None:
+    """Cut at every byte: entries before are there, the torn one is not, nothing is invented."""
+    spool = make()
+    for number in range(5):
+        put(spool, number)
+    spool.close()
+    path, = segments(tmp_path)
+    whole = path.read_bytes()
+    one = len(whole) // 5
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        (tmp_path / "sink" / "cursor").unlink()
+        again = make()
+        put(again, 99)
+        assert everything(again) == [*range(cut // one), 99]
+        again.close()
+        for left in segments(tmp_path):
+            left.unlink()
+
+
+def test_damage_costs_its_segment_and_is_counted(make: Any, tmp_path: Path) -> None:
+    source = random.Random(7)
+    spool = make(limit=64_000)
+    for number in range(200):
+        put(spool, number, size=100)
+    spool.close()
+    files = segments(tmp_path)
+    assert len(files) > 2
+    contents = {path: path.read_bytes() for path in files}
+    for _ in range(60):
+        for path, content in contents.items():
+            path.write_bytes(content)
+        (tmp_path / "sink" / "cursor").unlink()
+        path = source.choice(files)
+        content = bytearray(contents[path])
+        content[source.randrange(len(content))] ^= 1 << source.randrange(8)
+        path.write_bytes(content)
+        again = make()
+        found = everything(again, 500)
+        assert found == sorted(found) and set(found) <= set(range(200))
+        assert len(found) >= 200 - len(contents[path]) // (ENTRY.size + 104) - 1
+        assert len(found) + sum(again.dropped.values()) <= 200
+        again.close()
+
+
+def test_a_damaged_cursor_sends_again_what_is_there(make: Any, tmp_path: Path) -> None:
+    spool = make()
+    put(spool, 1)
+    put(spool, 2)
+    assert take(spool, 1) == [1]
+    spool.close()
+    assert everything(make()) == [2]
+    spool = make()
+    put(spool, 3)
+    put(spool, 4)
+    assert take(spool, 1) == [3]
+    spool.close()
+    (tmp_path / "sink" / "cursor").write_bytes(b"x" * 20)
+    assert everything(make()) == [3, 4]
+
+
+def test_records_of_another_kind_of_sink_are_set_aside(make: Any, tmp_path: Path) -> None:
+    spool = make()
+    put(spool, 1)
+    spool.close()
+    other = make(form="graphite tagged")
+    assert waiting(other) == 0
+    reason, = (tmp_path / "sink" / "refused").glob("*/reason.txt")
+    assert reason.read_text() == "written for http lines, and the sink is graphite tagged now\n"
+    assert len(list(reason.parent.glob("*.log"))) == 1
+
+
+def test_appending_while_taking_loses_nothing(make: Any) -> None:
+    spool = make(limit=1 << 30)
+    found: list[int] = []
+
+    def consume() -> None:
+        while len(found) < 3000:
+            found.extend(take(spool, 300))
+    thread = threading.Thread(target=consume)
+    thread.start()
+    for number in range(3000):
+        put(spool, number, size=50)
+    thread.join(30)
+    assert found == list(range(3000))
+
+
+def test_refused_records_are_bounded(make: Any, tmp_path: Path, clock: Clock) -> None:
+    spool = make()
+    for number in range(120):
+        clock.now += 1
+        spool.set_aside([b"%d" % number], "400 bad")
+    folder = tmp_path / "sink" / "refused"
+    assert len(list(folder.glob("*.records"))) == len(list(folder.glob("*.reason"))) == 100
+    newest = max(folder.glob("*.records"))
+    assert newest.read_bytes() == b"119\n"
+    assert newest.with_suffix(".reason").read_text() == "1 samples: 400 bad\n"
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)],
+                          stderr=subprocess.PIPE)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_what_is_oldest(make: Any, small_disk: Path) -> None:
+    spool = make(limit=1 << 30, folder=small_disk)
+    count = MEMORY_BYTES // 1000 + 3000
+    for number in range(count):
+        put(spool, number, size=1000)
+    left = everything(spool)
+    assert left == list(range(count - len(left), count))
+    assert spool.dropped == {"disk full": count - len(left)}
+
+
+def test_what_a_full_disk_does_not_take_waits_in_memory(make: Any, small_disk: Path) -> None:
+    spool = make(limit=1 << 30, folder=small_disk)
+    other = small_disk / "others"
+    fill(other)
+    for number in range(100):
+        put(spool, number, size=1000)
+    assert waiting(spool) == 100 and spool.state()[1] < 10_000
+    assert take(spool, 1) == [0]
+    for number in range(100, MEMORY_BYTES // 1000 + 200):
+        put(spool, number, size=1000)
+    assert set(spool.dropped) == {"disk full"}
+    other.unlink()
+    put(spool, 10 ** 6)                     # now it goes to disk, the old ones first
+    left = everything(spool)
+    assert left == sorted(left) and left[-1] == 10 ** 6
+    assert len(left) + sum(spool.dropped.values()) == MEMORY_BYTES // 1000 + 200
+
+
+def fill(path: Path) -> None:
+    with open(path, "wb", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                pass
+
+
+def test_a_forwarder_on_a_full_disk_goes_on(small_disk: Path) -> None:
+    source, sink = Source(5), HttpSink()
+    try:
+        config = write_config(small_disk, source, {
+            "h": {"type": "http", "url": f"http://{sink.text}"}})
+        with Program.forwarder(config) as program:
+            wait_until(lambda: own(program, "sink_samples_sent_total") > 20)
+            fill(small_disk / "others")
+            sent = own(program, "sink_samples_sent_total")
+            wait_until(lambda: own(program, "sink_samples_sent_total") > sent + 50)
+            sink.close()
+            program.wait_for_log("what fits into memory is kept there")
+            wait_until(lambda: own(program, "sink_spool_samples") > 50)
+            (small_disk / "others").unlink()
+            program.wait_for_log("can be written again")
+            sink.open()
+            drained(program, "h")
+            assert own(program, "sink_samples_dropped_total") == 0
+    finally:
+        source.close()
+        sink.close()
+    for number in range(5):
+        values = [row["value"] for row in sink.rows() if row["name"] == "hits_total"
+                  and row["labels"]["alias"] == f"web{number}"]
+        assert sorted(set(values)) == list(range(1, values[-1] + 1))
+
+
+def test_a_spool_that_cannot_be_made_is_said_at_start(tmp_path: Path) -> None:
+    source = Source()
+    try:
+        (tmp_path / "taken").write_text("")
+        for spool in ("taken", "taken/spool"):
+            config = write_config(tmp_path, source, {"f": {"type": "file", "path": "x"}},
+                                  spool=spool)
+            program = Program.forwarder(config)
+            assert program.wait() == 2
+            assert f"spool {tmp_path / spool}: " in program.log and "Traceback" not in program.log
+        (tmp_path / "s" / "f").mkdir(parents=True)
+        (tmp_path / "s" / "f" / "cursor").mkdir()
+        program = Program.forwarder(write_config(
+            tmp_path, source, {"f": {"type": "file", "path": "x"}}, spool="s"))
+        assert program.wait() == 2 and "spool" in program.log
+    finally:
+        source.close()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+def test_files_are_rotated_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "samples.log"
+    transport = FileTransport(with_defaults(SinkSettings(
+        type="file", path=path, rotate_bytes=10, keep=2)))
+    for number in range(5):
+        transport.send([b"%07d" % number])
+    assert sorted(one.name for one in tmp_path.iterdir()) == [
+        "samples.log", "samples.log.1", "samples.log.2"]
+    assert [path.with_name(name).read_text() for name in (
+        "samples.log", "samples.log.1", "samples.log.2")] == [
+        "0000004\n", "0000003\n", "0000002\n"]
+    os.rename(path, tmp_path / "elsewhere")         # by logadm
+    transport.send([b"5"])
+    assert path.read_text() == "5\n"
+    transport.close()
+    none = FileTransport(with_defaults(SinkSettings(
+        type="file", path=path, rotate_bytes=3, keep=0)))
+    none.send([b"6"])
+    none.send([b"7"])
+    assert path.read_text() == "7\n"
+    none.close()
+
+
+@pytest.mark.parametrize("before, after", [
+    (b"", b"new\n"), (b"a\n", b"a\nnew\n"), (b"a\nto", b"a\nnew\n"), (b"torn", b"new\n"),
+    (b"a\n" + b"x" * 200_000, b"a\nnew\n")])
+def test_a_line_that_a_crash_has_cut_off_is_taken_away(tmp_path: Path, before: bytes, after: bytes
+                                                       ) -> None:
+    path = tmp_path / "samples.log"
+    path.write_bytes(before)
+    transport = FileTransport(with_defaults(SinkSettings(type="file", path=path)))
+    transport.send([b"new"])
+    transport.close()
+    assert path.read_bytes() == after
+
+
+# --- counters over a restart ----------------------------------------------------------------------
+
+def test_counters_are_remembered_once(tmp_path: Path) -> None:
+    path = tmp_path / "counters.json"
+    counters = {"a": {"x{b=\"1\"}": 2 ** 64 - 1, "y": 1.5}}
+    write_counters(path, counters)
+    assert read_counters(path) == counters
+    assert read_counters(path) == {}
+    for content in (b"", b"[]", b"\xff", b"[" * 100_000):
+        path.write_bytes(content)
+        assert read_counters(path) == {}
+    path.write_bytes(b'{"a": {"x": "1", "y": 2}, "b": 3}')
+    assert read_counters(path) == {"a": {"y": 2}}
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    assert read_counters(path) == {}
+    write_counters(tmp_path / "no" / "counters.json", counters)
