@@ -23,13 +23,16 @@ from typing import Any, Callable
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from agents import inventory  # noqa: E402  (it needs the path)
+from agents import TLS, inventory, key, uuid, vm  # noqa: E402  (it needs the path)
 import cmon_agent  # noqa: E402
 import cmon_proxy  # noqa: E402
 from cmon_agent import (  # noqa: E402
     AnswerReader, ClientError, ConfigError, ExpositionError, Limits, Peer, Refused, Request,
     load_settings, merge, parse, parse_head, parse_lines, render)
-from cmon_proxy import Whole, read_inventory  # noqa: E402
+from cmon_proxy import (  # noqa: E402
+    UUID, Account, AuthorizedKey, Frames, Identity, Policy, ServiceError, WebSocket, Whole,
+    certificate, container_labels, container_row, first_certificate, grant, is_ip, member_of,
+    nodes_of, public_key, read_account, read_inventory, state_of, vm_of)
 
 Property = Callable[[random.Random], None]
 
@@ -196,14 +199,157 @@ def settings_file(chance: random.Random) -> None:
             assert line.startswith(f"{path}: ") and line.isprintable(), line
 
 
+_VM = vm(uuid(1), uuid(2), tags={"triton.cmon.groups": "a,b", "manta_role": "x"})
+_NODE = {"uuid": uuid(3), "hostname": "cn1", "sysinfo": {
+    "System Type": "Virtual", "CN Agent IP": "10.0.0.1", "Admin IP": "dhcp", "Admin NIC Tag": "a",
+    "Network Interfaces": {"i": {"NIC Names": ["admin", "a"], "ip4addr": "10.0.0.2"}}}}
+_ACCOUNT = {"account": {"uuid": uuid(4), "login": "alice", "isOperator": True,
+                        "approved_for_provisioning": True, "groups": ["operators"],
+                        "keys": {"x": key("ec"), "y": key("ed25519")}},
+            "role": {"members": {uuid(5): {"login": "carol", "keys": {"z": key("ec384")}}}}}
+
+
+class Answering:
+    """mahi's answers, one after the other."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self._answers = iter(answers)
+
+    def get(self, *_: Any) -> tuple[int, Any]:
+        return next(self._answers)
+
+    def wrong(self, what: str) -> ServiceError:
+        return ServiceError(what)
+
+
+def triton_json(chance: random.Random) -> None:
+    """Whatever VMAPI, CNAPI, mahi and the changefeed answer: values of the right types that can be
+    sent, nothing, or ServiceError."""
+    record = spoil(chance, _VM, chance.randrange(4))
+    found = vm_of(record, "Updater", 1)
+    if found is not None:
+        assert UUID.fullmatch(found.uuid) and UUID.fullmatch(found.owner)
+        assert not found.server or UUID.fullmatch(found.server)
+        json.dumps([container_row(found), container_labels(found)], ensure_ascii=False).encode()
+        state_of(found.state)
+    for node in nodes_of([spoil(chance, _NODE, chance.randrange(4)), odd_value(chance)],
+                         9163).values():
+        assert UUID.fullmatch(node.uuid) and node.hostname.encode() is not None
+        assert node.address is None or is_ip(node.address[0])
+    try:
+        account = read_account(Answering([  # type: ignore[arg-type]
+            (chance.choice((200, 200, 404)), spoil(chance, _ACCOUNT, chance.randrange(4))),
+            (200, spoil(chance, _ACCOUNT, chance.randrange(4)))]), "alice")
+        if account is not None:
+            assert account.login == "alice" and UUID.fullmatch(account.uuid)
+            assert isinstance(account.operator, bool) and isinstance(account.approved, bool)
+            assert all(md5 == one.key.md5 for md5, one in account.keys.items())
+    except ServiceError:
+        pass
+    message = spoil(chance, {"changedResourceId": uuid(1)}, chance.randrange(3))
+    raw = json.dumps(message).encode()
+    member_of(cut_up(chance, raw) if chance.random() < 0.5 else raw, "changedResourceId")
+
+
+def server_frame(opcode: int, payload: bytes, final: bool) -> bytes:
+    """As a server sends it: not masked."""
+    size = len(payload)
+    length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") \
+        if size < 65536 else b"\x7f" + size.to_bytes(8, "big")
+    return bytes([(0x80 if final else 0) | opcode]) + length + payload
+
+
+def websocket_frames(chance: random.Random) -> None:
+    """Frames come out as they went in, however the bytes are cut; garbage is a ServiceError, and
+    no more is kept than one frame may have."""
+    sent = [(chance.choice((0, 1, 2, 8, 9, 10)), True, chance.choice(
+        (b"", b"x", b"y" * 125)) if chance.random() < 0.8 else b"z" * chance.choice((126, 70_000)))
+        for _ in range(chance.randrange(5))]
+    sent = [(opcode, True, payload if opcode < 8 else payload[:125])
+            for opcode, _, payload in sent]
+    raw = b"".join(server_frame(opcode, payload, final) for opcode, final, payload in sent)
+    good = chance.random() < 0.4
+    if not good and raw:
+        raw = cut_up(chance, raw)
+    elif not good:
+        raw = chance.randbytes(chance.randrange(200)) if hasattr(chance, "randbytes") else b"\x81"
+    frames, found, at = Frames(), [], 0
+    try:
+        while at < len(raw):
+            size = chance.choice((1, 3, 200, 65536))
+            found += frames.feed(raw[at:at + size])
+            at += size
+            assert len(frames._buffer) <= cmon_proxy.MAX_MESSAGE + 65536 + 10
+        assert not good or found == sent
+    except ServiceError:
+        assert not good
+    feed = WebSocket.__new__(WebSocket)         # messages of the same frames, fragments and all
+    feed._frames, feed._messages, feed._parts = Frames(), [], None
+    feed.answers_pings = False
+    feed.send = lambda opcode, payload: None  # type: ignore[method-assign]
+    try:
+        feed._take(raw)
+        assert all(len(message) <= cmon_proxy.MAX_MESSAGE + 65536 for message in feed._messages)
+    except ServiceError:
+        pass
+
+
+_PEMS = [first_certificate((TLS / f"{name}.pem").read_text()) for name in (
+    "old_rsa", "old_ec", "old_ed25519", "new_rsa", "new_ec", "new_ec384", "new_colons")]
+_KEYS = [public_key(key(name)) for name in ("rsa", "ec", "ec384", "ec521", "ed25519", "other")]
+_OWNER = Account(uuid(4), "alice", {one.md5: AuthorizedKey(one) for one in _KEYS})
+
+
+def signed_part(der: bytes) -> bytes:
+    """The part of a certificate that its signature covers."""
+    start = 4 if der[1] == 0x82 else 3
+    size = int.from_bytes(der[start + 2:start + 4], "big") + 4 if der[start + 1] == 0x82 else \
+        der[start + 2] + 3
+    return der[start:start + size]
+
+
+_SIGNED = [signed_part(der) for der in _PEMS]
+assert all(certificate(der).der.find(part) for der, part in zip(_PEMS, _SIGNED))
+
+
+def client_certificate(chance: random.Random) -> None:
+    """Whatever a client shows: a refusal in words, or, with what is signed as it was, the grant."""
+    der = chance.choice(_PEMS)
+    for _ in range(chance.randrange(4)):
+        at = chance.randrange(len(der))
+        kind = chance.randrange(6)
+        if kind <= 1:
+            der = der[:at] + bytes([der[at] ^ 1 << chance.randrange(8)]) + der[at + 1:]
+        elif kind == 2:
+            der = der[:at] + der[at + chance.randrange(20):]
+        elif kind == 3:
+            other = chance.choice(_PEMS)
+            der = der[:at] + other[at:at + chance.randrange(300)] + der[at:]
+        elif kind == 4:
+            der = der[:at] + bytes(chance.randrange(256) for _ in range(chance.randrange(8))) \
+                + der[at:]
+        else:
+            der = chance.choice((b"", der * 2, der[:at], b"0" * at))
+        der = der or b"\0"
+    try:
+        granted = grant(Identity(der), _OWNER, Policy(), 1_795_000_000.0)
+        assert granted.account is _OWNER and any(part in der for part in _SIGNED)
+    except Refused as refusal:
+        assert refusal.status == 401 and str(refusal).isprintable() and len(str(refusal)) < 600
+        json.dumps(str(refusal), ensure_ascii=False).encode()
+
+
 SETTINGS = sorted(path for program in ("agent", "proxy")
                   for path in (HERE / "settings").glob(f"{program}*.good.json"))
 PROPERTIES: dict[str, Property] = {
     "agent_answer": agent_answer,
+    "client_certificate": client_certificate,
     "exposition": exposition,
     "inventory_file": inventory_file,
     "request_head": request_head,
     "settings_file": settings_file,
+    "triton_json": triton_json,
+    "websocket_frames": websocket_frames,
 }
 
 

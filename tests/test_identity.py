@@ -49,6 +49,9 @@ ROWS = [
     ("old_forged", ("other",), "unknown_key"),              # signed by the account's, another's key
     ("new_rsa", ("rsa",), "ok"), ("new_ec", ("ec",), "ok"), ("new_ec384", ("ec384",), "ok"),
     ("new_colons", ("rsa",), "ok"), ("new_md5hex", ("rsa",), "ok"),
+    ("sshpk_old_rsa", ("rsa",), "ok"), ("sshpk_old_ec", ("ec",), "ok"),     # by node-sshpk
+    ("sshpk_new_rsa", ("rsa",), "ok"), ("sshpk_new_ec", ("ec",), "ok"),
+    ("sshpk_new_ec384", ("ec384",), "ok"), ("sshpk_new_rsa", ("ec",), "unknown_key"),
     ("new_rsa", ("ec",), "unknown_key"), ("new_rsa", (), "unknown_key"),
     ("new_expired", ("rsa",), "expired"), ("new_future", ("rsa",), "not_yet_valid"),
     ("new_sha1", ("rsa",), "weak_signature"),

@@ -160,6 +160,13 @@ def test_compute_nodes_are_for_operators(shared: Program, operator: Any, agent: 
         assert code(get(shared, path)) == "not_operator"
 
 
+@pytest.mark.parametrize("who", [("sshpk_old_rsa", "rsa"), ("sshpk_old_ec", "ec"),
+                                 ("sshpk_new_rsa", "client"), ("sshpk_new_ec384", "client")])
+def test_certificates_that_node_sshpk_made_come_in(shared: Program, who: Any) -> None:
+    answer = http_get(shared.address, "/v1/discover", {"Host": "cmon.test"}, tls=client_tls(*who))
+    assert answer.status == 200, answer
+
+
 def test_discovery_is_the_originals(shared: Program) -> None:
     answer = get(shared, "/v1/discover")
     assert answer.headers["content-type"] == "application/json"
