@@ -22,7 +22,7 @@ check:		## compile, ruff, mypy, manifests, metric rules
 	sh -n smf/cmon-agent-setup
 
 golden:		## rewrite tests/golden from the captures; then read the diff
-	$(PYTHON) -m pytest tests/test_golden.py tests/test_monitor.py --rewrite
+	$(PYTHON) -m pytest tests/test_golden.py tests/test_monitor.py tests/test_top.py --rewrite
 
 bench:		## print the measurements (minutes; best on an idle machine)
 	for bench in server agent proxy; do $(PYTHON) bench/$$bench.py || exit 1; done

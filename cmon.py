@@ -4,6 +4,7 @@
 
     cmon.py discover [--groups A,B] [--json]    containers of an account, as the proxy lists them
     cmon.py monitor NAME|UUID [--use]           the page of metrics of one of them, or a table
+    cmon.py top                                 all of them, live
     cmon.py check NAME EXPR,WARN,CRIT           a plugin for Nagios and Icinga
     cmon.py certgen --account LOGIN --ssh-key FILE
                                                 a certificate for the proxy
@@ -24,6 +25,7 @@ Map (`grep '^# ---'`):
     figures
     monitor
     recordings
+    top
     check
     discover
     certificates
@@ -38,6 +40,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
+import contextlib
 import difflib
 import errno
 import email.utils
@@ -50,7 +54,9 @@ import ipaddress
 import json
 import math
 import os
+import queue
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -60,8 +66,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
+import threading
 import time
+import tty
 import unicodedata
 import urllib.parse
 import zlib
@@ -346,9 +355,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collectio
 
 
 def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int,
-           drop: Sequence[str] = (), left: int = 1) -> list[str]:
+           drop: Sequence[str] = (), left: int = 1, plain: bool = False) -> list[str]:
     """A table with its first `left` columns to the left, the others to the right; where it is too
-    wide, columns are dropped in the order of `drop`."""
+    wide, columns are dropped in the order of `drop`. `plain`: without emphasis."""
     keep = list(range(len(header)))
     for title in ("", *drop):
         if title in header:
@@ -359,7 +368,7 @@ def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int,
         if max(map(cells_of, lines)) <= width:
             break
     lines = [clipped(line, width) for line in lines]
-    return [emphasis(lines[0]), *lines[1:]]
+    return lines if plain else [emphasis(lines[0]), *lines[1:]]
 
 
 def container_table(containers: Sequence[Container], width: int) -> list[str]:
@@ -375,9 +384,18 @@ def container_table(containers: Sequence[Container], width: int) -> list[str]:
     return table(header, rows)
 
 
+def screen_size() -> os.terminal_size:
+    """Columns and lines of the terminal as it is now: COLUMNS stays when the window changes."""
+    try:
+        found = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):       # no terminal, or no file at all
+        found = os.terminal_size((0, 0))
+    return found if found.columns and found.lines else os.terminal_size((80, 24))
+
+
 def screen_width() -> int:
     """Columns of the terminal; a pipe or a file has room for everything."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    return screen_size().columns if sys.stdout.isatty() else 10_000
 
 
 def brief(value: Number, step: int = 1000, prefixes: str = "kMGTPE") -> str:
@@ -445,7 +463,7 @@ class Painter:
             print("\n".join([*([""] if self._shown else []), *lines]), flush=True)
             self._shown = True
             return
-        columns, height = shutil.get_terminal_size()
+        columns, height = screen_size()
         if self._note:
             lines = [*lines, "", clipped(self._note, columns)]
         if len(lines) >= height:
@@ -464,7 +482,7 @@ class Painter:
         """What went wrong meanwhile: below the next table, or on stderr."""
         if self._in_place and self._shown:
             self._note = text
-            height = shutil.get_terminal_size().lines
+            height = screen_size().lines
             print(f"\x1b7\x1b[{height}H{clipped(text, screen_width())}\x1b[K\x1b8", end="",
                   flush=True)
         else:
@@ -1262,6 +1280,555 @@ def replayed_pages(arguments: argparse.Namespace) -> Iterator[Scrape]:
             time.sleep(pause)
         last = page
         yield page
+
+
+# --- top ------------------------------------------------------------------------------------------
+
+TOP_SECONDS = 5.0               # between two rounds
+OFF_SCREEN = 4                  # rounds in which what is off the screen is asked for once
+QUOTA_SHARE = 0.5               # of the account's quota: others of the account ask, too
+READINGS = 60                   # that are kept for a sparkline
+LEAST_SPARK = 8                 # columns of it, before it is worth its place
+SPARKS = "▁▂▃▄▅▆▇█"
+PLAIN_SPARKS = "_.:-=+*#"       # for terminals without the letters
+FAST = ("cpucap", "memcap", "link", "zone_vfs", "zone_misc")    # collectors of what is shown
+KEYS = re.compile(r"\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Za-z]|.", re.S)
+KEY_NAMES = {"\x1b[A": "up", "\x1bOA": "up", "k": "up", "\x1b[B": "down", "\x1bOB": "down",
+             "j": "down", "\x1b[5~": "page up", "\x1b[6~": "page down", "\x1b[D": "<",
+             "\x1bOD": "<", "\x1b[C": ">", "\x1bOC": ">", "\r": "enter", "\n": "enter",
+             "u": "enter", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
+TOP_HELP = "q quit  < > sort  r reverse  / filter  space pause  enter USE"
+
+
+class TopColumn(NamedTuple):
+    """A column of top: its title, the unit of its values, and how they come from a page."""
+    title: str
+    unit: str
+    value: Callable[[Figures], Number | None]
+
+
+def total(*texts: str) -> Callable[[Figures], Number | None]:
+    """The sum of all samples of some expressions; None where there are none."""
+    def value(figures: Figures) -> Number | None:
+        found = [number for text in texts
+                 for number in Expression.of_text(text).of(figures).values()]
+        return sum(found) if found else None
+    return value
+
+
+def cpus_used(figures: Figures) -> Number | None:
+    """CPUs in use: by the cap's usage as CPU%; without a cap by the counters."""
+    percent = one_value(figures, "cpucap_cur_usage_percentage")
+    if percent is not None:
+        return quotient(percent, 100)
+    nanoseconds = total("rate(cpu_user_usage)", "rate(cpu_sys_usage)")(figures)
+    return None if nanoseconds is None else quotient(nanoseconds, 10 ** 9)
+
+
+TOP_COLUMNS = (
+    TopColumn("CPU%", "share", total("cpucap_cur_usage_percentage/cpucap_limit_percentage")),
+    TopColumn("CPU", "", cpus_used),
+    TopColumn("MEM%", "share", total("mem_agg_usage/mem_limit")),
+    TopColumn("MEM", "bytes", total("mem_agg_usage")),
+    TopColumn("NET", "bytes/s", total("rate(net_agg_bytes_in)", "rate(net_agg_bytes_out)")),
+    TopColumn("DISK", "bytes/s", total("rate(vfs_bytes_read_count)",
+                                       "rate(vfs_bytes_written_count)")),
+)
+TOP_TITLES = ("NAME", *(column.title for column in TOP_COLUMNS), "WORST", "AGE")
+TOP_DROP = ("CPU", "MEM", "AGE", "DISK", "NET", "WORST")    # in this order where it is narrow
+
+
+class Row:
+    """One container in top."""
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = self.alias = uuid
+        self.state = "running"
+        self.figures: Figures | None = None
+        self.failure = ""
+        self.asked = -math.inf              # monotonic
+        self.pending = False
+        self.values: dict[str, Number | None] = {}
+        self.worst: tuple[int, str] = (-1, "")      # verdict and resource
+        self.history: collections.deque[float] = collections.deque(maxlen=READINGS)
+
+    def take(self, answer: Scrape) -> None:
+        """A page, or why there is none."""
+        self.pending = False
+        try:
+            if isinstance(answer, Failure):
+                raise answer
+            self.figures = Figures(answer, self.figures)
+        except Failure as failure:
+            self.failure = str(failure)
+            return
+        self.failure = ""
+        self.values = {column.title: column.value(self.figures) for column in TOP_COLUMNS}
+        self.worst = max(((cell.verdict, cell.resource) for cell in use_cells(self.figures)
+                          if cell.name == "saturation" and cell.verdict is not None),
+                         key=lambda one: one[0], default=(-1, ""))
+        used = self.values["CPU%"] if self.values["CPU%"] is not None else self.values["CPU"]
+        self.history.append(quotient(used or 0, 1))
+
+    def age(self, now: float) -> float | None:
+        """Seconds since what is shown was read in the kernel."""
+        if self.figures is None:
+            return None
+        ages = [age for collector, age in self.figures.ages.items() if collector in FAST]
+        return max(now - self.figures.page.at + max(map(float, ages), default=0.0), 0.0)
+
+    def state_words(self) -> str:
+        """The column WORST."""
+        if self.state != "running":
+            return self.state
+        if self.failure:
+            return "no answer"
+        verdict, resource = self.worst
+        return "-" if verdict < 0 else "ok" if verdict == OK else resource
+
+    def rank(self, title: str, now: float) -> tuple[bool, Any]:
+        """What rows are sorted by; without a value they come last."""
+        if title == "NAME":
+            return False, self.alias
+        value = (self.worst[0] + 4 * bool(self.failure)) if title == "WORST" else \
+            self.age(now) if title == "AGE" else self.values.get(title)
+        return value is None, -quotient(value or 0, 1)
+
+    def spark(self, width: int, letters: str) -> str:
+        """Its CPU over time; full height is the cap, without a cap the most that was seen."""
+        found = list(self.history)[-width:]
+        full = 1.0 if self.values.get("CPU%") is not None else max(found, default=0.0)
+        return "".join(letters[min(max(int(value / full * len(letters)), 0), len(letters) - 1)]
+                       if full > 0 and math.isfinite(value) else letters[0] for value in found)
+
+
+class Top:
+    """What top knows and shows; it asks nobody and knows no terminal."""
+
+    def __init__(self, sort: str = "CPU%", interval: float = TOP_SECONDS) -> None:
+        self.sort, self.interval = sort, interval
+        self.rows: dict[str, Row] = {}
+        self.reverse = self.paused = self.typing = self.ended = False
+        self.filter = ""
+        self.selected = ""                  # a UUID
+        self.moved = False                  # by the user; until then it is the first row
+        self.detail = False                 # its USE table, instead of all containers
+        self.first = 0                      # row or line at the top of the screen
+        self.failure = ""                   # why the last round came to nothing
+        self.behind = ""                    # why it cannot keep up
+        self.quota: Number | None = None    # requests a minute
+        self._shown: list[Row] = []         # on the screen when it was last drawn
+
+    # what is known
+
+    def take_fleet(self, figures: Figures) -> None:
+        """The containers that there are, and what the account may ask."""
+        found: dict[str, Row] = {}
+        for labels in figures.values.get("cmon_instance_info", {}):
+            uuid, alias = dict(labels).get("instance", ""), dict(labels).get("alias", "")
+            row = found[uuid] = self.rows.get(uuid) or Row(uuid)
+            row.alias = printable(alias) or uuid
+        for labels, value in figures.values.get("cmon_instance_state", {}).items():
+            if value == 1 and dict(labels).get("instance") in found:
+                found[dict(labels)["instance"]].state = printable(dict(labels).get("state", "-"))
+        self.rows = found
+        self.quota = one_value(figures, "cmon_quota_limit")
+        limited = one_value(figures, "cmon_quota_limited")
+        self.failure = "over the account's quota: figures may be old" if limited else ""
+
+    def take_page(self, answer: Scrape, uuid: str) -> None:
+        """A container's page, or why there is none."""
+        row = self.rows.get(uuid)
+        if row is not None:
+            row.take(answer)
+
+    def due(self, now: float) -> list[Row]:
+        """Whom to ask in this round: all on the screen, and an equal part of the others; within a
+        share of the quota, those first whose figures are oldest."""
+        shown = {row.uuid for row in self._shown}
+        running = [row for row in self.rows.values() if row.state == "running"]
+        waiting = [row for row in running if row.pending]
+        patience = (OFF_SCREEN - 0.5) * self.interval
+        wanted = sorted((row for row in running if not row.pending and (
+            not shown or row.uuid in shown or now - row.asked >= patience)),
+            key=lambda row: (row.uuid not in shown, row.asked))
+        most = len(wanted)
+        self.behind = ""
+        if self.quota is not None:
+            most = max(int(self.quota * QUOTA_SHARE * self.interval / 60) - 1, 1)
+        if waiting:
+            self.behind = f"cannot keep up: {len(waiting)} pages of the last round have not come"
+        elif most < len(wanted):
+            self.behind = (f"cannot keep up: {most} of {len(wanted)} pages a round, half of the "
+                           f"quota of {brief(self.quota or 0)} a minute")
+        for row in wanted[:most]:
+            row.asked, row.pending = now, True
+        return wanted[:most]
+
+    # what is asked for by keys
+
+    def visible(self, now: float) -> list[Row]:
+        """The rows that the filter lets through, sorted."""
+        word = self.filter.lower()
+        found = sorted((row for row in self.rows.values() if word in row.alias.lower()
+                        or row.uuid.startswith(word)), key=lambda row: (row.alias, row.uuid))
+        found.sort(key=lambda row: row.rank(self.sort, now)[1], reverse=self.reverse)
+        return sorted(found, key=lambda row: row.rank(self.sort, now)[0])
+
+    def keys(self, text: str, now: float, height: int) -> None:
+        """What was typed."""
+        for key in KEYS.findall(text):
+            name = KEY_NAMES.get(key, key)
+            if self.typing:
+                self._type(key, name)
+            else:
+                self._press(name, now, max(height - 5, 1))
+
+    def _type(self, key: str, name: str) -> None:
+        if name in ("enter", "escape") and key != "u":
+            self.typing = False
+            self.filter = "" if name == "escape" else self.filter
+        elif name == "backspace":
+            self.filter = self.filter[:-1]
+        elif len(key) == 1 and key.isprintable():
+            self.filter = (self.filter + key)[:60]
+
+    def _press(self, name: str, now: float, page: int) -> None:
+        steps = {"up": -1, "down": 1, "page up": -page, "page down": page}
+        if name == "q" and not self.detail:
+            self.ended = True
+        elif name in ("q", "escape", "enter") and self.detail:
+            self.detail, self.first = False, 0
+        elif name == "enter" and self.selected in self.rows:
+            self.detail = self.moved = True
+            self.first = 0
+        elif name in steps and self.detail:
+            self.first = max(self.first + steps[name], 0)
+        elif name in steps:
+            order = [row.uuid for row in self.visible(now)]
+            at = order.index(self.selected) if self.selected in order else -1
+            if order:
+                self.moved = True
+                self.selected = order[min(max(at + steps[name], 0), len(order) - 1)]
+        elif name in ("<", ">"):
+            at = TOP_TITLES.index(self.sort) + (1 if name == ">" else -1)
+            self.sort = TOP_TITLES[at % len(TOP_TITLES)]
+        elif name == "r":
+            self.reverse = not self.reverse
+        elif name == "/":
+            self.typing, self.filter, self.detail = True, "", False
+        elif name == "escape":
+            self.filter = ""
+        elif name == " ":
+            self.paused = not self.paused
+
+    # what is shown
+
+    def table(self, rows: Sequence[Row], width: int, now: float) -> list[str]:
+        """Rows with a header; the sparkline takes what is left of the width."""
+        longest = max(10, min(40, width // 5))
+        cells = [[clipped(row.alias, longest),
+                  *(amount(row.values.get(column.title), column.unit) for column in TOP_COLUMNS),
+                  row.state_words(), seconds_words(row.age(now))] for row in rows]
+        titles = [title + ("▲" if self.reverse else "▼") if title == self.sort else title
+                  for title in TOP_TITLES]
+        drop = [title for word in TOP_DROP for title in titles if title.rstrip("▲▼") == word]
+        blank = [["-"] * len(titles)]
+        for room, words in ((width - 4 - LEAST_SPARK, drop[:2]), (width - 2, drop)):
+            lines = fitted(titles, cells or blank, room, words, plain=True)
+            if not any(line.endswith("…") for line in lines):
+                break
+        edge = max(map(cells_of, lines))
+        room = min(width - 4 - edge, READINGS)
+        if room >= LEAST_SPARK and any(len(row.history) > 2 for row in rows):
+            letters = spark_letters()
+            trends = ["CPU TREND"[:room], *(row.spark(room, letters) for row in rows)]
+            lines = [line + " " * (edge - cells_of(line)) + "  " + trend
+                     for line, trend in zip(lines, trends)]
+        return lines if rows else lines[:1]
+
+    def screen(self, width: int, height: int, now: float) -> list[str]:
+        """All lines of the screen."""
+        visible = self.visible(now)
+        count = f"{len(visible)} of {len(self.rows)}" if self.filter else str(len(self.rows))
+        when = time.strftime("%H:%M:%S", time.localtime(now))
+        title = f"cmon top  {when}  {count} containers  every {self.interval:g} s"
+        title += "  PAUSED" if self.paused else ""
+        note = f"/{self.filter}█" if self.typing else self.failure or self.behind or (
+            f"filter: {self.filter}" if self.filter else "")
+        head = [emphasis(clipped(title, width)), coloured(clipped(note, width), 33)]
+        row = self.rows.get(self.selected)
+        if self.detail and row is not None:
+            lines = [clipped(f"{row.alias}  {row.uuid}", width)]
+            lines += [clipped(row.failure, width)] if row.failure else []
+            lines += use_lines(row.figures, width) if row.figures is not None else ["no page yet"]
+            self.first = min(self.first, max(len(lines) - (height - 3), 0))
+            body = lines[self.first:self.first + height - 3]
+        else:
+            body = self._list(visible, width, height - 3, now)
+        lines = [*head, *body]
+        lines += [""] * (height - 1 - len(lines))
+        return [*lines[:height - 1], clipped(TOP_HELP, width)]
+
+    def _list(self, visible: Sequence[Row], width: int, height: int, now: float) -> list[str]:
+        room = max(height - 1, 1)
+        order = [row.uuid for row in visible]
+        if not self.moved or self.selected not in order:
+            self.selected = order[0] if order else ""
+        at = order.index(self.selected) if order else 0
+        self.first = min(max(self.first, at - room + 1, 0), at)
+        rows = self._shown = list(visible[self.first:self.first + room])
+        header, *lines = self.table(rows, width, now)
+        marked = [emphasis("  " + header)]
+        for row, line in zip(rows, lines):
+            marked.append(coloured(("> " if row.uuid == self.selected else "  ") + line,
+                                   31 if row.failure or row.worst[0] == CRITICAL else
+                                   33 if row.worst[0] == WARNING else 0))
+        return marked
+
+
+def seconds_words(value: float | None) -> str:
+    """An age: 3s, 4m, 2h."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}s" if value < 100 else f"{value / 60:.0f}m" if value < 6000 else \
+        f"{value / 3600:.0f}h"
+
+
+def spark_letters() -> str:
+    """Letters for a sparkline that the terminal has."""
+    try:
+        SPARKS.encode(sys.stdout.encoding or "ascii")
+        return SPARKS
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN_SPARKS
+
+
+class Asker:
+    """Asks in the background, AT_ONCE at a time; `answers` has what came, and `wake` is called."""
+
+    def __init__(self, proxy: Proxy, groups: str, wake: Callable[[], None]) -> None:
+        self._proxy, self._groups, self._wake = proxy, groups, wake
+        self._jobs: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[Row | None, Scrape]] = queue.SimpleQueue()
+        for _ in range(AT_ONCE):        # daemons: what hangs does not keep anybody from leaving
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def ask(self, row: Row | None) -> None:
+        """For a container's page; None is the fleet page."""
+        self._jobs.put(row)
+
+    def _work(self) -> None:
+        while True:
+            row = self._jobs.get()
+            try:
+                body = self._proxy.fleet(self._groups) if row is None else \
+                    self._proxy.scrape(row.uuid)
+                answer: Scrape = Page(time.time(), row.uuid if row else "",
+                                      row.alias if row else "the proxy", body)
+            except Failure as failure:
+                answer = failure
+            self.answers.put((row, answer))
+            self._wake()
+
+
+class Rounds:
+    """Keeps a Top fresh: the fleet page once a round, then the pages that are due."""
+
+    def __init__(self, top: Top, asker: Asker) -> None:
+        self.top, self.asker = top, asker
+        self.next = -math.inf               # monotonic; when the next round begins
+        self.asked = 0                      # answers that have not come
+        self._fleet = False                 # its page is on its way
+
+    def work(self, now: float) -> None:
+        """Take what has come; begin a round when it is time."""
+        while not self.asker.answers.empty():
+            row, answer = self.asker.answers.get()
+            self.asked -= 1
+            if row is not None:
+                self.top.take_page(answer, row.uuid)
+                continue
+            self._fleet = False
+            try:
+                if isinstance(answer, Failure):
+                    raise answer
+                self.top.take_fleet(Figures(answer))
+            except Failure as failure:
+                self.top.failure = str(failure)
+                continue
+            for due in self.top.due(now):
+                self._ask(due)
+        if now >= self.next and not self._fleet and not self.top.paused:
+            self.next = now + self.top.interval
+            self._fleet = True
+            self._ask(None)
+
+    def _ask(self, row: Row | None) -> None:
+        self.asked += 1
+        self.asker.ask(row)
+
+
+class Terminal:
+    """The user's terminal while top has it: alternate screen, keys one by one; always given back.
+
+    Signals and threads wake the loop by a byte in a pipe: a signal's number, or 0.
+    """
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH, signal.SIGTSTP)
+
+    def __init__(self) -> None:
+        self._keys = sys.stdin.fileno()
+        self._saved = termios.tcgetattr(self._keys)
+        self._wakes, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        os.set_blocking(self._wakes, False)
+
+    def __enter__(self) -> Terminal:
+        for number in self.SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)       # nothing may cut the restoring short
+        self.give_back()
+
+    def take(self) -> None:
+        """Switch to the alternate screen, without echo and without a cursor."""
+        tty.setcbreak(self._keys)
+        self._write("\x1b[?1049h\x1b[?25l")
+
+    def give_back(self) -> None:
+        """As it was before; a terminal that is gone needs nothing."""
+        try:
+            self._write("\x1b[?25h\x1b[?1049l")
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, self._saved)
+        except (OSError, termios.error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def wake(self) -> None:
+        """From any thread."""
+        with contextlib.suppress(OSError):      # full: it wakes anyway
+            os.write(self._wake, b"\0")
+
+    def draw(self, lines: Sequence[str]) -> None:
+        """A whole screen, in one write."""
+        self._write("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J")
+
+    def wait(self, seconds: float) -> str | None:
+        """The keys that were pressed meanwhile; None when it is time to leave."""
+        ready, _, _ = select.select([self._keys, self._wakes], [], [], max(seconds, 0))
+        numbers = os.read(self._wakes, 4096) if self._wakes in ready else b""
+        if signal.SIGTSTP in numbers:
+            self.give_back()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self.take()                         # in the foreground again
+        if {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} & set(numbers):
+            return None
+        if self._keys in ready:
+            pressed = os.read(self._keys, 4096)
+            return pressed.decode("utf-8", "ignore") if pressed else None
+        return ""
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def top(arguments: argparse.Namespace) -> int:
+    """`cmon.py top`"""
+    state = Top(arguments.sort, arguments.interval)
+    live = not arguments.once and sys.stdin.isatty() and sys.stdout.isatty() \
+        and os.environ.get("TERM") != "dumb"
+    if arguments.speed is not None and not arguments.replay:
+        raise Usage("--speed goes with --replay")
+    if arguments.replay:
+        return top_replayed(state, arguments, live)
+    proxy = proxy_of(arguments)
+    if not live:
+        return top_once(state, proxy, arguments.groups)
+    state.take_fleet(Figures(Page(time.time(), "", "the proxy", proxy.fleet(arguments.groups))))
+    with Terminal() as terminal:
+        rounds = Rounds(state, Asker(proxy, arguments.groups, terminal.wake))
+        return top_loop(state, terminal, rounds.work, time.time)
+
+
+def top_loop(state: Top, terminal: Terminal, work: Callable[[float], None],
+             clock: Callable[[], float]) -> int:
+    """Work, draw, wait, until the user has seen enough or the terminal is gone."""
+    try:
+        while not state.ended:
+            work(time.monotonic())
+            width, height = screen_size()
+            terminal.draw(state.screen(width, height, clock()))
+            pressed = terminal.wait(1.0)
+            if pressed is None:
+                break
+            state.keys(pressed, clock(), height)
+    except OSError:                             # EIO: the terminal is gone
+        pass
+    return 0
+
+
+def top_once(state: Top, proxy: Proxy, groups: str) -> int:
+    """One table, from two scrapes of each container."""
+    state.take_fleet(Figures(Page(time.time(), "", "the proxy", proxy.fleet(groups))))
+    asker = Asker(proxy, groups, lambda: None)
+    for scrape in range(2):
+        due = [row for row in state.rows.values() if row.state == "running"]
+        for row in due:
+            asker.ask(row)
+        for _ in due:
+            row_or_fleet, answer = asker.answers.get()
+            assert row_or_fleet is not None
+            row_or_fleet.take(answer)
+        if due and not scrape:
+            time.sleep(ONCE_SECONDS)
+    return top_table(state, time.time())
+
+
+def top_table(state: Top, now: float) -> int:
+    """The table of all containers, and what went wrong on stderr."""
+    rows = state.visible(now)
+    lines = state.table(rows, screen_width() + 2, now)
+    print("\n".join([emphasis(lines[0]), *lines[1:]]))
+    for row in rows:
+        if row.failure and row.state == "running":
+            print(f"cmon: {row.alias}: {row.failure}", file=sys.stderr)
+    if state.failure:
+        print(f"cmon: {state.failure}", file=sys.stderr)
+    return 0
+
+
+def top_replayed(state: Top, arguments: argparse.Namespace, live: bool) -> int:
+    """top on a recording: at its pace times --speed; at once where nobody looks on."""
+    pages = recording(arguments.replay)
+    last = next(pages, None)
+    if last is None:
+        raise Failure(f"{arguments.replay} has no whole page")
+    began, first, shown = time.monotonic(), last.at, last.at
+    waiting: Page | None = last
+
+    def work(now: float) -> None:
+        nonlocal waiting, shown, began
+        if state.paused:                        # goes on from here
+            began = now - (shown - first) / (arguments.speed or 1)
+            return
+        at = first + (now - began) * (arguments.speed or 1)
+        while waiting is not None and (not live or waiting.at <= at):
+            row = state.rows.setdefault(waiting.uuid, Row(waiting.uuid))
+            row.alias = waiting.alias
+            row.take(waiting)
+            shown, waiting = waiting.at, next(pages, None)
+        shown = shown if waiting is None else max(min(at, waiting.at), shown)
+    if not live:
+        work(began)
+        return top_table(state, shown)
+    with Terminal() as terminal:
+        return top_loop(state, terminal, work, lambda: shown)
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -3193,6 +3760,28 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
     """A command without flags."""
 
 
+def top_column(text: str) -> str:
+    """A flag's value: a column of top."""
+    if text.upper() not in TOP_TITLES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of " + ", ".join(TOP_TITLES))
+    return text.upper()
+
+
+def top_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `top`."""
+    add = parser.add_argument
+    add("--groups", metavar="A,B", default="",
+        help="only containers in one of these groups (tag triton.cmon.groups)")
+    add("--sort", metavar="COLUMN", type=top_column, default="CPU%",
+        help=", ".join(TOP_TITLES).replace("%", "%%") + " (CPU%%)")
+    add("--interval", metavar="SECONDS", type=seconds, default=TOP_SECONDS,
+        help=f"between two rounds ({TOP_SECONDS:g})")
+    add("--once", action="store_true", help="one table, then end; so does a pipe")
+    add("--replay", metavar="FILE", default="", help="show a recording of `monitor` instead")
+    add("--speed", metavar="FACTOR", type=seconds, help="of --replay (1)")
+    connection_arguments(parser)
+
+
 def check_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `check`."""
     add = parser.add_argument
@@ -3228,6 +3817,8 @@ COMMANDS = (
             "cmon.py discover --groups web,db"),
     Command("monitor", "show the metrics of one container: its page, or a table", monitor,
             monitor_arguments, "cmon.py monitor web01 --use --watch 5"),
+    Command("top", "watch all containers of your account, live", top, top_arguments,
+            "cmon.py top --groups web --sort mem%"),
     Command("check", "be a plugin of Nagios and Icinga: one line, exit status 0, 1, 2 or 3", check,
             check_arguments, "cmon.py check web01 mem_agg_usage/mem_limit,0.8,0.9 "
             "'rate(net_drops_in_total),0'"),

@@ -135,7 +135,7 @@ def manual(name: str, parser: argparse.ArgumentParser) -> str:
     """A command's section; its own layout, since argparse's differs from Python to Python."""
     actions = [action for action in parser._actions
                if not isinstance(action, argparse._SubParsersAction)]
-    rows = [[code(invocation(action)), action.help or ""]
+    rows = [[code(invocation(action)), (action.help or "").replace("%%", "%")]
             for action in actions if action.help != argparse.SUPPRESS]
     return (f"## {name}\n\n{parser.description or ''}\n\n"
             + table(("argument", "meaning"), rows) + "\n")

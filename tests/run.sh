@@ -14,7 +14,7 @@ ENVS=${CMON_TEST_ENVS:-$ROOT/.test-envs}    # virtual environments, one for each
 COVERAGE_LEAST=95
 PACKAGES="ca-certificates chromium collectd-core curl dnsmasq-base gcc graphite-carbon influxdb
 iproute2 libc6-dev libnss3-tools libxml2-utils man-db mount nginx-light openssh-client openssl
-procps prometheus python3-venv rsyslog rsyslog-gnutls victoria-metrics zsh"
+procps prometheus python3-venv tmux rsyslog rsyslog-gnutls victoria-metrics zsh"
 
 say() { printf '\n=== %s\n' "$*"; }
 
