@@ -102,7 +102,8 @@ class AgentSettings:
     port: int = setting(9163, "port of agents", at_least(1))
     connect_timeout: float = setting(0.5, "seconds to connect to a node", at_least(0.01))
     timeout: float = setting(10.0, "seconds for a page at the most", at_least(0.1))
-    max_in_flight: int = setting(8, "requests to one node at once; more wait", at_least(1))
+    max_in_flight: int = setting(
+        8, "requests to one node at once, of each worker; more wait", at_least(1))
 
 
 @dataclass(frozen=True)
@@ -3193,7 +3194,7 @@ class QuotaBucket:
         return not self.terms.exempt and self.soft < 1
 
     def wait(self, hard: bool) -> int:
-        """Whole seconds until one more is admitted; a day where none ever will be."""
+        """Whole seconds until the next request is admitted; a day where the rate is zero."""
         missing, rate = (1 - self.hard, self.terms.hard_rate) if hard else (
             1 - self.soft, self.terms.rate)
         return max(1, min(int(missing / rate) + 1, 86400)) if rate > 0 else 86400
@@ -3228,7 +3229,7 @@ class Quotas:
         self._cpu = time.process_time()
 
     def of(self, account: Account) -> QuotaBucket:
-        """The account's bucket, new and full if it has none."""
+        """The account's bucket; a new one is full."""
         bucket = self._buckets.get(account.uuid)
         if bucket is None:
             if len(self._buckets) >= KEPT_BUCKETS:
@@ -3346,8 +3347,8 @@ _PARTIAL = re.compile(r"[a-z0-9_]{1,64}(?:, ?[a-z0-9_]{1,64}){0,63}")
 
 
 class Reply(NamedTuple):
-    """An agent's answer. Of its head nothing is passed on but what is here: no line of a node that
-    lies can reach a tenant."""
+    """An agent's answer. Nothing else of its head is passed on: a lying node cannot send a tenant
+    a header line."""
     status: int
     body: bytes
     gzip: bool = False
@@ -3359,7 +3360,7 @@ class Reply(NamedTuple):
 
 
 def page_lines(packed: bool, partial: str, length: int) -> bytes:
-    """The header lines of a page."""
+    """The header lines of a page, always as plain text."""
     return (f"Content-Type: {PAGE}\r\nX-Content-Type-Options: nosniff\r\nVary: Accept-Encoding\r\n"
             + ("Content-Encoding: gzip\r\n" if packed else "")
             + (f"X-Cmon-Partial: {partial}\r\n" if partial else "")
@@ -3367,14 +3368,14 @@ def page_lines(packed: bool, partial: str, length: int) -> bytes:
 
 
 class AgentHead(NamedTuple):
-    """What an agent's head says, as far as it is believed."""
-    length: int                     # of the body; -1: read it the long way
+    """The part of an agent's head that is used."""
+    length: int                     # of the body; -1: needs the full parser
     gzip: bool = False
     partial: str = ""
 
 
 def read_head(reader: AnswerReader) -> AgentHead:
-    """The believed part of a head that was read; raises ClientError."""
+    """The part of a parsed head that is used; raises ClientError."""
     coding = reader.headers.get("content-encoding", "").lower()
     if coding not in ("", "identity", "gzip", "x-gzip"):
         raise ClientError(f"its content coding {coding[:40]!r} was not asked for")
@@ -3440,7 +3441,7 @@ class UpstreamConnection:
         except OSError as error:
             self.upstream.lost(self, error.strerror or str(error))
             return
-        if self.job is None:            # idle: closed by the agent, or it says what nobody asked
+        if self.job is None:            # idle: the agent closed it, or sent something unasked
             self.upstream.lost(self, "")
         elif self._missing:
             self._more(data)
@@ -3532,7 +3533,7 @@ class Upstream:
         self.all, self.uuid, self.address = upstreams, uuid, address
         self.host = f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%d" % address
         self.idle: list[UpstreamConnection] = []    # the last used at the end: it is used next
-        self.busy = 0                           # requests that the agent works for
+        self.busy = 0                           # requests the agent is working on
         self.load: dict[str, int] = {}          # of these, by account
         self.waiting: list[Job] = []
         self.breaker = Breaker(upstreams.now, upstreams.random, 3, first=5.0, longest=60.0)
@@ -3615,7 +3616,7 @@ class Upstream:
         return job
 
     def _release(self, job: Job | None) -> None:
-        """The agent no longer works for a request."""
+        """The agent no longer works on a request."""
         if job is not None:
             self.busy -= 1
             left = self.load[job.owner] - 1
@@ -3669,13 +3670,13 @@ class Upstream:
         self._next()
 
     def late(self, job: Job) -> None:
-        """The answer has not come in time. Whoever waits is told; the slot stays taken until the
-        answer is in or the connection closed, since the agent still works for it."""
+        """Deadline passed: tell the waiters. The slot stays taken until the answer is in or the
+        connection is closed, since the agent is still working on it."""
         job.finish(None, refused("deadline", node=self.uuid))
         self.probe()
 
     def abandon(self, connection: UpstreamConnection) -> None:
-        """No answer for as long as any may take: close the connection."""
+        """No answer within the longest timeout: close the connection."""
         job = self._taken_from(connection)
         connection.close()
         self._release(job)
@@ -3756,7 +3757,7 @@ class Upstream:
 
 
 class Upstreams:
-    """All nodes' agents, and the one sweep that keeps their deadlines."""
+    """The upstreams of all nodes, and the sweep that enforces their deadlines."""
 
     def __init__(self, server: Server, registry: Registry, settings: AgentSettings,
                  random: Callable[[], float]) -> None:
@@ -3786,7 +3787,7 @@ class Upstreams:
         return frozenset([upstream.uuid for upstream in self.troubled if upstream.suspect])
 
     def known_head(self, raw: bytes) -> AgentHead:
-        """What a head says. It is read once for as long as all but its date stays the same."""
+        """A head, parsed once and remembered without its date."""
         at = raw.find(_DATE)
         if at > 0 and raw[at + _DATE_END:at + _DATE_END + 2] == b"\r\n":
             raw = raw[:at] + raw[at + _DATE_END:]
@@ -3798,7 +3799,7 @@ class Upstreams:
             reader.feed(raw)
             head = read_head(reader)
         except ClientError:
-            head = AgentHead(-1)            # what is wrong is said when the whole answer is read
+            head = AgentHead(-1)            # the full parser says what is wrong
         if len(raw) <= LONGEST_KEPT_HEAD:
             self._heads.put(raw, head)
         return head
@@ -3855,7 +3856,7 @@ class Upstreams:
         return [
             family("cmon_proxy_node_up", "Whether the node's agent answers (1) or the breaker is "
                    "open (0).", lambda upstream: int(not upstream.breaker.open)),
-            family("cmon_proxy_node_in_flight", "Requests that the node's agent works for.",
+            family("cmon_proxy_node_in_flight", "Requests the node's agent is working on.",
                    lambda upstream: upstream.busy),
             family("cmon_proxy_node_waiting", "Requests that wait for one under way to end.",
                    lambda upstream: len(upstream.waiting)),
@@ -3992,8 +3993,8 @@ class LastScrape(NamedTuple):
 
 
 class LastScrapes:
-    """The last request for each container's page, by the owner of that time: a new owner sees
-    nothing of the former one's."""
+    """The last request for each container's page, by owner, so that a new owner does not see the
+    former one's."""
 
     def __init__(self, clock: Callable[[], float], shared: bool) -> None:
         self._clock, self._shared = clock, shared
@@ -4027,7 +4028,7 @@ class LastScrapes:
                 self._by_owner[owner][uuid] = LastScrape(at, result)
 
     def retain(self, vms: Mapping[str, Vm]) -> None:
-        """Forget containers that are gone or another's, when there are too many of them."""
+        """Forget containers that are gone or have another owner, once there are too many."""
         if sum(map(len, self._by_owner.values())) > 2 * len(vms) + 1000:
             for owner, scrapes in list(self._by_owner.items()):
                 kept = {uuid: scrape for uuid, scrape in scrapes.items()
@@ -4107,7 +4108,7 @@ class Caller(NamedTuple):
 
 
 class Waiter:
-    """One client that waits for an answer; it gets it if it may still have it then."""
+    """A client that waits for an answer, and gets it only if it may still see it."""
     __slots__ = ("later", "caller", "target")
 
     def __init__(self, caller: Caller, target: Vm | Node | None, deadline: float,
@@ -4258,7 +4259,7 @@ class Pages:
             del self.relays[relay.key]
 
     def relayed(self, relay: Relay, reply: Reply | None, refusal: Refused | None) -> None:
-        """Hand an answer to all who wait for it and may still have it."""
+        """Answer all waiters; those that may no longer see the page get a refusal."""
         self.forget(relay)
         if reply is not None:
             refusal = agent_refusal(relay, reply)
@@ -4351,17 +4352,17 @@ class Build(NamedTuple):
 
 
 class Built(NamedTuple):
-    """An answer as it is sent, and what it was made from: it is good while that is the same."""
+    """An answer as it is sent, and the version of what it was made from."""
     version: object
     status: int
     whole: bytes
 
 
 class Builder:
-    """Makes what grows with an account in threads of its own, and keeps it while it is good.
+    """Builds answers whose size grows with the account, in threads of its own, and keeps them.
 
-    Belongs to the loop. Requests for what is being made wait for it. An account has one thread at
-    a time and its other builds wait in turn, so that it does not keep others from theirs.
+    Belongs to the loop. Identical requests share one build. An account uses one thread at a time
+    and its other builds queue, so that it cannot keep the threads from others.
     """
 
     def __init__(self, proxy: Proxy, registry: Registry) -> None:
@@ -4379,8 +4380,8 @@ class Builder:
     def answer(self, request: Request, caller: Caller, key: tuple[object, ...], version: object,
                make: Callable[[], Response], *, small: bool = False,
                target: Vm | Node | None = None) -> Answer | Deferred:
-        """The answer that `make`, a function for any thread, gives for this version of what it is
-        about (None: never the same again); raises Refused when too much waits."""
+        """The kept answer of this version, or what `make`, a function for any thread, returns.
+        Version None is never kept. Raises Refused when too much waits."""
         packed = request.gzip
         key += (packed,)
         kept = self._kept.get(key)
@@ -4422,7 +4423,7 @@ class Builder:
         self._proxy.server.loop.call_soon(self._made, build, built)
 
     def _made(self, build: Build, built: Built) -> None:
-        """It is ready: hand it to all who wait and may still have it, and begin the next."""
+        """Keep it, answer all waiters that may still see it, and start the account's next build."""
         del self._building[build.key, build.version]
         queue = self._queues[build.account]
         queue.popleft()
@@ -4552,7 +4553,7 @@ class Discovery:
 
     def _answer(self, kind: str, request: Request, caller: Caller, more: object,
                 make: Callable[[], Response], rows: int) -> Answer | Deferred:
-        """What is never twice the same, and differs by certificate."""
+        """An answer that is never kept, because it shows times, the quota and the certificate."""
         cert = caller.grant.identity.cert
         return self._builder.answer(
             request, caller, (kind, caller.account.uuid, caller.grant.groups, more,
@@ -4738,7 +4739,7 @@ class Proxy:
         if identity is None:
             identity = peer.identity = Identity(peer.certificate)
             peer.certificate = None         # the identity has it, shared by all who show the same
-        if identity.refusal is not None:    # one object for all requests: not with all their traces
+        if identity.refusal is not None:    # shared by requests: must not collect their traces
             raise identity.refusal.with_traceback(None)
         account = self.directory.find(identity.login, peer.address)
         if isinstance(account, Deferred):          # is being looked up; comes back here
@@ -4777,15 +4778,15 @@ class Proxy:
         return outer
 
     def check_again(self, waiter: Waiter) -> None:
-        """Before an answer that took a while is handed over: raises Refused when the client has
-        lost what it had when it asked."""
+        """Called before an answer that took a while is handed over; raises Refused if the client
+        has lost its access since it asked."""
         before = waiter.caller.grant
         identity, target = before.identity, waiter.target
         account = self.directory.recall(identity.login, before.account)
         granted = grant(identity, account, self.policy, self.clock())
         if granted is not before and (granted.account.uuid, granted.groups, granted.sees_nodes) \
                 != (before.account.uuid, before.groups, before.sees_nodes):
-            raise refused("too_busy")       # what it may see is another thing: ask again
+            raise refused("too_busy")       # it may see other things now: ask again
         if target is None:
             return
         current = self.inventory.target(target.uuid)
