@@ -222,7 +222,8 @@ def use_table(scope: str) -> str:
 def metrics() -> str:
     """docs/METRICS.md"""
     text = [METRICS]
-    everything = [row for row in cmon_agent.metadata() if row["collector"]]
+    everything = [{**row, "collector": row["collector"] or "the agent itself"}
+                  for row in cmon_agent.metadata() if not row["name"].startswith("cmon_")]
     for scope, words in SCOPES:
         text.append(f"\n## What to look at: {words}\n\n{use_table(scope)}")
     for scope, words in SCOPES:

@@ -383,6 +383,17 @@ def test_times_of_disks_may_be_in_seconds(node: MakeNode) -> None:
     assert "disk:0:sd0:rtime" in one.check().bad()[0]
 
 
+@pytest.mark.parametrize("before, said, after, same", [
+    (5, "5", 5, True), (5, "7", 9, True), (9, "7", 5, True), (5, "4", 9, False),
+    (5, "10", 9, False), (2 ** 64 - 1, "18446744073709551615", 2 ** 64 - 1, True),
+    (1_500_000_000, "1.500000000", 1_500_000_000, True), (15 * 10 ** 8, "2.5", 15 * 10 ** 8, False),
+    ("on-line", "on-line", "on-line", True), ("on-line", "off-line", "off-line", True),
+    ("on-line", "spare", "off-line", False), (5, "", 5, False), (5, "five", 5, False)])
+def test_what_kstat_says_between_two_reads(before: Any, said: str, after: Any, same: bool) -> None:
+    """A counter has grown, a gauge moved; text is one of both."""
+    assert agent._same(before, said, after) is same
+
+
 def test_a_port_that_is_in_use_is_ours_or_not(node: MakeNode) -> None:
     one = node()
     address = json.loads(one.machine.config.read_text())["listen"]
