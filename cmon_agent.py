@@ -3376,15 +3376,18 @@ def plugin_families(plugin: str, output: str, prom: bool
             problem = f"type {kind[:40]!r} is neither gauge nor counter"
         else:
             try:                            # the name may carry labels
-                full, sample = _sample(f"{prefix}{name} {value}")
+                base, brace, _ = name.partition("{")
+                labels, end = _labels(name, len(base) + 1) if brace else ((), len(name))
+                sample, full = Sample(labels, _value(value.strip())), prefix + base
                 family = made.setdefault(full, Family(
-                    full, kind, fields[3] if len(fields) > 3 and fields[3] else
-                    name.partition("{")[0], []))
-                if family.kind != kind:
+                    full, kind, fields[3] if len(fields) > 3 and fields[3] else base, []))
+                if not valid_metric_name(full) or name[end:]:
+                    problem = f"{name[:40]!r} is no name for a metric"
+                elif family.kind != kind:
                     problem = f"{name[:40]!r} is already a {family.kind}"
-                elif any(sample.labels == one.labels for one in family.samples):
+                elif any(labels == one.labels for one in family.samples):
                     problem = f"{name[:40]!r} is duplicated"
-                elif not all(valid_label_name(label) for label, _ in sample.labels):
+                elif not all(valid_label_name(label) for label, _ in labels):
                     problem = f"{name[:40]!r}: a label's name is reserved"
                 else:
                     made[full] = family._replace(samples=[*family.samples, sample])

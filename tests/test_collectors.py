@@ -527,13 +527,14 @@ def test_a_plugin_of_lines() -> None:
         "depth\tgauge\t5\tJobs that wait", "", "done\tcounter\t18446744073709551615",
         "ttl\toption\t5", "ttl\toption\t30\r", "ttl\toption\t-1", "speed\toption\t3",
         "two words\tgauge\t1", "a\thistogram\t1", "b\tgauge\tmany", "c\tgauge", "depth\tgauge\t6",
-        "d\tgauge\t1\thelp\tmore")), False)
+        "d\tgauge\t1\thelp\tmore", "e 5\tgauge\t1", 'f{a="b"} 5\tgauge\t1', "g\tgauge\t1 2",
+        'h{__name__="x"}\tgauge\t1', "i{a\tgauge\t1")), False)
     assert families == [
         Family("plugin_my_plugin_depth", "gauge", "Jobs that wait", [agent.Sample((), 5)]),
         Family("plugin_my_plugin_done", "counter", "done", [agent.Sample((), 2 ** 64 - 1)])]
     assert ttl == 30.0
     assert [problem.split(":")[0] for problem in problems] == [
-        f"line {number}" for number in range(6, 14)]
+        f"line {number}" for number in range(6, 19)]
 
 
 def test_a_plugin_in_the_format_of_prometheus() -> None:
@@ -542,8 +543,7 @@ def test_a_plugin_in_the_format_of_prometheus() -> None:
         "untyped 4", "# TYPE h histogram", 'h_bucket{le="+Inf"} 1', "h_sum 2", "h_count 1",
         "# TYPE b counter", 'b{__name__="cpu_user_usage"} 1')), True)
     assert agent.render(families) == "\n".join((
-        "# HELP a All of it.", "# TYPE a gauge",
-        'a{x="1"} 1', "# HELP h h", "# TYPE h histogram",
+        "# HELP a All of it.", "# TYPE a gauge", 'a{x="1"} 1', "# HELP h h", "# TYPE h histogram",
         'h_bucket{le="+Inf"} 1', "h_sum 2", "h_count 1", ""))
     assert ttl == 7.0
     assert len(problems) == 3
