@@ -1741,7 +1741,7 @@ class _FileReader:
         self._keys(record, where, "", None, keys)       # last: the account's own key wins
         if not keys:
             self.odd(("keys", where), where, f"the account {_shown(login)} has no keys: nobody can "
-                     "come in with it")
+                     "authenticate as it")
         for member_name in ("operator", "approved_for_provisioning"):
             if not isinstance(record.get(member_name, False), bool):
                 self.wrong(f"{where}.{member_name}", "must be true or false")
@@ -1761,7 +1761,7 @@ class _FileReader:
                 into[key.md5] = AuthorizedKey(key, name, groups)
                 if key.kind == "ssh-rsa" and key.bits < RSA_BITS:
                     self.odd(("weak", where), f"{where}.keys[{index}]", f"an RSA key of {key.bits} "
-                             f"bits is too short to come in with, where {RSA_BITS} is the least")
+                             f"bits is too short to authenticate with: {RSA_BITS} is the minimum")
             except CertificateError as error:
                 self.wrong(f"{where}.keys[{index}]", str(error))
 
@@ -1794,14 +1794,14 @@ class _FileReader:
         if vm is None:
             return None
         if vm.owner not in owners:
-            self.odd(("owner", vm.owner), where, f"owner_uuid {vm.owner} is no account of this "
-                     "file: nobody can see this VM")
+            self.odd(("owner", vm.owner), where, f"owner_uuid {vm.owner} is not an account in "
+                     "this file: nobody can see this VM")
         server = record.get("server_uuid")
         if vm.server not in nodes if vm.server else server:
-            self.odd(("server", _shown(server)), where, f"server_uuid {_shown(server)} is no "
-                     "server of this file: this VM has no page")
+            self.odd(("server", _shown(server)), where, f"server_uuid {_shown(server)} is not "
+                     "a server in this file: this VM has no page")
         if vm.state not in STATES:
-            self.odd(("state", vm.state), where, f"unknown state {_shown(vm.state)}: taken for "
+            self.odd(("state", vm.state), where, f"unknown state {_shown(vm.state)}: treated as "
                      "running")
         return vm
 
@@ -2497,6 +2497,10 @@ class Snapshot:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def check_folder(self) -> None:
+        """Raises SnapshotError, OSError where no snapshot can be kept."""
+        os.close(self._folder())
+
     def _folder(self) -> int:
         """A descriptor of the folder; raises OSError, SnapshotError."""
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -2552,7 +2556,7 @@ class Snapshot:
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise SnapshotError(f"{self._path} is no file")
+                raise SnapshotError(f"{self._path} is not a regular file")
             self._check(status, self._path, (os.geteuid(),))
             digest, _, body = file.read().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != digest:
@@ -2760,7 +2764,7 @@ class VmReader:
         self._reading = False
         now, had = self._loop.now(), len(self._inventory.vms)
         if found is not None and had and not found.vms:
-            problem = str(self._vmapi.wrong("lists no container at all, which is not believed"))
+            problem = str(self._vmapi.wrong("/vms returned an empty list, which is ignored"))
         if found is None or problem:
             log.warning("the inventory stays as it is: %s", problem)
             self.problem, self._due = problem, now + self._backoff.next()
@@ -2957,7 +2961,7 @@ class TritonSource:
         assert own.vmapi is not None and own.cnapi is not None and own.mahi is not None
         self._loop, self._inventory = proxy.server.loop, proxy.inventory
         self._services = (Service("vmapi", own.vmapi), Service("cnapi", own.cnapi),
-                          Service("mahi", own.mahi, 4 << 20))
+                          Service("mahi", own.mahi, 16 << 20))
         vmapi, cnapi, mahi = self._services
         self.accounts = Accounts(mahi, proxy.server)
         self.nodes = NodeReader(cnapi, proxy.inventory, self._loop, settings.agent.port, random)
@@ -4648,6 +4652,7 @@ class Proxy:
                  random: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
         self.settings, self.server, self.clock = settings, server, clock
         self.inventory = Inventory(server.now)
+        self.inventory.max_age = settings.inventory.max_age     # as all of it: needs a restart
         self.directory: Any = Directory()
         self.source: Any = None
         self.quotas = Quotas(settings.quota, server.now)
@@ -4670,7 +4675,6 @@ class Proxy:
     def use(self, settings: Settings) -> None:
         """Take settings, at the start and after a SIGHUP: forget all that follows from old ones."""
         self.settings = settings
-        self.inventory.max_age = settings.inventory.max_age
         tls = settings.tls
         self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, tls.allow_rsa1024,
                              settings.require_approved)
@@ -6434,7 +6438,12 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
         told.append(f"{own.file}: {found}")
         warnings += tell_warnings(found.warnings)
     else:
-        told.append(f"inventory from {own.vmapi}, {own.cnapi} and {own.mahi} (not asked)")
+        told.append(f"inventory from {own.vmapi}, {own.cnapi} and {own.mahi} (not contacted)")
+        try:
+            if own.snapshot is not None:
+                Snapshot(own.snapshot).check_folder()
+        except (OSError, SnapshotError) as error:
+            warnings.append(f"inventory.snapshot: no snapshot can be kept: {error}")
     try:
         shown = server_certificate(tls.certificate)
     except (OSError, CertificateError) as error:

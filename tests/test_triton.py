@@ -24,9 +24,9 @@ from agents import (
     client_tls, key, proxy_config, uuid, vm)
 from cmon_agent import Backoff, Deferred, Refused, Registry, Server
 from cmon_proxy import (
-    Accounts, Frames, Inventory, InventorySettings, Proxy, Saved, ServiceError, Settings, Snapshot,
-    SnapshotError, TlsSettings, TritonSource, VmReader, account_of, frame_of, make_certificate,
-    nodes_of, public_key, vm_of)
+    Account, Accounts, Frames, Inventory, InventorySettings, Proxy, Saved, ServiceError, Settings,
+    Snapshot, SnapshotError, TlsSettings, TritonSource, VmReader, account_of, frame_of,
+    make_certificate, nodes_of, public_key, vm_of)
 from support import Answer, Program, free_port, http_get, wait_until
 
 OWNER = ("old_rsa", "rsa")
@@ -395,7 +395,7 @@ def test_a_much_shorter_list_is_read_again_and_an_empty_one_not_believed(
     wait_until(lambda: set(listed(running)) == {WEB})
     cloud.vmapi.order("forget", uuids=[WEB])
     cloud.vmapi.order("cut")
-    running.wait_for_log("lists no container at all, which is not believed", 2)
+    running.wait_for_log("/vms returned an empty list, which is ignored", 2)
     assert set(listed(running)) == {WEB}
 
 
@@ -860,6 +860,18 @@ def test_mahi_is_down_when_several_known_accounts_say_so(desk: Any, logins: Any,
     assert isinstance(accounts.find("dave"), Deferred) is not down
 
 
+def test_what_is_known_now_decides_what_is_handed_over(desk: Any) -> None:
+    accounts, shelf, clock = desk
+    default = Account(BOB, "bob", {})
+    assert accounts.recall("alice", default) is default         # nothing is known: what it was
+    first = known(desk)
+    assert accounts.recall("alice", default) is first
+    clock.at, shelf.account = 100.0, None
+    accounts.find("alice")
+    shelf.go()
+    assert accounts.recall("alice", default) is None
+
+
 def test_known_accounts_do_not_wait_behind_strangers(desk: Any) -> None:
     accounts, shelf, clock = desk
     both_known(desk)
@@ -1028,7 +1040,7 @@ def saved(tmp_path: Path) -> Any:
     (lambda folder: folder.chmod(0o1777), "/folder can be written by others"),
     (lambda folder: (folder / "s").rename(folder / "t") and (folder / "s").symlink_to("t"),
      "Too many levels of symbolic links"),
-    (lambda folder: (folder / "s").unlink() or os.mkfifo(folder / "s"), "is no file"),
+    (lambda folder: (folder / "s").unlink() or os.mkfifo(folder / "s"), "is not a regular file"),
 ], ids=["666", "620", "chown", "chown folder", "777", "sticky", "symlink", "fifo"])
 def test_a_snapshot_that_somebody_else_could_have_written_is_refused(
         saved: Any, attack: Any, said: str) -> None:
@@ -1051,6 +1063,16 @@ def test_writing_a_snapshot_follows_no_symlink(saved: Any, name: str, tmp_path: 
     Snapshot(folder / "s").write(content)
     assert victim.read_text() == "precious" and not (folder / "s").is_symlink()
     assert Snapshot(folder / "s").read().manta_owner == OPERATOR
+
+
+def test_check_config_says_that_no_snapshot_can_be_kept(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    urls = dict.fromkeys(("vmapi", "cnapi", "mahi"), "http://127.0.0.1:1")
+    done = Program.proxy(proxy_config(tmp_path, inventory={**urls, "snapshot": "s"}),
+                         "--check-config")
+    assert done.wait() == 0
+    assert f"warning: inventory.snapshot: no snapshot can be kept: {tmp_path} can be" in done.log
+    assert "inventory from http://127.0.0.1:1" in done.output
 
 
 def test_a_proxy_says_that_it_does_not_use_a_foreign_snapshot(cloud: Cloud, tmp_path: Path) -> None:
