@@ -658,7 +658,7 @@ def _as_text(convert: Convert | None, value: float) -> Any:
     return None if found is None else number(found)
 
 
-def is_of_zone(kstat: Kstat, zone: str, place: int | None) -> bool:
+def is_of_zone(kstat: Kstat, zone: bytes, place: int | None) -> bool:
     """Whether a kstat's member `zonename` at this place is this zone's; one without it is."""
     if place is None:
         return True
@@ -666,7 +666,8 @@ def is_of_zone(kstat: Kstat, zone: str, place: int | None) -> bool:
     start = address - kstat.base
     if not address or start < kstat.members * NAMED_ENTRY.size or start + size > len(kstat.raw):
         return True
-    return kstat.raw[start:start + size].split(b"\0", 1)[0] == zone.encode()
+    member = kstat.raw[start:start + size]
+    return member == zone + b"\0" or member.split(b"\0", 1)[0] == zone
 
 
 class Wanted(NamedTuple):
@@ -739,6 +740,10 @@ class Index:
         return self._tables.setdefault(key, key)
 
 
+_DataBytes = ctypes.c_char * DATA.size
+_make = tuple.__new__           # what a NamedTuple's own __new__ calls, a frame of Python earlier
+
+
 class Handle:
     """One kstat_ctl_t with its index. All calls come from one thread."""
 
@@ -800,11 +805,12 @@ class Handle:
         if self._library.read(self._control, ref.address, None) < 0:
             number = ctypes.get_errno()
             raise KstatError(os.strerror(number).lower(), ref, vanished=number == errno.ENXIO)
-        pointer, members, size, snaptime = DATA.unpack(
-            ctypes.string_at(ref.address + DATA_OFFSET, DATA.size))
+        pointer, members, size, snaptime = DATA.unpack(_DataBytes.from_address(
+            ref.address + DATA_OFFSET))
         if not pointer or size > MAX_KSTAT_BYTES:
             raise KstatError(f"{size} bytes of data", ref)
-        kstat = Kstat(ref, ref.type, snaptime, ctypes.string_at(pointer, size), members, pointer)
+        kstat = _make(Kstat, (ref, ref.type, snaptime, ctypes.string_at(pointer, size), members,
+                              pointer))
         shape = ref.shape
         if shape is None or shape.size != size or shape.members != members:
             ref.shape = shape_of(kstat)
@@ -983,12 +989,6 @@ def parse_sysinfo(content: Any) -> Sysinfo:
                    count("MiB of Memory") << 20, count("CPU Count"))
 
 
-class PendingCall(NamedTuple):
-    """What a lane is doing: which call of the library, since when."""
-    what: Ref | str
-    since: float
-
-
 class Reader:
     """One thread with one kstat handle: everything that may block in the library happens here."""
 
@@ -997,7 +997,7 @@ class Reader:
         self._handle: Any = None            # a Handle, or a RecordedHandle
         self._updated = -math.inf
         self._reopened = (-math.inf, -1)    # when, and at which chain id
-        self.doing: PendingCall | None = None
+        self.doing: tuple[Ref | str, float] | None = None   # a call of the library, since when
         self.abandoned = False
         self.job: Job | None = None
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -1015,21 +1015,24 @@ class Reader:
         """One kstat; raises KstatError."""
         if self._kstats.quarantine:
             self._kstats.check_quarantine(ref)
-        self.doing = PendingCall(ref, self._kstats.now())
+        self.doing = (ref, self._kstats.now())
         try:
             kstat: Kstat = self._handle.read(ref)
             return kstat
         finally:
             self.doing = None
 
-    def read_into(self, ref: Ref, into: list[Read]) -> None:
-        """As `read`; a failure is put in its place, but one that has vanished is none: a cap was
-        taken away, a link was renamed."""
-        try:
-            into.append(self.read(ref))
-        except KstatError as error:
-            if not error.vanished:
-                into.append(error)
+    def read_all(self, refs: Iterable[Ref]) -> list[Read]:
+        """These kstats. A failure is put in its place, but one that has vanished is none: a cap
+        was taken away, a link was renamed."""
+        read: list[Read] = []
+        for ref in refs:
+            try:
+                read.append(self.read(ref))
+            except KstatError as error:
+                if not error.vanished:
+                    read.append(error)
+        return read
 
     def follow(self, force: bool = False) -> bool:
         """Bring the chain up to date, not too often; True when it is new."""
@@ -1041,7 +1044,7 @@ class Reader:
         if now - self._updated < pause:
             return False
         self._updated = now
-        self.doing = PendingCall("the chain", now)
+        self.doing = ("the chain", now)
         try:
             changed = bool(self._handle.update())
         finally:
@@ -1060,7 +1063,7 @@ class Reader:
             return False
         self._reopened = (now, chain_id)
         handle, self._handle = self._handle, None   # should it fail, the next job opens a new one
-        self.doing = PendingCall("the chain", now)
+        self.doing = ("the chain", now)
         try:
             handle.reopen()
             self._handle = handle
@@ -1144,7 +1147,7 @@ class Reader:
                 break
             try:
                 if self._handle is None:
-                    self.doing = PendingCall("kstat_open", kstats.now())
+                    self.doing = ("kstat_open", kstats.now())
                     try:
                         self._handle = kstats.open_handle()
                     finally:
@@ -1212,13 +1215,13 @@ class KstatThreads:
         with self._lock:
             active = self._active
             doing = active.doing if active is not None else None
-            if active is None or doing is None or self.now() - doing.since < STUCK_SECONDS:
+            if active is None or doing is None or self.now() - doing[1] < STUCK_SECONDS:
                 return
             job = active.job    # what it ends now may be done twice, but is not lost
             active.abandoned = True
             self.given_up += 1
-            self.quarantine[str(doing.what)] = doing.since
-            log.warning("reading kstat %s does not return; others are read on", doing.what)
+            self.quarantine[str(doing[0])] = doing[1]
+            log.warning("reading kstat %s does not return; others are read on", doing[0])
             if job is not None:
                 waiting.append(job)
             while not active.jobs.empty():
@@ -1270,7 +1273,7 @@ class KstatThreads:
             self._readers.remove(reader)
             if self._active is reader:
                 self._active = None
-            held = {str(other.doing.what) for other in self._readers
+            held = {str(other.doing[0]) for other in self._readers
                     if other.abandoned and other.doing is not None}
             self.quarantine = {what: since for what, since in self.quarantine.items()
                                if what in held}
@@ -1346,20 +1349,18 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
             if reader.follow(force=True) or reader.reopen():
                 continue
             raise NoSuchZone(zone)
-        read: list[Read] = []
-        for ref in reader.index.zones[zone_id]:
-            if ref is not own and not (skipped and all(
-                    table.collector in skipped for table in ref.tables)):
-                reader.read_into(ref, read)
+        refs = [ref for ref in reader.index.zones[zone_id] if ref is not own and not (
+            skipped and all([table.collector in skipped for table in ref.tables]))]
         if debug_id is not None and VCPU.collector not in skipped:
-            _read_guest(reader, debug_id, read)
+            refs += _guest(reader, debug_id)
+        read = reader.read_all(refs)
         try:
             misc = reader.read(own)
         except KstatError as error:
             if not error.vanished:
                 return ZoneReading(zone_id, by_table([*read, error]))
         else:
-            if is_of_zone(misc, zone, ZONE_MISC.layout(misc).zonename):
+            if is_of_zone(misc, zone.encode(), ZONE_MISC.layout(misc).zonename):
                 return ZoneReading(zone_id, by_table([*read, misc]))
         reader.follow(force=True)           # it has rebooted or gone in the meantime: read again
     raise KstatError(f"zone {zone} changes faster than it can be read")
@@ -1368,24 +1369,21 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
 GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest by its zone's debug id
 
 
-def _read_guest(reader: Reader, debug_id: int, into: list[Read]) -> None:
+def _guest(reader: Reader, debug_id: int) -> list[Ref]:
     """vCPUs of a bhyve zone. (viona counts by NIC, under numbers that name neither zone nor
     guest.)"""
     minor = reader.guest(GUEST_NAME.format(debug_id))
-    for ref in reader.index.modules.get(VCPU.module, ()) if minor is not None else ():
-        if ref.instance == minor and VCPU in ref.tables:
-            reader.read_into(ref, into)
+    return [] if minor is None else [ref for ref in reader.index.modules.get(VCPU.module, ())
+                                     if ref.instance == minor and VCPU in ref.tables]
 
 
 def read_tables(reader: Reader, *tables: Table) -> dict[Table, list[Read]]:
     """The compute node's own kstats of these tables."""
     reader.follow()
-    read: list[Read] = []
-    for module in dict.fromkeys(table.module for table in tables):
-        for ref in reader.index.modules.get(module, ()):
-            if any(table in ref.tables for table in tables):
-                reader.read_into(ref, read)
-    return by_table(read)
+    return by_table(reader.read_all([
+        ref for module in dict.fromkeys([table.module for table in tables])
+        for ref in reader.index.modules.get(module, ())
+        if any([table in ref.tables for table in tables])]))
 
 
 def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Table, list[Read]]]:
@@ -1986,7 +1984,8 @@ class Rows:
 
     def __init__(self, metrics: tuple[Metric, ...], table: Table | None = None) -> None:
         self.metrics, self._table = metrics, table
-        self._templates: dict[Any, tuple[str, Callable[[Any], tuple[Any, ...]] | None]] = {}
+        self._single: dict[tuple[int, ...], str] = {}
+        self._templates: dict[Any, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {}
 
     @functools.cached_property
     def _families(self) -> list[tuple[str, list[tuple[int, str, str]]]]:
@@ -1999,6 +1998,15 @@ class Rows:
             families[-1][1].append((row, metric.name, label_text(metric.labels)[1:-1]))
         return families
 
+    def single(self, rows: tuple[int, ...], values: tuple[Any, ...]) -> Part:
+        """What the page says of one thing without labels."""
+        template = self._single.get(rows)
+        if template is None:
+            if len(self._single) >= MAX_TEMPLATES:
+                self._single.clear()
+            template = self._single[rows] = self._template([Values("", rows, values)])[0]
+        return _make(Part, (template, values if template else ()))
+
     def of(self, data: Mapping[str, Any], labels: Labels = ()) -> Values:
         """From values by member, such as the words of a command."""
         found = [(row, value) for row, metric in enumerate(self.metrics) if metric.member in data
@@ -2008,21 +2016,21 @@ class Rows:
 
     def part(self, found: Sequence[Values]) -> Part:
         """What the page says of these things; only a single one may be without labels."""
-        key = tuple([(not one.labels, one.rows) for one in found])
+        if len(found) == 1 and not found[0].labels:
+            return self.single(*found[0][1:])
+        key = tuple([one.rows for one in found])
         known = self._templates.get(key)
         if known is None:
             if len(self._templates) >= MAX_TEMPLATES:
                 self._templates.clear()
-            known = self._templates[key] = self._template(found)
-        template, order = known
-        if order is None:
-            return Part(template, found[0].values if template else ())
-        return Part(template, order([value for one in found for value in (one.labels, *one.values)
-                                     ]))
+            template, order = self._template(found)
+            known = self._templates[key] = (
+                template, operator.itemgetter(*order) if order else lambda values: ())
+        return Part(known[0], known[1]([value for one in found
+                                        for value in (one.labels, *one.values)]))
 
-    def _template(self, found: Sequence[Values]
-                  ) -> tuple[str, Callable[[Any], tuple[Any, ...]] | None]:
-        """The text, and which of labels and values go where: None as they are."""
+    def _template(self, found: Sequence[Values]) -> tuple[str, list[int]]:
+        """The text, and which of labels and values go where."""
         lines: list[str] = []
         order: list[int] = []
         for head, rows in self._families:
@@ -2033,13 +2041,11 @@ class Rows:
                     if row in one.rows:
                         labels = ",".join(filter(None, ("%s" if one.labels else "", own)))
                         lines.append(name + (f"{{{labels}}}" if labels else "") + " %s\n")
-                        order += ((place,) if one.labels else ()) \
-                            + (place + 1 + one.rows.index(row),)
+                        order += (place, place + 1 + one.rows.index(row))
                 place += 1 + len(one.values)
             if len(lines) > start:
                 lines.insert(start, head)
-        return "".join(lines), operator.itemgetter(*order) if any(
-            one.labels for one in found) and order else None
+        return "".join(lines), order
 
 
 Label = Callable[[Sequence[Kstat], Any], list[Labels]]
@@ -2091,7 +2097,7 @@ class Table:
                 for row in self.metrics])
         return layout
 
-    def part(self, read: Sequence[Read], context: Any, zone: str | None = None) -> Part:
+    def part(self, read: Sequence[Read], context: Any, zone: bytes | None = None) -> Part:
         """From raw kstats to a part of a page; raises CollectError when one could not be read."""
         kstats: list[tuple[Kstat, Layout]] = []
         for kstat in read:
@@ -2100,41 +2106,40 @@ class Table:
             layout = self.layout(kstat)
             if (zone is None or is_of_zone(kstat, zone, layout.zonename)) and not (
                     self.skip_idle and not any(layout.unpack(kstat.raw))):
+                if self.labels is None:     # the first
+                    return self.rows.single(*self._values(kstat, layout, context))
                 kstats.append((kstat, layout))
-                if self.labels is None:
-                    break                   # the first
-        if not kstats:
+        if self.labels is None or not kstats:
             return NOTHING
-        if self.labels is None:
-            return self.rows.part([self._values(*kstats[0], (), context)])
         labelled: dict[Labels, tuple[Kstat, Layout]] = {}   # of equal labels the first is shown
         for labels, pair in zip(self.labels([kstat for kstat, _ in kstats], context), kstats):
             labelled.setdefault(labels, pair)
-        return self.rows.part([self._values(*pair, labels, context)
+        return self.rows.part([Values(label_text(labels)[1:-1], *self._values(*pair, context))
                                for labels, pair in labelled.items()])
 
-    def _values(self, kstat: Kstat, layout: Layout, labels: Labels, context: Any) -> Values:
+    def _values(self, kstat: Kstat, layout: Layout, context: Any
+                ) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+        """The rows that have a value, and these."""
         if self.values is not None:
-            return self.rows.of(self.values(kstat, context), labels)
+            return self.rows.of(self.values(kstat, context))[1:]
         values: Any = layout.unpack(kstat.raw)
-        rows = layout.rows
         if layout.order is not None:
             values = layout.order(values)
-        if layout.converts:
-            values = list(values)
-            for place, convert in layout.converts:
-                values[place] = convert(values[place])
-            if None in values:
-                rows = tuple([row for row, value in zip(rows, values) if value is not None])
-                values = [value for value in values if value is not None]
-            values = tuple(values)
-        return Values(label_text(labels)[1:-1], rows, values)
+        if not layout.converts:
+            return layout.rows, values
+        values = list(values)
+        for place, convert in layout.converts:
+            values[place] = convert(values[place])
+        if None not in values:
+            return layout.rows, tuple(values)
+        return (tuple([row for row, value in zip(layout.rows, values) if value is not None]),
+                tuple([value for value in values if value is not None]))
 
 
 class ZoneContext(NamedTuple):
     """What a zone's page needs beside the kstats that carry the zone's id."""
     zone_id: int
-    zone: str                               # its name, which is its UUID
+    name: bytes                             # which is its UUID
     # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod;
     # raises CollectError when it is not known yet whether there are some
     nics: Callable[[], Mapping[str, tuple[str, str]] | None] = lambda: None
@@ -3661,7 +3666,10 @@ WANTED = wanted_of(TABLES)      # what the index keeps of the chain
 def zone_part(collector: Collector, found: Mapping[Table, Sequence[Read]], context: ZoneContext
               ) -> Part:
     """What one collector sends of a zone, from what was read of it; raises CollectError."""
-    return join_parts([table.part(found.get(table, ()), context, context.zone)
+    if len(collector.tables) == 1:
+        table = collector.tables[0]
+        return table.part(found.get(table, ()), context, context.name)
+    return join_parts([table.part(found.get(table, ()), context, context.name)
                        for table in collector.tables])
 
 
@@ -4811,6 +4819,7 @@ class Loop:
         self._calls: collections.deque[tuple[Callable[..., object], tuple[Any, ...]]] = \
             collections.deque()
         self._timers: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
+        self._cancelled: set[int] = set()   # serial numbers of timers
         self._serial = 0
         self._thread = threading.get_ident()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -4834,6 +4843,8 @@ class Loop:
 
     def select(self, latest: float = math.inf) -> None:
         """Wait for sockets, the next timer or the time `latest`; call what is ready."""
+        while self._timers and self._timers[0][1] in self._cancelled:
+            self._cancelled.remove(heapq.heappop(self._timers)[1])
         wait = 0.0 if self._calls else max(0.0, min(
             self._timers[0][0] if self._timers else math.inf, latest) - self.now())
         for key, mask in self._selector.select(None if wait == math.inf else wait):
@@ -4848,8 +4859,11 @@ class Loop:
         for _ in range(len(self._calls)):
             self.guarded(*self._calls.popleft())
         while self._timers and self._timers[0][0] <= self.now():
-            _, _, function, args = heapq.heappop(self._timers)
-            self.guarded(function, args)
+            _, serial, function, args = heapq.heappop(self._timers)
+            if serial in self._cancelled:
+                self._cancelled.remove(serial)
+            else:
+                self.guarded(function, args)
 
     def guarded(self, function: Callable[..., object], args: tuple[Any, ...] = ()) -> None:
         """Call it; an error is logged and goes no further."""
@@ -4880,10 +4894,16 @@ class Loop:
         else:
             self.call_soon(function, *args)
 
-    def call_later(self, seconds: float, function: Callable[..., object], *args: Any) -> None:
-        """Call it after so many seconds."""
+    def call_later(self, seconds: float, function: Callable[..., object], *args: Any) -> int:
+        """Call it after so many seconds, unless what is returned is cancelled before."""
         self._serial += 1
         heapq.heappush(self._timers, (self.now() + seconds, self._serial, function, args))
+        return self._serial
+
+    def cancel(self, timer: int) -> None:
+        """Do not wake up for a timer that has not fired yet: waking a process that was asleep
+        takes as long as answering from the cache."""
+        self._cancelled.add(timer)
 
     def every(self, seconds: float, function: Callable[[], object]) -> None:
         """Call it repeatedly."""
@@ -5362,7 +5382,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._workers = Pool(f"{program}-worker", limits.workers)
         self._shakers = Pool(f"{program}-tls", limits.handshakes, limits.connections)
         self._done = threading.Event()
-        self._ticking = self._sweeping = False      # whether these timers are set
+        self._ticking = 0                           # the timer for `_tick`, or 0
+        self._sweeping = False                      # whether the other timer is set
         self._drained = False           # no connection is waiting to be accepted
         self._scarce = False            # descriptors have run out since the last sweep
         self._program = program
@@ -5577,20 +5598,22 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if wait < TICK_SECONDS:
             self.loop.call_later(max(wait, 0.0), lambda: connection.expire(self.now()))
         elif not self._ticking:
-            self._ticking = True
-            self.loop.call_later(TICK_SECONDS, self._tick)
+            self._ticking = self.loop.call_later(TICK_SECONDS, self._tick)
 
     def unpark(self, connection: Connection) -> None:
         """Its answer has arrived."""
         self._parked.discard(connection)
+        if self._ticking and not self._parked:
+            self.loop.cancel(self._ticking)
+            self._ticking = 0
 
     def _tick(self) -> None:
+        self._ticking = 0
         now = self.now()
         for connection in list(self._parked):
             self.loop.guarded(connection.expire, (now,))
-        self._ticking = bool(self._parked)
-        if self._ticking:
-            self.loop.call_later(TICK_SECONDS, self._tick)
+        if self._parked:
+            self._ticking = self.loop.call_later(TICK_SECONDS, self._tick)
 
     def watch_deadline(self, connection: Connection) -> None:
         """Check the time limit of its state until it is met or exceeded."""
@@ -6024,11 +6047,6 @@ class Cell:
         self.pages: list[Page] = []             # … and these want to know when it ends
 
     @property
-    def is_up(self) -> bool:
-        """Whether it has values and works."""
-        return self.found is not None and not self.why and not self.late
-
-    @property
     def is_stopped(self) -> bool:
         """Whether a breaker keeps it from being tried."""
         return self.breaker is not None and self.breaker.open
@@ -6282,25 +6300,24 @@ class KstatParts:
         """What collectors send of a zone."""
         def nics() -> Mapping[str, tuple[str, str]] | None:
             return self._nics(zone, reading.zone_id)
-        context = ZoneContext(reading.zone_id, zone, nics)
-        return self._results("zone", collectors, skipped, lambda collector: zone_part(
-            collector, reading.kstats, context))
+        context = ZoneContext(reading.zone_id, zone.encode(), nics)
+        return self._results("zone", collectors, skipped, zone_part, reading.kstats, context)
 
     def node(self, collectors: Sequence[Collector], skipped: AbstractSet[str],
              read: Mapping[Table, Sequence[Read]]) -> list[Result]:
         """What collectors send of the node."""
         context = NodeContext(self._host.page_size, self._vminfo)
         self._vminfo = vminfo_readings(read, self._vminfo)
-        return self._results("node", collectors, skipped, lambda collector: node_part(
-            collector, read, context))
+        return self._results("node", collectors, skipped, node_part, read, context)
 
     def _results(self, scope: str, collectors: Sequence[Collector], skipped: AbstractSet[str],
-                 make: Callable[[Collector], Part]) -> list[Result]:
+                 make: Callable[..., Part], *arguments: Any) -> list[Result]:
         cpu = time.thread_time()
         results: list[Result] = []
         for collector in collectors:
             try:
-                results.append(None if collector.name in skipped else make(collector))
+                results.append(None if collector.name in skipped else
+                               make(collector, *arguments))
             except CollectError as error:
                 results.append(error)
             except Exception as error:      # a bug of ours costs one collector
@@ -6356,15 +6373,14 @@ class Scraper:
         self.generation = 0                     # of what the pages consist of
         self._kinds: dict[tuple[Any, ...], tuple[Collector, ...]] = {}
         add = registry.counter
-        self.collections = add("cmon_agent_collections_total", "Collections by their result.",
-                               "collector", "result")
+        self._collections: dict[tuple[str, str], int] = {}      # by collector and result
         self.problems = add("cmon_agent_input_problems_total", "Lines and families of plugins, "
                             "text files and core zones that were left out.", "source")
         self._parts = KstatParts(host, server.now, add(
             "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
             "scope"))
         registry.collect(self._own_families)
-        self._watching = False                  # whether the timer for `_watch` is set
+        self._watching = 0                      # the timer for `_watch`, or 0
         server.loop.every(1.0, lambda: self.governor.look(self.settings.cpu_budget))
         server.loop.every(1.0, self._sweep)
 
@@ -6375,14 +6391,13 @@ class Scraper:
 
     def _begin_watching(self) -> None:
         if not self._watching:
-            self._watching = True
-            self.server.loop.call_later(WATCH_SECONDS, self._watch)
+            self._watching = self.server.loop.call_later(WATCH_SECONDS, self._watch)
 
     def _watch(self) -> None:
         self.kstats.watch()
-        self._watching = self._running > 0 or self.kstats.busy
-        if self._watching:
-            self.server.loop.call_later(WATCH_SECONDS, self._watch)
+        self._watching = 0
+        if self._running or self.kstats.busy:
+            self._begin_watching()
 
     # settings and what changes by itself
 
@@ -6543,10 +6558,11 @@ class Scraper:
             self._furnish(page)
         awaited: set[Cell] = set()
         interval, proved, kstats = page.interval(now), page.is_proved(), page.kstats
-        if kstats and kstats[0].began is None and any([
-                self._is_due(cell, page, now, interval) for cell in kstats
-                if cell.collector.tables]):
-            self._begin_kstats(page, now)
+        if kstats and kstats[0].began is None:
+            for cell in kstats:
+                if cell.collector.tables and self._is_due(cell, page, now, interval):
+                    self._begin_kstats(page, now)
+                    break
         for cell in page.cells:
             if cell.collector.collect is None:
                 if cell is not kstats[0] or cell.began is None:
@@ -6591,8 +6607,8 @@ class Scraper:
         """Have a reader read what the page's tables want."""
         zone, cells, parts = page.zone, page.kstats, self._parts
         collectors = [cell.collector for cell in cells]
-        skipped = frozenset(cell.collector.name for cell in cells if cell.breaker is not None
-                            and cell.breaker.open and not cell.breaker.allows())
+        skipped = frozenset([cell.collector.name for cell in cells if cell.breaker is not None
+                             and cell.breaker.open and not cell.breaker.allows()])
         for cell in cells:
             cell.began = now
         self._running += 1
@@ -6662,13 +6678,16 @@ class Scraper:
         """Work has ended: keep what it brought, and answer those who waited for nothing else."""
         now, lead = self.server.now(), cells[0]
         began = lead.began or 0.0
-        pages = list(dict.fromkeys(page for cell in cells for page in cell.pages))
+        pages = list(dict.fromkeys([page for cell in cells for page in cell.pages]))
         self._running -= 1
         self.inherited.collected.observe(
             now - began, "kstats" if lead.collector.collect is None else
             "plugin" if lead.collector.name.startswith("plugin_") else lead.collector.name)
         for cell in cells:
             cell.began, cell.late, cell.pages = None, False, []
+        if self._watching and not self._running and not self.kstats.busy:
+            self.server.loop.cancel(self._watching)
+            self._watching = 0
         if isinstance(results, NoSuchZone):
             for page in pages:
                 self._gone(page, now)
@@ -6708,7 +6727,7 @@ class Scraper:
             log.info("%s of %s works again", cell.collector.name, where)
             cell.mend()
         cell.found = result
-        self.collections.add(1, cell.collector.name, "ok")
+        self._count(cell, "ok")
 
     def _admitted(self, cell: Cell, page: Page, brought: Brought) -> Part:
         """What others brought, less the names that another of them has on this page."""
@@ -6731,12 +6750,16 @@ class Scraper:
         cell.names = frozenset().union(*(family.names() for family in kept))
         return verbatim("".join(family.text for family in kept))
 
+    def _count(self, cell: Cell, result: str) -> None:
+        key = (cell.collector.name, result)
+        self._collections[key] = self._collections.get(key, 0) + 1
+
     def _failed(self, cell: Cell, where: str, error: Exception, now: float) -> None:
         why, before = str(error), cell.why
         cell.why, cell.tried = why, now
         if isinstance(error, NotYet):
             return
-        self.collections.add(1, cell.collector.name, "failed")
+        self._count(cell, "failed")
         if not before:
             log.warning("%s of %s fails: %s", cell.collector.name, where, why)
         if cell.breaker is None:
@@ -6783,36 +6806,40 @@ class Scraper:
         return self._prepare(page, now, since)
 
     def _prepare(self, page: Page, now: float, since: float) -> Prepared:
-        shown = self.text(page, now, since)
+        shown, ups = self.text(page, now, since)
         # the proxy tells its tenant which scrapes were whole without reading the page
-        down = [cell.collector.name for cell in page.cells if not cell.is_up]
-        headers = (("X-Cmon-Partial", ",".join(down)),) if down else ()
+        headers = () if 0 not in ups else (("X-Cmon-Partial", ",".join(
+            [name for name, up in zip(page.names, ups) if not up])),)
         return prepare(Response(200, shown.encode(), PAGE, headers))
 
-    def text(self, page: Page, now: float, since: float) -> str:
-        """The page as text; what came after `since` was not in the cache."""
+    def text(self, page: Page, now: float, since: float) -> tuple[str, list[int]]:
+        """The page as text, and which of its collectors work; what came after `since` was not in
+        the cache."""
         templates: list[str | None] = []
         values: list[Any] = []
         ages: list[Number] = []
         ups: list[int] = []
         for cell in page.cells:
-            part = self._shown(cell, page, now)
-            ups.append(1 if part is not None and cell.is_up else 0)
-            if part is None:
-                templates.append(None)
-                values += (0, 0, 0.0)
-                continue
+            part, age = cell.found, now - cell.at
+            if age > STALE_SECONDS or type(part) is not Part:
+                part = self._shown(cell, page, now)
+                if part is None:
+                    templates.append(None)
+                    values += (0, 0, 0.0)
+                    ups.append(0)
+                    continue
+            ups.append(0 if cell.why or cell.late else 1)
             template, found = part
             templates.append(template)
             values += found
             values += (1 if template else 0, 1 if cell.at < since else 0, round(cell.seconds, 6))
-            ages.append(round(now - cell.at, 3))
+            ages.append(round(age, 3))
         values += (int(self.host.time() * 1000), 1, 0, 0.0)
         shown = page_template(page.names, tuple(templates)) % (*values, *ages, 0.0, *ups, 1)
         if page.zone == NODE:
             shown += render(self.inherited.families(
                 sum(cell.found is not None for cell in self.all_cells())))
-        return shown
+        return shown, ups
 
     def _shown(self, cell: Cell, page: Page, now: float) -> Part | None:
         """What a page shows of a collector."""
@@ -6927,7 +6954,7 @@ class Scraper:
         """The pages of these zones as text, as far as there is anything of them."""
         now = self.server.now()
         pages = ((zone, self._pages.get((zone, self._is_core(zone)))) for zone in zones)
-        return {zone: self.text(page, now, math.inf) for zone, page in pages
+        return {zone: self.text(page, now, math.inf)[0] for zone, page in pages
                 if page is not None and page.has_values()}
 
     def _sweep(self) -> None:
@@ -6951,6 +6978,9 @@ class Scraper:
             return Family(f"cmon_agent_{name}", kind, help_text,
                           [] if value is None else [Sample((), value)])
         return [
+            Family("cmon_agent_collections_total", COUNTER, "Collections by their result.", [
+                Sample((("collector", name), ("result", result)), count)
+                for (name, result), count in self._collections.items()]),
             Family("cmon_agent_collector_breaker_open", GAUGE, "Collectors that are not tried for "
                    "a while, since they kept failing.", opened),
             Family("cmon_agent_kstat_quarantine_seconds", GAUGE, "For how long a read of this "

@@ -32,7 +32,7 @@ def failed(what: str, why: str) -> KstatError:
 def zone(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
     """Samples of a zone's collector: name -> value, or labels -> value."""
     return shown(agent.zone_part(named(agent.ZONE_COLLECTORS, collector), agent.by_table(kstats),
-                                 ZoneContext(7, ZONE, **context)))
+                                 ZoneContext(7, ZONE.encode(), **context)))
 
 
 def node(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Recorded:
         machine = next((one.ref.instance for one in self.kstats if one.ref.module == "vmm"
                         and one.data.get("vm_name") == f"SYSbhyve-{line.debug_id}"), None)
         nics = agent.nic_labels(self.vms[line.name])
-        context = ZoneContext(number or 0, line.name, lambda: nics)
+        context = ZoneContext(number or 0, line.name.encode(), lambda: nics)
         found = agent.by_table([
             one for one in self.kstats
             if any(table.zone and table.zone(one.ref) == number for table in one.ref.tables)
@@ -231,8 +231,8 @@ def test_run_length_is_not_wait_length() -> None:
 
 
 def test_slow_operations_are_one_family() -> None:
-    part = agent.zone_part(named(agent.ZONE_COLLECTORS, "zone_vfs"), agent.by_table([kstat(
-        "zone_vfs", ZONE[:30], 7, "", **{"10ms_ops": 4, "1s_ops": 1})]), ZoneContext(7, ZONE))
+    slow = kstat("zone_vfs", ZONE[:30], 7, "", **{"10ms_ops": 4, "1s_ops": 1})
+    part = agent.ZONE_VFS.part([slow], None)
     assert [family.name for family in families_of([part])] == ["vfs_slow_operations_total"]
     assert shown(part) == {'vfs_slow_operations_total{over="10ms"}': 4,
                                'vfs_slow_operations_total{over="1s"}': 1}

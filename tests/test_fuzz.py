@@ -131,6 +131,6 @@ def test_kstats_may_hold_anything(recorded_node: dict[str, Any]) -> None:
              for one in agent.NODE_COLLECTORS]
     for zone_id in range(20):
         mine = agent.by_table([kstat for kstat in read if kstat.ref.instance == zone_id])
-        context = agent.ZoneContext(zone_id, "global")
+        context = agent.ZoneContext(zone_id, b"global")
         parts += [agent.zone_part(one, mine, context) for one in agent.ZONE_COLLECTORS]
     assert sum(bool(part.text() and agent.parse(part.text())) for part in parts) > 20
