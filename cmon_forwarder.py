@@ -216,10 +216,16 @@ def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.
     """TLS as a client, with a certificate if there is one; raises ConfigError."""
     def refuse_passphrase() -> str:
         raise ConfigError(f"{key}: has a passphrase, and a service has nobody to ask")
+    for path in (cert, key, ca):
+        if path is not None:
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                raise ConfigError(f"{path}: {reason_of(error)}") from None
     try:
         context = ssl.create_default_context(cafile=None if ca is None else str(ca))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{ca}: {reason_of(error)}, wanted a CA certificate in PEM") from None
+    except (OSError, ValueError):
+        raise ConfigError(f"{ca}: holds no CA certificate in PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Python 3.13 refuses CAs without a key usage extension, which curl and Go take.
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
@@ -228,8 +234,8 @@ def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.
             context.load_cert_chain(cert, key, password=refuse_passphrase)
         except ConfigError:
             raise
-        except (OSError, ValueError) as error:      # SSLError is an OSError
-            raise ConfigError(f"{cert}, {key}: {reason_of(error)}") from None
+        except (OSError, ValueError):       # SSLError is an OSError; its words do not help
+            raise ConfigError(f"{cert}, {key}: not a certificate and its key in PEM") from None
     return context
 
 # --- discovery ------------------------------------------------------------------------------------
