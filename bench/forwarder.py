@@ -4,9 +4,9 @@
 
     bench/forwarder.py [TARGETS]
 
-Encoders and the parser are measured in this process. Then the forwarder and vmagent scrape the same
-pages from the same proxy, one after the other, and push to one sink that takes all; CPU time is that
-of the process, over whole intervals, after the first.
+Encoders and the parser are measured in this process. Then the forwarder and vmagent scrape the
+same pages from the same proxy, one after the other, and push to one sink that takes all; CPU time
+is that of the process, over a whole interval, after the first.
 """
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def encoders(page: str) -> None:
     series = [(one, value) for _, one, value in points]
     scrape = forwarder.Scrape(target, int(time.time() * 1000), series,
                               {one: 1 for one, _ in series if one.counter})
-    rows: list[list[Any]] = [["(parse a page)", f"{rate(lambda: reader.read(page), count):,.0f}", ""]]
+    parsed = rate(lambda: reader.read(page), count)
+    rows: list[list[Any]] = [["(parse a page)", f"{parsed:,.0f}", ""]]
     for kind, row in forwarder.SINKS.items():
         for form in row.encoders:
             sink = forwarder.with_defaults(forwarder.SinkSettings(
@@ -181,7 +182,7 @@ scrape_configs:
                 found = samples(http_get(("127.0.0.1", listen), "/metrics").text)
             except OSError:
                 return 0.0
-            return found.get("vm_promscrape_scrapes_total", 0.0)
+            return found.get("vm_promscrape_scraped_samples_count", 0.0)
         rows.append(["vmagent: remote write", *run(program, scraped_by_vmagent)])
     series = page.count("\n") - page.count("#")
     table(f"{TARGETS} targets of {series} samples every {INTERVAL:g} s",
