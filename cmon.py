@@ -3110,7 +3110,7 @@ class Demo:
     def __init__(self, folder: Path, agent_port: int, proxy_port: int) -> None:
         self.folder = folder
         self._programs: list[Program] = []
-        self._wanted = {"agent": agent_port, "proxy": proxy_port}
+        self._wanted = {"agent": agent_port, "proxy": proxy_port, "forwarder": 0}
         self.agent_port = self.proxy_port = 0
         self.inventory: dict[str, Any] = {}
 
@@ -3142,6 +3142,26 @@ class Demo:
         }, indent=2).encode())
         self.proxy_port = self._run("proxy", ["-sE"], "--config", str(self.folder / "proxy.json"))
 
+    def forward(self, login: str, sink: Mapping[str, Any]) -> int:
+        """Start the forwarder as this account; samples that the sink has taken, or Failure."""
+        self._write("forwarder.json", json.dumps({
+            "proxy": {"url": f"https://localhost:{self.proxy_port}", "ca": "ca.pem",
+                      "cert": f"{login}-cert.pem", "key": f"{login}-key.pem"},
+            "interval": 5, "sinks": {"demo": sink}}, indent=2).encode())
+        url = "http://{}:{}/metrics".format(LOOPBACK, self._run(
+            "forwarder", ["-sE"], "--config", str(self.folder / "forwarder.json")))
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            found = {family.name: family.samples[0].value
+                     for family in parse(fetch(url).decode()) if family.samples}
+            if not found["cmon_forwarder_sink_up"]:
+                raise Failure(f"the forwarder cannot deliver; {self._programs[-1].last_words()}")
+            if found["cmon_forwarder_sink_samples_sent_total"]:
+                return int(found["cmon_forwarder_sink_samples_sent_total"])
+            time.sleep(0.1)
+        raise Failure(f"nothing was delivered within {START_SECONDS:g} s; "
+                      + self._programs[-1].last_words())
+
     def _add_silent_node(self) -> None:
         """A compute node that does not answer, with a container of the last ordinary account."""
         owner = [account for account in self.inventory["accounts"]
@@ -3154,7 +3174,7 @@ class Demo:
             "state": "running"})
 
     def stop(self) -> None:
-        """End both programs."""
+        """End all programs."""
         for program in reversed(self._programs):
             program.stop()
 
@@ -3282,6 +3302,41 @@ def require_free(program: str, port: int) -> None:
                           "and without the flag a free one is found") from None
 
 
+class Forward(NamedTuple):
+    """A sink for the demo: where it mostly listens, and a command that shows what has arrived."""
+    where: str
+    key: str                        # the setting that says where
+    look: str                       # WHERE stands for it
+    more: Mapping[str, Any] = {}
+
+
+QUERY = "--data-urlencode"
+FORWARDS = {
+    "influxdb": Forward("http://127.0.0.1:8086", "url", f"curl -G WHERE/query -d db=cmon {QUERY} "
+                        "'q=SELECT last(value) FROM mem_agg_usage GROUP BY alias'",
+                        {"database": "cmon"}),
+    "graphite": Forward("127.0.0.1:2003", "address",
+                        "find /var/lib/graphite/whisper/_tagged -name 'mem_agg_usage*'"),
+    "statsd": Forward("127.0.0.1:8125", "address", "echo gauges | nc 127.0.0.1 8126"),
+    "syslog": Forward("127.0.0.1:514", "address", "grep cmon@38678 /var/log/syslog"),
+    "gelf": Forward("127.0.0.1:12201", "address", "# search for short_message:mem_agg_usage"),
+    "http": Forward("http://127.0.0.1:8080/", "url", "see what listens there"),
+    "remote_write": Forward("http://127.0.0.1:9090/api/v1/write", "url",
+                            f"curl -G http://127.0.0.1:9090/api/v1/query {QUERY} "
+                            "query=mem_agg_usage"),
+    "file": Forward("samples.log", "path", "tail -f WHERE"),
+}
+
+
+def forwarding(word: str) -> tuple[str, str]:
+    """`TYPE` or `TYPE=WHERE` of --forward."""
+    kind, _, where = word.partition("=")
+    if kind not in FORWARDS:
+        raise argparse.ArgumentTypeError(
+            f"{kind!r} is not one of {', '.join(FORWARDS)}, or one of them with =WHERE")
+    return kind, where or FORWARDS[kind].where
+
+
 def demo(arguments: argparse.Namespace) -> int:
     """`cmon.py demo`"""
     def interrupt(*_: object) -> NoReturn:
@@ -3292,7 +3347,7 @@ def demo(arguments: argparse.Namespace) -> int:
     running = Demo(folder, arguments.agent_port, arguments.proxy_port)
     try:
         running.start()
-        show(running)
+        show(running, arguments.forward)
         if arguments.once:
             print("All of it works. Its files are gone now; without --once everything stays up "
                   "until\nCtrl-C, so that you can repeat the steps.")
@@ -3310,7 +3365,7 @@ def demo(arguments: argparse.Namespace) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def show(running: Demo) -> None:
+def show(running: Demo, forward: tuple[str, str] | None = None) -> None:
     """Do as a tenant what a tenant's Prometheus does; print each step as a command. Failure if the
     product does not do what it promises."""
     vms = running.inventory["vms"]
@@ -3371,6 +3426,22 @@ Each step below has just been done; its command repeats it from any shell.
          f"prometheus --config.file={shlex.quote(str(config))} "
          f"--storage.tsdb.path={shlex.quote(str(running.folder.parent / 'cmon-prometheus'))} "
          "--web.listen-address=127.0.0.1:9090", [])
+    if forward is not None:
+        kind, where = forward
+        sink = FORWARDS[kind]
+        if kind == "file":
+            where = str(running.folder / where)
+        if kind == "influxdb":      # version 1 wants the database to be there
+            try:
+                Client().request("POST", f"{where}/query", {
+                    "Content-Type": "application/x-www-form-urlencoded"},
+                    b"q=CREATE DATABASE cmon")
+            except ClientError as error:
+                raise Failure(f"InfluxDB: {error}") from None
+        sent = running.forward(login, {"type": kind, sink.key: where, **sink.more})
+        step(f"the forwarder pushes {login}'s containers to {where}; this shows what has arrived",
+             sink.look.replace("WHERE", shlex.quote(where)),
+             [f"{sent} samples sent; {running.folder / 'forwarder.json'} is its configuration"])
     proxy.close()
 
 
@@ -3807,6 +3878,9 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `demo`."""
     parser.add_argument("--once", action="store_true",
                         help="end after the check instead of at Ctrl-C")
+    parser.add_argument("--forward", metavar="TYPE[=WHERE]", type=forwarding,
+                        help="also start the forwarder, to a server that listens: "
+                        + ", ".join(FORWARDS) + " at its usual address, or WHERE")
     for program in ("agent", "proxy"):
         parser.add_argument(f"--{program}-port", metavar="PORT", type=port_number, default=0,
                             help=f"the {program}'s port on {LOOPBACK} (a free one)")

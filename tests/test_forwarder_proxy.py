@@ -15,7 +15,7 @@ import pytest
 from agents import ALICE, BOB, NODE_1, TLS, Agent, inventory, proxy, uuid, vm, write_inventory
 from forwarding import own
 from support import EXAMPLES, ROOT, Address, Program, free_port, http_get, wait_until
-from test_forwarder_sinks import answers, get_json, need
+from test_forwarder_sinks import answers, get_json, need, start_influx
 
 TARGETS = int(os.environ.get("CMON_TARGETS", 150))     # by hand: 3000
 
@@ -142,3 +142,39 @@ def test_three_collectors_with_a_shard_each_bring_every_series_once(tmp_path: Pa
     finally:
         for program in programs:
             program.kill()
+
+
+# --- the demo -------------------------------------------------------------------------------------
+
+def test_the_demo_forwards_to_influxdb_and_shows_how_to_see_it(tmp_path: Path) -> None:
+    ports = {"influx": free_port(), "influx_rpc": free_port()}
+    server = start_influx(tmp_path, ports)
+    demo = None
+    try:
+        wait_until(lambda: answers(ports["influx"], "/ping"))
+        demo = Program.cmon("demo", "--forward", f"influxdb=http://127.0.0.1:{ports['influx']}")
+        wait_until(lambda: "Everything runs until Ctrl-C." in demo.output
+                   or demo.process.poll() is not None)
+        assert re.search(r"\n    [1-9][0-9]* samples sent", demo.output), demo.output + demo.log
+        command, = re.findall(r"(?m)^    (curl -G (?:.*\\\n)*.*)$", demo.output)
+
+        def seen() -> str:
+            return subprocess.run(command, shell=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, check=True).stdout.decode()
+        wait_until(lambda: '"alias":"' in seen())
+    finally:
+        if demo is not None:
+            demo.stop()
+            demo.kill()
+        server.kill()
+
+
+@pytest.mark.parametrize("where, message", [
+    ("influxdb=http://127.0.0.1:1", "cmon: InfluxDB: cannot reach 127.0.0.1:1: connection refused"),
+    ("graphite=127.0.0.1:1", "cmon: the forwarder cannot deliver"),
+    ("carbon", "'carbon' is not one of influxdb, graphite"),
+])
+def test_the_demo_says_when_nothing_listens(where: str, message: str) -> None:
+    program = Program.cmon("demo", "--once", "--forward", where)
+    assert program.wait() in (1, 2)
+    assert message in program.log and "Traceback" not in program.log
