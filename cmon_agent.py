@@ -1498,7 +1498,7 @@ class Vms:
             self._stopping.wait(self._backoff.next())
 
     def _told(self, problem: str) -> None:
-        if problem != self.problem:
+        if problem != self.problem and not self._stopping.is_set():
             log.log(logging.INFO if self.absent else logging.WARNING,
                     "vminfod at %s cannot be followed: %s", self._url, problem)
         self.problem = problem
@@ -1516,8 +1516,10 @@ class Vms:
             # the kernel's probes alone.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in self.PROBES:
-                if hasattr(socket, name):
+                try:
                     self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                except (AttributeError, OSError):
+                    continue            # an older platform probes at its own pace
             self._socket.settimeout(self.READY_SECONDS)
             connection.request("GET", "/events")
             answer = connection.getresponse()

@@ -1126,7 +1126,8 @@ def test_links_of_a_zone_that_is_new_while_vminfod_is_away_wait_until_it_is_back
 
 
 def test_a_vminfod_that_says_nothing_for_long_is_still_followed(
-        machine: MakeMachine, vminfod: MakeVminfod, monkeypatch: pytest.MonkeyPatch) -> None:
+        vminfod: MakeVminfod, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
     """The stream has no heartbeat, so only the first event has a time limit."""
     info = vminfod()
     info.behave = info.ready([])
@@ -1140,7 +1141,10 @@ def test_a_vminfod_that_says_nothing_for_long_is_still_followed(
     info.tell({"type": "create", "zonename": LB01, "uuid": LB01, "vm": vm(LB01, NET)})
     wait_until(lambda: LB01 in vms.vms)
     assert len(info.asked) == 1 and not vms.problem
+    caplog.clear()
     vms.stop()
+    wait_until(lambda: vms._socket is None)
+    assert not caplog.records, "an end that is wanted is no problem"
 
 
 def test_a_vminfod_that_accepts_and_never_begins_is_given_up(
