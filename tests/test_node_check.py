@@ -17,6 +17,7 @@ from typing import Any, Callable, NamedTuple
 import pytest
 from nodes import WEB01, Machine, Vminfod
 from support import ROOT, Kernel, Program, free_port
+from support import node as recorded
 
 import cmon_agent as agent
 
@@ -253,6 +254,13 @@ def open_folder(one: Node) -> None:
     one.machine.settings(plugin_dirs={"gz": str(folder)})
 
 
+OLD_ZFS = f"""#!/bin/sh
+case "$*" in *logicalused*)
+    echo "bad property list: invalid property 'logicalused'" >&2; exit 2;; esac
+for zone in {" ".join(vm["uuid"] for vm in recorded()["frames"][0]["vms"])}; do
+    printf 'zones/%s' $zone; printf '\\t1%.0s' 1 2 3 4 5 6 7 8 9 10; echo
+done
+"""
 ALIEN = f"0:global:running:/::liveimg:shared:0\n99:{WEB01}:running:/zones/x:x:bhyve:excl:77\n"
 # What is wrong with one node, each with the beginning of what is told of it and a part of the rest.
 FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {
@@ -311,6 +319,11 @@ FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {
                   (settings(), "FAIL cost", "cannot be read")),
     "no kstat command": (
         (without("kstat"), "FAIL kstats", "not compared: /nonexistent/kstat: no such file"),),
+    "an old platform": (
+        (lambda one: one.command("zfs", OLD_ZFS), "note commands",
+         "zfs list: this platform has no property logicalused"),
+        (settings(), "ok   commands", "zfs list: 16 datasets"),
+        (prints("svcs", status=1), "FAIL services", "svcs: exit 1")),
     "an alien zone": (
         (prints("kstat", status=3), "FAIL kstats", "values were not compared: kstat -p: exit 3"),
         (prints("zoneadm", ALIEN), "FAIL zones", f"no kstat zones:ID for {WEB01}"),
@@ -364,6 +377,14 @@ def test_an_unknown_form_of_no_cap_is_told(node: MakeNode, recorded_node: dict[s
         "caps: memory_cap:*:*:physcap is 9223372036854771712, which looks like no cap in a form "
         "that is not known", "caps: caps:*:nprocs_zone_*:value is 2147483648, which looks like no "
         "cap in a form that is not known"]
+
+
+def test_a_chain_of_another_layout_is_told(node: MakeNode, recorded_node: dict[str, Any]) -> None:
+    kstats = [*recorded_node["frames"][0]["kstats"], {
+        "module": "x", "instance": 0, "name": "x", "class": "x", "type": 9, "crtime": 10 ** 18,
+        "snaptime": 0, "data": {}}]
+    assert any(text.startswith("libkstat: the chain does not make sense: ")
+               for text in node(kstats).check().bad())
 
 
 def test_a_kstat_of_another_type_is_told(node: MakeNode, recorded_node: dict[str, Any]) -> None:
