@@ -234,6 +234,9 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
             raise Failure(f"wrong passphrase for the key {key}") from None
         if "KEY_VALUES_MISMATCH" in str(error):
             raise Failure(f"the key {key} does not belong to the certificate {cert}") from None
+        if "TOO_SMALL" in str(error) or "TOO_WEAK" in str(error):
+            raise Failure(f"the key of {cert} is too short or its digest too weak: make another "
+                          "with `cmon.py certgen`") from None
         raise Failure(f"{cert} and {key} are not a certificate and its key in PEM") from None
     return context
 
@@ -2194,8 +2197,8 @@ BACKDATED_SECONDS = 300     # clocks differ, and the original proxy makes no all
 RENEW_DAYS = 30             # --renew leaves alone what lasts longer; also when the alert fires
 AGENT_SECONDS = 120.0       # ssh-agent may ask its owner to confirm
 AGENT_MESSAGE = 262_144     # bytes; ssh-agent's own limit
-WRONG_KIND = ("is of kind {kind}, and certificates are signed with RSA or ECDSA: make one with "
-              "`ssh-keygen -t ecdsa`, add it to the account, and use it here")
+ANOTHER_KEY = ("make one with `ssh-keygen -t ecdsa`, add it to the account, and use it here")
+WRONG_KIND = "is of kind {kind}, and certificates are signed with RSA or ECDSA: " + ANOTHER_KEY
 
 
 class SshAgent:
@@ -2325,14 +2328,22 @@ def agent_key(agent: SshAgent, wanted: str) -> Any:
         raise Failure("no ssh-agent: SSH_AUTH_SOCK is not set; start one with "
                       "`eval $(ssh-agent)` and add the key with `ssh-add`")
     keys = agent.keys()
+    fingerprint = wanted
     if wanted and not re.match(r"(MD5|SHA256):", wanted):
         public = Path(wanted if wanted.endswith(".pub") else wanted + ".pub")
         try:
             fingerprint = public_key(read_text(public, "public key")).sha256
         except CertificateError as error:
             raise Failure(f"{public} is not a public key: {error}") from None
-    else:
-        fingerprint = wanted
+        except Failure:                 # OpenSSH's form has the public half beside the private one
+            tool = shutil.which("ssh-keygen")
+            done = tool and subprocess.run([tool, "-l", "-f", wanted], stdin=subprocess.DEVNULL,
+                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                           check=False)
+            match = done and re.search(r"SHA256:\S+", done.stdout.decode("utf-8", "replace"))
+            if not match:
+                raise
+            fingerprint = match.group(0)
     found = [key for key, _ in keys if fingerprint in (key.sha256, "MD5:" + key.md5)
              or not fingerprint and key.kind != "ssh-ed25519"]
     if not found:
@@ -2341,9 +2352,17 @@ def agent_key(agent: SshAgent, wanted: str) -> Any:
     if len(found) > 1:
         raise Failure("ssh-agent has several keys: give one as --ssh-key, "
                       + " or ".join(key.sha256 for key in found[:8]))
-    if found[0].kind == "ssh-ed25519":
-        raise Failure(f"the key {found[0].sha256} " + WRONG_KIND.format(kind="Ed25519"))
+    check_signing_key(f"the key {found[0].sha256}", found[0])
     return found[0]
+
+
+def check_signing_key(what: str, key: Any) -> None:
+    """Failure for a kind of key that CMON does not know, and for one that proxies refuse."""
+    from cmon_proxy import RSA_BITS
+    if key.kind == "ssh-ed25519":
+        raise Failure(f"{what} " + WRONG_KIND.format(kind="Ed25519"))
+    if key.kind == "ssh-rsa" and key.bits < RSA_BITS:
+        raise Failure(f"{what} is an RSA key of {key.bits} bits, which is too short: {ANOTHER_KEY}")
 
 
 def account_key(path: Path) -> bytes:
@@ -2362,9 +2381,7 @@ def account_key(path: Path) -> bytes:
     except CertificateError as error:
         raise Failure(f"wrong passphrase for {path}" if secret
                       else f"{path} cannot be read: {error}") from None
-    kind = private_key(pem).kind
-    if kind == "ssh-ed25519":
-        raise Failure(f"{path} " + WRONG_KIND.format(kind="Ed25519"))
+    check_signing_key(str(path), private_key(pem))
     return pem
 
 
@@ -2454,7 +2471,6 @@ OLD_SECONDS = 60.0          # kernel statistics are kept for 8 s
 OLD_SLOWLY_SECONDS = 900.0  # what is asked for less often, as `zfs list` is: 300 s
 SLOWLY = ("zfs", "zpool", "ntp", "triton_core")
 DOCKER_PURPOSE = "1.3.6.1.4.1.38678.1.4.1"
-WEAK = ("md5", "sha1")
 OVER_QUOTA = ("the account is over its quota: pages are old copies",
               "scrape less often, or ask the operator for a larger quota")
 
@@ -2511,17 +2527,20 @@ class Doctor:
 
     def key(self) -> str:
         """The key is the certificate's."""
-        from cmon_proxy import CertificateError, certificate, first_certificate
+        from cmon_proxy import (
+            RSA_BITS, STRONG_DIGESTS, CertificateError, certificate, first_certificate)
         try:
             self.cert = certificate(first_certificate(
                 read_text(Path(self.arguments.cert), "certificate")))
         except (CertificateError, OSError) as error:
             raise Broken(f"{self.arguments.cert} cannot be used: {error}",
                          "make a certificate with `cmon.py certgen`") from None
-        if self.cert.digest in WEAK:                # OpenSSL does not even load it
-            raise Broken(f"the certificate is signed with {self.cert.digest.upper()}",
-                         "make a certificate with `cmon.py certgen`, which uses SHA-256 or better",
-                         "signature")
+        bits, digest = self.cert.key.bits, self.cert.digest
+        weak = f"has an RSA key of {bits} bits, which is too short" if 0 < bits < RSA_BITS else (
+            "" if digest in (*STRONG_DIGESTS, "") else f"is signed with {digest.upper()}")
+        if weak:                                    # OpenSSL does not even load it
+            raise Broken(f"the certificate {weak}", "make a certificate with `cmon.py certgen`, "
+                         "and with another SSH key if that is the short one", "signature")
         self.tls = client_context(self.arguments.cert, self.arguments.key, self.arguments.ca)
         return f"fits the certificate, {self.cert.key.kind}"
 
@@ -2843,7 +2862,8 @@ def doctor(arguments: argparse.Namespace) -> int:
                     "key": "make a certificate with `cmon.py certgen`"}.get(
                         name, "check the files and the URL that the command was given"))
                 word, said = "FAIL", str(failure)
-        print(f"{word:<4}  {name}" + (f": {said}" if said else ""), flush=True)
+        print(coloured(f"{word:<4}", {"ok": 32, "FAIL": 31}.get(word, 0))
+              + f"  {name}" + (f": {said}" if said else ""), flush=True)
     print(f"Next: {broken.step}." if broken else "All is well.")
     return 1 if broken else 0
 
@@ -2982,7 +3002,10 @@ def setup(arguments: argparse.Namespace) -> int:
     if ca:
         arguments.ca = str(folder / "ca.pem")
         write_plain(folder / "ca.pem", ca)
-    write_plain(config, prometheus_yml(arguments, operates(arguments)))
+    suffix = (arguments.suffix or urllib.parse.urlsplit(arguments.url).hostname or "") \
+        if arguments.dns else ""
+    write_plain(config, prometheus_yml(arguments.url, arguments.account, bool(ca), suffix,
+                                       operates(arguments)))
     write_plain(folder / "rules.yml", example("rules.yml").read_text("utf-8"))
     for name in DASHBOARDS:
         write_plain(folder / "dashboards" / f"{name}.json",
@@ -3013,11 +3036,12 @@ def operates(arguments: argparse.Namespace) -> bool:
         return False                        # doctor says why, in a moment
 
 
-def prometheus_yml(arguments: argparse.Namespace, nodes: bool) -> str:
-    """The example for Prometheus, with this proxy, account and CA; with its compute nodes if so."""
-    parts = urllib.parse.urlsplit(arguments.url)
+def prometheus_yml(url: str, account: str, ca: bool, suffix: str = "", nodes: bool = False) -> str:
+    """The example for Prometheus, with this proxy and account: with ca.pem, by names below a suffix
+    instead of by HTTP, with compute nodes, if so. Its files lie beside it."""
+    parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "", parts.port or 443
-    text = example("prometheus-dns.yml" if arguments.dns else "prometheus.yml").read_text("utf-8")
+    text = example("prometheus-dns.yml" if suffix else "prometheus.yml").read_text("utf-8")
     if nodes:
         operator = example("prometheus-operator.yml").read_text("utf-8")
         job = operator[operator.index("  - job_name: nodes"):operator.index("  - job_name: agents")]
@@ -3026,10 +3050,10 @@ def prometheus_yml(arguments: argparse.Namespace, nodes: bool) -> str:
                         else f"{host}:{port}")
     text = text.replace("endpoint: cmon.dc.example", f"endpoint: {json.dumps(host)}\n        "
                         f"port: {port}")
-    text = text.replace("cmon.dc.example", arguments.suffix or host)
-    text = text.replace("account: alice", f"account: {json.dumps(arguments.account)}")
-    text = re.sub(r"alice-(cert|key)\.pem", rf"{arguments.account}-\1.pem", text)
-    if arguments.ca:
+    text = text.replace("cmon.dc.example", suffix or host)
+    text = text.replace("account: alice", f"account: {json.dumps(account)}")
+    text = re.sub(r"alice-(cert|key)\.pem", rf"{account}-\1.pem", text)
+    if ca:
         text = re.sub(r"(?m)^( +)(cert_file: .*)$", r"\1ca_file: ca.pem\n\1\2", text)
     return text
 
@@ -3206,17 +3230,6 @@ class Demo:
                              for end in ("-cert.pem", "-key.pem", ".p12"))
         return f"openssl pkcs12 -export -passout pass: --in {cert} --inkey {key} --out {bundle}"
 
-    def prometheus_yml(self, login: str) -> str:
-        """A configuration for Prometheus on this machine, with no name to resolve but localhost."""
-        def path(file: str) -> str:
-            return json.dumps(str(self.folder / file), ensure_ascii=False)     # JSON is YAML
-        tls = [f"ca_file: {path('ca.pem')}", f"cert_file: {path(f'{login}-cert.pem')}",
-               f"key_file: {path(f'{login}-key.pem')}"]
-        lines = PROMETHEUS_YML.replace("PORT", str(self.proxy_port)).replace("LOGIN", login)
-        lines = lines.replace("RULES", json.dumps(str(example("rules.yml")), ensure_ascii=False))
-        return re.sub(r"(?m)^( +)TLS$",
-                      lambda match: "\n".join(match.group(1) + line for line in tls), lines)
-
     def _run(self, name: str, python: Sequence[str], *arguments: str) -> int:
         command = [sys.executable, *python, str(HERE / f"cmon_{name}.py"), *arguments,
                    "--listen", f"{LOOPBACK}:{self._wanted[name]}", "--log-format", "text"]
@@ -3252,41 +3265,6 @@ class Demo:
             self._write(f"{login}-cert.pem", make_certificate(
                 key, login, issuer=issuer, signing_key=account_key, days=30,
                 purposes=["clientAuth", CMON_PURPOSE]))
-
-
-PROMETHEUS_YML = """\
-# Prometheus for the demo: discovers and scrapes the containers of LOGIN through the proxy.
-global:
-  scrape_interval: 10s
-
-rule_files: [RULES]
-
-scrape_configs:
-  - job_name: containers
-    scheme: https
-    tls_config:
-      TLS
-    triton_sd_configs:
-      - account: LOGIN
-        dns_suffix: demo.localhost
-        endpoint: localhost
-        port: PORT
-        refresh_interval: 10s
-        version: 1
-        tls_config:
-          TLS
-    relabel_configs:
-      # by path on the proxy's own name, so no name for each container is needed
-      - source_labels: [__meta_triton_machine_id]
-        target_label: __metrics_path__
-        replacement: /v1/$1/metrics
-      - target_label: __address__
-        replacement: localhost:PORT
-      - source_labels: [__meta_triton_machine_id]
-        target_label: instance
-      - source_labels: [__meta_triton_machine_alias]
-        target_label: alias
-"""
 
 
 def require_free(program: str, port: int) -> None:
@@ -3416,7 +3394,8 @@ Each step below has just been done; its command repeats it from any shell.
     step(f"the operator asks the agent itself; {direct}/ is for a browser",
          f"curl {direct}/v1/gz/metrics", summary(fetch(f"{direct}/v1/gz/metrics")))
     config = running.folder / "prometheus.yml"
-    config.write_text(running.prometheus_yml(login), "utf-8")
+    write_plain(config, prometheus_yml(proxy.url, login, ca=True))
+    write_plain(running.folder / "rules.yml", example("rules.yml").read_text("utf-8"))
     python = shlex.quote(sys.executable)
     flags = running.credentials(login, ("--ca", "--cert", "--key"))
     step("the same with our own command",

@@ -33,6 +33,7 @@ KEYS = {
     "ecdsa": ("-t", "ecdsa", "-N", ""),
     "ecdsa384": ("-t", "ecdsa", "-b", "384", "-N", ""),
     "ecdsa521": ("-t", "ecdsa", "-b", "521", "-N", ""),
+    "short": ("-t", "rsa", "-b", "1024", "-N", ""),
     "ed25519": ("-t", "ed25519", "-N", ""),
     "secret": ("-t", "ecdsa", "-N", SECRET),
     "secret-pem": ("-t", "rsa", "-b", "2048", "-N", SECRET, "-m", "PEM"),
@@ -300,6 +301,7 @@ def test_wrong_keys(keys: Path, tmp_path: Path) -> None:
     what_to_do = "with `ssh-keygen -t ecdsa`, add it to the account, and use it here"
     for path, words in ((keys / "ed25519", f"is of kind Ed25519, and .*{what_to_do}"),
                         (ed25519, f"is of kind Ed25519, and .*{what_to_do}"),
+                        (keys / "short", "is an RSA key of 1024 bits, which is too short: make"),
                         (keys / "rsa.pub", "it is the public one: give the other file"),
                         (tmp_path / "text", "is not a private key; OpenSSH's form and PEM can be"),
                         (tmp_path / "garbage", "not a private key that ssh-keygen can read"),
@@ -355,6 +357,9 @@ def test_agent_that_cannot_be_used(keys: Path, tmp_path: Path, agent: dict[str, 
              "ssh-agent has no key SHA256:")
     one_line(certgen("--agent", "--ssh-key", keys / "ed25519", env=agent), 1, "of kind Ed25519")
     one_line(certgen("--agent", "--ssh-key", CMON, env=agent), 1, "cannot read the public key")
+    shutil.copy(str(keys / "ecdsa"), str(tmp_path / "alone"))       # its public half is inside
+    done = certgen("--agent", "--ssh-key", tmp_path / "alone", "--out", tmp_path / "out", env=agent)
+    assert done.returncode == 0, done.stderr
     (tmp_path / "odd.pub").write_text("odd")
     one_line(certgen("--agent", "--ssh-key", tmp_path / "odd.pub", env=agent), 1,
              "odd.pub is not a public key")

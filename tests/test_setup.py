@@ -466,6 +466,18 @@ def weak_signature(site: Site, flags: Flags, tmp: Path) -> None:
     shown(flags, tmp, "new_sha1")
 
 
+@fault("signature", "has an RSA key of 1024 bits, which is too short")
+def short_key(site: Site, flags: Flags, tmp: Path) -> None:
+    tool = shutil.which("openssl")
+    if tool is None:
+        pytest.skip("openssl is not installed")
+    key, cert = tmp / "short.key", tmp / "short.pem"
+    subprocess.run([tool, "req", "-x509", "-newkey", "rsa:1024", "-nodes", "-keyout", key, "-out",
+                    cert, "-subj", "/CN=alice"], check=True, stderr=subprocess.DEVNULL)
+    key.chmod(0o600)
+    flags.update({"--cert": str(cert), "--key": str(key)})
+
+
 @fault("signature", "says that it is signed by its own key, and is not")
 def forged_signature(site: Site, flags: Flags, tmp: Path) -> None:
     shown(flags, tmp, "old_forged", "rsa")
@@ -752,6 +764,13 @@ def test_doctor_names_the_broken_link_and_no_other(
     assert set(list(found.values())[LINKS.index(link) + 1:]) <= {"skip"}
     assert re.search(said, re.sub("(?m)^skip.*\n", "", done.stdout)), done.stdout
     assert re.search(r"\nNext: [^\n]+\.\n$", done.stdout)
+
+
+def test_other_commands_say_that_a_certificate_is_weak(site: Site, port: int, tmp_path: Path
+                                                       ) -> None:
+    flags = site.flags(port)
+    shown(flags, tmp_path, "new_sha1")
+    one_line(run("discover", *words(flags)), 1, "too short or its digest too weak: make another")
 
 
 def test_doctor_of_a_healthy_chain(site: Site, port: int, tmp_path: Path) -> None:
