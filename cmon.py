@@ -477,6 +477,11 @@ class Painter:
         self._shown = True
         self._note = ""
 
+    def end(self) -> None:
+        """Leave the prompt a line of its own, behind the `^C` that the terminal shows."""
+        if self._in_place:
+            print(flush=True)
+
     def line(self, text: str) -> None:
         """One line, as it is."""
         print(text, flush=True)
@@ -506,8 +511,12 @@ OK, WARNING, CRITICAL, UNKNOWN = range(4)       # of the plugin guidelines, and 
 
 @functools.lru_cache(maxsize=None)
 def facts() -> dict[str, dict[str, Any]]:
-    """What the agent's tables say of each metric, by name."""
-    return {row["name"]: row for row in metadata()}
+    """What the agent's tables say of each metric, by name; `collectors` of zones and of nodes."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in metadata():
+        found.setdefault(row["name"], {**row, "collectors": []})["collectors"].append(
+            row["collector"])
+    return found
 
 
 class Page(NamedTuple):
@@ -580,10 +589,9 @@ class Figures:
 
     def collector(self, name: str) -> str:
         """Which collector of the page a metric comes from; "" when the page does not say."""
-        collector = str(facts().get(name, {}).get("collector", ""))
-        if collector in self.ages:
-            return collector
-        return next((one for one in self.ages if name.startswith(one + "_")), "")
+        known = facts().get(name, {}).get("collectors", ())
+        return next((one for one in known if one in self.ages), "") or next(
+            (one for one in self.ages if name.startswith(one + "_")), "")
 
 
 def quotient(value: Number, divisor: Number) -> float:
@@ -1140,6 +1148,7 @@ def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterat
     except KeyboardInterrupt:
         if not several:
             raise
+        painter.end()
     finally:
         if recorder is not None:
             recorder.close()
@@ -1460,7 +1469,7 @@ class Top:
         if self.quota is not None:
             most = max(int(self.quota * QUOTA_SHARE * self.interval / 60) - 1, 1)
         if waiting:
-            self.behind = f"cannot keep up: {len(waiting)} pages of the last round have not come"
+            self.behind = f"cannot keep up: {len(waiting)} of the last round's pages have not come"
         elif most < len(wanted):
             self.behind = (f"cannot keep up: {most} of {len(wanted)} pages a round, half of the "
                            f"quota of {brief(self.quota or 0)} a minute")
@@ -1843,6 +1852,7 @@ UOMS = {"bytes": "B", "seconds": "s", "milliseconds": "ms", "percent": "%"}
 AT_ONCE = 8                     # pages that are asked for at the same time
 LONGEST_OUTPUT = 8000           # characters; Nagios takes 8192
 MOST_PROBLEMS = 5               # told in words; all are in the exit status and the performance data
+OLDEST_FIGURES = 300.0          # seconds; older ones are UNKNOWN, but for what is read less often
 COLLECTORS_UP = "cmon_collector_up,1:"
 RESPONSE = "response_seconds"           # what is known beside the fleet page's metrics
 DAYS_LEFT = "certificate_days_left"
@@ -1951,9 +1961,11 @@ def check_page(figures: Figures, thresholds: Sequence[Threshold], who: str) -> l
     findings: list[Finding] = []
     for one in thresholds:
         found = one.expression.of(figures)
-        if not found:
-            why = missing(one.expression, figures)
+        why = too_old(one.expression, figures)
+        if not found or why:
+            why = why or missing(one.expression, figures)
             findings.append(Finding(UNKNOWN, f"{who}: {why}" if who else why))
+            continue
         names = telling(list(found))
         for labels, value in found.items():
             name = " ".join((*([who] if who else []), one.expression.text,
@@ -1996,6 +2008,17 @@ def uom(expression: Expression, figures: Figures) -> str:
             and figures.kinds.get(expression.over.name) == COUNTER:
         return "c"
     return UOMS.get(unit_of(expression), "")
+
+
+def too_old(expression: Expression, figures: Figures) -> str:
+    """Why the figures say nothing of the present: the proxy answers with old copies to an account
+    that is over its quota."""
+    for part in (expression.over, expression.under):
+        if part is not None:
+            age = figures.ages.get(figures.collector(part.name), 0)
+            if age > max(OLDEST_FIGURES, 3 * float(facts().get(part.name, {}).get("lifetime", 0))):
+                return f"{part.name} is {seconds_words(float(age))} old"
+    return ""
 
 
 def missing(expression: Expression, figures: Figures) -> str:

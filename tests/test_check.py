@@ -184,6 +184,17 @@ def test_no_connection_flags_is_unknown() -> None:
                            "example https://cmon.dc.example:9163\n")
 
 
+@pytest.mark.parametrize("age, status", [(299, 0), (301, 3)])
+def test_figures_that_are_too_old_are_unknown(age: int, status: int, check: Any) -> None:
+    """The proxy answers with old copies to an account that is over its quota."""
+    check.page(f'load_average 1\ncmon_sample_age_seconds{{collector="zone_misc"}} {age}\n'
+               f'zfs_used 1\ncmon_sample_age_seconds{{collector="zfs"}} {age}\n')
+    got = check("web01", "load_average,4")
+    assert got[0] == status
+    assert not status or got[1] == "CMON UNKNOWN: load_average is 5m old"
+    assert check("web01", "zfs_used,4")[0] == 0     # is read every 300 s
+
+
 # --- several --------------------------------------------------------------------------------------
 
 def test_all_containers_that_run(check: Any, proxy: StandIn) -> None:  # noqa: F811

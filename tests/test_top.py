@@ -240,7 +240,7 @@ def test_it_says_when_pages_take_longer_than_a_round() -> None:
     top = state()
     top.due(0.0)
     assert top.due(5.0) == []
-    assert top.behind == "cannot keep up: 2 pages of the last round have not come"
+    assert top.behind == "cannot keep up: 2 of the last round's pages have not come"
 
 
 class Asked:
