@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PATIENCE, ROOT, free_port
+from support import ROOT, Program, free_port
 from test_monitor import inside
 from test_cmon import (  # noqa: F401  (fixtures are used by name)
     CMON, CONTAINERS, Answer, Files, StandIn, connection, container, files, proxy, run,
@@ -338,21 +338,17 @@ def test_a_home_that_is_nowhere_is_unknown(check: Any) -> None:
 
 def test_interrupted_it_is_unknown(files: Files) -> None:  # noqa: F811
     """Nagios ends a plugin that takes too long by a signal; ours ends by itself, in time."""
-    import signal
-    import socket
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(5)
         url = f"https://127.0.0.1:{silent.getsockname()[1]}"
-        with subprocess.Popen([sys.executable, str(CMON), "check", "web01", "x",
-                               *connection(url, files)], stdout=subprocess.PIPE) as process:
-            accepted, _ = silent.accept()
-            assert accepted.recv(1)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE) == 3
-            assert process.stdout is not None
-            assert process.stdout.read() == b"CMON UNKNOWN: KeyboardInterrupt\n"
-            accepted.close()
+        program = Program.cmon("check", "web01", "x", *connection(url, files))
+        accepted, _ = silent.accept()
+        assert accepted.recv(1)
+        program.signal(signal.SIGINT)
+        assert program.wait() == 3
+        assert program.output == "CMON UNKNOWN: KeyboardInterrupt\n"
+        accepted.close()
 
 
 # --- examples -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from unittest import mock
 
 import cmon
 import pytest
-from support import PATIENCE, wait_until
+from support import PATIENCE, Program, wait_until
 from test_cmon import (  # noqa: F401  (fixtures are used by name)
     CMON, CONTAINERS, Answer, Files, StandIn, connection, files, on_terminal, one_line, proxy,
 )
@@ -434,14 +434,12 @@ def test_recordings_that_cannot_be(tmp_path: Path, web01: Container, monitor: An
 def test_a_recording_ends_at_ctrl_c(tmp_path: Path, web01: Container, proxy: StandIn,  # noqa: F811
                                     files: Files) -> None:  # noqa: F811
     path = tmp_path / "pages"
-    command = [sys.executable, str(CMON), "monitor", "web01", "--record", str(path),
-               "--watch", "0.05", *connection(proxy, files)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        wait_until(lambda: web01.asked > 2)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 0
-        assert process.stderr is not None
-        assert re.fullmatch(rb"cmon: \d+ pages in .*\n", process.stderr.read())
+    program = Program.cmon("monitor", "web01", "--record", path, "--watch", "0.05",
+                           *connection(proxy, files))
+    wait_until(lambda: web01.asked > 2)
+    program.signal(signal.SIGINT)
+    assert program.wait() == 0
+    assert re.fullmatch(r"cmon: \d+ pages in .*", program.log)
 
 
 # --- on a terminal --------------------------------------------------------------------------------

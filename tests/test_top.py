@@ -22,7 +22,7 @@ from typing import Any
 
 import cmon
 import pytest
-from support import PATIENCE, wait_until
+from support import PATIENCE, Program, wait_until
 from test_cmon import (  # noqa: F401  (fixtures are used by name)
     CMON, CONTAINERS, Answer, Files, StandIn, connection, demo_in, files, one_line, proxy,
 )
@@ -544,7 +544,7 @@ def test_top_on_the_demo_in_a_real_terminal(tmp_path: Path) -> None:
     def do(*words: str) -> str:
         return subprocess.run([*tmux, *words], stdout=subprocess.PIPE, universal_newlines=True,
                               check=True, timeout=PATIENCE).stdout
-    demo = demo_in(tmp_path)
+    demo: Program = demo_in(tmp_path)
     try:
         shown = [line for line in demo.output.replace("\\\n", "").splitlines()
                  if "cmon.py mon" in line]
