@@ -36,7 +36,7 @@ Map (`grep '^# ---'`):
     completion
     commands
 """
-from __future__ import annotations
+from __future__ import annotations  # a SyntaxError here: this program needs Python 3.9 or later
 
 import argparse
 import base64
@@ -85,15 +85,16 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
-        COUNTER, GAUGE, MAX_BODY, SUFFIXES, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID,
-        Client, ClientError, ClientResponse, ExpositionError, Labels, Number, Sample, Use,
-        __version__, metadata, number, parse, render)
+        COUNTER, Client, ClientError, ClientResponse, CommandLine, ExpositionError, GAUGE, Labels,
+        MAX_BODY, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Use,
+        __version__, metadata, number, parse, render, within)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
 
 
 # --- client ---------------------------------------------------------------------------------------
 
+PROGRAM = Path(sys.argv[0]).name if Path(sys.argv[0]).name in ("cmon", "cmon.exe") else "cmon.py"
 PROXY_PORT = 9163
 
 
@@ -163,7 +164,33 @@ class Proxy:
         it may be a compute node's."""
         if UUID.fullmatch(name.lower()):
             return Container(name.lower(), name.lower(), "-", "-", "-")
-        return choose(name, self.containers()[1])
+        containers = self.containers()[1]
+        try:
+            return choose(name, containers)
+        except Failure:
+            for other in self._not_running():
+                if name and name == other.alias or \
+                        len(name) > 7 and other.uuid.startswith(name.lower()):
+                    raise Failure(f"container {describe(other)} is not running: it has metrics "
+                                  "while it runs") from None
+            raise
+
+    def _not_running(self) -> Iterator[Container]:
+        """Containers that discovery leaves out, by the fleet page; none if there is no such."""
+        try:
+            families = {family.name: family.samples
+                        for family in parse(self.fleet().decode("utf-8", "replace"))}
+        except (Failure, ExpositionError):
+            return
+        states = {labels["instance"]: labels["state"] for labels, value in (
+            (dict(sample.labels), sample.value) for sample in
+            families.get("cmon_instance_state", ())) if value == 1}
+        for sample in families.get("cmon_instance_info", ()):
+            labels = dict(sample.labels)
+            state = states.get(labels["instance"], "")
+            if state != "running":
+                yield Container(printable(labels["alias"]), printable(labels["instance"]), "-",
+                                printable(state) or "not running", "-")
 
     def scrape(self, uuid: str) -> bytes:
         """The page of a container or, for operators, of a compute node."""
@@ -183,6 +210,9 @@ class Proxy:
             return " give --url with the name that the certificate is for"
         if "certificate is not trusted" in message:
             return "; --ca FILE names the CA of the proxy's certificate, PEM"
+        if "wrong version number" in message or "record layer failure" in message:
+            return ("; it speaks plain HTTP, as an agent or the proxy's admin_listen does: --url "
+                    "is for the proxy's address for tenants")
         if parts.port is None and message.startswith("cannot reach"):
             usual = f"https://{parts.hostname}:{PROXY_PORT}"
             return f"; the proxy's usual port is {PROXY_PORT}: --url {usual}"
@@ -232,6 +262,10 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     except (OSError, ValueError) as error:      # SSLError is an OSError
         if asked:
             raise Failure(f"wrong passphrase for the key {key}") from None
+        if b"BEGIN OPENSSH PRIVATE KEY" in Path(key).read_bytes():
+            raise Failure(f"the key {key} is in OpenSSH's format, which TLS does not take: make a "
+                          f"certificate with it, `{PROGRAM} certgen --account LOGIN --ssh-key "
+                          f"{key}`") from None
         if "KEY_VALUES_MISMATCH" in str(error):
             raise Failure(f"the key {key} does not belong to the certificate {cert}") from None
         if "TOO_SMALL" in str(error) or "TOO_WEAK" in str(error):
@@ -279,7 +313,7 @@ def choose(name: str, containers: Sequence[Container]) -> Container:
     if not containers:
         raise Failure(f"no container {name!r}: this account has none that run")
     raise Failure(f"no container {name!r}; " + ("did you mean " + " or ".join(near) + "?" if near
-                                                else "`cmon.py discover` lists them"))
+                                                else f"`{PROGRAM} discover` lists them"))
 
 
 def describe(container: Container) -> str:
@@ -3662,28 +3696,9 @@ class Command(NamedTuple):
     example: str
 
 
-def seconds(text: str) -> float:
-    """A flag's value: a time that is positive and ends."""
-    value = float(text)
-    if not 0 < value <= 3600:
-        raise ValueError
-    return value
-
-
-def count(text: str) -> int:
-    """A flag's value: how many times."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def port_number(text: str) -> int:
-    """A flag's value: a port."""
-    value = int(text)
-    if not 0 < value < 65536:
-        raise ValueError
-    return value
+seconds = within(float, 0.001, 3600, "a number of seconds, at most 3600")
+count = within(int, 1, 10 ** 9, "a whole number from 1")
+port_number = within(int, 1, 65535, "a port from 1 to 65535")
 
 
 def connection_arguments(parser: argparse.ArgumentParser, first: bool = False) -> None:
@@ -3915,20 +3930,20 @@ COMMANDS = (
 )
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(CommandLine):
     """A parser whose errors a monitoring system understands, too."""
 
     def error(self, message: str) -> NoReturn:
-        """Usage on stderr and 2; for `check` a line on stdout and 3, since 2 is CRITICAL there."""
+        """A line on stderr and 2; for `check` on stdout and 3, since 2 is CRITICAL there."""
         if self.prog.endswith(" check"):
-            sys.exit(report([Finding(UNKNOWN, message)]))
+            sys.exit(report([Finding(UNKNOWN, self.reworded(message))]))
         super().error(message)
 
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = Parser(
-        prog="cmon.py", description="Container Monitor: metrics of zones, for their owners.",
+        prog=PROGRAM, description="Container Monitor: metrics of zones, for their owners.",
         allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cmon {__version__}")
     connection_arguments(parser, first=True)

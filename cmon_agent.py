@@ -28,7 +28,7 @@ Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
     logging and settings [kit]
     main
 """
-from __future__ import annotations
+from __future__ import annotations  # a SyntaxError here: this program needs Python 3.9 or later
 
 import argparse
 import atexit
@@ -77,13 +77,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Generic, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeVar, Union
+
+if sys.version_info < (3, 9):       # a traceback is no answer to that
+    sys.exit("cmon_agent: needs Python 3.9 or later, this is " + sys.version.split()[0])
 
 __version__ = "1.0.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
     "Backoff", "Breaker",
-    "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line", "complain",
+    "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line", "CommandLine",
+    "complain",
     "ConfigError", "COUNTER",
     "Deferred",
     "ExpositionError",
@@ -104,6 +108,8 @@ __all__ = [     # what the other programs import
     "text", "TooLarge",
     "Use", "USE", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
     "valid_label_name", "valid_metric_name",
+    "within",
+    "within",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -1850,7 +1856,7 @@ class RecordedHost:
     hanging_commands = 0
 
     def __init__(self, path: str, settings: Settings) -> None:
-        self._recording = Recording(path)
+        self._recording, self.path = Recording(path), path
         self.zfs_columns = ZFS_COLUMNS
         self.commands_of = dict(settings.commands)
         self.vms: Vms = RecordedVms(self._recording)
@@ -4782,6 +4788,8 @@ def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferr
     try:
         return route.handler(request, *args)
     except Refused as refusal:
+        log.debug("refused %s: %s %r: %d %s", request.peer.address, request.method,
+                  request.target[:200], refusal.status, refusal)
         return refusal.answer()
     except Exception:
         log.exception("%s %r failed", request.method, request.target[:200])
@@ -5354,6 +5362,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.server.close_request(self.connection)
 
 
+class Reload(NamedTuple):
+    """How reading the settings went the last time."""
+    good: bool
+    at: float                       # wall clock of the last success
+
+
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """HTTP on the hooks of `socketserver`, with a loop instead of a thread per connection.
 
@@ -5389,6 +5403,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._drained = False           # no connection is waiting to be accepted
         self._scarce = False            # descriptors have run out since the last sweep
         self._program = program
+        self.reload = Reload(True, time.time())
         self._registry = registry
         self._refusals: dict[str, int] = {}
         self._handshakes: dict[str, int] = {}
@@ -5643,6 +5658,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     # own metrics
 
     def _families(self) -> list[Family]:
+        config = f"cmon_{self._program}_config_last_reload_success"
         prefix = f"cmon_{self._program}_http"
         stats = [stats for listener in self.listeners for stats in listener.all_stats()]
         merged: dict[str, _Stats] = {}
@@ -5652,6 +5668,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 into.statuses[status] = into.statuses.get(status, 0) + count
             into.buckets = [a + b for a, b in zip(into.buckets, one.buckets)]
             into.seconds += one.seconds
+        reload = [
+            Family(f"{config}ful", GAUGE, "Whether the settings could be read the last time.",
+                   [Sample((), int(self.reload.good))]),
+            Family(f"{config}_timestamp_seconds", GAUGE, "When the settings were read.",
+                   [Sample((), self.reload.at)])]
         requests = [Sample((("route", name), ("code", str(status))), count)
                     for name, one in merged.items() for status, count in one.statuses.items()]
         durations: list[Sample] = []
@@ -5669,6 +5690,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         def labelled(label: str, counts: Mapping[str, int]) -> list[Sample]:
             return [Sample(((label, key),), count) for key, count in counts.items()]
         return [
+            *reload,
             Family(f"{prefix}_requests_total", COUNTER, "Requests answered.", requests),
             Family(f"{prefix}_request_duration_seconds", HISTOGRAM, "Seconds from a request's "
                    "arrival to its answer.", durations),
@@ -7282,7 +7304,9 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> s
         ("budget", "none" if budget is None else f"{budget:.2%} of one"),
         ("lifetimes stretched", f"{governor.stretch:.1f} times"),
         ("blocked reads", str(scraper.kstats.blocked)),
-        ("vminfod", scraper.host.vms.problem or "followed"), ("version", __version__))
+        ("vminfod", scraper.host.vms.problem or "followed"), ("version", __version__),
+        *([("this is a replay of", str(scraper.host.path))]
+          if isinstance(scraper.host, RecordedHost) else []))
     body = "".join(f"<li><span class=dim>{escape(name)}</span> {escape(value)}</li>"
                    for name, value in facts)
     trouble = ("<h2>What fails now</h2><table><tr><th>Page<th>Collector<th>Why<th class=n>Since a "
@@ -7299,7 +7323,7 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> s
 # --- logging and settings [kit] -------------------------------------------------------------------
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
-          "error": logging.ERROR}
+          "warn": logging.WARNING, "error": logging.ERROR}
 LOG_QUEUE = 10_000          # records; beyond, they are dropped and counted: a log must not block
 EXIT_USAGE = 2
 SMF_EXIT_ERR_CONFIG = 96    # /lib/svc/share/smf_include.sh
@@ -7540,6 +7564,7 @@ def read_json(path: str | Path) -> Any:
 
 
 S = TypeVar("S")
+N = TypeVar("N", int, float)
 
 
 def load_settings(wanted: type[S], path: str | None, flags: Mapping[str, Any]) -> S:
@@ -7563,26 +7588,69 @@ def load_settings(wanted: type[S], path: str | None, flags: Mapping[str, Any]) -
 
 
 def parse_address(value: str, default_port: int | None = None) -> tuple[str, int]:
-    """`HOST:PORT` or `[IPv6]:PORT` as a pair; raises ConfigError."""
+    """`HOST:PORT` or `[IPv6]:PORT` as a pair; where no port is meant by default, `:PORT` is that of
+    all IPv4 addresses. Raises ConfigError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]\s]*))(?::([0-9]{1,5}))?", value)
-    if match is None or not (match.group(1) or match.group(2)):
-        raise ConfigError(f"{value!r} is not HOST:PORT")
+    host = match and (match.group(1) or match.group(2) or ("" if default_port else "0.0.0.0"))
+    if match is None or not host or not value:
+        raise ConfigError(f"{value!r} is not HOST:PORT, as in 127.0.0.1:9163 or :9163")
     port = int(match.group(3)) if match.group(3) else default_port
     if port is None or port > 65535:
-        raise ConfigError(f"{value!r} needs a port from 0 to 65535")
-    return match.group(1) or match.group(2), port
+        raise ConfigError(f"{value!r} needs a port from 0 to 65535, as in 127.0.0.1:9163 or :9163")
+    return host, port
+
+
+def within(convert: Callable[[str], N], least: float, most: float, what: str
+           ) -> Callable[[str], N]:
+    """A type for argparse: a number between two, or an error in our words."""
+    def value(word: str) -> N:
+        try:
+            found = convert(word)
+            if least <= found <= most:
+                return found
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{word!r} is not {what}")
+    return value
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, in the same words on every Python."""
+
+    CHOICE = re.compile(
+        r"argument ([^:]+): invalid choice: ['\"]?([^'\"]*)['\"]? \(choose from (.*)\)")
+
+    def error(self, message: str) -> NoReturn:
+        """What is wrong and where help is, on stderr; status 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {self.reworded(message)}; "
+                  f"`{self.prog} --help` explains\n")
+
+    def reworded(self, message: str) -> str:
+        """Without argparse's list of a hundred choices."""
+        wrong = self.CHOICE.fullmatch(message)
+        if wrong is None:
+            return message.replace("argument ", "", 1) if message.startswith("argument ") \
+                else message.replace("the following arguments are required:", "missing:")
+        name, value, listed = wrong.groups()
+        choices = re.findall(r"[\w.-]+", listed)
+        near = difflib.get_close_matches(value, choices, 1)
+        what = f"no command {value!r}" if name == "COMMAND" else \
+            f"{name} {value!r} is not known"
+        return what + (f", did you mean {near[0]}?" if near else
+                       ": one of " + ", ".join(choices) if len(choices) < 20 else "")
 
 
 def command_line(program: str, description: str) -> argparse.ArgumentParser:
     """The flags that both servers have."""
-    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser = CommandLine(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="settings as JSON; flags win over it")
     add("--listen", metavar="HOST:PORT", help="address to serve on")
     add("--check-config", action="store_true", help="check the settings, say what is wrong, end")
     add("--smf", action="store_true", help="start as an SMF service: return when it listens, "
         f"{SMF_EXIT_ERR_CONFIG} when the settings are bad")
-    add("--log-level", choices=sorted(LEVELS), help="least level that is logged (info)")
+    add("--log-level", choices=sorted(LEVELS), metavar="LEVEL",
+        help="least level that is logged: debug, info, warn or error (info)")
     add("--log-format", choices=("text", "bunyan"),
         help="text (on a terminal) or bunyan's JSON lines (otherwise)")
     add("--version", action="version", version=f"{program} {__version__}")
@@ -7679,7 +7747,9 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
             reload(fresh)
             start_logging(program, getattr(fresh, "log_level"), getattr(fresh, "log_format"))
             log.info("settings were reread")
+            server.reload = Reload(True, time.time())
         except ConfigError as error:
+            server.reload = server.reload._replace(good=False)
             for problem in error.problems:
                 log.error("the old settings stay: %s", problem)
 
@@ -7867,6 +7937,14 @@ class Running:
 
 def capture(arguments: argparse.Namespace) -> int:
     """`cmon_agent.py capture FILE`: what the collectors read on this host, for --replay."""
+    output = sys.stdout
+    try:
+        if arguments.file != "-":           # before minutes of reading
+            output = open(os.open(arguments.file, os.O_WRONLY | os.O_CREAT, 0o600), "w",
+                          encoding="utf-8")
+    except OSError as error:
+        complain("cmon_agent", [f"cannot write {arguments.file}: {error.strerror or error}"])
+        return 1
     try:
         settings = load_agent(arguments)
         host = make_host(arguments, settings)
@@ -7883,17 +7961,25 @@ def capture(arguments: argparse.Namespace) -> int:
         content = {"format": 1, "host": {name: raw[name] for name in SYSINFO_MEMBERS
                                          if isinstance(raw, dict) and name in raw},
                    "frames": frames}
-        with open(os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w",
-                  encoding="utf-8") as file:
-            file.write(spread(content))
+        if output is not sys.stdout:
+            output.truncate()
+        output.write(spread(content))
+        output.flush()
     except ConfigError as error:
         complain("cmon_agent", error.problems)
         return EXIT_USAGE
     except (KstatError, OSError) as error:
         complain("cmon_agent", [f"cannot capture: {getattr(error, 'strerror', None) or error}"])
         return 1
-    print(f"{arguments.file}: {len(frames)} frames, {len(frames[-1]['kstats'])} kstats each; it "
-          "holds aliases and addresses of zones, so treat it as confidential")
+    finally:
+        if output is not sys.stdout:
+            output.close()
+            if os.path.isfile(arguments.file) and not os.path.getsize(arguments.file):
+                os.unlink(arguments.file)           # ours, and nothing came of it
+    name = "standard output" if output is sys.stdout else arguments.file
+    print(f"{name}: {len(frames)} frames, {len(frames[-1]['kstats'])} kstats each; it "
+          "holds aliases and addresses of zones, so treat it as confidential",
+          file=sys.stderr if output is sys.stdout else sys.stdout)
     return 0
 
 
@@ -8409,10 +8495,12 @@ def check_commands(node: Examined) -> Iterator[Finding]:
     pool = node.settings.pool or parse_sysinfo(node.sysinfo).pool or "zones"
     columns = ZFS_COLUMNS
     output = node.run("zfs", *zfs_command(columns), pool)
-    while (unknown := unknown_column(output, columns)) is not None:
+    unknown = unknown_column(output, columns)
+    while unknown is not None:
         yield NOTE, f"zfs list: this platform has no property {unknown}"
         columns = tuple(name for name in columns if name != unknown)
         output = node.run("zfs", *zfs_command(columns), pool)
+        unknown = unknown_column(output, columns)
     datasets = parse_zfs_list(output.stdout, columns)
     own = [zone.name for zone in node.zones if f"{pool}/{zone.name}" not in datasets]
     if output.status or not datasets:
@@ -8650,23 +8738,17 @@ def agent_command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def _seconds(word: str) -> float:
-    """A flag's pause; argparse says what is wrong with it."""
-    if not 0 < float(word) <= 86400:
-        raise ValueError
-    return float(word)
-
-
 def capture_command_line() -> argparse.ArgumentParser:
     """The flags of `capture`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="cmon_agent.py capture", allow_abbrev=False,
         description="Write what the collectors read on this host, for --replay and bug reports.")
     add = parser.add_argument
-    add("file", metavar="FILE", help="file to write")
-    add("--frames", type=int, default=2, choices=range(1, 101), metavar="N",
-        help="how often to read everything (2)")
-    add("--interval", type=_seconds, default=5.0, metavar="SECONDS", help="between two frames (5)")
+    add("file", metavar="FILE", help="file to write; - is standard output")
+    add("--frames", type=within(int, 1, 100, "a number from 1 to 100"), default=2,
+        metavar="N", help="how often to read everything (2)")
+    add("--interval", type=within(float, 0.001, 86400, "a number of seconds, at most 86400"),
+        default=5.0, metavar="SECONDS", help="between two frames (5)")
     add("--config", metavar="FILE", help="settings as JSON")
     add("--libkstat", metavar="PATH", help="the library that kstats are read with")
     parser.set_defaults(listen=None, log_level=None, log_format=None, replay=None)
@@ -8675,7 +8757,7 @@ def capture_command_line() -> argparse.ArgumentParser:
 
 def check_command_line() -> argparse.ArgumentParser:
     """The flags of `check`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="cmon_agent.py check", allow_abbrev=False,
         description="Check in the global zone that all is there that the agent needs, and that its "
         "values are those of `kstat -p`. Changes nothing; takes a minute at most. Exit 1: "
@@ -8692,7 +8774,7 @@ def check_command_line() -> argparse.ArgumentParser:
 
 def address_command_line() -> argparse.ArgumentParser:
     """The flags of `address`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="cmon_agent.py address", allow_abbrev=False,
         description="Print where the agent would listen; exit 1 while there is no address.")
     parser.add_argument("file", metavar="FILE", help="what `sysinfo -f` printed")

@@ -22,7 +22,7 @@ Map (`grep '^# ---'`):
     delivery
     main
 """
-from __future__ import annotations
+from __future__ import annotations  # a SyntaxError here: this program needs Python 3.9 or later
 
 import argparse
 import base64
@@ -55,14 +55,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
-# The agent is the one file that must run alone, so it carries the kit that we share.
-from cmon_agent import (
-    Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
-    Family, GAUGE, HISTOGRAM, HTML, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
-    READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server, __version__,
-    at_least, command_line, complain, gunzip, gzip, is_address, label_text, load_settings, log,
-    number, one_of, parse, parse_address, reason_of, register_process_metrics, render, run_daemon,
-    setting, start_logging, stop_logging, text, valid_label_name, valid_metric_name)
+if sys.version_info < (3, 9):       # a traceback is no answer to that
+    sys.exit("cmon_forwarder: needs Python 3.9 or later, this is " + sys.version.split()[0])
+
+try:
+    # The agent is the one file that must run alone, so it carries the kit that we share.
+    from cmon_agent import (
+        Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
+        Family, GAUGE, HISTOGRAM, HTML, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
+        READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server,
+        __version__, at_least, command_line, complain, gunzip, gzip, is_address, label_text,
+        load_settings, log, number, one_of, parse, parse_address, reason_of,
+        register_process_metrics, render, run_daemon, setting, start_logging, stop_logging, text,
+        valid_label_name, valid_metric_name)
+except ImportError as import_error:
+    sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must lie beside "
+             "cmon_forwarder.py")
 
 # --- settings -------------------------------------------------------------------------------------
 

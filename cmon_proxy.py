@@ -24,7 +24,7 @@ that hand in finished values. Map (`grep '^# ---'`):
     workers
     main
 """
-from __future__ import annotations
+from __future__ import annotations  # a SyntaxError here: this program needs Python 3.9 or later
 
 import argparse
 import base64
@@ -58,14 +58,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
-# The agent is the one file that must run alone, so it carries the kit that we share.
-from cmon_agent import (
-    COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP,
-    UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError, ConfigError, Deferred,
-    Family, Listener, Loop, Pool, Prepared, Refused, Registry, Request, Response, Route, Sample,
-    Server, TooLarge, __version__, admin_address, at_least, call, command_line, complain, gunzip,
-    http_date, is_address, is_ip, load_settings, log, one_of, parse_address, prepare, read_json,
-    register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
+if sys.version_info < (3, 9):       # a traceback is no answer to that
+    sys.exit("cmon_proxy: needs Python 3.9 or later, this is " + sys.version.split()[0])
+
+try:
+    # The agent is the one file that must run alone, so it carries the kit that we share.
+    from cmon_agent import (
+        COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM, USE_FULL,
+        USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
+        ConfigError, Deferred, Family, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
+        Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least, call,
+        command_line, complain, gunzip, http_date, is_address, is_ip, load_settings, log, one_of,
+        parse_address, prepare, read_json, register_process_metrics, render, run_daemon,
+        scrape_deadline, setting, text)
+except ImportError as import_error:
+    sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must lie beside "
+             "cmon_proxy.py")
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -1578,7 +1586,7 @@ class Directory:
 
 def merged(known: Mapping[str, Account], accounts: Mapping[str, Account]) -> dict[str, Account]:
     """These accounts; one that is the same as before stays the same object (see `grant`)."""
-    return {login: kept if (kept := known.get(login)) == account else account
+    return {login: known[login] if known.get(login) == account else account
             for login, account in accounts.items()}
 
 
@@ -2756,8 +2764,8 @@ class VmReader:
                 f"/vms?state=active&fields={VM_FIELDS}",
                 lambda _, last: "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}),
                                                                 safe=""), gentle):
-            found += [vm for record in records
-                      if (vm := vm_of(record, "Bootstrapper", since)) is not None]
+            vms = [vm_of(record, "Bootstrapper", since) for record in records]
+            found += [vm for vm in vms if vm is not None]
         return AllVms(*by_owner(found), manta, began)
 
     def _all_arrived(self, found: AllVms | None, problem: str) -> None:
@@ -6048,6 +6056,8 @@ MAX_BACKLOG = 8 << 20               # bytes for a worker that does not read; mor
 # gauges of which the least is the proxy's; others are summed up, and what is listed below is the
 # same in all, so that the greatest will do
 LEAST = frozenset(("cmon_proxy_node_up", "cmon_proxy_inventory_ready", "process_max_fds",
+                   "cmon_proxy_config_last_reload_successful",
+                   "cmon_proxy_config_last_reload_success_timestamp_seconds",
                    "cmon_proxy_inventory_last_reload_successful",
                    "cmon_proxy_inventory_last_reload_success_timestamp_seconds",
                    "cmon_proxy_changefeed_connected", "process_start_time_seconds",
@@ -6306,6 +6316,18 @@ def interpreter_command() -> list[str]:
 WARN_DAYS = (30.0, 7.0, 1.0)    # before the server's certificate ends
 
 
+def landing(_request: Request) -> Answer:
+    """The page of `admin_listen`."""
+    return Response(200, f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Container Monitor proxy</title></head>
+<body><h1>Container Monitor proxy {__version__}</h1>
+<p><a href="/metrics">own metrics</a> · <a href="/-/healthy">healthy</a> ·
+<a href="/-/ready">ready</a></p>
+<p>Tenants use the other address, <code>listen</code>, with their certificates.</p>
+</body></html>
+""".encode(), HTML, PAGE_HEADERS)
+
+
 class ServerCertificate:
     """Rereads the server's certificate when its files change, and warns before it ends."""
 
@@ -6396,7 +6418,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
             return Response(200, render(registry.families()).encode(), PAGE)
         server.listen(parse_address(settings.admin_listen), (
             Route("GET", "/metrics", metrics), Route("GET", "/-/healthy", proxy.ping),
-            Route("GET", "/-/ready", proxy.is_ready)), None, "admin")
+            Route("GET", "/-/ready", proxy.is_ready), Route("GET", "/", landing)), None, "admin")
     return server, proxy
 
 
@@ -6424,7 +6446,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
             return text(200, "OK")
         server.listen(parse_address(settings.admin_listen), (
             Route("GET", "/metrics", metrics), Route("GET", "/-/healthy", ping),
-            Route("GET", "/-/ready", ready)), None, "admin")
+            Route("GET", "/-/ready", ready), Route("GET", "/", landing)), None, "admin")
     return server, workers
 
 

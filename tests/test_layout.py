@@ -191,7 +191,8 @@ def test_files_begin_alike(program: str) -> None:
     lines = source(program).splitlines()
     assert lines[0] == "#!/usr/bin/env python3"
     assert lines[1] == "# SPDX-License-Identifier: MPL-2.0"
-    assert "from __future__ import annotations" in lines
+    assert any(line.startswith("from __future__ import annotations  # a SyntaxError here: this "
+                               "program needs Python 3.9") for line in lines)
 
 
 # --- the kit --------------------------------------------------------------------------------------
@@ -288,3 +289,9 @@ def test_messages_that_the_documents_explain_exist() -> None:
                       section_of("docs/TROUBLESHOOTING.md", "Messages of the programs"))
     assert len(rows) > 5
     assert [row for row in rows if row not in said] == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_older_python_can_read_as_far_as_its_message(program: str) -> None:
+    """Nothing that Python 3.7 cannot parse: it would say `invalid syntax` and not what it needs."""
+    ast.parse(source(program), feature_version=(3, 7))
