@@ -80,6 +80,13 @@ class Truth:
                 self.lost[zone, before] = time.monotonic()
             self.owners[zone] = owner
 
+    def unseen(self, since: float) -> None:
+        """What has changed since then may not have been seen: its time begins now."""
+        with self.lock:
+            for lost, at in self.lost.items():
+                if at >= since:
+                    self.lost[lost] = time.monotonic()
+
     def may_show(self, zone: str, owner: str, late: float) -> bool:
         """Whether the owner may see it now, or may have a moment ago."""
         with self.lock:
@@ -96,6 +103,7 @@ class Soak:
         self.truth = Truth()
         self.violations: list[str] = []
         self.counts: collections.Counter[str] = collections.Counter()
+        self.events: collections.deque[str] = collections.deque(maxlen=30)
         self.latest = 0.0                       # seconds beyond a deadline, the worst
         self.writing = threading.Lock()         # the inventory file and VMAPI
         self.tenants = [Tenant(number, folder) for number in range(4)]
@@ -208,7 +216,7 @@ class Soak:
                 self.truth.give(zone, owner)
                 write_inventory(self.folder / FILE, self.inventory())
                 self.vmapi.order("put", keep=False, vms=[{"uuid": zone, "owner_uuid": owner}])
-            self.counts["changes of owner"] += 1
+            self.happened("changes of owner", zone)
 
     def trouble(self) -> None:
         """One thing after the other goes wrong, and is mended soon after."""
@@ -217,7 +225,7 @@ class Soak:
             self.bad_settings, self.killed_worker, self.failing_service, self.cut_feed]
         while self.wait(0.1, 0.8):
             fault = self.random.choice(faults)
-            self.counts[fault.__name__.replace("_", " ")] += 1
+            self.happened(fault.__name__.replace("_", " "))
             for _ in fault():
                 self.wait(0.3, 2.5)
 
@@ -255,11 +263,14 @@ class Soak:
     def bad_inventory(self) -> Iterator[None]:
         """A file that is no good; owners do not change meanwhile."""
         with self.writing:
+            begun = time.monotonic()
             write_inventory(self.folder / FILE, self.random.choice(
                 ["{", "\0" * 1000, '{"accounts": 7}', json.dumps({**self.inventory(), "vms": [7]})
                  ]))
             yield
             write_inventory(self.folder / FILE, self.inventory())
+            # the bad file may have come before the proxy had looked at the last good one
+            self.truth.unseen(begun - LATE)
 
     def bad_settings(self) -> Iterator[None]:
         """SIGHUP with bad settings, then with good ones."""
@@ -323,9 +334,15 @@ class Soak:
 
     # what must hold
 
+    def happened(self, what: str, about: str = "") -> None:
+        """Count an event, and remember it for the first violation."""
+        self.counts[what] += 1
+        self.events.append(f"{time.strftime('%H:%M:%S')} {what} {about}")
+
     def violation(self, what: str) -> None:
-        """Something that must not be."""
-        self.violations.append(f"{time.strftime('%H:%M:%S')} {what}")
+        """Something that must not be; the first comes with what has happened before it."""
+        before = "" if self.violations else f" after {list(self.events)}"
+        self.violations.append(f"{time.strftime('%H:%M:%S')} {what}{before}")
 
     def scrape(self, tenant: Tenant, kind: str, seed: int) -> None:
         """A tenant's client: its own containers and others', lists and pages."""
