@@ -3365,10 +3365,7 @@ class Reply(NamedTuple):
     body: bytes
     gzip: bool = False
     partial: str = ""               # names of collectors that the page lacks
-
-    def lines(self) -> bytes:
-        """Our header lines for it, but for those that differ by client."""
-        return page_lines(self.gzip, self.partial, len(self.body))
+    lines: bytes = b""              # our header lines for it, where they are at hand
 
 
 def page_lines(packed: bool, partial: str, length: int) -> bytes:
@@ -3384,6 +3381,7 @@ class AgentHead(NamedTuple):
     length: int                     # of the body; -1: needs the full parser
     gzip: bool = False
     partial: str = ""
+    lines: bytes = b""              # our header lines for such a page
 
 
 def read_head(reader: AnswerReader) -> AgentHead:
@@ -3395,8 +3393,11 @@ def read_head(reader: AnswerReader) -> AgentHead:
     length = reader.headers.get("content-length", "")
     plain = (reader.status == 200 and reader.keep_alive and "transfer-encoding" not in
              reader.headers and re.fullmatch("[0-9]{1,9}", length) and int(length) <= MAX_PAGE)
-    return AgentHead(int(length) if plain else -1, coding in ("gzip", "x-gzip"),
-                     partial if _PARTIAL.fullmatch(partial) else "")
+    packed = coding in ("gzip", "x-gzip")
+    partial = partial if _PARTIAL.fullmatch(partial) else ""
+    if not plain:
+        return AgentHead(-1, packed, partial)
+    return AgentHead(int(length), packed, partial, page_lines(packed, partial, int(length)))
 
 
 class Job:
@@ -3493,7 +3494,7 @@ class UpstreamConnection:
             head = self.upstream.all.known_head(data[:end])
             missing = head.length - (len(data) - end)
             if head.length >= 0 and missing == 0:
-                self.upstream.answered(self, Reply(200, data[end:], head.gzip, head.partial))
+                self.upstream.answered(self, Reply(200, data[end:], *head[1:]))
                 return
             if head.length >= 0 and missing > 0:
                 self._pieces, self._missing, self._head = [data[end:]], missing, head
@@ -3509,8 +3510,7 @@ class UpstreamConnection:
         self._pieces.append(data)
         if not self._missing:
             body, self._pieces = b"".join(self._pieces), []
-            self.upstream.answered(
-                self, Reply(200, body, self._head.gzip, self._head.partial))
+            self.upstream.answered(self, Reply(200, body, *self._head[1:]))
 
     def _read(self, data: bytes) -> None:
         """Any other HTTP/1.1: chunks, other header lines, refusals."""
@@ -4019,7 +4019,10 @@ class LastScrapes:
         self.results[result] += 1
         if isinstance(target, Vm):
             scrape = LastScrape(self._clock(), result)
-            self._by_owner.setdefault(target.owner, {})[target.uuid] = scrape
+            scrapes = self._by_owner.get(target.owner)
+            if scrapes is None:
+                scrapes = self._by_owner[target.owner] = {}
+            scrapes[target.uuid] = scrape
             if self._shared:
                 self._fresh[target.owner, target.uuid] = scrape
 
@@ -4286,7 +4289,8 @@ class Pages:
                 waiter.finish(refusal.answer())
             return
         self.scrapes.note(target, "partial" if reply.partial else "ok")
-        start = f"HTTP/1.1 200 OK\r\nDate: {http_date()}\r\n".encode() + reply.lines()
+        start = b"HTTP/1.1 200 OK\r\nDate: %s\r\n%s" % (http_date().encode(), reply.lines or (
+            page_lines(reply.gzip, reply.partial, len(reply.body))))
         for waiter in waiters:
             try:
                 self._proxy.check_again(waiter)

