@@ -494,3 +494,22 @@ def test_check_config_reaches_the_proxy_and_every_sink(tmp_path: Path, keep: Kee
     ("Thu, 01 Jan 1970 00:00:01 GMT", 0), ("soon", None), ("", None), ("-5", None), ("1e9", None)])
 def test_retry_after_is_read(value: str, seconds: float | None) -> None:
     assert retry_after(value, 10.0) == seconds
+
+
+def test_smf_start_returns_when_it_listens(tmp_path: Path, keep: Keep) -> None:
+    source = keep(Source())
+    config = write_config(tmp_path, source, {"f": {"type": "file", "path": "x.log"}},
+                          log_format="text")
+    started = subprocess.Popen([sys.executable, str(ROOT / "cmon_forwarder.py"), "--smf",
+                                "--config", str(config)], stderr=subprocess.PIPE)
+    assert started.wait(30) == 0
+    assert started.stderr is not None
+    wait_until((tmp_path / "x.log").exists)
+    held = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and str(config).encode()
+            in (Path("/proc") / pid / "cmdline").read_bytes()]
+    for pid in held:
+        os.kill(pid, signal.SIGTERM)
+    assert b"listening on 127.0.0.1:" in started.stderr.read() and len(held) == 1
+    config.write_text("{}")
+    done = run(config, "--smf")
+    assert done.returncode == 96 and "proxy: is missing" in done.stderr

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MPL-2.0
+"""How the forwarder delivers to each kind of sink: heads, framing, what counts as accepted."""
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from agents import TLS
+from forwarding import HttpSink, LineSink, UdpSink
+from support import wait_until
+from test_forwarder_encoders import GAUGE, UUID, scrape, unsnappy
+
+from cmon_agent import ConfigError
+from cmon_forwarder import (
+    Delivery, Later, Never, SinkSettings, TooLarge, encode, transport_of, with_defaults)
+
+Keep = Callable[[Any], Any]
+
+
+@pytest.fixture()
+def keep() -> Iterator[Keep]:
+    kept: list[Any] = []
+
+    def add(one: Any) -> Any:
+        kept.append(one)
+        return one
+    yield add
+    for one in kept:
+        one.close()
+
+
+def sink(type: str, **more: Any) -> SinkSettings:
+    return with_defaults(SinkSettings(type=type, **more))
+
+
+# --- HTTP -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings, path, headers", [
+    ({"type": "influxdb", "database": "d", "token": "u:p"}, "/write?db=d&precision=ns",
+     {"authorization": "Token u:p", "content-encoding": "gzip"}),
+    ({"type": "influxdb", "org": "o", "bucket": "b", "token": "t", "gzip": False},
+     "/api/v2/write?org=o&bucket=b&precision=ns", {"authorization": "Token t"}),
+    ({"type": "http", "token": "t", "headers": {"X-Scope": "a"}}, "/",
+     {"authorization": "Bearer t", "x-scope": "a", "content-type": "application/x-ndjson"}),
+    ({"type": "http", "gzip": True}, "/", {"content-encoding": "gzip"}),
+    ({"type": "http", "form": "splunk", "token": "t"}, "/services/collector",
+     {"authorization": "Splunk t"}),
+    ({"type": "http", "form": "elasticsearch", "token": "t"}, "/_bulk",
+     {"authorization": "ApiKey t"}),
+    ({"type": "remote_write", "headers": {"X-Scope-OrgID": "1"}}, "/api/v1/write",
+     {"content-type": "application/x-protobuf", "content-encoding": "snappy",
+      "x-prometheus-remote-write-version": "0.1.0", "x-scope-orgid": "1"}),
+])
+def test_requests_have_the_head_that_the_sink_wants(keep: Keep, settings: Any, path: str,
+                                                    headers: dict[str, str]) -> None:
+    server = keep(HttpSink())
+    where = sink(url=f"http://{server.text}", **settings)
+    records = encode(where, scrape((GAUGE, 1)))
+    transport = keep(transport_of(where))
+    if where.form == "elasticsearch":
+        with pytest.raises(Later):              # 204 is no answer of Elasticsearch
+            transport.send(records)
+    else:
+        transport.send(records)
+    seen_path, seen, body = server.seen[0]
+    assert seen_path == path and headers.items() <= seen.items()
+    assert ("content-encoding" in seen) == ("content-encoding" in headers)
+    if where.type == "remote_write":
+        assert unsnappy(body) == b"".join(records)
+    else:
+        assert body == b"".join(record + b"\n" for record in records)
+    assert seen["user-agent"].startswith("cmon-forwarder/")
+
+
+def test_the_token_is_read_again_for_each_request(keep: Keep, tmp_path: Path) -> None:
+    server = keep(HttpSink())
+    token = tmp_path / "token"
+    transport = keep(transport_of(sink("http", url=f"http://{server.text}", token_file=token)))
+    with pytest.raises(Later, match="no such file"):
+        transport.send([b"x"])
+    for word in ("one", "two"):
+        token.write_text(word + "\n")
+        transport.send([b"x"])
+    assert [headers["authorization"] for _, headers, _ in server.seen] == ["Bearer one",
+                                                                           "Bearer two"]
+    token.write_text("wört\u2028")
+    with pytest.raises(Later):
+        transport.send([b"x"])
+
+
+@pytest.mark.parametrize("answer, error", [
+    (200, None), (204, None), (299, None), (400, Never), (401, Never), (404, Never), (422, Never),
+    (413, TooLarge), (408, Later), (429, Later), (500, Later), (503, Later), (302, Later),
+    ("cut", Later)], ids=str)
+def test_the_status_decides(keep: Keep, answer: Any, error: Any) -> None:
+    server = keep(HttpSink())
+    server.default = answer
+    transport = keep(transport_of(sink("http", url=f"http://{server.text}")))
+    if error is None:
+        transport.send([b"x"])
+    else:
+        with pytest.raises(error):
+            transport.send([b"x"])
+
+
+def test_a_sink_that_says_nothing_costs_its_timeout(keep: Keep) -> None:
+    server = keep(HttpSink())
+    server.default = "hang"
+    transport = keep(transport_of(sink("http", url=f"http://{server.text}", timeout=0.2)))
+    with pytest.raises(Later, match="timed out"):
+        transport.send([b"x"])
+
+
+def test_documents_of_elasticsearch_are_judged_one_by_one(keep: Keep, tmp_path: Path) -> None:
+    """What a bulk request has refused is set aside, what was too much then is sent again."""
+    answers = [
+        {"errors": True, "items": [{"create": {"status": 201}}, {"create": {"status": 400,
+                                   "error": {"type": "mapper"}}}, {"create": {"status": 429}}]},
+        {"errors": True, "items": [{"create": {"status": 503}}]},
+        {"errors": False, "items": [{"create": {"status": 201}}]}]
+    requests: list[int] = []
+
+    class Elastic(HttpSink):
+        def serve(self, accepted: socket.socket) -> None:
+            from forwarding import read_request
+            reader = accepted.makefile("rb")
+            for request in iter(lambda: read_request(reader), None):
+                requests.append(request[3].count(b"\n"))
+                body = json.dumps(answers[len(requests) - 1]).encode()
+                accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (
+                    len(body), body))
+    server = keep(Elastic())
+    delivery = Delivery("e", SinkSettings(type="http", form="elasticsearch", batch_age=0,
+                                          url=f"http://{server.text}"), tmp_path, 1 << 20)
+    delivery.give(scrape((GAUGE, 1), (GAUGE, 2), (GAUGE, 3)))
+    delivery.start()
+    wait_until(lambda: delivery.spool.state()[0] == 0)
+    delivery.stop()
+    delivery.join(10)
+    assert requests == [6, 2, 2]
+    assert (delivery.sent, delivery.refused) == (2, 1)
+    reason, = (tmp_path / "e" / "refused").glob("*.reason")
+    assert "400" in reason.read_text() and "mapper" in reason.read_text()
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+def test_streams_are_framed(keep: Keep) -> None:
+    server = keep(LineSink())
+    one = scrape((GAUGE, 1), (GAUGE, 2))
+    for type, more in (("graphite", {}), ("syslog", {"transport": "tcp"}),
+                       ("gelf", {"transport": "tcp"})):
+        where = sink(type, address=server.text, **more)
+        keep(transport_of(where)).send(encode(where, one))
+    graphite, syslog, gelf = server.received
+    assert graphite.count(b"\n") == 2 and graphite.endswith(b"\n")
+    messages = []
+    while syslog:
+        length, _, rest = syslog.partition(b" ")
+        messages.append(rest[:int(length)])
+        syslog = rest[int(length):]
+    assert len(messages) == 2 and all(one.startswith(b"<134>1 ") for one in messages)
+    assert [json.loads(one)["_value"] for one in gelf.split(b"\0")[:-1]] == [1, 2]
+
+
+@pytest.mark.parametrize("mode", ["cut", "slow"])
+def test_a_stream_that_was_not_read_whole_is_sent_again(keep: Keep, mode: str) -> None:
+    server = keep(LineSink())
+    server.mode = mode
+    transport = keep(transport_of(sink("graphite", address=server.text, timeout=0.5)))
+    with pytest.raises(Later):
+        transport.send([b"x" * 1000] * 20_000)
+
+
+def test_nobody_there(keep: Keep) -> None:
+    for where in (sink("graphite", address="127.0.0.1:1"), sink("statsd", address="127.0.0.1:1"),
+                  sink("graphite", address="no.such.host.invalid:1"),
+                  sink("statsd", address="no.such.host.invalid:1")):
+        with pytest.raises(Later, match="connection refused|does not resolve") as caught:
+            transport_of(where).send([b"x"])
+        assert caught.value.left == [b"x"]
+
+
+@pytest.fixture()
+def tls_sink(keep: Keep) -> Any:
+    """Ends each connection with or without a word of TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "server.pem", TLS / "server.key")
+
+    class Tls(LineSink):
+        def serve(self, accepted: socket.socket) -> None:
+            with context.wrap_socket(accepted, server_side=True) as wrapped:
+                content = b""
+                for piece in iter(lambda: wrapped.recv(65536), b""):
+                    content += piece
+                    if self.mode == "reset":
+                        wrapped.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                           b"\1\0\0\0\0\0\0\0")
+                        return
+                if self.mode == "polite":
+                    wrapped.unwrap()
+                with self.lock:
+                    self.received.append(content)
+    return keep(Tls())
+
+
+@pytest.mark.parametrize("mode", ["polite", "rude"])
+def test_tls_is_confirmed_however_it_ends(tls_sink: Any, mode: str) -> None:
+    tls_sink.mode = mode
+    transport = transport_of(sink("syslog", transport="tls", ca=TLS / "ca.pem",
+                                  address=f"localhost:{tls_sink.address[1]}"))
+    transport.send([b"hello"])
+    wait_until(lambda: tls_sink.received == [b"5 hello"])
+
+
+def test_tls_that_is_reset_or_not_trusted_is_tried_again(tls_sink: Any) -> None:
+    tls_sink.mode = "reset"
+    trusted = sink("syslog", transport="tls", ca=TLS / "ca.pem", timeout=5,
+                   address=f"localhost:{tls_sink.address[1]}")
+    with pytest.raises(Later):
+        transport_of(trusted).send([b"x" * 100_000] * 300)
+    with pytest.raises(Later, match="not trusted"):
+        transport_of(sink("syslog", transport="tls", address=trusted.address)).send([b"x"])
+    with pytest.raises(ConfigError, match="no.pem"):
+        transport_of(sink("syslog", transport="tls", ca=Path("no.pem"), address="x:1"))
+
+
+# --- datagrams ------------------------------------------------------------------------------------
+
+def test_datagrams_arrive(keep: Keep) -> None:
+    server = keep(UdpSink())
+    for type, count in (("statsd", 1), ("syslog", 40), ("gelf", 40)):
+        server.datagrams.clear()
+        where = sink(type, address=server.text)
+        records = encode(where, scrape(*[(GAUGE, number) for number in range(40)]))
+        transport_of(where).send(records)
+        wait_until(lambda: len(server.datagrams) >= count)
+        if type == "statsd":
+            assert b"\n".join(server.datagrams) == b"\n".join(records)
+        elif type == "syslog":
+            assert server.datagrams == records
+        else:
+            assert [zlib.decompress(one) for one in server.datagrams] == records
+
+
+def test_many_datagrams_are_paced(keep: Keep) -> None:
+    """More than a receiver's buffer would hold at once."""
+    server = keep(UdpSink())
+    records = [b"%06d:1|c" % number + b"x" * 1000 for number in range(1500)]
+    transport_of(sink("statsd", address=server.text)).send(records)
+    wait_until(lambda: len(server.datagrams) == 1500)
+    assert server.datagrams == records
+
+
+def test_a_record_that_fits_no_datagram_is_set_aside_alone(keep: Keep) -> None:
+    server = keep(UdpSink())
+    records = [b"a", b"b" * 65_508, b"c" * 65_507, b"d"]
+    with pytest.raises(Never) as caught:
+        transport_of(sink("statsd", address=server.text)).send(records)
+    assert caught.value.records == [records[1]]
+    wait_until(lambda: len(server.datagrams) == 3)
+    assert server.datagrams == [records[0], records[2], records[3]]
+
+
+def test_a_listener_that_went_away_in_between_is_noticed(keep: Keep) -> None:
+    server = keep(UdpSink())
+    transport = transport_of(sink("syslog", address=server.text))
+    transport.send([b"1"])
+    server.close()
+    wait_until(lambda: _refused(transport))
+    server.open()
+    transport.send([b"2"])
+    wait_until(lambda: b"2" in server.datagrams)
+
+
+def _refused(transport: Any) -> bool:
+    try:
+        transport.send([b"x"] * 50)
+    except Later as error:
+        return error.left == [b"x"] * 50
+    return False
+
+
+# --- faults of our own ----------------------------------------------------------------------------
+
+def test_a_bug_costs_its_batch_and_not_the_sink(tmp_path: Path, keep: Keep,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    server = keep(HttpSink())
+    delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
+                        tmp_path, 1 << 20)
+    real = delivery._transport.send
+    bugs = [RuntimeError("bug")]
+
+    def send(records: Any) -> None:
+        if bugs:
+            raise bugs.pop()
+        real(records)
+    monkeypatch.setattr(delivery._transport, "send", send)
+    delivery.give(scrape((GAUGE, 1)))
+    delivery.start()
+    wait_until(lambda: delivery.refused == 1)
+    delivery.give(scrape((GAUGE, 2)))
+    wait_until(lambda: delivery.sent == 1)
+    delivery.stop()
+    delivery.join(10)
+    assert [row["value"] for row in server.rows()] == [2]
+    assert server.rows()[0]["labels"]["instance"] == UUID
+
+
+def test_what_is_under_way_at_the_end_is_delivered_or_kept(tmp_path: Path, keep: Keep) -> None:
+    server = keep(HttpSink())
+    began, go = threading.Event(), threading.Event()
+
+    def slow(_body: bytes) -> int:
+        began.set()
+        go.wait(10)
+        return 204
+    server.default = slow
+    settings = SinkSettings(type="http", url=f"http://{server.text}", batch_age=0)
+    delivery = Delivery("h", settings, tmp_path, 1 << 20)
+    delivery.give(scrape((GAUGE, 1)))
+    delivery.start()
+    began.wait(10)
+    delivery.give(scrape((GAUGE, 2)))
+    delivery.stop()
+    delivery.join(0.01)
+    assert delivery.is_alive
+    go.set()
+    delivery.join(10)
+    assert not delivery.is_alive and delivery.sent == 1
+    again = Delivery("h", settings, tmp_path, 1 << 20)
+    assert again.spool.state()[0] == 1
+    again.start()
+    wait_until(lambda: [row["value"] for row in server.rows()] == [1, 2])
+    again.stop()
+    again.join(10)
