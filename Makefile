@@ -25,7 +25,7 @@ golden:		## rewrite tests/golden from the captures; then read the diff
 	$(PYTHON) -m pytest tests/test_golden.py tests/test_monitor.py tests/test_top.py --rewrite
 
 bench:		## print the measurements (minutes; best on an idle machine)
-	for bench in server agent proxy; do $(PYTHON) bench/$$bench.py || exit 1; done
+	for bench in server agent proxy forwarder; do $(PYTHON) bench/$$bench.py || exit 1; done
 
 docs:		## rewrite docs/ and the tables of the README from the code
 	$(PYTHON) tests/make_docs.py

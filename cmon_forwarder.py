@@ -162,6 +162,8 @@ def problems_of(settings: Settings) -> list[str]:
     for name in settings.labels:
         check(not valid_label_name(name), f"labels: {name!r} is no name of a label")
         check(name in OWN_LABELS, f"labels: {name} is the container's")
+        check(re.search("[\ud800-\udfff]", settings.labels[name]),
+              f"labels.{name}: is not Unicode")
     for name in ("include", "exclude"):
         for pattern in getattr(settings, name):
             check(Pattern.read(pattern) is None,
@@ -284,6 +286,9 @@ def read_targets(body: bytes, static: Mapping[str, str]) -> dict[str, Target]:
         if not isinstance(labels, dict) or not all(
                 isinstance(value, str) for value in labels.values()):
             raise DiscoveryError("a target has no labels")
+        # half a surrogate pair is JSON, and no text
+        labels = {name: value.encode("utf-8", "replace").decode()
+                  for name, value in labels.items()}
         instance = labels.get("instance") or labels.get("__meta_triton_machine_id")
         path = labels.get("__metrics_path__", "")
         if not instance or not re.fullmatch(r"/[!-~]*", path):
@@ -2588,7 +2593,7 @@ class Forwarder:
     def deliver(self, scrape: Scrape) -> None:
         """A scrape to each sink."""
         for delivery in self.deliveries.values():
-            delivery.give(scrape)
+            self.server.loop.guarded(delivery.give, (scrape,))      # each by itself
 
     def _use_sinks(self, settings: Settings, once: bool = False) -> None:
         """Start new sinks, stop old ones, restart those that changed."""

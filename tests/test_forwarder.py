@@ -2,6 +2,7 @@
 """The forwarder as a process: what it scrapes, and what it does when sinks fail or it is ended."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -109,6 +110,12 @@ def test_a_container_that_is_silent_is_down_and_one_that_is_gone_says_nothing(
 def test_an_answer_that_is_no_list_of_targets_is_refused(body: bytes) -> None:
     with pytest.raises(DiscoveryError):
         read_targets(body, {})
+
+
+def test_half_a_character_in_an_alias_is_replaced() -> None:
+    target = read_targets(b'[{"labels": {"instance": "a", "__metrics_path__": "/x", '
+                          b'"__meta_triton_machine_alias": "web\\ud800"}}]', {})["a"]
+    assert target.alias == "web?" and target.labels == (("alias", "web?"), ("instance", "a"))
 
 
 def test_targets_are_spread_over_the_interval() -> None:
@@ -505,8 +512,11 @@ def test_smf_start_returns_when_it_listens(tmp_path: Path, keep: Keep) -> None:
     assert started.wait(30) == 0
     assert started.stderr is not None
     wait_until((tmp_path / "x.log").exists)
-    held = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and str(config).encode()
-            in (Path("/proc") / pid / "cmdline").read_bytes()]
+    held = []
+    for words in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(config).encode() in words.read_bytes():
+                held.append(int(words.parent.name))
     for pid in held:
         os.kill(pid, signal.SIGTERM)
     assert b"listening on 127.0.0.1:" in started.stderr.read() and len(held) == 1
