@@ -2770,8 +2770,11 @@ class Doctor:
     def quota(self) -> str:
         """The account may ask as often as it does."""
         answer = self._ask("/v1/fleet/metrics", Skipped("this proxy has no fleet page"))
-        values = {family.name: family.samples[0].value
-                  for family in parse(answer.body.decode("utf-8", "replace")) if family.samples}
+        try:
+            values = {family.name: family.samples[0].value
+                      for family in parse(answer.body.decode()) if family.samples}
+        except (ExpositionError, UnicodeDecodeError) as error:
+            raise Broken(f"the fleet page cannot be parsed: {error}", "tell the operator") from None
         if values.get("cmon_quota_limited") == 1 or self._limited():
             raise Broken(*OVER_QUOTA)
         limit = values.get("cmon_quota_limit")
@@ -2833,7 +2836,7 @@ class Doctor:
             mine = [(str(one["health"]), str(one["scrapeUrl"]), str(one["lastError"]))
                     for one in active if (urllib.parse.urlsplit(one["scrapeUrl"]).hostname or "")
                     .endswith(self.host)]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Broken(f"{base} does not answer as Prometheus does", "check --prometheus-url"
                          ) from None
         if not mine:
@@ -2866,7 +2869,7 @@ class Doctor:
         answer = self.proxy.get(path)
         try:
             date = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-        except (LookupError, ValueError, TypeError):
+        except (LookupError, ValueError, TypeError, OverflowError):
             date = -math.inf
         if not path.startswith("/v1/" + self.chosen.uuid):      # a page has the agent's date
             # an answer may have been made before it was asked for: the latest counts
@@ -2915,7 +2918,8 @@ def doctor(arguments: argparse.Namespace) -> int:
                     "FAIL", str(error))
             except Failure as failure:
                 broken = Broken(str(failure), {
-                    "list": "`cmon.py discover` lists the containers",
+                    "list": "`cmon.py discover` lists the containers" if arguments.container
+                    else "check the URL: is it the proxy's?",
                     "key": "make a certificate with `cmon.py certgen`"}.get(
                         name, "check the files and the URL that the command was given"))
                 word, said = "FAIL", str(failure)

@@ -565,6 +565,68 @@ def failed_collectors(site: Site, flags: Flags, tmp: Path) -> str:
     return "web01"
 
 
+class FakeProxy:
+    """Anything else that speaks TLS with a good certificate."""
+
+    def __init__(self, site: Site, answers: Mapping[str, bytes]) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = answers.get(self.path, b"")
+                self.send_response(200)
+                self.send_header("Date", "Fri, 31 Dec 9999 23:59:59 -2359")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def date_time_string(self, timestamp: Any = None) -> str:
+                return "yesterday"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            def handle_error(self, *_: Any) -> None:        # a client that leaves is no news
+                pass
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(site.folder / "server.pem", site.folder / "server.key")
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"https://localhost:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+LISTED = json.dumps({"containers": [{
+    "vm_alias": "web01", "vm_uuid": "7e39c4fe-1b00-4511-9800-4523b6cac865", "vm_state": "running",
+    "vm_brand": "joyent", "server_uuid": "s"}]}).encode()
+PAGE = "/v1/7e39c4fe-1b00-4511-9800-4523b6cac865/metrics"
+
+
+def fake(site: Site, flags: Flags, answers: Mapping[str, bytes]) -> FakeProxy:
+    proxy = FakeProxy(site, answers)
+    flags["--url"] = proxy.url
+    return proxy
+
+
+@fault("list", "answers, but not as a proxy: is the URL right.\nNext: check the URL")
+def another_service(site: Site, flags: Flags, tmp: Path) -> FakeProxy:
+    return fake(site, flags, {"/v1/discover": b"<html>"})
+
+
+@fault("scrape", "the page of web01 cannot be parsed")
+def page_that_is_none(site: Site, flags: Flags, tmp: Path) -> FakeProxy:
+    return fake(site, flags, {"/v1/discover": LISTED, PAGE: b"<html>\xff"})
+
+
+@fault("quota", "the fleet page cannot be parsed")
+def fleet_page_that_is_none(site: Site, flags: Flags, tmp: Path) -> FakeProxy:
+    return fake(site, flags, {"/v1/discover": LISTED, PAGE: page_of().encode(),
+                              "/v1/fleet/metrics": b"a b c\n"})
+
+
 class FakeAgent:
     """An agent whose figures are as a test says; behind a real proxy."""
 
