@@ -103,7 +103,7 @@ class Recorded:
                             agent.ntp_part(peers, agent.parse_ntp_details(details))])
 
 
-TIME = Part(agent.TIME_TEMPLATE, (1767225600500,))
+TIME = Part(agent.TIME_TEMPLATE, "1767225600500")
 
 
 def families_of(parts: list[Part]) -> list[Family]:

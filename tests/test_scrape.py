@@ -469,14 +469,15 @@ ENDS = {
     "hangs in children that ignore signals": (STUBBORN, "does not end in time"),
     "cannot be run": ("no script, no program\n", ""),
 }
-SHORT = {"collectors": {name: {"timeout": 0.3} for name in COLLECTOR_OF.values()}}
 
 
 @pytest.mark.parametrize("command", list(COLLECTOR_OF))
 @pytest.mark.parametrize("how", list(ENDS))
 def test_a_command_that_fails_costs_its_own_metrics_only(machine: MakeMachine, command: str,
                                                          how: str) -> None:
-    one = machine(start=False, **SHORT)
+    # only what hangs anyway has little time: a machine that is slow must not change the outcome
+    hasty = {COLLECTOR_OF[command]: {"timeout": 0.3}} if how.startswith("hangs") else {}
+    one = machine(start=False, collectors=hasty)
     script, why = ENDS[how]
     one.script(command, script)
     one.start()
@@ -486,7 +487,7 @@ def test_a_command_that_fails_costs_its_own_metrics_only(machine: MakeMachine, c
     page = one.zone() if zone else one.node()
     assert down(page) == {COLLECTOR_OF[command]}, one.agent.log
     assert not down(one.node() if zone else one.zone())
-    log = one.agent.wait_for_log(f"{COLLECTOR_OF[command]} of .* fails: |zfs .*fails: ")
+    log = one.agent.wait_for_log(f"{COLLECTOR_OF[command]} of .* fails: ")
     assert why in log[0].string
     pids = one.commands / "pids"
     if pids.exists():                               # the whole group was killed
