@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import select
 import shutil
 import ssl
 import subprocess
@@ -388,3 +389,79 @@ class Browser:
         path = Path(os.environ.get("CMON_PICTURES", str(self.folder))) / f"{name}.png"
         self.run(url, f"--screenshot={path}", f"--virtual-time-budget={milliseconds}")
         return path
+
+
+class Session:
+    """A page in Chromium, driven over DevTools' pipe: JSON that ends in NUL, on 3 and 4."""
+
+    def __init__(self, browser: Browser, url: str) -> None:
+        need_root()
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        command = [tool("chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
+                   "--disable-dev-shm-usage", "--no-first-run", "--ignore-certificate-errors",
+                   "--disable-background-networking", "--disable-component-update",
+                   f"--user-data-dir={browser.folder / 'session'}", "--window-size=1280,900",
+                   f"--host-resolver-rules=MAP *.{SUFFIX} 127.0.0.1", "--remote-debugging-pipe",
+                   "about:blank"]
+        self._process = subprocess.Popen(
+            [tool("bash"), "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash",
+             tool("unshare"), "-m", "sh", "-c", 'mount --bind "$1" /etc/chromium && shift && '
+             'exec "$@"', "sh", browser.folder / "chromium", *command],
+            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env={**os.environ, "HOME": str(browser.folder / "home")})
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._rest, self._number, self._session = b"", 0, ""
+        self.faults: list[str] = []         # exceptions of the page's script
+        self.requests = 0
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True
+                                  )["sessionId"]
+        for domain in ("Runtime", "Page", "Network"):
+            self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=url)
+
+    def call(self, method: str, **parameters: Any) -> Any:
+        """One command of the protocol and its result."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("method") == "Runtime.exceptionThrown":
+                self.faults.append(json.dumps(answer["params"])[:2000])
+            self.requests += answer.get("method") == "Network.requestWillBeSent"
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _receive(self) -> Any:
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._in], [], [], 60)
+            assert ready, "Chromium does not answer"
+            more = os.read(self._in, 65536)
+            assert more, "Chromium has ended"
+            self._rest += more
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+    def value(self, expression: str) -> Any:
+        """The value of an expression in the page."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True,
+                           awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait_for(self, expression: str) -> Any:
+        """Wait until it is true."""
+        return wait_until(lambda: self.value(expression), expression, 90)
+
+    def close(self) -> None:
+        """End the browser."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)

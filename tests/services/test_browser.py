@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from datacenter import SERVICE, Browser, DataCenter, need_root
+from datacenter import SERVICE, Browser, DataCenter, Session, need_root
 
-from support import NODE, http_get
+from support import NODE, http_get, wait_until
 
 OUTSIDE = re.compile(rb"""(?:src|href|action)\s*=\s*["']?(?:https?:)?//|@import"""
                      rb"""|url\(\s*["']?http""")
@@ -74,3 +74,73 @@ def test_tenants_page_is_a_plain_table_without_script(served: DataCenter) -> Non
 def test_browser_without_a_certificate_is_told_what_is_missing(served: DataCenter) -> None:
     dom = Browser(served).dom(f"https://{SERVICE}:{served.address[1]}/")
     assert "no client certificate" in dom
+
+
+NAMES = ("[...document.querySelectorAll('table[data-scope=zone] tbody tr')]"
+         ".filter(row => !row.hidden).map(row => row.cells[0].textContent)")
+
+
+def test_a_person_sorts_filters_opens_and_comes_back(served: DataCenter) -> None:
+    """And the proxy goes away and comes back; no fault of the script, within what it declares."""
+    page = Session(Browser(served, "alice"), f"https://{SERVICE}:{served.address[1]}/")
+    try:
+        page.wait_for("document.querySelectorAll('td[data-column=cpu] .line[d]').length > 3")
+        assert page.value("document.querySelector('main .static:not(:empty)') !== null")
+        page.value("document.querySelector('thead button[value=name]').click()")
+        names = page.value(NAMES)
+        assert names == sorted(names) and len(names) == len(served.vms("alice")) + 1
+        assert page.value("document.querySelector('th[aria-sort]').textContent") == "Container"
+        page.value("document.querySelector('thead button[value=name]').click()")
+        assert page.value(NAMES) == sorted(names, reverse=True)
+        page.value("(field => { field.value = 'web0'; field.dispatchEvent(new Event('input', "
+                   "{bubbles: true})) })(document.querySelector('input[name=text]'))")
+        assert sorted(page.value(NAMES)) == ["web01", "web02"]
+
+        def hover() -> bool:            # again while what is above the row still moves it
+            x, y = page.value(
+                "(box => [box.left + box.width / 2, box.top + box.height / 2])(document."
+                "querySelector('tr:not([hidden]) td[data-column=cpu] svg')"
+                ".getBoundingClientRect())")
+            page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            return bool(page.value("!document.querySelector('#tip').hidden"))
+        wait_until(hover, "the value under the pointer")
+        assert re.match(r"[\d.]+ % at \d", page.value("document.querySelector('#tip').textContent"))
+        page.value("[...document.querySelectorAll('tbody a')].find("
+                   "link => link.textContent === 'web01').click()")
+        page.wait_for("location.pathname.startsWith('/c/') "
+                      "&& document.querySelector('h2').textContent === 'web01'")
+        page.wait_for("document.querySelectorAll('.verdict.good').length > 3")
+        assert page.value("document.querySelectorAll('figure svg').length") == 8
+        assert page.value("document.querySelector('#missing').textContent")
+        page.value("history.back()")
+        page.wait_for("location.pathname === '/' && document.querySelector('.rows') !== null")
+        assert sorted(page.value(NAMES)) == ["web01", "web02"], "the filter is kept"
+        address = served.address
+        served.proxy.stop()
+        page.wait_for("!document.querySelector('#banner').hidden")
+        assert "has not answered since" in page.value(
+            "document.querySelector('#banner').textContent")
+        served.start_proxy(f"{address[0]}:{address[1]}")
+        page.wait_for("document.querySelector('#banner').hidden")
+        assert page.faults == []
+        assert page.requests < float(page.value("document.body.dataset.perMinute"))
+    finally:
+        page.close()
+
+
+def test_a_certificate_that_is_no_longer_good_is_named_on_the_page(served: DataCenter) -> None:
+    page = Session(Browser(served, "alice"), f"https://{SERVICE}:{served.address[1]}/")
+    try:
+        page.wait_for("document.querySelectorAll('td[data-column=cpu] .line[d]').length > 0")
+        [alice] = [a for a in served.inventory["accounts"] if a["login"] == "alice"]
+        alice["keys"] = []
+        served.write_inventory()
+        page.wait_for("!document.querySelector('#banner').hidden")
+        said = page.value("document.querySelector('#banner').textContent")
+        assert "The proxy refuses this browser: no key of account alice" in said
+        asked = page.requests
+        assert page.value("new Promise(done => setTimeout(() => done(true), 3000))")
+        assert page.requests <= asked + 4, "those in flight, and then it rests"
+        assert page.faults == []
+    finally:
+        page.close()
