@@ -1186,7 +1186,7 @@ def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterat
     finally:
         if recorder is not None:
             recorder.close()
-            print(f"cmon: {done} pages in {arguments.record}", file=sys.stderr)
+            print(f"cmon: {plural(done, 'page')} in {arguments.record}", file=sys.stderr)
     if not done and arguments.replay:
         raise Failure(f"{arguments.replay} has no whole page"
                       + (f" of {arguments.container}" if arguments.container else ""))
@@ -1334,6 +1334,7 @@ TOP_SECONDS = 5.0               # between two rounds
 OFF_SCREEN = 4                  # rounds in which what is off the screen is asked for once
 QUOTA_SHARE = 0.5               # of the account's quota: others of the account ask, too
 READINGS = 60                   # that are kept for a sparkline
+LEAST_DRAW = 0.2                # seconds between two screens, but for keys
 LEAST_SPARK = 8                 # columns of it, before it is worth its place
 SPARKS = "▁▂▃▄▅▆▇█"
 PLAIN_SPARKS = "_.:-=+*#"       # for terminals without the letters
@@ -1570,15 +1571,17 @@ class Top:
 
     # what is shown
 
-    def table(self, rows: Sequence[Row], width: int, now: float) -> list[str]:
-        """Rows with a header; the sparkline takes what is left of the width."""
+    def table(self, rows: Sequence[Row], width: int, now: float, marked: bool = False
+              ) -> list[str]:
+        """Rows with a header; the sparkline takes what is left of the width. `marked`: the column
+        that they are sorted by says so."""
         longest = max(10, min(40, width // 5))
         cells = [[clipped(row.alias, longest),
                   *(amount(row.values.get(column.title), column.unit) for column in TOP_COLUMNS),
                   row.state_words(), seconds_words(row.age(now))] for row in rows]
-        titles = [title + ("▲" if self.reverse else "▼") if title == self.sort else title
-                  for title in TOP_TITLES]
-        drop = [title for word in TOP_DROP for title in titles if title.rstrip("▲▼") == word]
+        mark = sparks()[1][self.reverse] if marked else ""
+        titles = [title + mark * (title == self.sort) for title in TOP_TITLES]
+        drop = [titles[TOP_TITLES.index(title)] for title in TOP_DROP]
         blank = [["-"] * len(titles)]
         for room, words in ((width - 4 - LEAST_SPARK, drop[:2]), (width - 2, drop)):
             lines = fitted(titles, cells or blank, room, words, plain=True)
@@ -1587,7 +1590,7 @@ class Top:
         edge = max(map(cells_of, lines))
         room = min(width - 4 - edge, READINGS)
         if room >= LEAST_SPARK and any(len(row.history) > 2 for row in rows):
-            letters = spark_letters()
+            letters = sparks()[0]
             trends = ["CPU TREND"[:room], *(row.spark(room, letters) for row in rows)]
             lines = [line + " " * (edge - cells_of(line)) + "  " + trend
                      for line, trend in zip(lines, trends)]
@@ -1600,7 +1603,7 @@ class Top:
         when = time.strftime("%H:%M:%S", time.localtime(now))
         title = f"cmon top  {when}  {count} containers  every {self.interval:g} s"
         title += "  PAUSED" if self.paused else ""
-        note = f"/{self.filter}█" if self.typing else self.failure or self.behind or (
+        note = f"/{self.filter}_" if self.typing else self.failure or self.behind or (
             f"filter: {self.filter}" if self.filter else "")
         head = [emphasis(clipped(title, width)), coloured(clipped(note, width), 33)]
         row = self.rows.get(self.selected)
@@ -1624,7 +1627,7 @@ class Top:
         at = order.index(self.selected) if order else 0
         self.first = min(max(self.first, at - room + 1, 0), at)
         rows = self._shown = list(visible[self.first:self.first + room])
-        header, *lines = self.table(rows, width, now)
+        header, *lines = self.table(rows, width, now, marked=True)
         marked = [emphasis("  " + header)]
         for row, line in zip(rows, lines):
             marked.append(coloured(("> " if row.uuid == self.selected else "  ") + line,
@@ -1641,13 +1644,13 @@ def seconds_words(value: float | None) -> str:
         f"{value / 3600:.0f}h"
 
 
-def spark_letters() -> str:
-    """Letters for a sparkline that the terminal has."""
+def sparks() -> tuple[str, str]:
+    """Letters for sparklines and for the order of a column, as far as the terminal has them."""
     try:
         SPARKS.encode(sys.stdout.encoding or "ascii")
-        return SPARKS
+        return SPARKS, "▼▲"
     except (UnicodeEncodeError, LookupError):
-        return PLAIN_SPARKS
+        return PLAIN_SPARKS, "v^"
 
 
 class Asker:
@@ -1805,15 +1808,20 @@ def top(arguments: argparse.Namespace) -> int:
 def top_loop(state: Top, terminal: Terminal, work: Callable[[float], None],
              clock: Callable[[], float]) -> int:
     """Work, draw, wait, until the user has seen enough or the terminal is gone."""
+    drawn, pressed = -math.inf, ""
     try:
         while not state.ended:
-            work(time.monotonic())
-            width, height = screen_size()
-            terminal.draw(state.screen(width, height, clock()))
-            pressed = terminal.wait(1.0)
-            if pressed is None:
+            now = time.monotonic()
+            work(now)
+            if pressed or now - drawn >= LEAST_DRAW:    # not for each page of hundreds
+                drawn = now
+                width, height = screen_size()
+                terminal.draw(state.screen(width, height, clock()))
+            keys = terminal.wait(1.0 if drawn == now else drawn + LEAST_DRAW - now)
+            if keys is None:
                 break
-            state.keys(pressed, clock(), height)
+            pressed = keys
+            state.keys(pressed, clock(), screen_size().lines)
     except OSError:                             # EIO: the terminal is gone
         pass
     return 0
@@ -1962,8 +1970,13 @@ def check_findings(arguments: argparse.Namespace) -> list[Finding]:
                 findings.append(Finding(UNKNOWN, str(failure)))
     state.save()
     if not name and all(finding.status == OK for finding in findings):
-        findings.insert(0, Finding(OK, f"{len(running)} containers"))
+        findings.insert(0, Finding(OK, plural(len(running), "container")))
     return findings
+
+
+def plural(number: int, word: str) -> str:
+    """1 page, 2 pages."""
+    return f"{number} {word}" + "s" * (number != 1)
 
 
 def scraped(proxy: Proxy, container: Container) -> Scrape:

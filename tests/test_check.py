@@ -214,7 +214,7 @@ def test_all_containers_that_run(check: Any, proxy: StandIn) -> None:  # noqa: F
 def test_containers_of_groups(check: Any, proxy: StandIn) -> None:  # noqa: F811
     proxy.answers["/v1/discover?groups=web"] = Answer(
         200, json.dumps({"containers": CONTAINERS[:1]}).encode())
-    assert check("--groups", "web", "load")[1] == "CMON OK: 1 containers, web01 load is 5 | " \
+    assert check("--groups", "web", "load")[1] == "CMON OK: 1 container, web01 load is 5 | " \
                                                   "'web01 load'=5;;"
 
 

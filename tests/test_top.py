@@ -313,7 +313,7 @@ def test_in_a_pipe_it_is_one_table(cloud: Cloud, files: Files) -> None:  # noqa:
     done = inside("top", *connection(cloud.standin, files))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == """\
-NAME    CPU%▼  CPU    MEM%   MEM  NET  DISK    WORST  AGE
+NAME     CPU%  CPU    MEM%   MEM  NET  DISK    WORST  AGE
 web02  90.0 %  0.9  25.0 %  50 B    -     -        -   0s
 web01  10.0 %  0.1  25.0 %  50 B    -     -        -   0s
 db          -    -       -     -    -     -  stopped    -
