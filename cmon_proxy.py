@@ -56,7 +56,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 if sys.version_info < (3, 9):       # a traceback is no answer to that
     sys.exit("cmon_proxy: needs Python 3.9 or later, this is " + sys.version.split()[0])
@@ -2005,6 +2005,21 @@ class ServiceError(Exception):
         self.too_large = too_large
 
 
+T = TypeVar("T")
+
+
+def attempt(work: Callable[..., T], *args: Any) -> tuple[T | None, ServiceError | None]:
+    """What a job gave, or why it failed: a job must end with one of them, else it would be waited
+    for without end."""
+    try:
+        return work(*args), None
+    except ServiceError as error:
+        return None, error
+    except Exception as error:
+        log.exception("%s failed", work.__qualname__)
+        return None, ServiceError(f"{type(error).__name__}: {error}")
+
+
 class Service:
     """One of Triton's HTTP services, for threads that may block."""
 
@@ -2411,16 +2426,7 @@ class Accounts:
 
     def _read(self, login: str) -> None:
         """In a thread of a pool."""
-        account: Account | None = None
-        problem: ServiceError | None = None
-        try:
-            account = read_account(self._service, login)
-        except ServiceError as error:
-            problem = error
-        except Exception:
-            log.exception("reading account %r failed", login)
-            problem = ServiceError("a fault of ours")
-        self._loop.call_soon(self._arrived, login, account, problem)
+        self._loop.call_soon(self._arrived, login, *attempt(read_account, self._service, login))
 
     def _arrived(self, login: str, account: Account | None, problem: ServiceError | None) -> None:
         waiting = self._asking.pop(login, [])
@@ -2601,7 +2607,7 @@ class ChangeFeed:
     `changed` with a VM's uuid."""
 
     def __init__(self, url: str, server: Server, random: Callable[[], float],
-                 connected: Callable[[], object], lost: Callable[[str], object],
+                 connected: Callable[[], object], lost: Callable[[ServiceError | None], object],
                  changed: Callable[[str], object]) -> None:
         self._url, self._server, self._loop = url, server, server.loop
         self._backoff = Backoff(0.5, 60.0, random, 0.5)
@@ -2615,14 +2621,7 @@ class ChangeFeed:
 
     def _follow(self) -> None:
         while not self._server.stopping:
-            problem = ""
-            try:
-                self._follow_once()
-            except ServiceError as error:
-                problem = str(error)
-            except Exception as error:
-                log.exception("following the changefeed failed")
-                problem = f"changefeed: {type(error).__name__}"
+            _, problem = attempt(self._follow_once)
             self._loop.call_soon(self._lost, problem)
             time.sleep(self._backoff.next())
 
@@ -2723,9 +2722,9 @@ class VmReader:
         self.follows = True
         self._due = self._loop.now()
 
-    def feed_ends(self, problem: str) -> None:
+    def feed_ends(self, problem: ServiceError | None) -> None:
         """Changes are not announced any more."""
-        if problem:
+        if problem is not None:
             log.warning("changes are not announced: %s", problem)
         self.follows = False
         self._due = min(self._due, self._loop.now() + self._without_feed)
@@ -2740,16 +2739,7 @@ class VmReader:
 
     def _read_all(self, began: float, gentle: bool) -> None:
         """In the lister's thread."""
-        found: AllVms | None = None
-        problem = ""
-        try:
-            found = self._list(began, gentle)
-        except ServiceError as error:
-            problem = str(error)
-        except Exception as error:
-            log.exception("reading all containers failed")
-            problem = f"vmapi: {type(error).__name__}"
-        self._loop.call_soon(self._all_arrived, found, problem)
+        self._loop.call_soon(self._all_arrived, *attempt(self._list, began, gentle))
 
     def _list(self, began: float, gentle: bool) -> AllVms:
         manta: str | None = None
@@ -2768,14 +2758,14 @@ class VmReader:
             found += [vm for vm in vms if vm is not None]
         return AllVms(*by_owner(found), manta, began)
 
-    def _all_arrived(self, found: AllVms | None, problem: str) -> None:
+    def _all_arrived(self, found: AllVms | None, problem: ServiceError | None) -> None:
         self._reading = False
         now, had = self._loop.now(), len(self._inventory.vms)
         if found is not None and had and not found.vms:
-            problem = str(self._vmapi.wrong("/vms returned an empty list, which is ignored"))
-        if found is None or problem:
+            problem = self._vmapi.wrong("/vms returned an empty list, which is ignored")
+        if found is None or problem is not None:
             log.warning("the inventory stays as it is: %s", problem)
-            self.problem, self._due = problem, now + self._backoff.next()
+            self.problem, self._due = str(problem), now + self._backoff.next()
             return
         if len(found.vms) * 2 < had and self._short < 2:
             # discovery must not lose its targets to a hiccup of VMAPI's store
@@ -2819,23 +2809,16 @@ class VmReader:
 
     def _fetch(self, uuid: str, began: int) -> None:
         """In a fetcher's thread."""
-        vm: Vm | None = None
-        problem = ""
-        try:
-            status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
-            if status == 200:
-                vm = vm_of(record, "Updater", milliseconds())
-        except ServiceError as error:
-            problem = str(error)
-        except Exception as error:
-            log.exception("reading container %s failed", uuid)
-            problem = f"vmapi: {type(error).__name__}"
-        self._loop.call_soon(self._arrived, uuid, vm if vm and vm.uuid == uuid else None, began,
-                             problem)
+        self._loop.call_soon(self._arrived, uuid, began, *attempt(self._fetch_one, uuid))
 
-    def _arrived(self, uuid: str, vm: Vm | None, began: int, problem: str) -> None:
+    def _fetch_one(self, uuid: str) -> Vm | None:
+        status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
+        vm = vm_of(record, "Updater", milliseconds()) if status == 200 else None
+        return vm if vm is not None and vm.uuid == uuid else None
+
+    def _arrived(self, uuid: str, began: int, vm: Vm | None, problem: ServiceError | None) -> None:
         again = self._fetching.pop(uuid, False)
-        if problem:
+        if problem is not None:
             log.warning("container %s cannot be read, all will be read: %s", uuid, problem)
             self._due = min(self._due, self._loop.now() + self._backoff.next())
             return
@@ -2890,23 +2873,18 @@ class NodeReader:
 
     def _read(self) -> None:
         """In the pool's thread."""
-        found: dict[str, Node] | None = None
-        problem = ""
-        try:
-            found = {}
-            for records in self._cnapi.pages("/servers?setup=true&extras=sysinfo",
-                                             lambda count, _: f"&offset={count}"):
-                found.update(nodes_of(records, self._port))
-        except ServiceError as error:
-            problem = str(error)
-        except Exception as error:
-            log.exception("reading the compute nodes failed")
-            problem = f"cnapi: {type(error).__name__}"
-        self._loop.call_soon(self._arrived, found, problem)
+        self._loop.call_soon(self._arrived, *attempt(self._list))
 
-    def _arrived(self, nodes: Mapping[str, Node], problem: str) -> None:
+    def _list(self) -> dict[str, Node]:
+        found: dict[str, Node] = {}
+        for records in self._cnapi.pages("/servers?setup=true&extras=sysinfo",
+                                         lambda count, _: f"&offset={count}"):
+            found.update(nodes_of(records, self._port))
+        return found
+
+    def _arrived(self, nodes: Mapping[str, Node] | None, problem: ServiceError | None) -> None:
         self._reading = False
-        if problem:
+        if nodes is None:
             log.warning("the list of compute nodes stays as it is: %s", problem)
             self._due = self._loop.now() + self._backoff.next()
             return

@@ -619,8 +619,23 @@ def test_a_reading_that_fails_confirms_nothing_and_is_tried_again(readings: Read
     assert readings.inventory.refusal is None and not readings.reader.problem
 
 
+def test_a_fault_of_ours_does_not_stop_the_reading(readings: Readings,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(cmon_proxy, "vm_of", lambda *_: 1 // 0)
+        readings.reader.changed(WEB)
+        readings.go()
+        readings.pass_by(60)
+        readings.go()
+        assert "ZeroDivisionError" in readings.reader.problem
+    readings.stored[WEB] = vm(WEB, BOB)
+    readings.pass_by(60)
+    readings.go()
+    assert readings.inventory.vms[WEB].owner == BOB and not readings.reader.problem
+
+
 def test_without_a_feed_all_are_read_every_minute(readings: Readings) -> None:
-    readings.reader.feed_ends("gone")
+    readings.reader.feed_ends(ServiceError("gone"))
     readings.pass_by(61)
     assert len(readings.jobs) == 1
     readings.go()
