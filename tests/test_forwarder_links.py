@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MPL-2.0
+"""The forwarder's connections to the proxy, on a loop in this process."""
+from __future__ import annotations
+
+import gzip
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+from agents import TLS
+from forwarding import Listening, read_request
+
+import cmon_forwarder as forwarder
+from cmon_agent import Loop
+from cmon_forwarder import Fetcher, ProxySettings, Reply, Settings, client_context
+
+BIG = b"x" * 300_000
+
+
+def http(body: bytes, *lines: str, status: str = "200 OK") -> bytes:
+    head = "".join(line + "\r\n" for line in (f"Content-Length: {len(body)}", *lines))
+    return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + body
+
+
+class Peer(Listening):
+    """Answers each request with the bytes for its path, and closes after those in `ends`."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
+        self.bytes: dict[str, bytes] = {"/big": http(BIG), "/": http(b"ok")}
+        self.ends: set[str] = set()
+        self.paths: list[str] = []
+        super().__init__()
+
+    def serve(self, accepted: socket.socket) -> None:
+        if self.tls is not None:
+            accepted = self.tls.wrap_socket(accepted, server_side=True)
+        with accepted:
+            reader = accepted.makefile("rb")
+            for request in iter(lambda: read_request(reader), None):
+                path = request[1]
+                self.paths.append(path)
+                if path == "/hang":
+                    threading.Event().wait(30)
+                accepted.sendall(self.bytes[path])
+                if path in self.ends:
+                    return
+
+
+@pytest.fixture()
+def peer() -> Iterator[Peer]:
+    one = Peer()
+    yield one
+    one.close()
+
+
+Run = Callable[..., list[Reply]]
+
+
+@pytest.fixture()
+def run() -> Run:
+    def run(fetcher: Fetcher, *paths: str, timeout: float = 10.0) -> list[Reply]:
+        """Replies to requests that are made at once, in the order of the requests."""
+        replies: dict[int, Reply] = {}
+        for place, path in enumerate(paths):
+            fetcher.fetch(path, timeout, lambda reply, place=place: replies.setdefault(
+                place, reply), 1 << 20)
+        fetcher.loop.run(lambda: len(replies) == len(paths))
+        return [replies[place] for place in range(len(paths))]
+    return run
+
+
+def fetcher_of(address: str, scheme: str = "http", most: int = 2,
+               context: ssl.SSLContext | None = None) -> Fetcher:
+    settings = Settings(proxy=ProxySettings(url=f"{scheme}://{address}"), sinks={},
+                        max_in_flight=most)
+    return Fetcher(Loop(), settings, context)
+
+
+def test_connections_are_few_and_kept(peer: Peer, run: Run) -> None:
+    fetcher = fetcher_of(peer.text)
+    for _ in range(3):
+        assert run(fetcher, *["/"] * 20) == [Reply(200, b"ok")] * 20
+    assert peer.connections == 2
+    fetcher.close()
+
+
+@pytest.mark.parametrize("answer, ends, expected", [
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", False, b"ok"),
+    (b"HTTP/1.0 200 OK\r\n\r\nok", True, b"ok"),
+    (http(b"ok", "Connection: close"), True, b"ok"),
+    (http(gzip.compress(b"ok"), "Content-Encoding: gzip"), False, b"ok"),
+    (http(b"no", "Content-Encoding: gzip"), False, "gzip is broken"),
+    (http(gzip.compress(b"0" * (2 << 20)), "Content-Encoding: gzip"), False, "is larger than"),
+    (http(b"half")[:-2], True, "middle of the answer"),
+    (b"", True, "without an answer"),
+    (b"SSH-2.0-OpenSSH\r\n\r\n", False, "not HTTP"),
+    (http(b"ok") + b"more", False, "longer than its"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n", False, "is larger than"),
+])
+def test_answers(peer: Peer, run: Run, answer: bytes, ends: bool, expected: Any) -> None:
+    peer.bytes["/it"] = answer
+    peer.ends = {"/it"} if ends else set()
+    fetcher = fetcher_of(peer.text)
+    for _ in range(2):
+        reply, = run(fetcher, "/it")
+        if isinstance(expected, bytes):
+            assert reply == Reply(200, expected)
+        else:
+            assert reply.status == 0 and expected in reply.problem
+    assert run(fetcher, "/") == [Reply(200, b"ok")]
+    fetcher.close()
+
+
+def test_a_request_that_met_a_closing_connection_is_made_again(peer: Peer, run: Run) -> None:
+    fetcher = fetcher_of(peer.text, most=1)
+    run(fetcher, "/")
+    for _ in range(3):
+        peer.close()                            # as a proxy that restarts
+        peer.open()
+        assert run(fetcher, "/") == [Reply(200, b"ok")]
+    peer.bytes["/gone"], peer.ends = b"", {"/gone"}
+    assert run(fetcher, "/gone")[0].problem     # once more, and no more
+    assert peer.paths.count("/gone") == 2
+    fetcher.close()
+
+
+def test_deadlines_hold_and_free_the_connection(peer: Peer, run: Run) -> None:
+    fetcher = fetcher_of(peer.text, most=1)
+    replies = run(fetcher, "/hang", "/", "/", timeout=0.3)
+    assert replies == [Reply(0, b"", "timed out"), Reply(200, b"ok"), Reply(200, b"ok")]
+    assert fetcher.in_flight == 0
+    fetcher.close()
+
+
+def test_nobody_there_is_said_and_found_again(peer: Peer, run: Run) -> None:
+    peer.close()
+    fetcher = fetcher_of(peer.text)
+    assert [reply.problem for reply in run(fetcher, "/", "/", "/")] == ["connection refused"] * 3
+    peer.open()
+    assert run(fetcher, "/") == [Reply(200, b"ok")]
+    unknown = fetcher_of("no.such.host.invalid:1")
+    assert "does not resolve" in run(unknown, "/", "/")[1].problem
+    for one in (fetcher, unknown):
+        one.close()
+
+
+def test_new_settings_are_followed_and_old_connections_not_kept(peer: Peer, run: Run) -> None:
+    other = Peer()
+    other.bytes["/"] = http(b"other")
+    try:
+        fetcher = fetcher_of(peer.text)
+        run(fetcher, "/", "/")
+        fetcher.use(Settings(proxy=ProxySettings(url=f"http://{other.text}"), sinks={}), None)
+        assert run(fetcher, "/", "/") == [Reply(200, b"other")] * 2
+        assert {link.generation for link in fetcher.links} == {fetcher.generation}
+        fetcher.close()
+    finally:
+        other.close()
+
+
+def test_idle_connections_are_closed(peer: Peer, run: Run, monkeypatch: pytest.MonkeyPatch
+                                     ) -> None:
+    monkeypatch.setattr(forwarder, "IDLE_SECONDS", 0.2)
+    fetcher = fetcher_of(peer.text)
+    run(fetcher, "/")
+    fetcher.loop.run(lambda: not fetcher.links)
+    fetcher.close()
+
+
+def test_pages_of_many_records_come_over_tls(run: Run) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "server.pem", TLS / "server.key")
+    peer = Peer(context)
+    try:
+        fetcher = fetcher_of(f"localhost:{peer.address[1]}", "https",
+                             context=client_context(None, None, TLS / "ca.pem"))
+        for _ in range(2):
+            assert [reply.body for reply in run(fetcher, "/big", "/", "/big", "/big")] == [
+                BIG, b"ok", BIG, BIG]
+        assert peer.connections == 2
+        fetcher.close()
+        for name, trusted, message in (("127.0.0.1", None, "not trusted"),
+                                       ("127.0.0.2", TLS / "ca.pem", "")):
+            strict = fetcher_of(f"{name}:{peer.address[1]}", "https",
+                                context=client_context(None, None, trusted))
+            reply, = run(strict, "/")
+            assert reply.status == 0 and reply.problem and message in reply.problem
+            strict.close()
+    finally:
+        peer.close()
+
+
+def test_a_server_that_speaks_no_tls(peer: Peer, run: Run) -> None:
+    fetcher = fetcher_of(peer.text, "https", context=client_context(None, None, TLS / "ca.pem"))
+    peer.bytes = {}
+    reply, = run(fetcher, "/", timeout=2.0)
+    assert reply.status == 0 and reply.problem
+    fetcher.close()
+
+
