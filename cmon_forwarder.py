@@ -1601,7 +1601,8 @@ def shown(sink: SinkSettings, record: bytes) -> str:
 
 ENTRY = struct.Struct(">IIId")          # bytes of the records, CRC-32, how many, and when
 COVERED = struct.Struct(">Id")          # of the header, the CRC covers these before the records
-CURSOR = struct.Struct(">QQI")          # segment and offset of what comes next, CRC-32 of the two
+# Segment and offset up to which all is delivered; the same of the batch under way; their CRC-32.
+CURSOR = struct.Struct(">QQQQI")
 LENGTH = struct.Struct(">I")
 SEGMENT_BYTES = 8 << 20
 MAX_ENTRY = 1 << 30
@@ -1661,6 +1662,10 @@ class Spool:
         self._writer: int | None = None         # descriptor of the last segment
         self._reader: tuple[int, int] | None = None     # number and descriptor of a segment
         self._head = (0, 0)                     # behind what was taken last
+        self._delivered = (0, 0)                # behind what was settled last
+        # The end of a batch that was under way when an earlier process ended. It is sent again as
+        # it was: a sink that has it may refuse it whole, and with it what else would be in it.
+        self._again: tuple[int, int] | None = None
         self._memory: collections.deque[tuple[bytes, int, float]] = collections.deque()
         self._memory_bytes = 0
         self._held: Batch | None = None
@@ -1679,8 +1684,10 @@ class Spool:
             self._check_form()
             self._cursor = os.open(self.folder / "cursor", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
                                    0o600)
-            self._head = self._read_cursor()
-            self._write_cursor(self._head)      # takes its room now: later the disk may be full
+            self._delivered, under_way = self._read_cursor()
+            self._head = self._delivered
+            self._again = under_way if under_way > self._head else None
+            self._write_cursor(under_way)       # takes its room now: later the disk may be full
             numbers = sorted(int(path.name[:16], 16) for path in self.folder.glob("*.log")
                              if re.fullmatch(r"[0-9a-f]{16}\.log", path.name))
             for number_of in numbers:
@@ -1714,17 +1721,20 @@ class Spool:
         if not mark.exists() or mark.read_text() != self._form:
             mark.write_text(self._form)
 
-    def _read_cursor(self) -> tuple[int, int]:
+    def _read_cursor(self) -> tuple[tuple[int, int], tuple[int, int]]:
         content = os.pread(self._cursor, CURSOR.size, 0)
         if len(content) == CURSOR.size:
-            segment, offset, check = CURSOR.unpack(content)
-            if zlib.crc32(content[:16]) == check:
-                return segment, offset
-        return 0, 0                         # none, or torn by a power failure: all is sent again
+            segment, offset, end_segment, end_offset, check = CURSOR.unpack(content)
+            if zlib.crc32(content[:-LENGTH.size]) == check:
+                return (segment, offset), (end_segment, end_offset)
+        return (0, 0), (0, 0)               # none, or torn by a power failure: all is sent again
 
-    def _write_cursor(self, end: tuple[int, int]) -> None:
-        packed = CURSOR.pack(*end, 0)[:16]
-        os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
+    def _write_cursor(self, under_way: tuple[int, int]) -> None:
+        packed = CURSOR.pack(*self._delivered, *under_way, 0)[:-LENGTH.size]
+        try:
+            os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
+        except OSError as error:            # after a restart some is sent twice
+            log.warning("spool %s: cursor: %s", self.folder, reason_of(error))
 
     def _scan(self, number_of: int) -> _Segment:
         """What a segment of an earlier process holds behind the cursor."""
@@ -1858,6 +1868,7 @@ class Spool:
                         batch = self._take(most_bytes)
                         if batch.records:
                             self._held = batch
+                            self._write_cursor(batch.end)
                             return batch
                         continue
                     self._lock.wait(min(age - past, 1.0))
@@ -1875,10 +1886,8 @@ class Spool:
         with self._lock:
             assert self._held is not None
             end, self._held = self._held.end, None
-            try:
-                self._write_cursor(end)
-            except OSError as error:            # after a restart some is sent twice
-                log.warning("spool %s: cursor: %s", self.folder, reason_of(error))
+            self._delivered = end
+            self._write_cursor(end)
             for segment in [one for one in self._segments if one.number < end[0] or (
                     one.number == end[0] and end[1] >= one.size and one is not self._last())]:
                 self._segments.remove(segment)
@@ -1901,11 +1910,17 @@ class Spool:
         records: Records = []
         oldest = self._oldest or 0.0
         size = 0
+        again, self._again = self._again, None
+
+        def is_full() -> bool:
+            return self._head >= again if again is not None else bool(
+                records) and size >= most_bytes
         for segment in list(self._segments):
             if segment.number < self._head[0]:
                 continue
             offset = self._head[1] if segment.number == self._head[0] else 0
-            while offset < segment.size and (not records or size < most_bytes):
+            self._head = (segment.number, offset)
+            while offset < segment.size and not is_full():
                 found = self._read(segment, offset)
                 if found is None:
                     log.error("spool %s: segment %016x is damaged at %d; the rest of it is "
@@ -1921,10 +1936,11 @@ class Spool:
                 segment.samples -= len(entry_records)
                 size += end - offset
                 offset = end
+                self._head = (segment.number, offset)
             self._head = (segment.number, offset)
             if offset < segment.size:
                 break
-        while self._memory and (not records or size < most_bytes) and not self._on_disk():
+        while self._memory and not is_full() and not self._on_disk():
             entry, samples, _ = self._memory.popleft()
             self._memory_bytes -= len(entry)
             records += self._split(entry[ENTRY.size:])
@@ -2054,6 +2070,7 @@ class Spool:
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between tries
 MOST_RETRY_AFTER = 3600.0
+SILENT_SECONDS = 1.0        # for a sink that has never confirmed a delivery
 GRACE_SECONDS = 3.0         # at the end: how long a delivery that is under way may take
 
 
@@ -2189,6 +2206,8 @@ class StreamTransport:
             with self._connect(deadline) as connection:
                 connection.settimeout(_left(deadline))
                 connection.sendall(self._frame(records))
+                if self._silent:            # it will not tell this time either
+                    deadline = min(deadline, time.monotonic() + SILENT_SECONDS)
                 if not self._confirmed(connection, deadline):
                     if not self._silent:
                         log.warning("%s does not end connections that we have ended: deliveries "

@@ -14,8 +14,10 @@ from agents import TLS
 from forwarding import Listening, read_request
 
 import cmon_forwarder as forwarder
-from cmon_agent import Loop
-from cmon_forwarder import Fetcher, ProxySettings, Reply, Settings, client_context
+from cmon_agent import Loop, Registry
+from cmon_forwarder import (
+    Fetcher, ProxySettings, Reply, Scrape, Scraper, Series, Settings, Target, TargetState,
+    client_context)
 
 BIG = b"x" * 300_000
 
@@ -202,3 +204,36 @@ def test_a_server_that_speaks_no_tls(peer: Peer, run: Run) -> None:
     fetcher.close()
 
 
+
+
+# --- one scrape beside the one before -------------------------------------------------------------
+
+def test_series_end_and_counters_grow(peer: Peer) -> None:
+    delivered: list[Scrape] = []
+    settings = Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={})
+    scraper = Scraper(Loop(), settings, None, delivered.append, Registry())
+    state = TargetState(Target("i", "a", "/x", (("alias", "a"), ("instance", "i"))))
+    head = "# TYPE c counter\n"
+    a, b = Series("c", (("k", "a"),), True), Series("c", (("k", "b"),), True)
+    for page, increases, gone in (
+            ('c{k="a"} 5\nc{k="b"} 1\n', {}, []),
+            ('c{k="a"} 7\n', {a: 2}, [b]),
+            (None, {}, [a]),                            # a scrape that failed
+            ('c{k="a"} 9\nc{k="b"} 4\n', {a: 2, b: 3}, []),
+            ('c{k="a"} 1\nc{k="b"} 4\n', {a: 1, b: 0}, [])):
+        scraper._scraped(state, Reply(503, b"") if page is None else Reply(
+            200, (head + page).encode()))
+        assert (delivered[-1].increases, list(delivered[-1].gone)) == (increases, gone)
+        up = {series.name: value for series, value in delivered[-1].points}["up"]
+        assert up == int(page is not None)
+    scraper.fetcher.close()
+
+
+@pytest.mark.parametrize("page", [b"c{ 5\n", b"c 5", b"\xff 1\n", b"c 1\nc 1\n"])
+def test_a_page_that_is_wrong_is_a_failed_scrape(peer: Peer, page: bytes) -> None:
+    delivered: list[Scrape] = []
+    settings = Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={})
+    scraper = Scraper(Loop(), settings, None, delivered.append, Registry())
+    scraper._scraped(TargetState(Target("i", "a", "/x", ())), Reply(200, page))
+    assert [(series.name, value) for series, value in delivered[0].points][0] == ("up", 0)
+    scraper.fetcher.close()

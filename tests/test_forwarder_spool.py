@@ -93,6 +93,24 @@ def test_a_batch_is_held_until_it_is_settled(make: Any, tmp_path: Path) -> None:
     assert everything(again) == [1, 2]
 
 
+def test_a_batch_that_was_under_way_is_sent_again_as_it_was(make: Any) -> None:
+    spool = make()
+    for number in range(4):
+        put(spool, number, size=100)
+    assert take(spool, 1) == [0]
+    held = spool.take(200, 0.0, STOP)
+    assert held is not None and [int(one) for one in held.records] == [1, 2]
+    for number in range(4, 300):
+        put(spool, number, size=100)
+    for _ in range(2):
+        spool.close()                       # killed twice
+        spool = make()
+        assert spool.take(1 << 20, 0.0, STOP).records == held.records
+    spool.settle()
+    assert take(spool) == list(range(3, 300))
+    assert everything(spool) == []
+
+
 def test_a_batch_waits_for_its_size_or_its_age(make: Any, clock: Clock) -> None:
     spool = make()
     found: list[Batch | None] = []

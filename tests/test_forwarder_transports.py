@@ -341,3 +341,33 @@ def test_what_is_under_way_at_the_end_is_delivered_or_kept(tmp_path: Path, keep:
     wait_until(lambda: [row["value"] for row in server.rows()] == [1, 2])
     again.stop()
     again.join(10)
+
+
+def test_halves_of_a_batch_keep_its_order(tmp_path: Path, keep: Keep) -> None:
+    server = keep(HttpSink())
+    server.default = lambda body: 413 if body.count(b"\n") > 2 else 204
+    delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
+                        tmp_path, 1 << 20)
+    for number in range(30):
+        delivery.give(scrape((GAUGE, number)))
+    delivery.start()
+    wait_until(lambda: delivery.spool.state()[0] == 0)
+    delivery.stop()
+    delivery.join(10)
+    assert [row["value"] for row in server.rows()] == list(range(30))
+
+
+def test_pauses_grow_and_retry_after_is_obeyed(tmp_path: Path, keep: Keep,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    server = keep(HttpSink())
+    server.answers = [500, 500, 500, (429, "Retry-After: 7\r\n"), (503, "Retry-After: x\r\n")]
+    delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
+                        tmp_path, 1 << 20, random=lambda: 0.5)
+    pauses: list[float] = []
+    monkeypatch.setattr(delivery._news, "wait", pauses.append)
+    delivery.give(scrape((GAUGE, 1)))
+    delivery.start()
+    wait_until(lambda: delivery.sent == 1)
+    delivery.stop()
+    delivery.join(10)
+    assert pauses == [1.0, 2.0, 4.0, 7.05, 16.0]
