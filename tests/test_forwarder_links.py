@@ -32,7 +32,7 @@ class Peer(Listening):
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.tls = tls
-        self.bytes: dict[str, bytes] = {"/big": http(BIG), "/": http(b"ok")}
+        self.bytes: dict[str, bytes] = {"/big": http(BIG), "/": http(b"ok"), "/hang": b""}
         self.ends: set[str] = set()
         self.paths: list[str] = []
         super().__init__()
