@@ -309,7 +309,7 @@ class Series(NamedTuple):
 
 
 class Scrape(NamedTuple):
-    """What one scrape of one target has brought; what encoders are given."""
+    """One scrape of one target: the input of encoders."""
     target: Target
     at: int                                 # when it began, milliseconds since 1970
     points: Sequence[tuple[Series, Number]]
@@ -501,7 +501,7 @@ class PageReader:
 
 
 class Reply(NamedTuple):
-    """What a fetch has brought: an answer, or why there is none."""
+    """The result of a fetch: an answer, or why there is none."""
     status: int
     body: bytes
     problem: str = ""
@@ -747,7 +747,7 @@ class Fetcher:
             self._idle.remove(link)
 
     def lost(self, link: Link, problem: str) -> None:
-        """A connection failed; one that had been idle costs its request one more try."""
+        """A connection failed; a request lost on a reused one is retried once."""
         fetch = link.fetch
         again = link.used and not link.begun and not fetch.again
         self._drop(link)
@@ -804,7 +804,7 @@ FORGET_AFTER = 4            # a target keeps values of counters that are away fo
 
 
 class TargetState:
-    """What is remembered of a target from one scrape to the next."""
+    """State of a target from one scrape to the next."""
     __slots__ = ("target", "busy", "started", "began", "values", "live", "removed")
 
     def __init__(self, target: Target) -> None:
@@ -822,7 +822,7 @@ def is_finite(value: Number) -> bool:
 
 
 def offset_of(instance: str, interval: float) -> float:
-    """When in an interval a target is scraped: the same at each start, and spread evenly."""
+    """A target's place in the interval: stable over restarts, spread evenly."""
     digest = hashlib.blake2b(instance.encode(), digest_size=8).digest()
     return interval * (int.from_bytes(digest, "big") / 2 ** 64)
 
@@ -833,7 +833,7 @@ def increase(value: Number, before: Number) -> Number:
 
 
 class Scraper:
-    """Discovers and scrapes; each scrape is handed to `deliver`. All in the loop's thread."""
+    """Discovers and scrapes; each scrape goes to `deliver`. All in the loop's thread."""
 
     def __init__(self, loop: Loop, settings: Settings, context: ssl.SSLContext | None,
                  deliver: Callable[[Scrape], None], registry: Registry,
@@ -1476,7 +1476,7 @@ POSTS = {       # (type, form)
 
 
 def post_url(sink: SinkSettings) -> str:
-    """Where a sink's requests go."""
+    """The URL of a sink's requests."""
     url = sink.url or ""
     parts = urllib.parse.urlsplit(url)
     if sink.type == "influxdb":
@@ -1583,7 +1583,7 @@ def with_defaults(sink: SinkSettings) -> SinkSettings:
 
 
 def encode(sink: SinkSettings, scrape: Scrape) -> Records:
-    """What a sink gets of a scrape."""
+    """A scrape as records for a sink."""
     return SINKS[sink.type].encoders[sink.form](sink, scrape)
 
 
@@ -1651,7 +1651,7 @@ class _Segment:
 
 
 class Spool:
-    """What waits for one sink: appended by the server's thread, taken by the sink's."""
+    """The queue of one sink: the server's thread appends, the sink's thread takes."""
 
     def __init__(self, folder: Path, form: str, limit: int,
                  clock: Callable[[], float] = time.time) -> None:
@@ -1756,7 +1756,7 @@ class Spool:
     # the server's side
 
     def append(self, records: Sequence[bytes], at: float) -> None:
-        """Take what a scrape has brought; never raises, what finds no room is counted."""
+        """Queue the records of a scrape; never raises, drops are counted."""
         if not records:
             return
         body = b"".join([part for record in records
@@ -2040,7 +2040,7 @@ class Spool:
             self._limit = limit
 
     def close(self) -> None:
-        """Nothing is taken or appended any more; what is in memory alone is counted as dropped."""
+        """Close the files; what is in memory only is counted as dropped."""
         with self._lock:
             self._to_disk()
             while self._memory:
@@ -2050,7 +2050,7 @@ class Spool:
             os.close(self._cursor)
 
     def set_aside(self, records: Sequence[bytes], reason: str) -> None:
-        """Keep what a sink refuses for good, with the reason; the oldest of it goes."""
+        """Keep records that a sink refused for good, with the reason; bounded."""
         folder = self.folder / "refused"
         try:
             folder.mkdir(exist_ok=True)
@@ -2270,7 +2270,7 @@ REFUSAL_PAUSE = 0.02                # within which a machine nearby says that no
 
 
 class DatagramTransport:
-    """UDP. Nobody confirms a datagram; that nobody listens is noticed where the network tells."""
+    """UDP: unconfirmed, but a closed port is noticed where ICMP reports it."""
 
     def __init__(self, sink: SinkSettings) -> None:
         self.sink = sink
@@ -2323,7 +2323,7 @@ class DatagramTransport:
 
 
 def _heard(connection: socket.socket, seconds: float) -> None:
-    """Wait, and raise OSError when the network said that nobody listens."""
+    """Wait for ICMP errors; raises OSError when the port is closed."""
     poll = select.poll()                # select() fails beyond 1,024 descriptors
     poll.register(connection, select.POLLIN)
     poll.poll(seconds * 1000)
@@ -2491,7 +2491,7 @@ class Delivery:
                 self.spool.settle()
 
     def _deliver(self, records: Records) -> bool:
-        """Until all is accepted or set aside; False when it is time to stop before that."""
+        """Deliver until all is accepted or set aside; False when stopped before that."""
         work: list[Records] = [records]
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE, self._random)
         while work:
@@ -2562,7 +2562,7 @@ class Delivery:
 
 
 class SinkState(NamedTuple):
-    """What is told of a sink."""
+    """State of a sink, for people and metrics."""
     name: str
     type: str
     sent: int
@@ -2610,7 +2610,7 @@ class Forwarder:
         return lock
 
     def deliver(self, scrape: Scrape) -> None:
-        """A scrape to each sink."""
+        """Give a scrape to each sink."""
         for delivery in self.deliveries.values():
             self.server.loop.guarded(delivery.give, (scrape,))      # each by itself
 
@@ -2674,7 +2674,7 @@ class Forwarder:
         if self.scraper.differences:
             write_counters(self._state_path, self.scraper.counters())
 
-    # what is told
+    # pages and metrics
 
     def states(self) -> list[SinkState]:
         """All sinks as they are now."""
