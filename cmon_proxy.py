@@ -4201,9 +4201,10 @@ class Pages:
         caller.bucket.stale += 1
         caller.bucket.bytes += len(copy.reply.body)
 
+        refusal = caller.bucket.refusal(False).answer()
+
         def make() -> Response:
-            page = copy.page(age)
-            return page if page is not None else caller.bucket.refusal(False).answer()
+            return copy.page(age) or refusal
         return self._builder.answer(request, caller, ("copy", target.uuid, core), (copy.at, age),
                                     make, target=target)
 
@@ -4385,13 +4386,15 @@ class Builder:
             built = build_answer(version, make, packed)
             self._keep(key, built)
             return with_headers(built.status, built.whole, caller.header())
-        build = self._building.get((key, version))
-        if build is None:
-            build = self._queue(key, version, make, packed, caller.account.uuid)
+        known = self._building.get((key, version))
+        build = known or self._queue(key, version, make, packed, caller.account.uuid)
         waiter = Waiter(caller, target, self._proxy.server.now() + BUILD_SECONDS,
                         lambda waiter: refused("too_busy").answer(), build.gone)
         build.waiters.append(waiter)
-        return waiter.later
+        later = waiter.later
+        if known is None and len(self._queues[build.account]) == 1:
+            self._begin(build.account)
+        return later
 
     def _queue(self, key: tuple[object, ...], version: object, make: Callable[[], Response],
                packed: bool, account: str) -> Build:
@@ -4402,9 +4405,23 @@ class Builder:
                       self._proxy.inventory.generation(account), self._proxy.server.now(), [])
         queue.append(build)
         self._building[key, version] = build
-        if len(queue) == 1:
-            self._pool.submit(self._make, build)
         return build
+
+    def _begin(self, account: str) -> None:
+        """Begin the account's first build that somebody waits for; drop those before it."""
+        queue = self._queues[account]
+        while queue:
+            build = queue[0]
+            if build.waiters:
+                try:
+                    self._pool.submit(self._make, build)
+                    return
+                except RuntimeError:            # no thread can be started
+                    for waiter in list(build.waiters):
+                        waiter.finish(refused("too_busy").answer())
+            queue.popleft()
+            del self._building[build.key, build.version]
+        del self._queues[account]
 
     def _make(self, build: Build) -> None:
         """In a thread of the pool."""
@@ -4418,17 +4435,12 @@ class Builder:
 
     def _made(self, build: Build, built: Built) -> None:
         """Keep it, answer all waiters that may still see it, and start the account's next build."""
-        del self._building[build.key, build.version]
-        queue = self._queues[build.account]
-        queue.popleft()
-        while queue and not queue[0].waiters:       # nobody waits for it any more
-            skipped = queue.popleft()
-            del self._building[skipped.key, skipped.version]
-        if queue:
-            self._pool.submit(self._make, queue[0])
-        else:
-            del self._queues[build.account]
         self._keep(build.key, built)
+        if self._building.get((build.key, build.version)) is not build:
+            return                              # given up: its thread came too late
+        del self._building[build.key, build.version]
+        self._queues[build.account].popleft()
+        self._begin(build.account)
         proxy = self._proxy
         outdated = (proxy.server.now() - build.started > BUILD_STALE_SECONDS
                     and proxy.inventory.generation(build.account) != build.generation)

@@ -161,6 +161,21 @@ def test_an_account_with_slow_lists_leaves_a_thread_to_others(house: Any) -> Non
     assert proxy_ is world.proxy and world.settled(waiting).status == 200
 
 
+def test_without_a_thread_a_list_is_refused_and_later_made(house: Any, monkeypatch: Any) -> None:
+    world = house(100)
+
+    def no_more(_thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", no_more)
+        for path in LISTS:
+            later = world.ask(path)
+            assert later.answer is not None and later.answer.status == 503
+    for path in LISTS:
+        assert world.settled(world.ask(path)).status == 200
+    assert not world.proxy._builder._queues and not world.proxy._builder._building
+
+
 def test_the_same_list_is_made_once_for_all_who_wait(house: Any, monkeypatch: Any) -> None:
     world = house(100)
     made: list[int] = []
