@@ -7107,25 +7107,35 @@ class AllZones:
 
 def join_pages(pages: Mapping[str, str]) -> str:
     """Pages of ours as one, families contiguous, each sample with the label `zonename`."""
-    families: dict[str, list[str]] = {}     # the two comment lines -> samples of all zones
+    families: dict[str, tuple[str, list[str]]] = {}     # two comment lines, samples of all zones
     for zone, page in pages.items():
         label = f'zonename="{zone}"'
-        lines: list[str] = []
-        for line in page.splitlines():
+        head, lines = "", list[str]()
+        for line in page.split("\n"):       # splitlines() would end lines within others' labels
             if line.startswith("# HELP "):
                 head = line
-            elif line.startswith("# TYPE "):
-                lines = families.setdefault(f"{head}\n{line}", [])
-            else:
+            elif line.startswith("# TYPE "):    # of several descriptions, the first
+                _, lines = families.setdefault(line.split(" ", 3)[2], (f"{head}\n{line}\n", []))
+            elif line:
                 name, brace, rest = line.partition("{")
-                if brace and "zonename=" in rest:       # what others wrote may have it already
-                    lines.append(line)
-                elif brace:
-                    lines.append(f"{name}{{{label},{rest}")
+                if brace:
+                    lines.append(f"{name}{{{label},{_exported(rest, 'zonename')}")
                 else:
                     name, _, value = line.partition(" ")
                     lines.append(f"{name}{{{label}}} {value}")
-    return "".join(f"{head}\n" + "\n".join(lines) + "\n" for head, lines in families.items())
+    return "".join(head + "\n".join(lines) + "\n" for head, lines in families.values())
+
+
+def _exported(labels: str, name: str) -> str:
+    """Labels that others may have written, as text, with this name given up: Prometheus calls such
+    a label exported_NAME, too."""
+    if name not in labels:
+        return labels
+    fresh, names = name, {other for other, _ in _LABEL_PAIRS.findall(labels)}
+    while fresh in names:
+        fresh = "exported_" + fresh
+    return _LABEL_PAIRS.sub(lambda pair: pair[0] if pair[1] != name else
+                            f'{fresh}="{pair[2]}"', labels)
 
 
 # -- what is said over HTTP

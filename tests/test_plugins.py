@@ -584,6 +584,39 @@ def test_a_tenants_folder_that_is_a_trap_costs_the_text_files_only(machine: Make
     assert down(one.zone(timeout=1.0)) == {"textfile"} and time.monotonic() - began < 5
 
 
+def test_no_tenant_speaks_for_another_zone_on_the_page_of_all(machine: MakeMachine, tenant: Path
+                                                             ) -> None:
+    claims = f'mem_agg_usage{{zonename="{LB01}"}} 0'
+    (tenant / "a.prom").write_text("".join(
+        f"# HELP help{place} a{separator}{claims}\n# TYPE help{place} gauge\nhelp{place} 1\n"
+        f'# TYPE label{place} gauge\nlabel{place}{{a="{separator}{place}"}} 1\n'
+        for place, separator in enumerate("\v\f\r\x1c\x85\u2028\u2029")))
+    (tenant / "b.prom").write_text(
+        "# TYPE busy gauge\n" + f'busy{{a="zonename=",zonename="{LB01}"}} 1\n'
+        + f'busy{{exported_zonename="x",zonename="{LB01}"}} 2\n')
+    one = zone_with_files(machine, tenant, textfiles=True)
+    assert "app_busy" in one.zone()
+    page = one.get("/v1/zones/metrics").text
+    families = {family.name: family for family in agent.parse(page)}
+    assert [sample.value > 0 for sample in families["mem_agg_usage"].samples
+            if ("zonename", LB01) in sample.labels] == [True]
+    app = [sample for name in families if name.startswith("app_")
+           for sample in families[name].samples]
+    assert len(app) == 2 * 7 + 2
+    assert {dict(sample.labels)["zonename"] for sample in app} == {WEB01}
+    assert [dict(sample.labels) for sample in families["app_busy"].samples] == [
+        {"zonename": WEB01, "a": "zonename=", "exported_zonename": LB01},
+        {"zonename": WEB01, "exported_zonename": "x", "exported_exported_zonename": LB01}]
+
+
+def test_one_family_stays_one_when_zones_describe_it_differently() -> None:
+    page = agent.join_pages({
+        WEB01: "# HELP app_a One.\n# TYPE app_a gauge\napp_a 1\n",
+        LB01: '# HELP app_a Two.\n# TYPE app_a counter\napp_a{x="1"} 2\n'})
+    assert page == ("# HELP app_a One.\n# TYPE app_a gauge\n"
+                    f'app_a{{zonename="{WEB01}"}} 1\napp_a{{zonename="{LB01}",x="1"}} 2\n')
+
+
 # --- the platform's own zones ---------------------------------------------------------------------
 
 CORE = base64.b64encode(b'{"isCoreZone": true}').decode()
