@@ -3970,9 +3970,11 @@ def utf8(page: str) -> bytes:
 
 
 def with_headers(status: int, whole: bytes, extra: bytes) -> Prepared:
-    """A whole answer with header lines that are the client's own."""
-    at = whole.index(b"\r\n") + 2
-    whole = b"".join((whole[:at], extra, memoryview(whole)[at:]))
+    """A kept answer with today's date and with header lines that are the client's own."""
+    begin = whole.index(b"\r\nDate: ") + 2
+    end = whole.index(b"\r\n", begin) + 2
+    whole = b"".join((whole[:begin], b"Date: ", http_date().encode(), b"\r\n", extra,
+                      memoryview(whole)[end:]))
     return Prepared(status, whole, whole)
 
 
@@ -4644,6 +4646,11 @@ def html_answer(page: str) -> Response:
     return Response(200, utf8(page), HTML, PAGE_HEADERS)
 
 
+def page_file(prepared: Prepared, request: Request) -> Prepared:
+    """A file of the page, which browsers may keep for a day from its date."""
+    return with_headers(prepared.status, prepared.packed if request.gzip else prepared.plain, b"")
+
+
 Action = Callable[..., Union[Answer, Deferred]]
 
 
@@ -4707,8 +4714,8 @@ class Proxy:
             Route("GET", "/", entered(lists.people, "people")),
             Route("GET", "/c/{name}", entered(lists.container, "people")),
             Route("GET", "/n/{name}", entered(lists.machine, "people")),
-            Route("GET", "/page.css", lambda _request: self._css),
-            Route("GET", "/page.js", lambda _request: self._js),
+            Route("GET", "/page.css", lambda request: page_file(self._css, request)),
+            Route("GET", "/page.js", lambda request: page_file(self._js, request)),
         )
 
     def by_host(self, request: Request) -> tuple[Route, tuple[str, ...]] | None:

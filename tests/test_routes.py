@@ -14,10 +14,10 @@ import pytest
 from agents import (
     BOBS, DB, NODE_1, NODE_2, STOPPED, STRANGE, TLS, WEB, Agent, client_tls, inventory, proxy,
     write_inventory)
-from cmon_agent import Registry, Server
+from cmon_agent import PAGE, Registry, Response, Server, prepare
 from cmon_proxy import (
     InventorySettings, Proxy, REFUSALS, Settings, TlsSettings, make_certificate, make_key,
-    ssh_public_key)
+    ssh_public_key, with_headers)
 from support import Answer, Program, http_get
 
 USERS = ("owner", "other", "limited", "operator", "unknown", "expired", "nobody")
@@ -217,3 +217,13 @@ def test_every_refusal_says_what_why_and_what_next() -> None:
         assert 400 <= status <= 504 and "\n" not in message, code
         assert message[0].islower() or message.startswith("{"), code
         assert ":" in message or "/v1/" in message, f"{code}: what next?"
+
+
+def test_a_kept_answer_has_the_date_at_which_it_is_sent() -> None:
+    """It may have been made an hour ago; a client's clock and cache go by this header."""
+    made = prepare(Response(200, b"x" * 9, PAGE, (("X-A", "b"),))).plain
+    kept = re.sub(rb"Date: [^\r]+", b"Date: Thu, 01 Jan 1970 00:00:00 GMT", made)
+    sent = with_headers(200, kept, b"X-Own: c\r\n").plain
+    assert b"1970" not in sent and sent.count(b"\r\nDate: ") == 1
+    lines = sent.split(b"\r\n")
+    assert b"X-Own: c" in lines and b"X-A: b" in lines and lines[-1] == b"x" * 9
