@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import queue
 import random
 import sys
 import threading
@@ -897,6 +898,51 @@ def test_known_accounts_do_not_wait_behind_strangers(desk: Any) -> None:
     with pytest.raises(Refused):
         accounts.find("stranger")
     assert isinstance(accounts.find("alice"), Deferred) and len(accounts._pool.jobs) == 1
+
+
+def test_a_flood_of_strangers_leaves_mahi_to_those_who_are_known() -> None:
+    """Their look-ups hang; a known account is read all the same, in a thread of its own pool."""
+    go = threading.Event()
+
+    class Slow(Shelf):
+        def get(self, path: str, *more: Any) -> Any:
+            if "stranger" in path:
+                go.wait(30)
+            return super().get(path, *more)
+
+    class Loop(Clock):
+        """Calls of other threads wait for `turn`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: Any = queue.SimpleQueue()
+
+        def call_soon(self, function: Any, *args: Any) -> None:
+            self.calls.put((function, args))
+
+        def turn(self) -> bool:
+            while not self.calls.empty():
+                function, args = self.calls.get()
+                function(*args)
+            return True
+    shelf, clock = Slow(), Loop()
+    accounts = Accounts(shelf, clock)  # type: ignore[arg-type]
+    accounts.find("alice")
+    wait_until(lambda: clock.turn() and len(accounts.known) == 1)
+    clock.at, verdicts = 100.0, []
+    for number in range(200):
+        try:
+            accounts.find(f"stranger{number}", f"10.0.{number}.1")
+            verdicts.append(True)
+        except Refused:
+            verdicts.append(False)
+    assert 64 <= verdicts.count(True) <= 72             # the rest find a full queue
+    later = accounts.find("alice")
+    assert isinstance(later, Deferred)
+    wait_until(lambda: clock.turn() and later.answer)
+    assert later.answer is not None and later.answer.status == 200
+    go.set()
+    wait_until(lambda: clock.turn() and not accounts._asking)
 
 
 def test_each_address_may_look_up_so_many_unknown_logins(desk: Any) -> None:
