@@ -3878,8 +3878,8 @@ USE_BUSY, USE_FULL = 0.8, 0.95      # shares from which a resource is busy, and 
 # are not listed: anything above 0. Infinity: depends on the size of the zone, so it is not judged.
 USE_FROM = {
     "cpu_wait_time": 2e8, "load_average": math.inf, "cpu_info_cpus": math.inf,
-    "net_drops_in_total": 1, "net_drops_out_total": 1, "tcp_listen_drop_count": 0.1,
-    "tcp_listen_drop_Qzero_count": 0.1, "mem_anon_pages_in_total": 10,
+    "net_drops_in_total": 1, "net_drops_out_total": 1, "tcp_listen_drop_count": 1,
+    "tcp_listen_drop_Qzero_count": 1, "mem_anon_pages_in_total": 10,
     "mem_fault_throttle_seconds_total": 0.01, "mem_swap_reserved_bytes": math.inf,
     "tcp_retransmitted_segment_count": 20, "tcp_failed_connection_attempt_count": 1,
     "vfs_wait_length_time_count": 1e9, "vfs_slow_operations_total": 10,
