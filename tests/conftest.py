@@ -14,6 +14,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from nodes import missing_stand_ins  # noqa: E402  (it needs the path)
 from support import Kernel, Program, build_libkstat, node  # noqa: E402  (it needs the path)
 
 # Where this is set, all that tests need has been installed: a skip is then a hole in the net.
@@ -24,6 +25,14 @@ def pytest_configure() -> None:
     """A shell lets what runs in its background ignore SIGINT, and so would all that we start."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionstart() -> None:
+    """One line for a collector whose command nobody has recorded, instead of a failure in each
+    test that looks at a whole page."""
+    missing = missing_stand_ins()
+    if missing:
+        pytest.exit(f"add to examples/make_node.py what these collectors ask for: {missing}", 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from support import (
-    PATIENCE, Address, Answer, Kernel, Program, agent_config, http_get, node, read_answer,
+    NODE, PATIENCE, Address, Answer, Kernel, Program, agent_config, http_get, node, read_answer,
     wait_until)
 
 import cmon_agent as agent
@@ -151,6 +151,20 @@ def placed(module: str, instance: int, name: str, klass: str = "") -> agent.Ref:
     ref = agent.Ref(module, instance, name, klass, 1, 0, 0)
     agent.Index().place(ref)
     return ref
+
+
+def missing_stand_ins() -> list[str]:
+    """What collectors ask for and the recorded node does not have."""
+    host = agent.RecordedHost(str(NODE), agent.Settings())
+    missing = []
+    for collector in (*agent.ZONE_COLLECTORS, *agent.NODE_COLLECTORS):
+        if collector.collect is not None and not collector.foreign:
+            try:
+                collector.collect(agent.Task(host, agent.NODE, 1.0, "zones", lambda work: {},
+                                             time.monotonic))
+            except (agent.CommandError, agent.CollectError) as error:
+                missing.append(f"{collector.name}: {error}")
+    return missing
 
 
 class Clock:
