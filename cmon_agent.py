@@ -6025,7 +6025,7 @@ def reason_of(error: Exception) -> str:
 
 # --- scraping and routes --------------------------------------------------------------------------
 
-PREPARED_SECONDS = 0.1          # how long a whole answer is sent again: its ages are that exact
+PREPARED_SECONDS = 0.5          # how long a whole answer is sent again: its ages are that exact
 WATCH_SECONDS = 0.1             # how often readers of kstats are looked at while they work
 LEAST_LIFETIME = 1.0            # seconds; who asks more often gets the same samples
 INTERVAL_SHARE = 0.8            # of the interval at which one asker comes, so that each finds news
