@@ -169,7 +169,7 @@ def test_a_page_that_does_not_come_is_unknown(answer: Answer, words: str, check:
 @pytest.mark.parametrize("arguments, words", [
     ([], "what is to be checked?"), (["--all", "--proxy"], "not allowed with argument"),
     (["web01", "--nonsense"], "unrecognized arguments: --nonsense"),
-    (["web01", "load", "--timeout", "0"], "invalid seconds value"),
+    (["web01", "load", "--timeout", "0"], "is not a number of seconds"),
     (["nobody"], "no container 'nobody'"), (["db"], "give the UUID"),
     (["--groups", "a,b"], "no container runs in a,b")])
 def test_a_wrong_command_line_is_unknown(arguments: list[str], words: str, check: Any) -> None:
