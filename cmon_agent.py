@@ -2095,9 +2095,12 @@ class Table:
         assert shape is not None            # it was read
         layout = shape.layouts.get(self)
         if layout is None:
-            layout = shape.layouts[self] = layout_of(kstat, [
+            layout = layout_of(kstat, [
                 (row.member, None if row.unit.convert is whole else row.unit.convert)
                 for row in self.metrics])
+            if kstat.type != NAMED and not layout.rows:     # names may be missing, types not
+                raise CollectError(f"{self.collector}: {kstat.ref}: is of type {kstat.type}")
+            shape.layouts[self] = layout
         return layout
 
     def part(self, read: Sequence[Read], context: Any, zone: bytes | None = None) -> Part:
@@ -2242,7 +2245,8 @@ def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> list[Labels]:
     for name in sorted(named):
         match = LINK_NUMBER.fullmatch(name)
         label = "vnic" + match.group(1) if match else name
-        shown[name] = label if holder.setdefault(label, name) == name else name
+        shown[name] = label if holder.setdefault(label, name) == name else \
+            name if name not in holder else prefix + name       # a link that is called vnic0
     nics = context.nics()
     if nics is None:
         return [(("interface", shown[name]),) for name in named]
@@ -3261,6 +3265,7 @@ class CorePage:
         self._helps: dict[str, str] = {}
         self._lines: dict[str, list[str]] = {}  # by family
         self._seen: set[tuple[str, frozenset[tuple[str, str]]]] = set()
+        self._refused: set[tuple[str, str]] = set()     # port, family
         self.problems: list[str] = []
 
     def add(self, source: str, body: bytes) -> None:
@@ -3311,9 +3316,9 @@ class CorePage:
                        for suffix in suffixes if name.endswith(suffix)
                        and self._kinds.get(name[:-len(suffix)]) == kind), name)
         if self._is_taken(name) or self._is_taken(family):
-            problem = f"{source}: {family} is a name that the page has already"
-            if problem not in self.problems:
-                self.problems.append(problem)
+            if (source, family) not in self._refused:
+                self._refused.add((source, family))
+                self.problems.append(f"{source}: {family} is a name that the page has already")
             return
         key = (name, frozenset(pairs))
         if key in self._seen or len(self._seen) >= MAX_CORE_SAMPLES:
@@ -3364,7 +3369,9 @@ def plugin_families(plugin: str, output: str, prom: bool
         option = _OPTION.fullmatch(output.split("\n", 1)[0])
         return families, _ttl(option.group(1)) if option else None, problems
     ttl: float | None = None
-    problems, made = [], dict[str, Family]()
+    problems = []
+    made: dict[str, tuple[str, str, list[Sample]]] = {}     # name -> type, help, samples
+    seen: set[tuple[str, Labels]] = set()
     for index, line in enumerate(output.split("\n", MAX_FOREIGN_LINES)[:MAX_FOREIGN_LINES], 1):
         line = line.rstrip("\r")
         if not line.strip():
@@ -3387,23 +3394,27 @@ def plugin_families(plugin: str, output: str, prom: bool
                 base, brace, _ = name.partition("{")
                 labels, end = _labels(name, len(base) + 1) if brace else ((), len(name))
                 sample, full = Sample(labels, _value(value.strip())), prefix + base
-                family = made.setdefault(full, Family(
-                    full, kind, fields[3] if len(fields) > 3 and fields[3] else base, []))
+                series = (full, tuple(sorted(labels)))      # their order makes no other one
+                family = made.get(full) or (
+                    kind, fields[3] if len(fields) > 3 and fields[3] else base, [])
                 if not valid_metric_name(full) or name[end:]:
                     problem = f"{name[:40]!r} is no name for a metric"
-                elif family.kind != kind:
-                    problem = f"{name[:40]!r} is already a {family.kind}"
-                elif any(labels == one.labels for one in family.samples):
+                elif family[0] != kind:
+                    problem = f"{name[:40]!r} is already a {family[0]}"
+                elif series in seen:
                     problem = f"{name[:40]!r} is duplicated"
+                elif len(seen) >= MAX_FOREIGN_SAMPLES:
+                    problem = f"more than {MAX_FOREIGN_SAMPLES} samples"
                 elif not all(valid_label_name(label) for label, _ in labels):
                     problem = f"{name[:40]!r}: a label's name is reserved"
                 else:
-                    made[full] = family._replace(samples=[*family.samples, sample])
+                    seen.add(series)
+                    made.setdefault(full, family)[2].append(sample)
             except ExpositionError as error:
                 problem = str(error)
         if problem:
             problems.append(f"line {index}: {problem}")
-    return [family for family in made.values() if family.samples], ttl, problems
+    return [Family(name, *family) for name, family in made.items()], ttl, problems
 
 
 def textfile_families(name: str, content: str) -> tuple[list[Family], list[str]]:
@@ -3544,7 +3555,10 @@ def collect_zones(task: Task) -> Found:
     output = task.host.run("zoneadm", ZONEADM_COMMAND, task.timeout)
     if output.status:
         raise CollectError(f"zoneadm list: {_last_line(output)}")
-    return part_of(zone_states(parse_zoneadm(output.stdout)))
+    zones = parse_zoneadm(output.stdout)
+    if not zones:                           # the global zone is always there
+        raise CollectError("zoneadm list: no line has 7 fields")
+    return part_of(zone_states(zones))
 
 
 LEAST_PORT_SECONDS = 0.2        # for a core zone's port after others have used the time up
@@ -3604,10 +3618,12 @@ def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found
     if output.status:
         raise CollectError(f"{plugin.path}: exit {output.status}: {_last_line(output)}")
     found, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
-    families = [family for family in found if not family.name.startswith(others)
-                and not is_ours(family.name, task.zone == NODE)]
-    problems += [f"{family.name} is a name that the page has already" for family in found
-                 if family not in families]
+    families: list[Family] = []
+    for family in found:
+        if family.name.startswith(others) or is_ours(family.name, task.zone == NODE):
+            problems.append(f"{family.name} is a name that the page has already")
+        else:
+            families.append(family)
     return Brought(foreign(families), [f"{plugin.path}: {problem}" for problem in problems], ttl)
 
 
@@ -6362,6 +6378,8 @@ class KstatParts:
             self._labels[key] = vm.nics
         elif key not in self._labels and not vms.absent:
             problem = vms.problem
+            if len(self._unlabelled) > 20_000:
+                self._unlabelled.clear()
             if problem or not vms.answered:             # it is away: it may know when it is back
                 self._unlabelled[key] = now
             if now - self._unlabelled.setdefault(key, now) < NICS_SECONDS:
@@ -7141,7 +7159,8 @@ def _exported(labels: str, name: str) -> str:
 # -- what is said over HTTP
 
 HEALTHY = "Container Monitor agent is healthy."
-OUR_NAMES = {node: frozenset(row["name"] for row in metadata() if row["scope"] == scope)
+OUR_NAMES = {node: frozenset(row["name"] + suffix for row in metadata() if row["scope"] == scope
+                             for suffix in ("", *SUFFIXES.get(row["type"], ())))
              for node, scope in ((True, "node"), (False, "zone"))}
 
 

@@ -259,7 +259,7 @@ LINKS: list[tuple[str, tuple[str, ...], dict[str, tuple[str, str]] | None, list[
      ['{interface="net0"}', '{interface="vnic0"}']),
     ("a link without a number", ("z7_uplink",), None, ['{interface="uplink"}']),
     ("a link that looks like a label", ("z7_eth0", "z7_vnic0"), None,
-     ['{interface="vnic0"}', '{interface="vnic0"}'][:1]),
+     ['{interface="vnic0"}', '{interface="z7_vnic0"}']),
     ("a link of two digits", ("z7_net10", "z7_net2"), None,
      ['{interface="vnic10"}', '{interface="vnic2"}']),
     ("a link of another zone's number", ("z77_net0",), None, ['{interface="z77_net0"}']),
@@ -507,6 +507,16 @@ ZONEADM = """\
 8:upstream:running:/zones/up:13:ipkg:excl
 bad line
 """
+
+
+@pytest.mark.parametrize("output", ["", "-:broken\n", "zoneadm: cannot tell\n"])
+def test_zoneadm_without_a_zone_is_a_failure(output: str) -> None:
+    class Said:
+        def run(self, *_: Any) -> agent.Output:
+            return agent.Output(0, output, "")
+    with pytest.raises(CollectError, match="zoneadm list"):
+        agent.collect_zones(agent.Task(Said(), agent.NODE, 1.0, "zones",  # type: ignore[arg-type]
+                                       lambda work: {}, lambda: 0.0))
 
 
 def test_zoneadm() -> None:

@@ -376,6 +376,15 @@ def test_io_and_vminfo_are_taken_from_their_structures() -> None:
     assert shown["disk_running_operations"] == "12"
 
 
+def test_a_kstat_of_another_type_is_a_failure_and_not_empty() -> None:
+    memory = Memory()
+    memory.header("memory_cap", 3, "z", IO, bytes(agent.IO_DATA.size), 1)
+    handle = Handle(memory)         # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(agent.CollectError, match="memory_cap:3:z: is of type 3"):
+            agent.MEMCAP.part([handle.read(handle.index.zones[3][0])], None)
+
+
 def test_only_caps_of_zones_belong_to_zones() -> None:
     index = index_of(("caps", 5, "cpucaps_zone_5"), ("caps", 5, "nprocs_zone_5"),
                      ("caps", 5, "cpucaps_project_5"), ("tcp", 5, "tcpstat"))

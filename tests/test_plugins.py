@@ -222,10 +222,14 @@ def test_a_name_that_the_page_has_already_is_refused_with_a_reason(machine: Make
         "c.prom": "printf '# TYPE memory_free_bytes gauge\nmemory_free_bytes 1\n"
                   "# TYPE c_metrics_timer_seconds gauge\nc_metrics_timer_seconds 1\n"
                   "# TYPE h_sum gauge\nh_sum 2\n# TYPE shared gauge\nshared 2\n"
-                  "# TYPE other gauge\nother 3\n'"})
-    for name in "abc":
+                  "# TYPE other gauge\nother 3\n'",
+        "d.prom": "printf '# TYPE collector_time_total_seconds_count gauge\n"
+                  "collector_time_total_seconds_count{service=\"cmon-agent\"} 0\n"
+                  "# TYPE fourth gauge\nfourth 4\n'"})
+    for name in "abcd":
         page = page_with(one, f"plugin_{name}")
     found = samples(page)
+    assert found["fourth"] == 4 and page.count("\ncollector_time_total_seconds_count{") == 1
     assert not down(page) and found["mine"] == found["shared_sum"] == 1 and found["other"] == 3
     assert found["memory_free_bytes"] > 1
     assert page.count("# TYPE shared gauge\n") == page.count("# TYPE h_sum gauge\n") + page.count(
@@ -252,6 +256,19 @@ END"""})
         'plugin_mako_instructions{storageId="2.stor",kind="a b"} 6',
         "plugin_mako_instructions 9"]
     assert one.own('cmon_agent_input_problems_total{source="plugin_mako"}') == 3
+
+
+def test_the_order_of_labels_makes_no_other_series() -> None:
+    [family], _, problems = agent.plugin_families(
+        "p", 'm{a="1",b="2"}\tgauge\t1\nm{b="2",a="1"}\tgauge\t2\n', False)
+    assert [sample.value for sample in family.samples] == [1]
+    assert len(problems) == 1 and "duplicated" in problems[0]
+
+
+def test_a_plugin_of_lines_is_bounded() -> None:
+    families, _, problems = agent.plugin_families(
+        "p", "".join(f"m{number}\tgauge\t1\n" for number in range(10_001)), False)
+    assert len(families) == 10_000 and problems == ["line 10001: more than 10000 samples"]
 
 
 @pytest.mark.parametrize("output, prom, ttl", [
