@@ -18,6 +18,7 @@ from support import EXAMPLES, ROOT, Address, Program, free_port, http_get, wait_
 from test_forwarder_sinks import answers, get_json, need, start_influx
 
 TARGETS = int(os.environ.get("CMON_TARGETS", 150))     # by hand: 3000
+INTERVAL = max(TARGETS // 200, 3)
 
 
 @pytest.fixture()
@@ -101,7 +102,8 @@ def test_three_collectors_with_a_shard_each_bring_every_series_once(tmp_path: Pa
             need("victoria-metrics"), f"-storageDataPath={tmp_path}/store",
             f"-httpListenAddr=127.0.0.1:{store}", "-memory.allowedBytes=64MB"))
         wait_until(lambda: answers(store, "/health"))
-        with proxy(tmp_path, host_prefix="") as door:
+        with proxy(tmp_path, host_prefix="", quota={"per_minute": 10 ** 6, "burst": 10 ** 6,
+                                                       "hard_per_minute": 10 ** 6}) as door:
             def example(name: str, shard: str) -> Path:
                 text = (EXAMPLES / name).read_text()
                 for before, after in (
@@ -110,14 +112,14 @@ def test_three_collectors_with_a_shard_each_bring_every_series_once(tmp_path: Pa
                          f"{TLS}/new_rsa.pem"),
                         ("alice-key.pem", f"{TLS}/client.key"), ("shard=1/3", f"shard={shard}"),
                         ("store.example:8428", f"127.0.0.1:{store}"),
-                        ("scrape_interval: 15s", "scrape_interval: 3s")):
+                        ("scrape_interval: 15s", f"scrape_interval: {INTERVAL}s")):
                     text = text.replace(before, after)
                 text = re.sub(r"(?m)^( *)(ca_file.*)\nINDENT", r"\1\2\n\1", text)
                 path = tmp_path / name
                 path.write_text(text)
                 return path
             programs.append(Program.forwarder(config(
-                tmp_path, door.address, shard="1/3", interval=3, sinks={
+                tmp_path, door.address, shard="1/3", interval=INTERVAL, sinks={
                     "store": {"type": "remote_write", "url": f"http://127.0.0.1:{store}"}})))
             programs.append(Program(
                 need("vmagent"), f"-promscrape.config={example('vmagent.yml', '2/3')}",
