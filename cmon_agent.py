@@ -1665,7 +1665,8 @@ class Course(NamedTuple):
         """From [seconds, value] pairs; raises ValueError."""
         times = tuple(float(point[0]) for point in points)
         values = tuple(float(point[1]) for point in points)
-        if len(times) < 2 or times[0] != 0 or list(times) != sorted(set(times)):
+        if len(times) < 2 or times[0] != 0 or list(times) != sorted(set(times)) or not all(
+                map(math.isfinite, times + values)):
             raise ValueError("the times of a load's points must ascend from 0")
         sums = [0.0]
         for index in range(1, len(times)):
@@ -1701,13 +1702,16 @@ class Recording:
                 raise ValueError(f"format {content['format']!r} is not known, only 1")
             frames = content["frames"]
             first = float(frames[0]["at"])
+            if not all(math.isfinite(float(frame["at"])) for frame in frames):
+                raise ValueError("the time of a frame is not a number")
             self.frames = [self._frame(frame, first) for frame in frames]
             self._load: dict[str, dict[str, Course]] = {}
             for row in content.get("load", ()):
                 key = f"{row['module']}:{row['instance']}:{row['name']}"
                 self._load.setdefault(key, {})[str(row["member"])] = Course.of(row["points"])
             self._keys = [dict(self._keyed(frame)) for frame in self.frames if self._load]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError
+                ) as error:
             raise ConfigError(f"{path}: not a capture of `cmon_agent.py capture`: "
                               + (f"{error} is missing" if isinstance(error, KeyError) else
                                  str(error))) from None
@@ -1791,6 +1795,8 @@ class Recording:
                 data[member] = value + int((end - value) * share)
         for member, course in self._load.get(str(ref), {}).items():
             level, grown = course.at(elapsed)
+            if not isinstance(data.get(member), (int, float)):
+                continue                # another platform's, or a typing mistake
             data[member] = int(data[member] + grown if (ref.module, member) in COUNTER_MEMBERS
                                else level)
 
@@ -7521,6 +7527,10 @@ class _Loader:
             kind = typing.get_args(wanted)[0]
             return base(self.convert(item, kind, f"{where}[{index}]")
                         for index, item in enumerate(value))
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            self.wrong(where, "must be without NUL and lone surrogates, not "
+                       + json.dumps(value)[:60])
+            return None
         if base is Path and isinstance(value, str) and value:
             return self.folder / value
         if base is float and type(value) is int and abs(value) < 1 << 63:
@@ -7836,7 +7846,13 @@ def known_collectors(value: Mapping[str, CollectorSettings]) -> str | None:
 
 def is_http(value: str) -> str | None:
     """A check for URLs."""
-    return None if re.fullmatch(r"http://[^/?#\s]+/?", value) else "must be http://HOST:PORT"
+    try:
+        parts = urllib.parse.urlsplit(value)
+        good = bool(re.fullmatch(r"http://[^/?#\s]+/?", value) and parts.hostname) \
+            and parts.port != 0
+    except ValueError:                      # brackets, or the port
+        good = False
+    return None if good else "must be http://HOST:PORT"
 
 
 @dataclass(frozen=True)

@@ -485,7 +485,8 @@ def test_a_load_moves_gauges_and_adds_to_counters_from_second_to_second(tmp_path
     assert set(before) == set(keys), "the load is of kstats that the node has"
 
 
-@pytest.mark.parametrize("points", [[], [[0, 1]], [[1, 1], [2, 1]], [[0, 1], [0, 2]], [["x", 1]]])
+@pytest.mark.parametrize("points", [[], [[0, 1]], [[1, 1], [2, 1]], [[0, 1], [0, 2]], [["x", 1]],
+                                    [[0, 1], ["inf", 1]], [[0, 1], [1, "nan"]]])
 def test_a_load_that_makes_no_sense_is_refused(points: Any, tmp_path: Path) -> None:
     path = tmp_path / "capture.json"
     path.write_text(json.dumps({**node(), "load": [
@@ -507,6 +508,12 @@ BAD_CAPTURES = {
     '{"format": 1, "host": {}, "frames": []}': "not a capture",
     '{"format": 1, "host": {}, "frames": [{"at": "x"}]}': "not a capture",
     '{"format": 1, "host": {}, "frames": [7]}': "not a capture",
+    '{"format": 1, "host": {}, "frames": [{"at": 1e400, "kstats": [], "commands": {}, "vms": []}]}':
+        "the time of a frame",
+    '{"format": 1, "host": {}, "frames": [{"at": "nan", "kstats": [], "commands": {}, "vms": []}]}':
+        "the time of a frame",
+    '{"format": 1, "host": {}, "frames": [{"at": 1, "kstats": [{"module": "m", "instance": 1e400, '
+    '"name": "x", "class": "", "type": 1, "crtime": 0}]}]}': "not a capture",
     '{"format": 1, "host": {}, "frames": [{"at": 1, "kstats": [{}], "commands": {}, "vms": []}]}':
         "not a capture",
     '{"format": 1, "host": {}, "frames": [{"at": 2, "kstats": [], "commands": {}, "vms": []}, '
