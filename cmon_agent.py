@@ -41,6 +41,7 @@ import datetime
 import difflib
 import errno
 import functools
+import hashlib
 import heapq
 import html
 import http.client
@@ -85,7 +86,7 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 __version__ = "1.0.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
-    "Backoff", "Breaker",
+    "Backoff", "BASE_CSS", "Breaker",
     "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line", "CommandLine",
     "complain",
     "ConfigError", "COUNTER",
@@ -100,7 +101,7 @@ __all__ = [     # what the other programs import
     "MAX_BODY", "MAX_JSON_BYTES", "metadata",
     "Number", "number",
     "one_of",
-    "PAGE", "parse", "parse_address", "Pool", "prepare", "Prepared",
+    "PAGE", "page_headers", "parse", "parse_address", "plain_page", "Pool", "prepare", "Prepared",
     "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
     "render", "Request", "Response", "Route", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "start_logging",
@@ -5725,6 +5726,71 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                    labelled("result", self._handshakes)),
         ]
 
+
+# What all pages for people have in common. A page without script or files is plain_page().
+BASE_CSS = """\
+:root { color-scheme: light dark; --back: #fff; --card: #f6f7f9; --text: #1c2128; --dim: #5c6670;
+  --line: #d7dce2; --link: #0550ae; --good: #1a7f37; --warn: #8a5a00; --bad: #b3261e;
+  --bad-back: #fdecea; --warn-back: #fff6e0; --ink: #2563a8; --grid: #e4e8ec; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14171b; --card: #1d2126; --text: #e3e6ea; --dim: #9aa4ae; --line: #363d45;
+    --link: #79b8ff; --good: #57c37a; --warn: #e0b252; --bad: #ff8a80; --bad-back: #3a1b1a;
+    --warn-back: #33290f; --ink: #6fb1f5; --grid: #2a3037; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem;
+  background: var(--back); color: var(--text); }
+h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1.25rem; margin: 1rem 0 .3rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+h1 a { color: inherit; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; align-items: baseline;
+  border-bottom: 1px solid var(--line); padding-bottom: .5rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 0; padding: 0;
+  list-style: none; color: var(--dim); font-size: .9rem; }
+.dim, small { color: var(--dim); } small { font-size: .82rem; }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+code, pre { font: 12.5px/1.5 ui-monospace, monospace; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; font-weight: normal; }
+thead th { vertical-align: bottom; white-space: nowrap; font-size: .88rem; }
+tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem; }
+@media (max-width: 44rem) {
+  body { padding: .6rem; }
+  .rows thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden; }
+  .rows tr { display: grid; grid-template-columns: 1fr 1fr; gap: .1rem .8rem;
+    padding: .5rem .2rem; border-bottom: 1px solid var(--line); }
+  .rows td, .rows th { display: block; border-bottom: 0; padding: .1rem 0;
+    max-width: none; }
+  .rows tr > :first-child { grid-column: span 2; } .rows td:empty { display: none; }
+  .rows td[data-title]::before { content: attr(data-title) " "; color: var(--dim);
+    font-size: .8rem; } }
+"""
+
+
+def page_headers(sources: str) -> tuple[tuple[str, str], ...]:
+    """Headers of a page for people, which loads nothing but what `sources` allows."""
+    return (("Content-Security-Policy", f"default-src 'none'; {sources}; base-uri 'none'; "
+             "form-action 'none'; frame-ancestors 'none'"), ("Referrer-Policy", "no-referrer"),
+            ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+
+
+def plain_page(title: str, facts: Iterable[str], main: str) -> Response:
+    """A page for people: `facts` are text, `main` is HTML."""
+    digest = base64.b64encode(hashlib.sha256(BASE_CSS.encode()).digest()).decode()
+    items = "</li><li>".join(map(html.escape, facts))
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width"><style>{BASE_CSS}</style></head>
+<body><header><h1><a href="/">{html.escape(title)}</a></h1>
+<ul class="facts"><li>{items}</li></ul></header>
+<main>
+{main}</main></body></html>
+"""
+    return Response(200, page.encode("utf-8", "replace"), HTML,
+                    page_headers(f"style-src 'sha256-{digest}'"))
+
 # --- client [kit] ---------------------------------------------------------------------------------
 
 MAX_BODY = 16 << 20             # bytes of an answer that our clients accept
@@ -7274,8 +7340,8 @@ class Agent:
         def listed(result: Any) -> None:
             zones = {} if isinstance(result, Exception) else result[0]
             problem = str(result) if isinstance(result, Exception) else ""
-            scraper.server.loop.call_soon(lambda: later.finish(Response(
-                200, overview_page(scraper, zones, problem).encode(), HTML, PAGE_HEADERS)))
+            scraper.server.loop.call_soon(
+                lambda: later.finish(overview_page(scraper, zones, problem)))
         scraper.submit(Job(read_zones, listed))
         return later
 
@@ -7293,21 +7359,7 @@ def read_opts(word: str) -> bool:
     return bool(opts["isCoreZone"])
 
 
-PAGE_HEADERS = (("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"),
-                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-                ("Cache-Control", "no-store"))
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}
-h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse;width:100%}
-th,td{text-align:left;padding:.25em .8em .25em 0;border-bottom:1px solid #ddd;vertical-align:top}
-td.n,th.n{text-align:right}code{font-size:.92em}a{color:#0550ae}.bad{color:#b42318}
-.facts{display:flex;flex-wrap:wrap;gap:.4em 2.5em;padding:0;list-style:none}.dim{color:#667}
-@media(prefers-color-scheme:dark){body{background:#16181c;color:#ddd}th,td{border-color:#383c44}
-a{color:#79b8ff}.bad{color:#ff8a80}.dim{color:#99a}}
-"""
-
-
-def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> str:
+def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> Response:
     """What the agent does, for people: zones with their ages, what is broken, the budget."""
     escape, now = html.escape, scraper.server.now()
     vms, governor = scraper.host.vms.vms, scraper.governor
@@ -7321,40 +7373,50 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> s
         ages = [now - cell.at for cell in cells
                 if cell.found is not None and not cell.collector.shared]
         bad = sorted({cell.collector.name for cell in cells if cell.why})
-        rows.append(
-            f"<tr><td>{escape(vm.alias) if vm and vm.alias else '<span class=dim>?</span>'}</td>"
-            f"<td><a href='/v1/{zone}/metrics'><code>{zone}</code></a></td>"
-            f"<td>{escape(vm.brand) if vm else ''}</td><td class=n>{zone_id}</td>"
-            f"<td class=n>{f'{min(ages):.0f} s' if ages else '<span class=dim>not asked</span>'}"
-            f"</td><td class=bad>{escape(', '.join(bad))}</td></tr>")
-    broken = [f"<tr><td>{escape(where)}</td><td>{escape(cell.collector.name)}</td>"
-              f"<td>{escape(cell.why)}</td><td class=n>{now - cell.tried:.0f} s</td>"
-              f"<td>{'stopped for a while' if cell.is_stopped else 'tried on'}</td></tr>"
-              for where, cell in scraper.broken()]
-    budget = scraper.settings.cpu_budget
-    info = scraper.sysinfo
-    facts = (
-        ("compute node", f"{info.hostname or '?'} {info.uuid}"),
-        ("zones", str(len(rows))), ("kstats", str(scraper.kstats.chain_length)),
-        ("CPU used", f"{governor.used:.2%} of one"),
-        ("budget", "none" if budget is None else f"{budget:.2%} of one"),
-        ("lifetimes stretched", f"{governor.stretch:.1f} times"),
-        ("blocked reads", str(scraper.kstats.blocked)),
-        ("vminfod", scraper.host.vms.problem or "followed"), ("version", __version__),
-        *([("this is a replay of", str(scraper.host.path))]
-          if isinstance(scraper.host, RecordedHost) else []))
-    body = "".join(f"<li><span class=dim>{escape(name)}</span> {escape(value)}</li>"
-                   for name, value in facts)
-    trouble = ("<h2>What fails now</h2><table><tr><th>Page<th>Collector<th>Why<th class=n>Since a "
-               "try<th>State</tr>" + "".join(broken) + "</table>") if broken else ""
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width="
-            f"device-width'><title>Container Monitor agent</title><style>{STYLE}</style>"
-            f"<h1>Container Monitor agent</h1><ul class=facts>{body}</ul>"
-            + (f"<p class=bad>{escape(problem)}</p>" if problem else "")
-            + "<p><a href='/v1/gz/metrics'>compute node</a> · <a href='/v1/zones/metrics'>all zones"
-            "</a> · <a href='/metrics'>the agent itself</a> · <a href='/v1/metadata'>what the "
-            f"metrics mean</a></p>{trouble}<h2>Zones</h2><table><tr><th>Alias<th>Zone<th>Brand"
-            "<th class=n>Id<th class=n>Age<th>Fails</tr>" + "".join(rows) + "</table></html>\n")
+        rows.append(page_row(
+            f'<a href="/v1/{zone}/metrics">{escape(vm.alias) if vm and vm.alias else zone}</a>',
+            (("zone", f"<code>{zone}</code>"), ("id", str(zone_id)),
+             ("brand", escape(vm.brand) if vm else ""),
+             ("age", f"{min(ages):.0f} s" if ages else '<span class="dim">not scraped</span>'),
+             ("fails", f'<span class="bad">{escape(", ".join(bad))}</span>' if bad else ""))))
+    broken = [page_row(escape(where), (
+        ("collector", escape(cell.collector.name)),
+        ("why", f'<span class="bad">{escape(cell.why)}</span>'),
+        ("tried", f"{now - cell.tried:.0f} s ago"),
+        ("next", "stopped for a while" if cell.is_stopped else "tries again")))
+        for where, cell in scraper.broken()]
+    budget, info = scraper.settings.cpu_budget, scraper.sysinfo
+    facts = [f"compute node {info.hostname or '?'} {info.uuid}", f"version {__version__}",
+             f"zones {len(rows)}", f"kstats {scraper.kstats.chain_length}",
+             f"CPU used {governor.used:.2%} of one",
+             "no CPU budget" if budget is None else f"budget {budget:.2%} of one",
+             f"lifetimes stretched {governor.stretch:.1f} times",
+             f"blocked reads {scraper.kstats.blocked}",
+             f"vminfod {scraper.host.vms.problem or 'followed'}"]
+    if isinstance(scraper.host, RecordedHost):
+        facts.insert(0, f"this is a replay of {scraper.host.path}")
+    trouble = broken and ("<h2>What fails now</h2>\n" + page_table(
+        ("page", "collector", "why", "tried", "next"), broken))
+    return plain_page("Container Monitor agent", facts, (
+        f'<p class="bad" role="alert">{escape(problem)}</p>' if problem else "") + f"""\
+<p><a href="/v1/gz/metrics">Compute node</a> · <a href="/v1/zones/metrics">all zones</a> ·
+<a href="/metrics">the agent itself</a> · <a href="/v1/metadata">what the metrics mean</a></p>
+{trouble or ""}<h2>Zones</h2>
+{page_table(("alias", "zone", "id", "brand", "age", "fails"), rows)}""")
+
+
+def page_row(first: str, cells: Iterable[tuple[str, str]]) -> str:
+    """A row of HTML; on a phone each cell carries its title."""
+    return f'<tr><th scope="row">{first}</th>' + "".join(
+        [f'<td data-title="{title}">{cell}</td>' if cell else "<td></td>"
+         for title, cell in cells]) + "</tr>\n"
+
+
+def page_table(titles: Iterable[str], rows: Iterable[str]) -> str:
+    """A table of the rows."""
+    head = "".join([f'<th scope="col">{title}</th>' for title in titles])
+    return (f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>\n{"".join(rows)}'
+            "</tbody></table>\n")
 
 # --- logging and settings [kit] -------------------------------------------------------------------
 

@@ -64,13 +64,13 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
-        COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM, USE_FULL,
-        USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
+        BASE_CSS, COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM,
+        USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
         ConfigError, Deferred, Family, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
         Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least, call,
         command_line, complain, gunzip, http_date, is_address, is_ip, load_settings, log, one_of,
-        parse_address, prepare, read_json, register_process_metrics, render, run_daemon,
-        scrape_deadline, setting, text)
+        page_headers, parse_address, plain_page, prepare, read_json, register_process_metrics,
+        render, run_daemon, scrape_deadline, setting, text)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must lie beside "
              "cmon_proxy.py")
@@ -4883,10 +4883,7 @@ def _is_own_name(host: str) -> bool:
 ROWS_SHOWN = 75                 # a row has up to 350 bytes; the page stays below 40 kB
 POLLS_PER_MINUTE = 600.0        # at most, and at most a tenth of the account's quota
 MOST_LISTED = 200               # containers on the page of a compute node
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-PAGE_HEADERS = (("Content-Security-Policy", CSP), ("Referrer-Policy", "no-referrer"),
-                ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+PAGE_HEADERS = page_headers("script-src 'self'; style-src 'self'; connect-src 'self'")
 
 
 def use_rules() -> str:
@@ -5089,7 +5086,7 @@ def node_page(node: Node, up: bool, rows: Sequence[Vm], granted: Grant,
 
 def page_files() -> Iterator[tuple[str, str]]:
     """Name and text of what the pages load, as it is sent."""
-    yield "page.css", compact(PAGE_CSS)
+    yield "page.css", compact(BASE_CSS + PAGE_CSS)
     yield "page.js", f"const RULES={use_rules()};\n{compact(PAGE_JS)}"
 
 
@@ -5100,28 +5097,6 @@ def compact(source: str) -> str:
 
 
 PAGE_CSS = r"""
-:root { color-scheme: light dark; --back: #fff; --card: #f6f7f9; --text: #1c2128; --dim: #5c6670;
-  --line: #d7dce2; --link: #0550ae; --good: #1a7f37; --warn: #8a5a00; --bad: #b3261e;
-  --bad-back: #fdecea; --warn-back: #fff6e0; --ink: #2563a8; --grid: #e4e8ec; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171b; --card: #1d2126; --text: #e3e6ea; --dim: #9aa4ae; --line: #363d45;
-    --link: #79b8ff; --good: #57c37a; --warn: #e0b252; --bad: #ff8a80; --bad-back: #3a1b1a;
-    --warn-back: #33290f; --ink: #6fb1f5; --grid: #2a3037; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem;
-  background: var(--back); color: var(--text); }
-h1 { font-size: 1.15rem; margin: 0; } h2 { font-size: 1.25rem; margin: 1rem 0 .3rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
-h1 a { color: inherit; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-header { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; align-items: baseline;
-  border-bottom: 1px solid var(--line); padding-bottom: .5rem; }
-.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 0; padding: 0;
-  list-style: none; color: var(--dim); font-size: .9rem; }
-.dim, small { color: var(--dim); } small { font-size: .82rem; }
-.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
-code, pre { font: 12.5px/1.5 ui-monospace, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); padding: .7rem; overflow-x: auto; }
 [hidden] { display: none !important; }
 .banner, #summary { border-left: 4px solid var(--line); background: var(--card);
@@ -5136,14 +5111,9 @@ label { font-size: .85rem; color: var(--dim); }
 input, select, button { font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: 4px; padding: .2rem .5rem; display: block; }
 button { cursor: pointer; } form p { margin: 0 0 0 auto; font-size: .85rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; font-weight: normal; }
-thead th { vertical-align: bottom; white-space: nowrap; font-size: .88rem; }
 thead button { border: 0; background: none; padding: 0; font-weight: 600; }
 thead [aria-sort] button::after { content: " ▾"; }
 thead [aria-sort=ascending] button::after { content: " ▴"; }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem; }
 tr[data-level="3"] { background: linear-gradient(90deg, var(--bad-back), transparent 60%); }
 tr[data-level="2"] { background: linear-gradient(90deg, var(--warn-back), transparent 60%); }
 tr[data-level] > :first-child { border-left: 4px solid transparent; padding-left: .6rem; }
@@ -5172,19 +5142,12 @@ figcaption b { font-variant-numeric: tabular-nums; }
 .use td { width: 28%; } .use ul { margin: 0; padding: 0; list-style: none; font-size: .88rem; }
 .use .verdict { font-weight: 600; }
 @media (max-width: 44rem) {
-  body { padding: .6rem; }
-  .rows thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden; }
-  .rows tr { display: grid; grid-template-columns: 1fr 1fr; gap: .1rem .8rem;
-    padding: .5rem .2rem; border-bottom: 1px solid var(--line); }
-  .rows td, .rows th { display: block; border-bottom: 0; padding: .1rem 0;
-    max-width: none; }
   .rows .wide { display: none; }
-  .rows tr > :first-child, .rows td[data-column=trouble] { grid-column: span 2; }
-  .rows td:empty, .use thead { display: none; } .use tr, .use th, .use td { display: block; }
+  .rows td[data-column=trouble] { grid-column: span 2; max-width: none; }
+  .rows td[data-column=trouble]::before { content: none; }
+  .use thead { display: none; } .use tr, .use th, .use td { display: block; }
   .use td { border: 0; padding: 0 0 .2rem .8rem; } .use td:empty { display: none; }
   .use td::before { content: attr(data-cell) " "; color: var(--dim); }
-  .rows td[data-title]:not([data-column=trouble])::before { content: attr(data-title) " ";
-    color: var(--dim); font-size: .8rem; }
   td svg { width: 100%; } .use td { width: auto; }
   .charts { grid-template-columns: 1fr; } }
 """
@@ -6319,14 +6282,11 @@ WARN_DAYS = (30.0, 7.0, 1.0)    # before the server's certificate ends
 
 def landing(_request: Request) -> Answer:
     """The page of `admin_listen`."""
-    return Response(200, f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Container Monitor proxy</title></head>
-<body><h1>Container Monitor proxy {__version__}</h1>
-<p><a href="/metrics">own metrics</a> · <a href="/-/healthy">healthy</a> ·
+    return plain_page("Container Monitor proxy", (f"version {__version__}",), """\
+<p><a href="/metrics">Own metrics</a> · <a href="/-/healthy">healthy</a> ·
 <a href="/-/ready">ready</a></p>
 <p>Tenants use the other address, <code>listen</code>, with their certificates.</p>
-</body></html>
-""".encode(), HTML, PAGE_HEADERS)
+""")
 
 
 class ServerCertificate:

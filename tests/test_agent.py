@@ -58,7 +58,7 @@ ROUTES = [
     ("GET", "/v1/metadata", {}, 200, "["),
     ("GET", "/-/healthy", {}, 200, "Container Monitor agent is healthy.\n"),
     ("GET", "/-/ready", {}, 200, "Container Monitor agent is ready.\n"),
-    ("GET", "/", {}, 200, "<!doctype html>"),
+    ("GET", "/", {}, 200, "<!DOCTYPE html>"),
     ("GET", f"/v1/{UNKNOWN}/metrics", {}, 404, MISSING),
     ("GET", f"/vms/{UNKNOWN}/metrics", {}, 404, MISSING),
     ("GET", f"/v1/{STOPPED}/metrics", {}, 404, f"no zone {STOPPED} runs"),
@@ -794,7 +794,7 @@ def test_a_capture_that_cannot_be_made_is_one_line(kernel: Callable[..., Kernel]
                                                    ) -> None:
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
     done = captured(one, tmp_path / "nowhere" / "x.json", "--frames", "1")
-    assert done.returncode == 1 and "cannot capture: No such file" in done.stderr
+    assert done.returncode == 1 and "cannot write" in done.stderr
     one.kernel.faults(("fail-open", "13"))
     done = captured(one, tmp_path / "x.json", "--frames", "1")
     assert done.returncode == 1 and "cannot capture: kstat_open: permission denied" in done.stderr

@@ -2,7 +2,9 @@
 """The page for people: small, closed, escaped, whole without script."""
 from __future__ import annotations
 
+import base64
 import gzip
+import hashlib
 import html
 import re
 from html.parser import HTMLParser
@@ -10,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cmon_agent import USE
+from cmon_agent import BASE_CSS, USE, page_headers, plain_page
 from agents import ALICE, NODE_1, TLS, uuid, vm
 from cmon_proxy import (
-    CSP, PAGE_CSS, PAGE_JS, ROWS_SHOWN, Account, FleetRow, Grant, Identity, LastScrape, Node,
-    QuotaBucket, QuotaSettings, compact, container_page, first_certificate, node_page, page_files,
-    people_page, quota_limits_of, vm_of)
+    PAGE_CSS, PAGE_HEADERS, PAGE_JS, ROWS_SHOWN, Account, FleetRow, Grant, Identity, LastScrape,
+    Node, QuotaBucket, QuotaSettings, compact, container_page, first_certificate, node_page,
+    page_files, people_page, quota_limits_of, vm_of)
 
 EVIL = "<script>alert('&\"x')</script>"
 
@@ -96,9 +98,23 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline(kind: str) -> None:
 
 
 def test_script_and_style_come_from_here_alone() -> None:
-    assert "unsafe" not in CSP and "*" not in CSP and "default-src 'none'" in CSP
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", PAGE_JS + PAGE_CSS)
+    policy = dict(PAGE_HEADERS)["Content-Security-Policy"]
+    assert "unsafe" not in policy and "*" not in policy and "default-src 'none'" in policy
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(",
+                         PAGE_JS + BASE_CSS + PAGE_CSS)
     assert "innerHTML" not in PAGE_JS and "eval" not in PAGE_JS
+
+
+def test_a_page_without_files_allows_its_own_style_alone() -> None:
+    """That of the agent and that of `admin_listen`; the colours are those of the tenants' page."""
+    page = plain_page(f"An {EVIL}", [EVIL], "<p>text</p>\n")
+    style, = re.findall("<style>(.*?)</style>", page.body.decode(), re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert dict(page.headers) == dict(page_headers(f"style-src 'sha256-{digest}'"))
+    assert "script" not in Outline(page.body.decode()).tags
+    css = dict(page_files())["page.css"]
+    for rule in re.findall("(?m)^[^ @].*{", style):
+        assert rule in css
 
 
 @pytest.mark.parametrize("kind", ["overview", "container", "node"])
