@@ -273,7 +273,7 @@ def test_no_job_is_lost_when_a_reader_is_given_up_between_two() -> None:
     # It idles, but `watch` has seen it busy: it is given up, and must end nevertheless.
     old = readers._active
     assert old is not None
-    old.doing = agent.PendingCall("tcp:5:tcp", readers.now() - 1.0)
+    old.doing = ("tcp:5:tcp", readers.now() - 1.0)
     readers.watch()
     readers.submit(agent.Job(lambda reader: 1, done.append))
     wait_until(lambda: done == [0, 1])

@@ -137,7 +137,8 @@ def node(kernel: Callable[..., Kernel], tmp_path: Path, recorded_node: dict[str,
 
 def kstats_less(recorded_node: dict[str, Any], *modules: str) -> list[dict[str, Any]]:
     """The recorded node's kstats without some modules."""
-    return [one for one in recorded_node["frames"][0]["kstats"] if one["module"] not in modules]
+    return [dict(one) for one in recorded_node["frames"][0]["kstats"]
+            if one["module"] not in modules]
 
 
 # --- a node that is right -------------------------------------------------------------------------
