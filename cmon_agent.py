@@ -3631,6 +3631,8 @@ def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found
             problems.append(f"{family.name} is a name that the page has already")
         else:
             families.append(family)
+    if problems and not families:
+        raise CollectError(f"{plugin.path}: no line can be used: {problems[0]}")
     return Brought(foreign(families), [f"{plugin.path}: {problem}" for problem in problems], ttl)
 
 

@@ -306,6 +306,8 @@ def test_a_plugin_that_failed_is_tried_again_after_its_lifetime(
 
 LONG = f"sleep 1000.{os.getpid()}"       # to be found again among all processes
 FAILS = {
+    "prints garbage": ("echo 'Segmentation fault'; head -c 300 /dev/zero",
+                       "no line can be used: line 1: 1 fields"),
     "exits with 3": ("echo 'x\tgauge\t1'; echo broken >&2; exit 3", "exit 3: broken"),
     "is killed": ("kill -9 $$", "exit -9"),
     "hangs": (f"exec {LONG}", "does not end in time"),
