@@ -101,7 +101,8 @@ __all__ = [     # what the other programs import
     "MAX_BODY", "MAX_JSON_BYTES", "metadata",
     "Number", "number",
     "one_of",
-    "PAGE", "page_headers", "parse", "parse_address", "plain_page", "Pool", "prepare", "Prepared",
+    "PAGE", "page_headers", "page_row", "page_table", "parse", "parse_address", "plain_page",
+    "Pool", "prepare", "Prepared",
     "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
     "render", "Request", "Response", "Route", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "start_logging",
@@ -5793,6 +5794,20 @@ def plain_page(title: str, facts: Iterable[str], main: str) -> Response:
     return Response(200, page.encode("utf-8", "replace"), HTML,
                     page_headers(f"style-src 'sha256-{digest}'"))
 
+
+def page_row(first: str, cells: Iterable[tuple[str, str]]) -> str:
+    """A row of HTML; on a phone each cell carries its title."""
+    return f'<tr><th scope="row">{first}</th>' + "".join(
+        [f'<td data-title="{title}">{cell}</td>' if cell else "<td></td>"
+         for title, cell in cells]) + "</tr>\n"
+
+
+def page_table(titles: Iterable[str], rows: Iterable[str]) -> str:
+    """A table of the rows."""
+    head = "".join([f'<th scope="col">{title}</th>' for title in titles])
+    return (f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>\n{"".join(rows)}'
+            "</tbody></table>\n")
+
 # --- client [kit] ---------------------------------------------------------------------------------
 
 MAX_BODY = 16 << 20             # bytes of an answer that our clients accept
@@ -7405,20 +7420,6 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
 <a href="/metrics">the agent itself</a> · <a href="/v1/metadata">what the metrics mean</a></p>
 {trouble or ""}<h2>Zones</h2>
 {page_table(("alias", "zone", "id", "brand", "age", "fails"), rows)}""")
-
-
-def page_row(first: str, cells: Iterable[tuple[str, str]]) -> str:
-    """A row of HTML; on a phone each cell carries its title."""
-    return f'<tr><th scope="row">{first}</th>' + "".join(
-        [f'<td data-title="{title}">{cell}</td>' if cell else "<td></td>"
-         for title, cell in cells]) + "</tr>\n"
-
-
-def page_table(titles: Iterable[str], rows: Iterable[str]) -> str:
-    """A table of the rows."""
-    head = "".join([f'<th scope="col">{title}</th>' for title in titles])
-    return (f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>\n{"".join(rows)}'
-            "</tbody></table>\n")
 
 # --- logging and settings [kit] -------------------------------------------------------------------
 

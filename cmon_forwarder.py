@@ -62,12 +62,12 @@ try:
     # The agent is the one file that must run alone, so it carries the kit that we share.
     from cmon_agent import (
         Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
-        Family, GAUGE, HISTOGRAM, HTML, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
+        Family, GAUGE, HISTOGRAM, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
         READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server,
         __version__, at_least, command_line, complain, gunzip, gzip, is_address, label_text,
-        load_settings, log, number, one_of, parse, parse_address, reason_of,
-        register_process_metrics, render, run_daemon, setting, start_logging, stop_logging, text,
-        valid_label_name, valid_metric_name)
+        load_settings, log, number, one_of, page_row, page_table, parse, parse_address, plain_page,
+        reason_of, register_process_metrics, render, run_daemon, setting, start_logging,
+        stop_logging, text, valid_label_name, valid_metric_name)
 except ImportError as import_error:
     sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must lie beside "
              "cmon_forwarder.py")
@@ -2561,6 +2561,10 @@ class Delivery:
 # --- main -----------------------------------------------------------------------------------------
 
 
+# Columns of the page for people, after the sink's name.
+SINK_TITLES = ("type", "sent", "spooled", "dropped", "refused", "oldest", "state")
+
+
 class SinkState(NamedTuple):
     """State of a sink, for people and metrics."""
     name: str
@@ -2728,19 +2732,16 @@ class Forwarder:
             503, "no targets yet: the proxy has not answered")
 
     def _overview(self, _request: Request) -> Answer:
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in (
-                state.name, state.type, state.sent, state.spooled, state.dropped, state.refused,
-                f"{state.oldest:.0f} s", state.problem or "delivers")) + "</tr>\n"
-            for state in self.states())
-        return Response(200, f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Container Monitor forwarder</title></head>
-<body><h1>Container Monitor forwarder</h1>
-<p>{len(self.scraper.targets)} containers · <a href="/metrics">metrics</a></p>
-<table><tr><th>sink</th><th>type</th><th>sent</th><th>spooled</th><th>dropped</th><th>refused</th>
-<th>oldest</th><th>state</th></tr>
-{rows}</table></body></html>
-""".encode(), HTML)
+        rows = [page_row(html.escape(state.name), [
+            (title, html.escape(str(cell))) for title, cell in zip(SINK_TITLES, (
+                state.type, state.sent, state.spooled, state.dropped, state.refused,
+                f"{state.oldest:.0f} s", state.problem or "delivers"))])
+            for state in self.states()]
+        return plain_page("Container Monitor forwarder", (
+            f"version {__version__}", f"{len(self.scraper.targets)} containers"), f"""\
+<p><a href="/metrics">Own metrics</a> · <a href="/-/healthy">healthy</a> ·
+<a href="/-/ready">ready</a></p>
+{page_table(("sink", *SINK_TITLES), rows)}""")
 
 
 def spool_of(settings: Settings) -> Path:

@@ -249,7 +249,7 @@ def test_dead_and_slow_sinks_delay_nobody(tmp_path: Path, keep: Keep) -> None:
         assert own(program, "sink_spool_oldest_seconds", sink="dead") > 0
         page = http_get(program.address, "/").text
         for name in ("hanging", "slow", "mute", "dead", "h"):
-            assert f"<td>{name}</td>" in page
+            assert f'<th scope="row">{name}</th>' in page
         assert "connection refused" in page
         # it has all, although it never ends its side
         program.wait_for_log("does not end connections that we have ended")
