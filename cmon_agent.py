@@ -83,7 +83,7 @@ from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeV
 if sys.version_info < (3, 9):       # a traceback is no answer to that
     sys.exit("cmon_agent: needs Python 3.9 or later, this is " + sys.version.split()[0])
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
     "Backoff", "BASE_CSS", "Breaker",
