@@ -2393,7 +2393,6 @@ ZONE_VFS = Table("zone_vfs", "zone_vfs", "*", (
     counter("vfs_delay_seconds_total", "delay_time", US,
             "Time that operations were delayed for the sake of other zones."),
 ), zone=by_instance)
-ZONE_TABLES = (CPUCAP, *LIMITS, LINK, MEMCAP, TCP, VCPU, ZONE_MISC, ZONE_VFS)
 
 # -- of the compute node
 
@@ -2616,8 +2615,6 @@ METASLAB = Table("zpool", "zfs_metaslab_group", "*", (
     counter("metaslab_group_unloads", "unloads", COUNT, "Space maps that were unloaded."),
 ), ("pool", "vdev_guid"), each(lambda kstat: (
     ("pool", str(kstat.data.get("spa_name", ""))), ("vdev_guid", kstat.ref.name))))
-NODE_TABLES = (ARCSTATS, CPU_INFO, CPU_UTIL, DISK, NODE_LINK, NODE_LOAD, MEMORY, PROC, SWAP,
-               METASLAB)
 
 
 def _made(kind: str, name: str, unit: Unit, help_text: str, source: str) -> Metric:
@@ -3688,6 +3685,9 @@ NODE_COLLECTORS = (             # in page order
     Collector("zpool", collect_zpool, 30.0, (METASLAB,), ZPOOL, timeout=20.0),
     TIME,
 )
+ZONE_TABLES, NODE_TABLES = (
+    tuple([table for collector in collectors for table in collector.tables])
+    for collectors in (ZONE_COLLECTORS, NODE_COLLECTORS))
 TABLES = (*ZONE_TABLES, GUESTS, *NODE_TABLES)
 WANTED = wanted_of(TABLES)      # what the index keeps of the chain
 

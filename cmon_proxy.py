@@ -55,6 +55,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, TypeVar, Union
 
@@ -296,16 +297,17 @@ REFUSALS: dict[str, tuple[int, str]] = {
                  "happens often"),
     "too_busy": (503, "too busy: try again in a second"),
 }
-_RETRY = {"inventory_not_ready": "5", "inventory_too_old": "60", "accounts_unreachable": "5",
-          "node_silent": "30", "node_refused": "5", "node_unknown": "30", "node_busy": "5",
-          "node_error": "30", "too_busy": "1"}
+# Retry-After of each 503, in seconds
+RETRY_SECONDS = 5
+_RETRY = {"inventory_too_old": 60, "node_silent": 30, "node_unknown": 30, "node_error": 30,
+          "too_busy": 1}
 
 
 def refused(code: str, *headers: tuple[str, str], **fields: Any) -> Refused:
     """A refusal of the table; what a client sent stands in it with its odd characters escaped."""
     status, message = REFUSALS[code]
-    if code in _RETRY:
-        headers += (("Retry-After", _RETRY[code]),)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers += (("Retry-After", str(_RETRY.get(code, RETRY_SECONDS))),)
     shown = {name: value if isinstance(value, (int, float)) else
              str(value).encode("unicode_escape").decode()[:200] for name, value in fields.items()}
     return Refused(status, message.format(**shown), *headers, code=code)
@@ -6013,6 +6015,7 @@ setInterval(() => {                         // no row moves under the pointer or
 # others four times a second what accounts have used: together they keep to one quota, but for what
 # all of them admit in that quarter of a second.
 
+FamiliesPage = Callable[[Iterable[Family]], Response]       # made from a whole proxy's metrics
 EXCHANGE_SECONDS = 0.25
 METRICS_SECONDS = 2.0               # a worker that does not answer in time is left out
 WORKER_GRACE_SECONDS = 15.0         # longer than the server's own grace time
@@ -6199,7 +6202,7 @@ class Workers:
         return len(self._workers) == self._count and all(
             worker.ready for worker in self._workers.values())
 
-    def metrics(self, own: list[Family]) -> Deferred:
+    def gather(self, own: list[Family], make: FamiliesPage) -> Deferred:
         """A page about the whole proxy."""
         self._serial += 1
         serial, waiting = self._serial, set(self._workers)
@@ -6207,7 +6210,7 @@ class Workers:
 
         def page() -> Response:
             self._asked.pop(serial, None)
-            return Response(200, render(summed(found)).encode(), PAGE)
+            return make(summed(found))
         later = Deferred(self._server.now() + METRICS_SECONDS, page)
         self._asked[serial] = (waiting, found, lambda: later.finish(page()))
         for worker in self._workers.values():
@@ -6280,11 +6283,32 @@ def interpreter_command() -> list[str]:
 WARN_DAYS = (30.0, 7.0, 1.0)    # before the server's certificate ends
 
 
+def metrics_page(families: Iterable[Family]) -> Response:
+    """The proxy's own metrics."""
+    return Response(200, render(families).encode(), PAGE)
+
+
+# What operators may ask for at `admin_listen`: each page is made from the metrics of the whole
+# proxy, so that one process and several answer alike.
+ADMIN_PAGES: dict[str, FamiliesPage] = {"/metrics": metrics_page}
+
+
+def admin_routes(gather: Callable[[FamiliesPage], Answer | Deferred], is_ready: Action
+                 ) -> tuple[Route, ...]:
+    """The routes of `admin_listen`; `gather` calls a page with the metrics."""
+    def route(path: str, page: FamiliesPage) -> Route:
+        return Route("GET", path, lambda request: gather(page))
+    pages = [route(*item) for item in ADMIN_PAGES.items()]
+    return (*pages, Route("GET", "/-/healthy", lambda request: text(200, "OK")),
+            Route("GET", "/-/ready", is_ready), Route("GET", "/", landing))
+
+
 def landing(_request: Request) -> Answer:
     """The page of `admin_listen`."""
-    return plain_page("Container Monitor proxy", (f"version {__version__}",), """\
-<p><a href="/metrics">Own metrics</a> · <a href="/-/healthy">healthy</a> ·
-<a href="/-/ready">ready</a></p>
+    links = " ·\n".join(f'<a href="{path}">{path}</a>'
+                        for path in (*ADMIN_PAGES, "/-/healthy", "/-/ready"))
+    return plain_page("Container Monitor proxy", (f"version {__version__}",), f"""\
+<p>{links}</p>
 <p>Tenants use the other address, <code>listen</code>, with their certificates.</p>
 """)
 
@@ -6375,11 +6399,8 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
         return server, proxy
     listen(parse_address(settings.listen))
     if settings.admin_listen is not None:
-        def metrics(_request: Request) -> Answer:
-            return Response(200, render(registry.families()).encode(), PAGE)
-        server.listen(parse_address(settings.admin_listen), (
-            Route("GET", "/metrics", metrics), Route("GET", "/-/healthy", proxy.ping),
-            Route("GET", "/-/ready", proxy.is_ready), Route("GET", "/", landing)), None, "admin")
+        server.listen(parse_address(settings.admin_listen), admin_routes(
+            lambda page: page(registry.families()), proxy.is_ready), None, "admin")
     return server, proxy
 
 
@@ -6395,19 +6416,12 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
                       [*interpreter_command(), os.path.abspath(__file__), *arguments])
     registry.collect(workers.families)
     if settings.admin_listen is not None:
-        def metrics(_request: Request) -> Deferred:
-            return workers.metrics(registry.families())
-
-        def ping(_request: Request) -> Answer:
-            return text(200, "OK")
-
         def ready(_request: Request) -> Answer:
             if not workers.ready:
                 raise refused("inventory_not_ready")
             return text(200, "OK")
-        server.listen(parse_address(settings.admin_listen), (
-            Route("GET", "/metrics", metrics), Route("GET", "/-/healthy", ping),
-            Route("GET", "/-/ready", ready), Route("GET", "/", landing)), None, "admin")
+        server.listen(parse_address(settings.admin_listen), admin_routes(
+            lambda page: workers.gather(registry.families(), page), ready), None, "admin")
     return server, workers
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from agents import NODE_1, WEB, Agent, admin, client_tls, inventory, proxy, write_inventory
 from cmon_agent import COUNTER, GAUGE, HISTOGRAM, Family, Sample
-from cmon_proxy import Account, Quotas, QuotaSettings, interpreter_command, summed
+from cmon_proxy import ADMIN_PAGES, Account, Quotas, QuotaSettings, interpreter_command, summed
 from support import Answer, Connection, Program, http_get, samples, wait_until
 
 TLS_OF_OWNER = ("old_rsa", "rsa")
@@ -48,6 +48,8 @@ def test_several_processes_are_one_proxy(folder: Path) -> None:
             assert get(program).status == 200
         found = admin(program)
         assert found["cmon_proxy_workers"] == 3
+        for path in (*ADMIN_PAGES, "/", "/-/healthy"):
+            assert http_get(program.addresses(2)[1], path).status == 200
         assert found['cmon_proxy_http_requests_total{route="/v1/{uuid}/metrics",code="200"}'] == 60
         assert found['cmon_proxy_account_requests_total{account="alice",result="asked"}'] == 60
         assert found[f'cmon_proxy_node_up{{server="{NODE_1}"}}'] == 1
