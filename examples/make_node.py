@@ -104,7 +104,7 @@ ZONES = [
 ZFS_COLUMNS = ("name", "available", "used", "logicalused", "recordsize", "quota", "compressratio",
                "refcompressratio", "referenced", "logicalreferenced", "usedbydataset",
                "usedbysnapshots")
-ZFS = f"zfs list -Hp -t filesystem,volume -o {','.join(ZFS_COLUMNS)} -r {POOL}"
+ZFS = f"zfs list -Hp -t filesystem,volume -o {','.join(ZFS_COLUMNS)} -d 1 {POOL}"
 ZPOOL = "zpool list -Hp -o name,allocated,fragmentation,health,size"
 NTP_PEERS = "ntpq -n -c apeers"
 NTP_SYSTEM = "ntpq -n -c iostats -c kerninfo -c monstats -c sysinfo -c sysstats -c readvar {}"
@@ -514,7 +514,7 @@ class Node:
                 "/usr/bin/sysinfo -f": good(json.dumps(SYSINFO, indent=2) + "\n")}
 
     def zfs(self, frame: int) -> str:
-        """zfs list -Hp: ratios keep their x, a volume has no recordsize and no quota."""
+        """zfs list -Hp -d 1: ratios keep their x."""
         rows = [[POOL, 1_976_000_000_000, 1_990_424_586_240, 3_100_000_000_000, 131072, 0, "1.58x",
                  "1.00x", 831_488, 366_592, 831_488, 0]]
         for zone in sorted(ZONES, key=lambda zone: zone.uuid):
@@ -525,9 +525,6 @@ class Node:
                 quota_used = 25 * GIB // 100
                 rows.append([f"{POOL}/{zone.uuid}", 25 * GIB - quota_used, used, used * 2, 131072,
                              25 * GIB, "1.62x", "1.01x", 69120, 61440, 69120, 0])
-                rows.append([f"{POOL}/{zone.uuid}/disk0", 1_976_000_000_000, used - quota_used,
-                             used * 2, "-", "-", "1.62x", "1.60x", used * 9 // 10, used * 8 // 5,
-                             used * 9 // 10, used // 50])
             else:
                 rows.append([f"{POOL}/{zone.uuid}", quota - used, used, used * 2, 131072, quota,
                              "2.11x", "2.02x", used + 400 * MIB, used * 2 + 800 * MIB,

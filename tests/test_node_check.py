@@ -178,7 +178,7 @@ def test_a_node_that_is_right_needs_nothing(node: MakeNode) -> None:
     [(status, text)] = found.of("cost")
     assert status == "ok" and "the node: " in text and "a zone: " in text
     [zfs, zpool] = found.of("commands")
-    assert zfs[0] == "ok" and zfs[1].startswith("zfs list: 20 datasets, 'zones\\t1976000000000")
+    assert zfs[0] == "ok" and zfs[1].startswith("zfs list: 17 datasets, 'zones\\t1976000000000")
     assert zpool == ("ok", "zpool list: 1 pools, "
                      r"'zones\t1890424586240\t31%\tONLINE\t3985729650688'")
     assert found.of("clock") == [("ok", "ntpd: 5 peers, one is the system peer")]

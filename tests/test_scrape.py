@@ -604,6 +604,21 @@ def test_a_zone_that_is_younger_than_the_list_of_datasets_asks_for_a_new_list(
     desk.close()
 
 
+def test_what_a_tenant_makes_below_his_dataset_costs_nobody(machine: MakeMachine) -> None:
+    """Ten thousands of datasets, more than is read of a command, which sorts them first."""
+    one = machine(start=False)
+    (one.commands / "zfs").rename(one.commands / "zfs.real")
+    one.script("zfs", f"""#!/bin/sh
+case "$*" in
+    *" -d 1 "*) exec {one.commands}/zfs.real "$@";;
+esac
+yes "zones/{LB01}/data/many" | head -c 9000000
+exec {one.commands}/zfs.real "$@"
+""")
+    page = one.start().zone()
+    assert not down(page) and value(page, "zfs_metrics_available_boolean") == 1
+
+
 def test_an_old_zfs_that_lacks_a_column_is_asked_without_it(machine: MakeMachine) -> None:
     one = machine(start=False)
     one.script("zfs", """#!/bin/sh
