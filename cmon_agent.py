@@ -7455,6 +7455,18 @@ class BunyanFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
+class TextFormatter(logging.Formatter):
+    """A line for each record: what others wrote ends no line and moves no cursor."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line; a traceback follows on lines of its own."""
+        if not record.message.isprintable():
+            record.message = "".join([
+                letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+                for letter in record.message])
+        return super().formatMessage(record)
+
+
 class _Queued(logging.Handler):
     """Hands records to a thread that writes them, so that a slow log file never slows an answer."""
 
@@ -7499,7 +7511,7 @@ def start_logging(program: str, level: str, form: str = "") -> None:
     """Log to stderr: text on a terminal, bunyan JSON otherwise, unless `form` says which."""
     target = logging.StreamHandler(sys.stderr)
     if (form or ("text" if sys.stderr.isatty() else "bunyan")) == "text":
-        target.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        target.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))
     else:
         target.setFormatter(BunyanFormatter(program))
     stop_logging()

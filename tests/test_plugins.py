@@ -603,6 +603,14 @@ def test_a_tenants_folder_that_is_a_trap_costs_the_text_files_only(machine: Make
     assert down(one.zone(timeout=1.0)) == {"textfile"} and time.monotonic() - began < 5
 
 
+def test_a_tenant_writes_no_line_of_the_log(machine: MakeMachine, tenant: Path) -> None:
+    (tenant / "a\nforged \x1b[2J\u2028.prom").write_text("not a line\n")
+    one = zone_with_files(machine, tenant, textfiles=True)
+    one.zone()
+    [line] = [hit.string for hit in one.agent.wait_for_log("forged")]
+    assert re.match(r"20[-0-9]+ .*a\\nforged \\x1b\[2J\\u2028\.prom: line 1", line), line
+
+
 def test_no_tenant_speaks_for_another_zone_on_the_page_of_all(machine: MakeMachine, tenant: Path
                                                              ) -> None:
     claims = f'mem_agg_usage{{zonename="{LB01}"}} 0'
