@@ -99,7 +99,11 @@ def test_dashboards_fit_a_screen_and_each_other(name: str) -> None:
     assert linked <= others
     for panel in made["panels"]:        # threads are not CPUs, and share no axis with them
         drawn = " ".join(target["expr"] for target in panel.get("targets", ()))
-        assert not ("load_average" in drawn and "cpu_user" in drawn), panel["title"]
+        threads, cpus = (re.search(words, drawn) for words in (
+            "load_average|_threads", "cpu_(user|sys|wait)|cpucap_limit|_cpus"))
+        assert not (threads and cpus), panel["title"]
+        if "alloc_fail" in drawn:       # a count, not bytes
+            assert panel["fieldConfig"]["defaults"]["unit"] == "ops"
 
 
 def test_the_readme_shows_metrics_that_are_served(served: set[str]) -> None:

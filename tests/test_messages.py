@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from agents import client_tls, inventory, proxy, write_inventory
+from cmon_agent import parse
 from cmon_proxy import make_key
 from support import NODE, ROOT, Connection, Program, free_port, http_get, samples, wait_until
 
@@ -194,6 +196,23 @@ def test_an_own_container_that_is_stopped_is_not_unknown(demo: Demo) -> None:
 def test_the_agents_page_says_that_it_replays(demo: Demo) -> None:
     host, _, port = demo.agent.partition(":")
     assert "replay of" in http_get((host, int(port)), "/").text
+
+
+def test_who_prefers_openmetrics_gets_the_same_series(demo: Demo) -> None:
+    """OpenMetrics renames counters and types: the page stays the text format that is expected."""
+    accept = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"}
+    tls = ssl.create_default_context(cafile=str(demo.folder / "ca.pem"))
+    tls.load_cert_chain(str(demo.folder / "alice-cert.pem"), str(demo.folder / "alice-key.pem"))
+    host, _, port = demo.agent.partition(":")
+    agent, proxy = (host, int(port)), ("127.0.0.1", int(demo.url.rpartition(":")[2]))
+    web01, = re.findall(r"/v1/([0-9a-f-]{36})/metrics\">web01<", http_get(agent, "/").text)
+    page = f"/v1/{web01}/metrics"
+    for answer in (http_get(agent, page, accept), http_get(agent, "/metrics", accept),
+                   http_get(proxy, page, accept, tls=tls, server_name="localhost"),
+                   http_get(proxy, "/v1/fleet/metrics", accept, tls=tls, server_name="localhost")):
+        assert answer.status == 200
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert "# EOF" not in answer.text and parse(answer.text)
 
 
 def test_refused_clients_are_in_the_log_at_debug(tmp_path: Path) -> None:
