@@ -703,6 +703,7 @@ class Index:
     def __init__(self) -> None:
         self.modules: dict[str, list[Ref]] = {}     # of the compute node itself
         self.zones: dict[int, list[Ref]] = {}       # by zone id: what belongs to that zone
+        self.own: dict[int, Ref] = {}               # by zone id: the zone's zone_misc
         self.by_prefix: dict[str, list[int]] = {}   # first 30 characters of a name -> zone ids
         self.count = 0                              # length of the chain
         self._tables: dict[tuple[Table, ...], tuple[Table, ...]] = {}
@@ -730,6 +731,8 @@ class Index:
             if zone_id is not None:
                 ref.tables = self._shared([one for one in tables if one.zone])
                 self.zones.setdefault(zone_id, []).append(ref)
+                if ref.module == "zones":
+                    self.own.setdefault(zone_id, ref)
                 return
         tables = [table for table in tables if table.zone is None]
         if tables:
@@ -1136,8 +1139,7 @@ class Reader:
 
     def zone_ref(self, zone_id: int) -> Ref | None:
         """Where a zone's zone_misc is."""
-        return next((ref for ref in self.index.zones.get(zone_id, ()) if ref.module == "zones"),
-                    None)
+        return self.index.own.get(zone_id)
 
     # its life
 
@@ -5419,12 +5421,13 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         # Connections over TLS that the application has not let in, by address, oldest first.
         self._strangers: dict[str, dict[Connection, None]] = {}
         self._timed: set[Connection] = set()        # in a state with a limit of seconds
-        self._parked: set[Connection] = set()
+        self._parked: dict[Connection, float] = {}  # with a deferred answer -> its deadline
         self.stopping = False
         self._workers = Pool(f"{program}-worker", limits.workers)
         self._shakers = Pool(f"{program}-tls", limits.handshakes, limits.connections)
         self._done = threading.Event()
-        self._ticking = 0                           # the timer for `_tick`, or 0
+        self._ticking = 0                           # the timer for `_tick`, or 0 …
+        self._ticks = math.inf                      # … and when it fires
         self._sweeping = False                      # whether the other timer is set
         self._drained = False           # no connection is waiting to be accepted
         self._scarce = False            # descriptors have run out since the last sweep
@@ -5617,7 +5620,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.connections.discard(connection)
         self.let_in(connection)
         self._timed.discard(connection)
-        self._parked.discard(connection)
+        self._parked.pop(connection, None)
         return known
 
     def shake(self, connection: Connection) -> None:
@@ -5636,27 +5639,27 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def park(self, connection: Connection, deferred: Deferred) -> None:
         """Enforce the deadline of a deferred answer."""
-        self._parked.add(connection)
-        wait = deferred.deadline - self.now()
-        if wait < TICK_SECONDS:
-            self.loop.call_later(max(wait, 0.0), lambda: connection.expire(self.now()))
-        elif not self._ticking:
-            self._ticking = self.loop.call_later(TICK_SECONDS, self._tick)
+        self._parked[connection] = deferred.deadline
+        if deferred.deadline < self._ticks:
+            if self._ticking:
+                self.loop.cancel(self._ticking)
+            self._tick_at(deferred.deadline)
 
     def unpark(self, connection: Connection) -> None:
-        """Its answer has arrived."""
-        self._parked.discard(connection)
-        if self._ticking and not self._parked:
-            self.loop.cancel(self._ticking)
-            self._ticking = 0
+        """Its answer has arrived. The timer stays: most that park later find it set."""
+        self._parked.pop(connection, None)
+
+    def _tick_at(self, deadline: float) -> None:
+        self._ticks = deadline
+        self._ticking = self.loop.call_later(max(deadline - self.now(), 0.0), self._tick)
 
     def _tick(self) -> None:
-        self._ticking = 0
+        self._ticking, self._ticks = 0, math.inf
         now = self.now()
         for connection in list(self._parked):
             self.loop.guarded(connection.expire, (now,))
         if self._parked:
-            self._ticking = self.loop.call_later(TICK_SECONDS, self._tick)
+            self._tick_at(max(min(self._parked.values()), now + TICK_SECONDS))
 
     def watch_deadline(self, connection: Connection) -> None:
         """Check the time limit of its state until it is met or exceeded."""
@@ -6169,7 +6172,8 @@ class Cell:
     def __init__(self, collector: Collector) -> None:
         self.collector = collector              # with the lifetime and timeout of the settings
         self.found: Part | Mapping[str, Part] | None = None     # by zone, where it is shared
-        self.at = self.seconds = 0.0            # when it came, and how long that took
+        self.at = 0.0                           # when it came …
+        self.seconds = "0.0"                    # … and how long that took, as the page has it
         self.names = NO_NAMES                   # of what others wrote: theirs on the page
         self.why = ""                           # why the last attempt failed; "": it did not
         self.tried = 0.0                        # when that was
@@ -6190,8 +6194,9 @@ class Cell:
 
 class Page:
     """One page: its collectors, and who waits for it. Belongs to the loop's thread."""
-    __slots__ = ("key", "zone", "core", "names", "cells", "kstats", "generation", "waiting",
-                 "waiting_since", "prepared", "until", "asked", "used", "since", "checked")
+    __slots__ = ("key", "zone", "core", "names", "cells", "kstats", "proofs", "leads", "generation",
+                 "waiting", "waiting_since", "prepared", "until", "asked", "used", "since",
+                 "checked")
 
     def __init__(self, zone: str, core: bool, since: float) -> None:
         self.key = (zone, core)
@@ -6200,6 +6205,8 @@ class Page:
         self.names: tuple[str, ...] = ()        # of its collectors
         self.cells: tuple[Cell, ...] = ()       # in page order
         self.kstats: tuple[Cell, ...] = ()      # those that are read together
+        self.proofs: tuple[Cell, ...] = ()      # those that bring something only where a zone runs
+        self.leads: tuple[Cell, ...] = ()       # the first of `kstats`, and the others one by one
         self.generation = -1
         # Each waits for cells of its own, the first one in place of all of `kstats`: a client that
         # came after a cell was found to be late does not wait for it.
@@ -6213,17 +6220,11 @@ class Page:
 
     def has_values(self) -> bool:
         """Whether there is something to send; of a zone only what its kstats have proved to run."""
-        proofs = self._proofs()
-        return any(cell.found is not None for cell in proofs or self.cells)
+        return any(cell.found is not None for cell in self.proofs or self.cells)
 
     def is_proved(self) -> bool:
         """Whether its zone runs, as far as that can be told; before that, nothing is run for it."""
-        proofs = self._proofs()
-        return not proofs or any(cell.found is not None for cell in proofs)
-
-    def _proofs(self) -> list[Cell]:
-        """Collectors that bring something only where the zone runs."""
-        return [] if self.zone == NODE else [cell for cell in self.kstats if cell.collector.tables]
+        return not self.proofs or any(cell.found is not None for cell in self.proofs)
 
     def together(self, cell: Cell) -> tuple[Cell, ...]:
         """What is at work in one piece with a cell."""
@@ -6698,12 +6699,10 @@ class Scraper:
                 if cell.collector.tables and self._is_due(cell, page, now, interval):
                     self._begin_kstats(page, now)
                     break
-        for cell in page.cells:
-            if cell.collector.collect is None:
-                if cell is not kstats[0] or cell.began is None:
-                    continue                # the first one is waited for in place of all
-            elif cell.began is None:
-                if not (proved or cell.collector.shared) or not self._is_due(cell, page, now, None):
+        for cell in page.leads:             # the first of `kstats` is waited for in place of all
+            if cell.began is None:
+                if cell.collector.collect is None or not (proved or cell.collector.shared) \
+                        or not self._is_due(cell, page, now, None):
                     continue
                 self._begin(cell, page, now)
             if page not in cell.pages:
@@ -6828,13 +6827,14 @@ class Scraper:
                 self._gone(page, now)
             return
         unproved = [page for page in pages if not page.is_proved()]
+        seconds = repr(round(at - began, 6))
         where = "all zones" if lead.collector.shared else pages[0].zone
         for cell, result in zip(cells, results):
             if isinstance(result, Exception):
                 self._failed(cell, where, result, now)
             elif result is not None:
                 self._take(cell, pages, result, where)
-                cell.at, cell.seconds = at, at - began
+                cell.at, cell.seconds = at, seconds
         for page in pages:
             if lead.collector.collect is None:
                 page.checked = now
@@ -6952,11 +6952,15 @@ class Scraper:
         the cache."""
         templates: list[str | None] = []
         values: list[Any] = []
-        ages: list[Number] = []
+        ages: list[str] = []
         ups: list[int] = []
+        came, age = math.nan, ""                # those that came together have one age
         for cell in page.cells:
-            part, age = cell.found, now - cell.at
-            if age > STALE_SECONDS or type(part) is not Part:
+            part = cell.found
+            if cell.at != came:
+                came = cell.at
+                age = repr(round(now - came, 3))
+            if now - came > STALE_SECONDS or type(part) is not Part:
                 part = self._shown(cell, page, now)
                 if part is None:
                     templates.append(None)
@@ -6968,8 +6972,8 @@ class Scraper:
             templates.append(template)
             if template:
                 values += found.split(BETWEEN)
-            values += (1 if template else 0, 1 if cell.at < since else 0, round(cell.seconds, 6))
-            ages.append(round(age, 3))
+            values += (1 if template else 0, 1 if cell.at < since else 0, cell.seconds)
+            ages.append(age)
         values += (int(self.host.time() * 1000), 1, 0, 0.0)
         shown = page_template(page.names, tuple(templates)) % (*values, *ages, 0.0, *ups, 1)
         if page.zone == NODE:
@@ -7014,6 +7018,9 @@ class Scraper:
             cell.collector = row
         page.cells = tuple([before[row.name] for row in rows])
         page.kstats = tuple([cell for cell in page.cells if cell.collector.collect is None])
+        page.proofs = () if page.zone == NODE else tuple(
+            [cell for cell in page.kstats if cell.collector.tables])
+        page.leads = (*page.kstats[:1], *[cell for cell in page.cells if cell.collector.collect])
         page.generation = self.generation
 
     def _rows(self, page: Page, plugins: Sequence[Plugin]) -> Iterator[Collector]:
