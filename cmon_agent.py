@@ -1923,6 +1923,7 @@ class Metric(NamedTuple):
     help: str                               # a sentence; HELP adds the source to it
     source: str = ""                        # where it is not "kstat module:*:name:member"
     labels: Labels = ()                     # of this row's samples, behind those of the kstat
+    label_names: tuple[str, ...] = ()       # of labels whose values a function finds
 
 
 def gauge(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> Metric:
@@ -1933,6 +1934,11 @@ def gauge(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> 
 def counter(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> Metric:
     """A row whose value only grows."""
     return Metric(COUNTER, name, member, unit, help_text, "", tuple(labels.items()))
+
+
+def labelled(label_name: str, *rows: Metric) -> tuple[Metric, ...]:
+    """Rows with a sample for each thing that a command lists."""
+    return tuple([row._replace(label_names=(label_name,)) for row in rows])
 
 
 class Part(NamedTuple):
@@ -2621,9 +2627,10 @@ METASLAB = Table("zpool", "zfs_metaslab_group", "*", (
     ("pool", str(kstat.data.get("spa_name", ""))), ("vdev_guid", kstat.ref.name))))
 
 
-def _made(kind: str, name: str, unit: Unit, help_text: str, source: str) -> Metric:
+def _made(kind: str, name: str, unit: Unit, help_text: str, source: str, *label_names: str
+          ) -> Metric:
     """A row of what a function below makes of several things."""
-    return Metric(kind, name, "", unit, help_text, source)
+    return Metric(kind, name, "", unit, help_text, source, (), label_names)
 
 
 CAPS, MEMCAPS = "kstats caps:*:cpucaps_zone_*:value", "kstats memory_cap:*:*:physcap"
@@ -2635,11 +2642,12 @@ ALLOC = (
     _made(GAUGE, "alloc_memory_caps_bytes", BYTES, "Sum of the memory caps of running zones.",
           MEMCAPS),
     _made(GAUGE, "alloc_uncapped_zones", COUNT, "Running zones without a cap, by resource.",
-          f"{CAPS}, {MEMCAPS}"),
+          f"{CAPS}, {MEMCAPS}", "resource"),
 )
-CPUS_BY_STATE = _made(GAUGE, "cpu_info_cpus", COUNT, "CPUs by state.", "kstats cpu_info:*:*:state")
+CPUS_BY_STATE = _made(GAUGE, "cpu_info_cpus", COUNT, "CPUs by state.", "kstats cpu_info:*:*:state",
+                      "state")
 ZONES_BY_STATE = _made(GAUGE, "zones_in_state", COUNT, "Zones by state, without the global zone.",
-                       "zoneadm list -p -c")
+                       "zoneadm list -p -c", "state")
 TIME_OF_DAY = _made(COUNTER, "time_of_day", Unit("milliseconds", whole),
                     "Clock of the node in milliseconds since the epoch.", "clock")
 
@@ -2725,7 +2733,7 @@ ZFS = (
     gauge("zfs_usedbysnapshots", "usedbysnapshots", SIZE,
           "Space that would come back without its snapshots, in bytes."),
 )
-ZPOOL = (
+ZPOOL = labelled("pool",
     gauge("zpool_allocated_bytes", "allocated", SIZE, "Space of the pool that is allocated."),
     gauge("zpool_fragmentation_percent", "fragmentation", SHARE,
           "Fragmentation of the pool's free space."),
@@ -2814,7 +2822,7 @@ REFID, TYPE, TALLY = Unit("", refid), Unit("", place_in("ublsABM")), Unit("", pl
 SPAN, WORD, WORD_SECONDS = Unit("seconds", span), Unit("", word), Unit("seconds", word)
 WORD_PPM, WORD_MS, FLAG = Unit("ppm", word), Unit("milliseconds", word), Unit("boolean", flag)
 
-NTP_PEER = (                    # by column of apeers
+NTP_PEER = labelled("remote",   # by column of apeers
     gauge("ntp_peer_delay_seconds", "delay", MS, "Round trip to the peer."),
     gauge("ntp_peer_jitter_ppm", "jitter", WORD_MS,
           "Jitter of the peer, in milliseconds in spite of the name."),
@@ -3760,8 +3768,8 @@ QUIRKS: Mapping[str, str] = {
 
 
 
-def _own(name: str, unit: Unit, help_text: str) -> Metric:
-    return Metric(GAUGE, name, "", unit, help_text, "agent")
+def _own(name: str, unit: Unit, help_text: str, *label_names: str) -> Metric:
+    return _made(GAUGE, name, unit, help_text, "agent", *label_names)
 
 
 META = (                        # of every collector, plugins included
@@ -3770,19 +3778,23 @@ META = (                        # of every collector, plugins included
     _own("{}_metrics_timer_seconds", SECONDS, "Seconds that collecting took."),
 )
 META_NAMES = tuple(metric.name.format("") for metric in META)
-SAMPLE_AGE = _own("cmon_sample_age_seconds", SECONDS, "Age of the collector's values.")
-COLLECTOR_UP = _own("cmon_collector_up", FLAG, "Whether the collector works, 1 or 0.")
+SAMPLE_AGE = _own("cmon_sample_age_seconds", SECONDS, "Age of the collector's values.",
+                  "collector")
+COLLECTOR_UP = _own("cmon_collector_up", FLAG, "Whether the collector works, 1 or 0.",
+                    "collector")
 
 
 # The last lines of the original's node page, which its dashboards query: about the agent itself.
 TIMES = "Seconds that collecting took."
 OWN_NODE = (
-    _made(HISTOGRAM, "collector_time_seconds", SECONDS, TIMES, "agent"),
+    _made(HISTOGRAM, "collector_time_seconds", SECONDS, TIMES, "agent", "service", "collector",
+          "le"),
     _made(HISTOGRAM, "collector_time_total_seconds", SECONDS,
-          "Seconds from a scrape to its answer.", "agent"),
-    _made(GAUGE, "cached_items", COUNT, "Collectors' values that are kept.", "agent"),
-    _made(COUNTER, "cache_gets_total", COUNT, "Pages that were asked for.", "agent"),
-    _made(COUNTER, "cache_get_hits_total", COUNT, "Pages that needed no collecting.", "agent"),
+          "Seconds from a scrape to its answer.", "agent", "service", "le"),
+    _made(GAUGE, "cached_items", COUNT, "Collectors' values that are kept.", "agent", "service"),
+    _made(COUNTER, "cache_gets_total", COUNT, "Pages that were asked for.", "agent", "service"),
+    _made(COUNTER, "cache_get_hits_total", COUNT, "Pages that needed no collecting.", "agent",
+          "service"),
 )
 
 
@@ -3793,18 +3805,6 @@ def _use_cells() -> dict[tuple[str, str], str]:
             for name in getattr(use, column):
                 cells.setdefault((use.scope, name), f"{use.resource}: {column}")
     return cells
-
-
-_LABELLED = ((NTP_PEER, "remote"), (ZPOOL, "pool"), ((CPUS_BY_STATE, ZONES_BY_STATE), "state"),
-             (ALLOC[4:], "resource"), ((SAMPLE_AGE, COLLECTOR_UP), "collector"),
-             (OWN_NODE, "service"), (OWN_NODE[:1], "collector"),
-             (OWN_NODE[:2], "le"))
-
-
-def _label_names(metric: Metric, table: Table | None) -> list[str]:
-    if table is None:
-        return [name for metrics, name in _LABELLED if metric in metrics]
-    return [*table.label_names, *(name for name, _ in metric.labels)]
 
 
 def metadata() -> list[dict[str, Any]]:
@@ -3821,7 +3821,8 @@ def metadata() -> list[dict[str, Any]]:
             "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
             "source": _source(metric, table),
             "lifetime": 0.0 if collector is None or of_agent else collector.lifetime,
-            "labels": _label_names(metric, table), "use": cells.get((scope, name), ""),
+            "labels": [*(table.label_names if table else metric.label_names),
+                       *(label for label, _ in metric.labels)], "use": cells.get((scope, name), ""),
             "quirk": QUIRKS.get(name, "")})
     for scope, collectors in (("zone", ZONE_COLLECTORS), ("node", NODE_COLLECTORS)):
         for collector in collectors:

@@ -53,6 +53,18 @@ ROWS = (
 )
 
 
+# Commands that these nodes do not have, or that fail there. What other collectors run is as on
+# the node of the examples: a new collector needs no more than its stand-in there.
+WITHOUT = {"old": ("ntpq", "sysinfo"), "failing": ("ntpq", "sysinfo", "zfs", "zoneadm", "zpool")}
+
+
+def completed(name: str, frame: Any, node: Any) -> Any:
+    """A frame of a capture with the commands that it is older than."""
+    more = {argv: output for argv, output in node.commands.items()
+            if argv.split()[0].rpartition("/")[2] not in WITHOUT.get(name, ())}
+    return frame._replace(commands={**more, **frame.commands})
+
+
 def capture(name: str) -> Path:
     """The file of a capture."""
     return NODE if name == "node" else HERE / "captures" / f"{name}.json"
@@ -65,6 +77,9 @@ class Recorded:
         self.clock = Clock()
         settings = agent.Settings(cpu_budget=None)
         self.host: Any = agent.RecordedHost(str(path), settings)
+        example = agent.RecordedHost(str(NODE), settings)._recording.frames[0]
+        self.host._recording.frames = [completed(path.stem, frame, example)
+                                       for frame in self.host._recording.frames]
         began = json.loads(path.read_text())["frames"][0]["at"]
         self.host._recording._now, self.host._recording._began = self.clock, self.clock.at
         self.host._recording.moved = 0.0
@@ -136,6 +151,15 @@ def test_a_healthy_golden_has_nothing_that_is_down() -> None:
         bad = re.findall(r'^cmon_collector_up{collector="(\w+)"} 0$', text, re.M)
         assert set(bad) == row.fails, row.expected
         assert bool(bad) == row.expected.startswith("failing")
+
+
+def test_labels_of_a_page_are_those_that_its_metadata_tells() -> None:
+    told = {(entry["scope"], entry["name"]): set(entry["labels"]) for entry in agent.metadata()}
+    for row in (row for row in ROWS if row.capture == "node"):     # others have fewer
+        scope = "node" if row.target == "gz" else "zone"
+        for family in agent.parse((HERE / "golden" / f"{row.expected}.prom").read_text()):
+            shown = {name for sample in family.samples for name, _ in sample.labels}
+            assert shown == told[scope, family.name], (row.expected, family.name)
 
 
 def test_a_failing_collector_costs_its_own_families_only() -> None:
