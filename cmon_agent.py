@@ -3269,7 +3269,7 @@ _LABEL_PAIRS = re.compile(_LABEL_PAIR)
 _FOREIGN_SAMPLE = re.compile(
     r"([a-zA-Z_:][a-zA-Z0-9_:]*)"
     r"(?:[ \t]*(\{(?:" + _LABEL_PAIR + r"(?:,|(?=\})))*[ \t]*\})|(?=[ \t]))"
-    r"[ \t]*([^ \t]+)(?:[ \t]+(-?[0-9]{1,18}))?[ \t\r]*")
+    r"[ \t]*([^ \t]+)(?:[ \t]+([0-9]{1,18}))?[ \t\r]*")
 _FOREIGN_VALUE = re.compile(r"[+-]?(inf(inity)?|([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?)|nan",
                             re.IGNORECASE | re.ASCII)
 MAX_CORE_SAMPLES = 50_000
@@ -7266,9 +7266,16 @@ OUR_NAMES = {node: frozenset(row["name"] + suffix for row in metadata() if row["
              for node, scope in ((True, "node"), (False, "zone"))}
 
 
+# What Prometheus writes of a scrape: a page that has it wins, and `up 0` there is a false alarm.
+OF_PROMETHEUS = ("up", "scrape_duration_seconds", "scrape_samples_scraped", "scrape_series_added",
+                 "scrape_samples_post_metric_relabeling", "scrape_timeout_seconds",
+                 "scrape_sample_limit", "scrape_body_size_bytes")
+
+
 def is_ours(name: str, node: bool) -> bool:
-    """Whether a family that others wrote would run into one of the agent's own on a page."""
-    return name.startswith("cmon_") or name.endswith(META_NAMES) or any(
+    """Whether a family that others wrote would run into one of the agent's own on a page, or into
+    what Prometheus adds to it."""
+    return name in OF_PROMETHEUS or name.startswith("cmon_") or name.endswith(META_NAMES) or any(
         name + suffix in OUR_NAMES[node] for suffix in ("", "_bucket", "_sum", "_count"))
 
 

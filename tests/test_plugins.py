@@ -678,7 +678,9 @@ NO_LINE = "is no sample"
 LINES: list[tuple[str, bytes, str | None]] = [      # the line, what is wrong with it
     ("no labels", b"a 1", None), ("labels", b'a{x="1",y="2"} 1', None),
     ("a comma at the end", b'a{x="1",} 1', None), ("empty braces", b"a{} 1", None),
-    ("a timestamp", b"a 1 1700000000000", None), ("a TAB", b"a\t1", None),
+    ("a timestamp", b"a 1 1700000000000", None),
+    ("a time before 1970", b"a 1 -5", NO_LINE), ("Prometheus' own", b"up 0", "already"),
+    ("a TAB", b"a\t1", None),
     ("an escape of any sort", rb'a{x="\t\\\"\d"} 1', None),
     ("a brace in a label", b'a{x="} 7 {"} 1', None), ("no blank behind labels", b'a{x="1"}1', None),
     ("a value of many forms", b"a +1.5e-3", None), ("infinity", b"a Infinity", None),
