@@ -5768,15 +5768,17 @@ const summarise = () => {
   const known = all.filter(target => target.page || target.refusal || !target.asks).length;
   const ill = all.filter(target => target.level() > 1).sort((a, b) => b.level() - a.level());
   const summary = shown.main.querySelector('#summary');
-  const words = ill.length ? `${ill.length} of ${all.length} need a look` :
-    known < all.length ? `Asking: ${known} of ${all.length} so far …` : 'No trouble seen.';
-  const lines = ill.slice(0, 12).map(target => `${target.name}\n${target.words()}`);
+  const named = ill.slice(0, matchMedia('(max-width: 44rem)').matches ? 5 : 12);
+  const words = (ill.length ? `${ill.length} of ${all.length} need a look. ` : '') +
+    (known < all.length ? `Asking: ${known} of ${all.length} so far …` :
+      ill.length ? '' : 'No trouble seen.');
+  const lines = named.map(target => `${target.name}\n${target.words()}`);
   const key = words + lines.join('\n');
   if (summary.key === key) return;
   summary.key = key;
   summary.className = ill.some(target => target.level() > 2) ? 'bad' : ill.length ? 'warn' : 'good';
   const list = document.createElement('ul');
-  for (const target of ill.slice(0, 12)) {
+  for (const target of named) {
     const item = document.createElement('li'), link = document.createElement('a');
     link.href = (target.scope === 'zone' ? '/c/' : '/n/') + target.uuid;
     link.textContent = target.name;
@@ -5784,6 +5786,7 @@ const summarise = () => {
     list.append(item);
   }
   summary.replaceChildren(words, list);
+  if (named.length < ill.length) summary.append(`and ${ill.length - named.length} more, below`);
   document.title = (ill.length ? `(${ill.length}) ` : '') + 'Container Monitor';
 };
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
-from datacenter import SERVICE, Browser, DataCenter, Session, need_root
+from datacenter import SERVICE, TLS, Browser, Credentials, DataCenter, Session, need_root
 
+from cmon_proxy import CLIENT_PURPOSE, CMON_PURPOSE, make_certificate, public_key
 from support import NODE, http_get, wait_until
 
 OUTSIDE = re.compile(rb"""(?:src|href|action)\s*=\s*["']?(?:https?:)?//|@import"""
@@ -141,6 +143,21 @@ def test_a_certificate_that_is_no_longer_good_is_named_on_the_page(served: DataC
         asked = page.requests
         assert page.value("new Promise(done => setTimeout(() => done(true), 3000))")
         assert page.requests <= asked + 4, "those in flight, and then it rests"
+        assert page.faults == []
+    finally:
+        page.close()
+
+
+def test_a_certificate_that_ends_while_the_page_is_open_is_named(served: DataCenter) -> None:
+    short, key = served.folder / "short.pem", TLS / "client.key"
+    short.write_bytes(make_certificate(
+        key.read_bytes(), "alice", issuer="MD5:" + public_key((TLS / "rsa.pub").read_text()).md5,
+        signing_key=(TLS / "rsa.key").read_bytes(), purposes=(CLIENT_PURPOSE, CMON_PURPOSE),
+        not_after=time.time() + 10))
+    served.credentials["alice"] = Credentials(short, key)
+    page = Session(Browser(served, "alice"), f"https://{SERVICE}:{served.address[1]}/")
+    try:    # a browser that starts slowly has the same words instead of the page
+        page.wait_for("document.body.textContent.includes('the client certificate ended on 2')")
         assert page.faults == []
     finally:
         page.close()
