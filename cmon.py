@@ -89,7 +89,7 @@ try:
         MAX_BODY, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Use,
         __version__, metadata, number, parse, render, within)
 except ImportError as import_error:
-    sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must lie beside cmon.py")
+    sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must be beside cmon.py")
 
 
 # --- client ---------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ try:
         reason_of, register_process_metrics, render, run_daemon, setting, start_logging,
         stop_logging, text, valid_label_name, valid_metric_name)
 except ImportError as import_error:
-    sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must lie beside "
+    sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_forwarder.py")
 
 # --- settings -------------------------------------------------------------------------------------

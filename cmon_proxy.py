@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""The Container Monitor proxy: the one door by which tenants reach their zones' metrics.
+"""The Container Monitor proxy: gives tenants access to the metrics of their zones.
 
-Takes a tenant's request over mutual TLS, finds out by the certificate whose it is, and relays it to
-the agent on the compute node where the zone lives. Discovery, quotas and a page for people besides.
+Accepts requests over mutual TLS, identifies the account by its certificate, and relays each request
+to the agent on the zone's compute node. Also serves discovery, quotas and a page for browsers.
 
     cmon_proxy.py --config FILE [--listen HOST:PORT] [--check-config] [--smf] …
 
-All of a process happens in one thread, the server's loop: requests, relays, the inventory and the
-quotas need no locks. What may block (Triton's services, large answers) is done by other threads
-that hand in finished values. Map (`grep '^# ---'`):
+Requests, relays, the inventory and the quotas all run in one thread, the server's loop, and need no
+locks. Whatever may block (Triton's services, large answers) runs in other threads, which pass
+immutable results to the loop. Map (`grep '^# ---'`):
 
     settings
     refusals
@@ -59,11 +59,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, TypeVar, Union
 
-if sys.version_info < (3, 9):       # a traceback is no answer to that
+if sys.version_info < (3, 9):       # one line instead of a traceback
     sys.exit("cmon_proxy: needs Python 3.9 or later, this is " + sys.version.split()[0])
 
 try:
-    # The agent is the one file that must run alone, so it carries the kit that we share.
+    # The agent must run as a single file, so it contains the shared kit.
     from cmon_agent import (
         BASE_CSS, COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM,
         USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
@@ -73,7 +73,7 @@ try:
         page_headers, parse_address, plain_page, prepare, read_json, register_process_metrics,
         render, run_daemon, scrape_deadline, setting, text)
 except ImportError as import_error:
-    sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must lie beside "
+    sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
 
 # --- settings -------------------------------------------------------------------------------------
@@ -81,62 +81,62 @@ except ImportError as import_error:
 
 @dataclass(frozen=True)
 class TlsSettings:
-    """The server's certificate, and what is asked of clients."""
+    """The server's certificate, and how clients are authenticated."""
     certificate: Path = setting(dataclasses.MISSING, "PEM file: the server's certificate and chain")
     key: Path = setting(dataclasses.MISSING, "PEM file: its private key")
     client_auth: str = setting(
-        "account-keys", "account-keys: a key of the account vouches for a client; ca: a CA does",
+        "account-keys", "account-keys: by the account's SSH keys; ca: by a certificate authority",
         one_of("account-keys", "ca"))
-    client_ca: Path | None = setting(None, "PEM file: the CA of client certificates, with ca")
-    allow_sha1: bool = setting(False, "take client certificates that are signed with SHA-1")
+    client_ca: Path | None = setting(None, "PEM file: the CA of client certificates, for ca")
+    allow_sha1: bool = setting(False, "accept client certificates signed with SHA-1")
     allow_rsa1024: bool = setting(
-        False, "take RSA keys of 1,024 bits and more; otherwise 2,048 is the least")
+        False, "accept RSA keys of 1,024 bits or more instead of 2,048")
 
 
 @dataclass(frozen=True)
 class InventorySettings:
-    """Where accounts, compute nodes and containers are known from: a file, or Triton."""
-    file: Path | None = setting(None, "JSON file, looked at every second")
+    """The source of accounts, compute nodes and containers: a file, or Triton."""
+    file: Path | None = setting(None, "JSON file, checked for changes every second")
     vmapi: str | None = setting(None, "URL of Triton's VMAPI, with its changefeed")
     cnapi: str | None = setting(None, "URL of Triton's CNAPI")
     mahi: str | None = setting(None, "URL of Triton's mahi")
-    snapshot: Path | None = setting(None, "file for the last inventory, read at a restart")
+    snapshot: Path | None = setting(None, "file that keeps the last inventory across restarts")
     max_age: float = setting(
-        3600.0, "seconds after which unconfirmed ownership is no longer believed", at_least(1))
+        3600.0, "seconds after which unconfirmed ownership is no longer trusted", at_least(1))
 
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """How agents are spoken to."""
-    port: int = setting(9163, "port of agents", at_least(1))
-    connect_timeout: float = setting(0.5, "seconds to connect to a node", at_least(0.01))
-    timeout: float = setting(10.0, "seconds for a page at the most", at_least(0.1))
+    """How to reach the agents."""
+    port: int = setting(9163, "port of the agents", at_least(1))
+    connect_timeout: float = setting(0.5, "connect timeout, in seconds", at_least(0.01))
+    timeout: float = setting(10.0, "maximum seconds for a page", at_least(0.1))
     max_in_flight: int = setting(
-        8, "requests to one node at once, of each worker; more wait", at_least(1))
+        8, "concurrent requests to one node, per worker; more wait", at_least(1))
 
 
 @dataclass(frozen=True)
 class AccountQuota:
-    """What is different for one account; what is not given is as for all."""
+    """The quota of one account; what is omitted is as for all."""
     per_minute: float | None = setting(None, "as above", at_least(0))
     burst: float | None = setting(None, "as above", at_least(1))
     over_quota: str | None = setting(None, "as above", one_of("stale", "refuse", "allow"))
     hard_per_minute: float | None = setting(None, "as above", at_least(0))
-    exempt: bool = setting(False, "no quota at all")
+    exempt: bool = setting(False, "no quota for this account")
 
 
 @dataclass(frozen=True)
 class QuotaSettings:
-    """How much an account may ask."""
-    per_minute: float = setting(6000.0, "requests a minute of one account", at_least(0))
-    burst: float = setting(1000.0, "requests at once", at_least(1))
+    """Limits on an account's requests."""
+    per_minute: float = setting(6000.0, "requests a minute, per account", at_least(0))
+    burst: float = setting(1000.0, "size of a burst, in requests", at_least(1))
     over_quota: str = setting(
-        "stale", "above that: stale (pages are the last copy), refuse (429 for all) or allow",
+        "stale", "above it: stale (last copy of a page), refuse (429 for all) or allow",
         one_of("stale", "refuse", "allow"))
     replicas: int = setting(1, "proxies behind one name; each admits its share", at_least(1))
-    hard_per_minute: float = setting(60000.0, "above that everything is refused", at_least(0))
+    hard_per_minute: float = setting(60000.0, "limit above which all are refused", at_least(0))
     exempt_operators: bool = setting(False, "no quota for operators")
-    accounts: dict[str, AccountQuota] = setting({}, "what is different, by login")
+    accounts: dict[str, AccountQuota] = setting({}, "exceptions, by login")
 
 
 @dataclass(frozen=True)
@@ -146,29 +146,29 @@ class Settings:
     inventory: InventorySettings = setting(dataclasses.MISSING, "accounts, nodes and containers")
     listen: str = setting("0.0.0.0:9163", "address for tenants", is_address)
     admin_listen: str | None = setting(
-        "127.0.0.1:8881", "address for own metrics, plain HTTP; null: none")
+        "127.0.0.1:8881", "address for the proxy's metrics, plain HTTP; null: none")
     host_prefix: str = setting(
-        "cmon", "first label of the service's own name; empty: any name will do")
+        "cmon", "first label of the service's own name; empty: any name")
     agent: AgentSettings = setting(AgentSettings, "the agents on compute nodes")
-    quota: QuotaSettings = setting(QuotaSettings, "how much an account may ask")
-    discover_include_stopped: bool = setting(False, "list stopped containers, too")
+    quota: QuotaSettings = setting(QuotaSettings, "limits on an account's requests")
+    discover_include_stopped: bool = setting(False, "also list stopped containers")
     require_approved: bool = setting(
         False, "refuse accounts that are not approved for provisioning")
     workers: int = setting(1, "processes that share the listening socket", at_least(1))
-    log_level: str = setting("info", "least level that is logged",
+    log_level: str = setting("info", "lowest level that is logged",
                              one_of("debug", "info", "warning", "error"))
     log_format: str = setting("", "text or bunyan; empty: text on a terminal",
                               one_of("", "text", "bunyan"))
 
 
 def problems_of(settings: Settings) -> list[str]:
-    """What is wrong with settings that are right one by one; also reads the files they name."""
+    """Check settings against each other and the files they name; return what is wrong."""
     problems: list[str] = []
     tls, inventory = settings.tls, settings.inventory
     services = {"vmapi": inventory.vmapi, "cnapi": inventory.cnapi, "mahi": inventory.mahi}
     missing = [name for name, url in services.items() if url is None]
     if inventory.file is not None and len(missing) < 3:
-        problems.append("inventory: either file, or vmapi, cnapi and mahi")
+        problems.append("inventory: set either file, or vmapi, cnapi and mahi, not both")
     if inventory.file is None and missing:
         problems.append("inventory: needs file, or vmapi, cnapi and mahi; missing: "
                         + ", ".join(["file", *missing] if len(missing) == 3 else missing))
@@ -182,7 +182,7 @@ def problems_of(settings: Settings) -> list[str]:
         except ConfigError as error:
             problems.append(f"{name}: {error}")
     if (tls.client_auth == "ca") != (tls.client_ca is not None):
-        problems.append("tls.client_ca: goes with client_auth \"ca\", and only with it")
+        problems.append("tls.client_ca: required with client_auth \"ca\", and only with it")
         return problems
     try:
         make_tls(settings)
@@ -192,7 +192,7 @@ def problems_of(settings: Settings) -> list[str]:
 
 
 def make_tls(settings: Settings) -> ssl.SSLContext:
-    """The TLS side of the main listener, proved to work; raises ConfigError in words."""
+    """The TLS context of the main listener, tested; raises ConfigError."""
     tls = settings.tls
     for name, path in (("certificate", tls.certificate), ("key", tls.key),
                        ("client_ca", tls.client_ca)):
@@ -215,7 +215,7 @@ def make_tls(settings: Settings) -> ssl.SSLContext:
 
 
 def tls_problems(tls: TlsSettings) -> list[str]:
-    """Why the files of `tls` cannot be used, and what to do; empty where OpenSSL alone knows."""
+    """What is wrong with the files of `tls`; empty when only OpenSSL can tell."""
     problems: list[str] = []
     of_certificate: PublicKey | None = None
     try:
@@ -228,8 +228,8 @@ def tls_problems(tls: TlsSettings) -> list[str]:
         problems.append(f"tls.key: {tls.key} is in OpenSSH's own format; convert a copy with "
                         "`ssh-keygen -p -m PEM -f COPY`")
     elif b"ENCRYPTED" in pem:
-        problems.append(f"tls.key: {tls.key} has a passphrase, which nobody can type for a "
-                        "service; remove it with `openssl pkey -in KEY -out NEWKEY`")
+        problems.append(f"tls.key: {tls.key} has a passphrase, which a service cannot "
+                        "enter; remove it with `openssl pkey -in KEY -out NEWKEY`")
     else:
         try:
             if private_key(pem) != of_certificate and of_certificate is not None:
@@ -241,61 +241,61 @@ def tls_problems(tls: TlsSettings) -> list[str]:
         try:
             ssl.create_default_context(cafile=str(tls.client_ca))
         except (OSError, ValueError):
-            problems.append(f"tls.client_ca: {tls.client_ca} holds no certificate in PEM")
+            problems.append(f"tls.client_ca: {tls.client_ca} contains no PEM certificate")
     return problems
 
 
 # --- refusals -------------------------------------------------------------------------------------
 
-# Every refusal that a client can meet: code, status, and what, why and what next in one line.
-# A container of somebody else has the same line as one that does not exist.
+# Every refusal a client can receive: code, status, and one line that says what, why and what to do.
+# Another account's container reads the same as one that does not exist.
 REFUSALS: dict[str, tuple[int, str]] = {
-    "no_certificate": (401, "no client certificate: show the one that `triton profile "
-                       "cmon-certgen` made (curl: --cert and --key)"),
-    "bad_certificate": (401, "the client certificate cannot be used: {why}; make a new one with "
+    "no_certificate": (401, "no client certificate: use the one made by `triton profile "
+                       "cmon-certgen` (curl: --cert and --key)"),
+    "bad_certificate": (401, "invalid client certificate: {why}; make a new one with "
                         "`triton profile cmon-certgen`"),
     "weak_signature": (401, "the client certificate is signed with {digest}, which is too weak: "
                        "make a new one with `triton profile cmon-certgen`"),
-    "expired": (401, "the client certificate ended on {date}: make a new one with `triton profile "
-                "cmon-certgen`"),
-    "not_yet_valid": (401, "the client certificate begins on {date}: check the clock of the "
-                      "machine that made it, or wait"),
+    "expired": (401, "the client certificate expired on {date}: make a new one with `triton "
+                "profile cmon-certgen`"),
+    "not_yet_valid": (401, "the client certificate is not valid before {date}: check the clock of "
+                      "the machine that made it, or wait"),
     "weak_key": (401, "an RSA key of {bits} bits is too short: make a new one with `ssh-keygen -t "
                  "ed25519` or `-b 3072`, add it to the account, and make a certificate with it"),
-    "unknown_key": (401, "no key of account {login} vouches for this client certificate (wanted: "
-                    "{key}): add that key to the account, or make a certificate with one that it "
-                    "has; or is the certificate's common name, {login}, not your login?"),
-    "unknown_account": (401, "no account {login}, or it may not come in: the certificate's common "
+    "unknown_key": (401, "account {login} has no key that matches this client certificate "
+                    "(expected: {key}): add that key to the account, use a certificate made with "
+                    "a key of the account, or check that {login}, its common name, is your login"),
+    "unknown_account": (401, "no account {login}, or it has no access: the certificate's common "
                         "name must be the account's login"),
     "not_approved": (403, "account {login} is not approved: ask the operator"),
     "not_operator": (403, "only operators may see compute nodes: /v1/discover lists your "
                      "containers"),
-    "no_such_target": (404, "no such container or compute node for this account: /v1/discover "
-                       "lists those there are"),
-    "no_page": (404, "container {uuid} is {state}: it has a page while it runs"),
-    "unknown_host": (404, "the name {host} is none of this service: use {prefix}.SUFFIX, or "
+    "no_such_target": (404, "this account has no such container or compute node: /v1/discover "
+                       "lists what it has"),
+    "no_page": (404, "container {uuid} is {state}: metrics are available while it runs"),
+    "unknown_host": (404, "{host} is not a name of this service: use {prefix}.SUFFIX, or "
                      "UUID.SUFFIX for /metrics"),
-    "no_own_page": (404, "the service's own name has no /metrics: use /v1/UUID/metrics, or "
-                    "UUID.SUFFIX as the host"),
-    "bad_shard": (400, "shard must be k/n with k from 1 to n and n at most {most}: shard=1/4"),
-    "bad_parameter": (400, "unknown parameter {name}: there are groups and shard"),
-    "quota": (429, "more than {limit:g} requests a minute: ask less often, or ask the operator for "
-              "more"),
-    "inventory_not_ready": (503, "the inventory is not complete yet: try again in a few seconds"),
-    "inventory_too_old": (503, "who owns what has not been confirmed since {since}: try again when "
-                          "the data center's services are back"),
+    "no_own_page": (404, "there is no /metrics under the service's own name: use "
+                    "/v1/UUID/metrics, or UUID.SUFFIX as the host"),
+    "bad_shard": (400, "shard must be k/n with 1 <= k <= n <= {most}: for example shard=1/4"),
+    "bad_parameter": (400, "unknown parameter {name}: known are groups and shard"),
+    "quota": (429, "more than {limit:g} requests a minute: send fewer, or ask the operator for a "
+              "higher quota"),
+    "inventory_not_ready": (503, "the inventory is not loaded yet: try again in a few seconds"),
+    "inventory_too_old": (503, "ownership of containers has not been confirmed since {since}: try "
+                          "again when the data center's services are back"),
     "accounts_unreachable": (503, "accounts cannot be looked up now: try again in a few seconds"),
-    "node_silent": (503, "the compute node {node} is not answering since {since} ({why}): other "
+    "node_silent": (503, "compute node {node} has not answered since {since} ({why}): other "
                     "nodes are not affected; try again in a minute"),
     "node_unknown": (503, "the address of compute node {node} is not known yet: try again in a "
                      "minute"),
-    "node_busy": (503, "the compute node {node} has too many requests waiting: try again in a few "
+    "node_busy": (503, "too many requests are waiting for compute node {node}: try again in a few "
                   "seconds"),
     "node_error": (503, "the agent on compute node {node} failed: {why}; try again in a minute"),
-    "node_refused": (503, "the agent on compute node {node} says: {why}"),
-    "deadline": (504, "the compute node {node} did not answer in time: raise scrape_timeout if it "
+    "node_refused": (503, "the agent on compute node {node} refused the request: {why}"),
+    "deadline": (504, "compute node {node} did not answer in time: raise scrape_timeout if this "
                  "happens often"),
-    "too_busy": (503, "too busy: try again in a second"),
+    "too_busy": (503, "server too busy: try again in a second"),
 }
 # Retry-After of each 503, in seconds
 RETRY_SECONDS = 5
@@ -304,7 +304,7 @@ _RETRY = {"inventory_too_old": 60, "node_silent": 30, "node_unknown": 30, "node_
 
 
 def refused(code: str, *headers: tuple[str, str], **fields: Any) -> Refused:
-    """A refusal of the table; what a client sent stands in it with its odd characters escaped."""
+    """A refusal of the table; unprintable characters from the client are escaped."""
     status, message = REFUSALS[code]
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers += (("Retry-After", str(_RETRY.get(code, RETRY_SECONDS))),)
@@ -313,15 +313,15 @@ def refused(code: str, *headers: tuple[str, str], **fields: Any) -> Refused:
     return Refused(status, message.format(**shown), *headers, code=code)
 
 
-NOSNIFF = (("X-Content-Type-Options", "nosniff"),)      # what is text stays text in a browser
+NOSNIFF = (("X-Content-Type-Options", "nosniff"),)      # browsers must not guess a content type
 
 
 def utc(seconds: float) -> str:
-    """A time for people."""
+    """A time in readable form."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
     except (ValueError, OverflowError, OSError):
-        return "a date beyond all calendars"
+        return "a date out of range"
 
 
 # --- TLS and certificates -------------------------------------------------------------------------

@@ -423,7 +423,7 @@ def test_alone_it_says_what_is_missing(tmp_path: Path) -> None:
     shutil.copy(str(CMON), str(tmp_path))
     done = subprocess.run([sys.executable, str(tmp_path / "cmon.py")], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True)
-    one_line(done, 1, "cmon_agent.py of the same version must lie beside cmon.py")
+    one_line(done, 1, "cmon_agent.py of the same version must be beside cmon.py")
 
 
 # --- pipes and terminals --------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def test_check_config_warns_of_the_certificate(cert: str, private: str, said: st
 @pytest.mark.parametrize("tls, said", [
     ({"key": "rsa.key"}, "tls.key: DIR/rsa.key is not the key of DIR/server.pem: name the key"),
     ({"key": "openssh"}, "is in OpenSSH's own format; convert a copy with `ssh-keygen -p -m PEM"),
-    ({"key": "locked"}, "has a passphrase, which nobody can type for a service"),
+    ({"key": "locked"}, "has a passphrase, which a service cannot enter"),
     ({"key": "rsa.pub"}, "tls.key: DIR/rsa.pub: not a private key in PEM"),
     ({"certificate": "rsa.pub"}, "tls.certificate: DIR/rsa.pub: no certificate in PEM; it must be"),
     ({"certificate": "server.key", "key": "server.pem"}, "tls.certificate: DIR/server.key: no"),

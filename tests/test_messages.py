@@ -67,7 +67,7 @@ def test_a_program_without_its_neighbour_says_so(program: str, tmp_path: Path) -
     done = subprocess.run([sys.executable, "-sE", str(tmp_path / f"{program}.py")], timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert f"cmon_agent.py of the same version must lie beside {program}.py" in done.stderr
+    assert f"cmon_agent.py of the same version must be beside {program}.py" in done.stderr
 
 
 def test_warn_is_a_level_and_a_port_alone_an_address() -> None:

@@ -352,7 +352,7 @@ def test_a_silent_node_is_told_at_once_and_comes_back(folder: Path, agent: Agent
     with proxy(folder, agent={"connect_timeout": 0.1}) as program:
         answers = [get(program, page(DB)) for _ in range(4)]
         assert {(answer.status, code(answer)) for answer in answers} == {(503, "node_silent")}
-        assert "is not answering since 2" in answers[-1].text
+        assert "has not answered since 2" in answers[-1].text
         wait_until(lambda: admin(program)[f'cmon_proxy_node_up{{server="{NODE_2}"}}'] == 0)
         assert get(program, page(WEB)).status == 200
         for one in fill:
