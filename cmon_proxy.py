@@ -326,14 +326,14 @@ def utc(seconds: float) -> str:
 
 # --- TLS and certificates -------------------------------------------------------------------------
 
-# Tenants prove themselves with certificates that no CA has signed, and `ssl` can neither ask for
-# such a one nor look into it. Both are done by the very OpenSSL that `_ssl` is linked with, through
-# ctypes: nothing of cryptography or ASN.1 is ours. All names here are in OpenSSL 1.1.1 and in 3.
+# Tenants authenticate with certificates that no CA has signed. `ssl` can neither request nor parse
+# such certificates, so the OpenSSL that `_ssl` is linked with does both, through ctypes. All
+# cryptography and ASN.1 is OpenSSL's. Every name used here exists in OpenSSL 1.1.1 and 3.
 
 CMON_PURPOSE = "1.3.6.1.4.1.38678.1.4.2"        # extended key usage joyentCmon
 CLIENT_PURPOSE, SERVER_PURPOSE = "1.3.6.1.5.5.7.3.2", "1.3.6.1.5.5.7.3.1"
-_MAX_CERTIFICATE = 8192                         # bytes; one with RSA keys of 16,384 bits has 5 kB
-_MAX_CERTIFICATE_LIST = 16384                   # bytes of a client's chain; OpenSSL takes 100 kB
+_MAX_CERTIFICATE = 8192                         # bytes; 5 kB with RSA keys of 16,384 bits
+_MAX_CERTIFICATE_LIST = 16384                   # bytes of a client's chain; OpenSSL allows 100 kB
 _MAX_KEY_TEXT = 32768                           # an RSA key of 16,384 bits needs 3 kB
 # numbers from <openssl/obj_mac.h> and <openssl/ssl.h>
 _NID_CN, _NID_SKI, _NID_USAGE, _NID_SAN, _NID_BASIC, _NID_AKI = 13, 82, 83, 85, 87, 90
@@ -407,20 +407,20 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
 
 
 class CertificateError(ValueError):
-    """A key or certificate that cannot be read or made: whoever brought it is at fault."""
+    """A key or certificate that cannot be read or made."""
 
 
 class _Tm(ctypes.Structure):
-    """`struct tm`, with room for what platforms add behind."""
+    """`struct tm`, with room for members that platforms append."""
     _fields_ = [(name, ctypes.c_int) for name in ("sec", "min", "hour", "mday", "mon", "year")] + [
         ("rest", ctypes.c_byte * 96)]
 
 
-_openssl: ctypes.CDLL | None = None          # set once; making it twice does no harm
+_openssl: ctypes.CDLL | None = None          # set once; a race only loads it twice
 
 
 def _library() -> ctypes.CDLL:
-    """The OpenSSL of this Python's `ssl`, every function declared; OSError in words without it."""
+    """The OpenSSL of this Python's `ssl`, all functions declared; OSError if unavailable."""
     global _openssl
     if _openssl is None:
         import _ssl
@@ -430,19 +430,19 @@ def _library() -> ctypes.CDLL:
             try:
                 function = getattr(library, name)
             except AttributeError:
-                raise OSError(f"the {ssl.OPENSSL_VERSION} of this Python does not show {name}: "
+                raise OSError(f"the {ssl.OPENSSL_VERSION} of this Python does not export {name}: "
                               "install a Python that uses a shared OpenSSL 1.1.1 or 3") from None
             function.restype, function.argtypes = result, arguments
         version = library.OpenSSL_version(0).decode()
         if version != ssl.OPENSSL_VERSION:
-            raise OSError(f"found {version} beside the {ssl.OPENSSL_VERSION} that ssl uses")
+            raise OSError(f"found {version}, but ssl uses {ssl.OPENSSL_VERSION}")
         _openssl = library
     return _openssl
 
 
 class _Scope:
-    """The OpenSSL objects of one call: freed together when it ends, with no error left behind
-    (a stale one in the thread's queue would be taken for one of the next TLS connection)."""
+    """The OpenSSL objects of one call: freed together when it ends. Also clears the thread's error
+    queue, since OpenSSL would report a stale error for the next TLS connection."""
 
     def __init__(self) -> None:
         self.library = _library()
@@ -457,7 +457,7 @@ class _Scope:
         self.library.ERR_clear_error()
 
     def own(self, pointer: int | None, free: Any, failure: str) -> int:
-        """The pointer, to be freed at the end; NULL is the failure, in words."""
+        """Register a pointer to be freed at the end; NULL raises CertificateError."""
         if not pointer:
             raise self.error(failure)
         self._owned.append((free, pointer))
@@ -474,14 +474,14 @@ class _Scope:
         return CertificateError(failure + (f" ({reason.decode()})" if reason else ""))
 
     def source(self, text: bytes) -> int:
-        """A BIO that reads these bytes; they must live as long as the scope."""
+        """A BIO that reads these bytes, which must outlive the scope."""
         return self.own(self.library.BIO_new_mem_buf(text, len(text)), self.library.BIO_free, "BIO")
 
     def private_key(self, pem: bytes, passphrase: bytes = b"") -> int:
-        # the passphrase is always given: with none OpenSSL would ask for one on the terminal
+        # always pass a passphrase: without one OpenSSL prompts on the terminal
         found = self.library.PEM_read_bio_PrivateKey(self.source(pem), None, None, passphrase)
         return self.own(found, self.library.EVP_PKEY_free,
-                        "not a private key in PEM, or a wrong passphrase")
+                        "not a PEM private key, or a wrong passphrase")
 
     def x509(self, der: bytes) -> int:
         if len(der) > _MAX_CERTIFICATE:
@@ -491,7 +491,7 @@ class _Scope:
         found = self.own(self.library.d2i_X509(None, ctypes.byref(position), len(der)),
                          self.library.X509_free, "not an X.509 certificate")
         if position.value != ctypes.addressof(buffer) + len(der):
-            raise CertificateError("there is something behind the certificate")
+            raise CertificateError("extra data after the certificate")
         return found
 
     def spki(self, der: bytes) -> int:
@@ -502,7 +502,7 @@ class _Scope:
 
 
 def _der(encode: Any, pointer: int) -> bytes:
-    """What an i2d function writes."""
+    """The DER that an i2d function writes."""
     buffer = ctypes.create_string_buffer(max(0, encode(pointer, None)))
     position = ctypes.c_void_p(ctypes.addressof(buffer))
     encode(pointer, ctypes.byref(position))
@@ -510,7 +510,7 @@ def _der(encode: Any, pointer: int) -> bytes:
 
 
 class PublicKey:
-    """A public key as SSH and X.509 know it; equal when the keys are."""
+    """A public key in SSH and X.509 form; equal when the keys are."""
     __slots__ = ("kind", "blob", "spki")
 
     def __init__(self, kind: str, blob: bytes, spki: bytes) -> None:
@@ -520,12 +520,12 @@ class PublicKey:
 
     @property
     def md5(self) -> str:
-        """The fingerprint that mahi indexes by: colon-separated hex."""
+        """The MD5 fingerprint, mahi's index: colon-separated hex."""
         return hashlib.md5(self.blob, usedforsecurity=False).digest().hex(":")
 
     @property
     def sha256(self) -> str:
-        """The fingerprint that ssh-keygen shows."""
+        """The SHA-256 fingerprint, as ssh-keygen prints it."""
         digest = base64.b64encode(hashlib.sha256(self.blob).digest())
         return "SHA256:" + digest.decode().rstrip("=")
 
@@ -537,7 +537,7 @@ class PublicKey:
 
     @property
     def line(self) -> str:
-        """As in authorized_keys, without a comment."""
+        """A line of authorized_keys, without comment."""
         return self.kind + " " + base64.b64encode(self.blob).decode()
 
     def __eq__(self, other: object) -> bool:
@@ -570,7 +570,7 @@ def _ssh_fields(blob: bytes) -> list[bytes]:
 
 
 def _mpint(scope: _Scope, number: int) -> bytes:
-    """A BIGNUM as SSH writes it: a leading zero byte where the top bit is set."""
+    """A BIGNUM as an SSH mpint: with a leading zero byte if the top bit is set."""
     bits = scope.library.BN_num_bits(number)
     buffer = ctypes.create_string_buffer((bits + 7) // 8)
     scope.library.BN_bn2bin(number, buffer)
@@ -582,14 +582,14 @@ def _described(scope: _Scope, pkey: int) -> PublicKey:
     library = scope.library
     spki = _der(library.i2d_PUBKEY, pkey)
     if not spki:
-        raise scope.error("a key that cannot be written")
+        raise scope.error("a key that cannot be encoded")
     rsa = library.EVP_PKEY_get1_RSA(pkey)
     if rsa:
         scope.own(rsa, library.RSA_free, "")
         modulus, exponent = ctypes.c_void_p(), ctypes.c_void_p()
         library.RSA_get0_key(rsa, ctypes.byref(modulus), ctypes.byref(exponent), None)
         if not modulus.value or not exponent.value:
-            raise CertificateError("an RSA key without its numbers")
+            raise CertificateError("an RSA key without modulus or exponent")
         numbers = _mpint(scope, exponent.value) + _mpint(scope, modulus.value)
         return PublicKey("ssh-rsa", _ssh_string(b"ssh-rsa") + numbers, spki)
     curve_key = library.EVP_PKEY_get1_EC_KEY(pkey)
@@ -609,11 +609,11 @@ def _described(scope: _Scope, pkey: int) -> PublicKey:
         return PublicKey(kind, blob, spki)
     size = ctypes.c_size_t(32)
     raw = ctypes.create_string_buffer(32)
-    # the raw form of 32 bytes is also X25519's, which cannot sign: the OID says which it is
+    # X25519 keys, which cannot sign, have the same 32-byte form; the OID tells them apart
     if library.EVP_PKEY_get_raw_public_key(pkey, raw, ctypes.byref(size)) == 1 \
             and b"\x2b\x65\x70" in spki[:12]:
         return PublicKey("ssh-ed25519", _ssh_string(b"ssh-ed25519") + _ssh_string(raw.raw), spki)
-    raise CertificateError("a kind of key that is neither RSA, ECDSA nor Ed25519")
+    raise CertificateError("neither an RSA, ECDSA nor Ed25519 key")
 
 
 def _from_ssh(scope: _Scope, blob: bytes) -> int:
@@ -644,11 +644,11 @@ def _from_ssh(scope: _Scope, blob: bytes) -> int:
     if kind == b"ssh-ed25519" and len(fields) == 2 and len(fields[1]) == 32:
         return scope.own(library.EVP_PKEY_new_raw_public_key(_NID_ED25519, None, fields[1], 32),
                          library.EVP_PKEY_free, "not an Ed25519 key")
-    raise CertificateError(f"an SSH key of kind {kind[:40]!r}: RSA, ECDSA and Ed25519 can be used")
+    raise CertificateError(f"an SSH key of type {kind[:40]!r}: use RSA, ECDSA or Ed25519")
 
 
 def public_key(text: str) -> PublicKey:
-    """A key as accounts have it: an OpenSSH line, or PEM as SPKI or PKCS#1; CertificateError."""
+    """A key of an account: an OpenSSH line, or PEM (SPKI or PKCS#1); CertificateError."""
     if len(text) > _MAX_KEY_TEXT:
         raise CertificateError(f"a key of {len(text)} characters is too long")
     with _Scope() as scope:
@@ -662,32 +662,32 @@ def public_key(text: str) -> PublicKey:
             scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
         elif b"PRIVATE KEY-----" in source:
             raise CertificateError(
-                "a private key, which only its owner may have: put the public one here "
-                "(`ssh-keygen -y -f KEY`), and let the owner make a new pair")
+                "a private key, which must stay with its owner: put the public key here "
+                "(`ssh-keygen -y -f KEY`), and have the owner make a new pair")
         elif source.startswith(b"-----BEGIN "):
             pkey = scope.own(library.PEM_read_bio_PUBKEY(scope.source(source), None, None, b""),
                              library.EVP_PKEY_free, "not a public key in PEM")
         else:
             words = source.split()
             if len(words) < 2:
-                raise CertificateError("neither an OpenSSH line nor a public key in PEM")
+                raise CertificateError("neither an OpenSSH line nor a PEM public key")
             try:
                 blob = base64.b64decode(words[1], validate=True)
             except ValueError:
-                raise CertificateError("an OpenSSH line whose second word is not base64") from None
+                raise CertificateError("an OpenSSH line with invalid base64") from None
             pkey = _from_ssh(scope, blob)
             key = _described(scope, pkey)
             if words[0].decode("utf-8", "replace") != key.kind:
-                raise CertificateError(f"a key of kind {key.kind} that says it is another")
+                raise CertificateError(f"a key of type {key.kind} labelled as another type")
             return key
         return _described(scope, pkey)
 
 
 class Certificate(NamedTuple):
-    """What a certificate says; nothing of it is believed until `signed_by` agrees."""
-    subject: str                                # common names; "" without one
+    """The fields of a certificate, unverified until `signed_by` returns true."""
+    subject: str                                # common name; "" without one
     issuer: str
-    self_issued: bool                           # subject and issuer are the same name
+    self_issued: bool                           # subject and issuer are equal
     not_before: int                             # seconds since the epoch
     not_after: int
     purposes: tuple[str, ...]                   # extended key usage, OIDs in dots
@@ -720,12 +720,12 @@ def _common_name(scope: _Scope, name: int) -> str:
 
 def _time(scope: _Scope, when: int) -> int:
     tm = _Tm()
-    scope.need(scope.library.ASN1_TIME_to_tm(when, ctypes.byref(tm)), "a date that is none")
+    scope.need(scope.library.ASN1_TIME_to_tm(when, ctypes.byref(tm)), "an invalid date")
     try:
         stamp = datetime.datetime(tm.year + 1900, tm.mon + 1, tm.mday, tm.hour, tm.min,
                                   min(tm.sec, 59), tzinfo=datetime.timezone.utc)
     except ValueError:
-        raise CertificateError("a date that is none") from None
+        raise CertificateError("an invalid date") from None
     return int(stamp.timestamp())
 
 
@@ -734,8 +734,8 @@ def _purposes(scope: _Scope, x509: int) -> tuple[str, ...]:
     critical = ctypes.c_int(-1)
     stack = library.X509_get_ext_d2i(x509, _NID_EKU, ctypes.byref(critical), None)
     if not stack:
-        if critical.value != -1:                # there, but broken or twice: not the same as absent
-            raise CertificateError("an extended key usage that cannot be read")
+        if critical.value != -1:               # broken or repeated is not the same as absent
+            raise CertificateError("an unreadable extended key usage")
         return ()
     scope.own(stack, library.EXTENDED_KEY_USAGE_free, "")
     found: list[str] = []
@@ -747,19 +747,19 @@ def _purposes(scope: _Scope, x509: int) -> tuple[str, ...]:
 
 
 def certificate(der: bytes) -> Certificate:
-    """Read a certificate; CertificateError says in words why it cannot be."""
+    """Parse a certificate; raises CertificateError."""
     with _Scope() as scope:
         library = scope.library
         x509 = scope.x509(der)
         subject, issuer = library.X509_get_subject_name(x509), library.X509_get_issuer_name(x509)
         pkey = scope.own(library.X509_get_pubkey(x509), library.EVP_PKEY_free,
-                         "a certificate whose key cannot be read")
+                         "a certificate with an unreadable key")
         nid = ctypes.c_int(0)
-        # fails for algorithms it does not know; then there is no digest, and no account takes it
+        # fails for unknown algorithms; without a digest the certificate is refused
         library.X509_get_signature_info(x509, ctypes.byref(nid), None, None, None)
         digest = (library.OBJ_nid2sn(nid.value) or b"").decode().lower() if nid.value else ""
         number = scope.own(library.ASN1_INTEGER_to_BN(library.X509_get_serialNumber(x509), None),
-                           library.BN_free, "a serial number that is none")
+                           library.BN_free, "an invalid serial number")
         serial = ctypes.create_string_buffer((library.BN_num_bits(number) + 7) // 8)
         library.BN_bn2bin(number, serial)
         return Certificate(
@@ -778,7 +778,7 @@ def certificate(der: bytes) -> Certificate:
 
 
 def names_of(found: Certificate) -> list[str]:
-    """The host names and addresses that a certificate is for, as OpenSSL prints them."""
+    """The host names and addresses of a certificate, as OpenSSL prints them."""
     with _Scope() as scope:
         library = scope.library
         x509 = scope.x509(found.der)
@@ -793,7 +793,7 @@ def names_of(found: Certificate) -> list[str]:
 
 
 def signed_by(found: Certificate, key: PublicKey) -> bool:
-    """Whether the certificate's signature was made with this key, as OpenSSL sees it."""
+    """Whether OpenSSL verifies the certificate's signature with this key."""
     with _Scope() as scope:
         return bool(scope.library.X509_verify(scope.x509(found.der), scope.spki(key.spki)) == 1)
 
@@ -808,18 +808,18 @@ _PEM_CERTIFICATE = re.compile(
 
 
 def first_certificate(pem: str) -> bytes:
-    """DER of the first certificate in a PEM file, whatever stands around it."""
+    """DER of the first certificate in a PEM file, whatever else it contains."""
     match = _PEM_CERTIFICATE.search(pem)
     if match is None:
-        raise CertificateError("no certificate in PEM")
+        raise CertificateError("no PEM certificate")
     try:
         return base64.b64decode("".join(match.group(1).split()), validate=True)
     except ValueError:
-        raise CertificateError("a certificate in PEM that is not base64") from None
+        raise CertificateError("a PEM certificate with invalid base64") from None
 
 
 def make_key(kind: str = "ec") -> bytes:
-    """A fresh private key, PEM in PKCS#8: "ec" is P-256, "rsa" has 2,048 bits."""
+    """A new private key as PKCS#8 PEM: "ec" is P-256, "rsa" has 2,048 bits."""
     nid, options = {
         "ec": (_NID_EC, ((b"ec_paramgen_curve", b"P-256"), (b"ec_param_enc", b"named_curve"))),
         "rsa": (_NID_RSA, ((b"rsa_keygen_bits", b"2048"),)),
@@ -859,12 +859,12 @@ def private_key(pem: bytes, passphrase: bytes = b"") -> PublicKey:
 
 
 def ssh_public_key(key_pem: bytes) -> str:
-    """The line that a private key's owner puts on the account."""
+    """The OpenSSH public key line to add to the account."""
     return private_key(key_pem).line
 
 
 class Signer(NamedTuple):
-    """A private key that somebody else holds, such as ssh-agent."""
+    """A private key held elsewhere, for example by ssh-agent."""
     key: PublicKey
     sign: Callable[[bytes], bytes]              # bytes to sign: an SSH signature, RFC 4253 6.6
 
@@ -874,17 +874,17 @@ _DIGESTS = {"ecdsa-sha2-nistp384": "EVP_sha384", "ecdsa-sha2-nistp521": "EVP_sha
 
 
 def _x509_signature(scope: _Scope, kind: str, blob: bytes) -> bytes:
-    """An SSH signature as X.509 has it; CertificateError for one of another kind or with SHA-1."""
+    """Convert an SSH signature to X.509's form; CertificateError for other types and SHA-1."""
     library = scope.library
     fields = _ssh_fields(blob)
     name = fields[0].decode("ascii", "replace") if fields else ""
     if len(fields) != 2 or name != ("rsa-sha2-256" if kind == "ssh-rsa" else kind):
-        raise CertificateError(f"a signature of kind {name[:40]!r} by a key of kind {kind}")
+        raise CertificateError(f"a signature of type {name[:40]!r} by a key of type {kind}")
     if kind == "ssh-rsa":
         return fields[1]
     numbers = _ssh_fields(fields[1])
     if len(numbers) != 2:
-        raise CertificateError("an ECDSA signature that is not two numbers")
+        raise CertificateError("a malformed ECDSA signature")
     made = scope.own(library.ECDSA_SIG_new(), library.ECDSA_SIG_free, "ECDSA_SIG")
     first, second = (library.BN_bin2bn(number, len(number), None) for number in numbers)
     scope.need(library.ECDSA_SIG_set0(made, first, second), "not an ECDSA signature")
@@ -892,8 +892,8 @@ def _x509_signature(scope: _Scope, kind: str, blob: bytes) -> bytes:
 
 
 def _sign_elsewhere(scope: _Scope, x509: int, signer: Signer) -> None:
-    """Put the holder's signature in the place of one by a throw-away key of the same kind, which
-    has filled in the algorithm."""
+    """Replace the signature of a temporary key of the same type, which has set the algorithm, with
+    the signer's."""
     library = scope.library
     tbs = _der(library.i2d_re_X509_tbs, x509)
     signature = _x509_signature(scope, signer.key.kind, signer.sign(tbs))
@@ -911,10 +911,10 @@ def make_certificate(
     purposes: Sequence[str] = (), is_ca: bool = False, serial: int | None = None,
     passphrase: bytes = b"",
 ) -> bytes:
-    """A certificate in PEM for the key; self-signed, or issued by a name or a certificate in PEM.
+    """A PEM certificate for the key, self-signed, or issued by a name or a PEM certificate.
 
-    Without dates it is valid from an hour ago, because clocks differ. `passphrase` is the signing
-    key's. Names are host names, or IP addresses in digits.
+    By default it is valid from an hour ago, because clocks differ. `passphrase` is that of the
+    signing key. Names are host names or numeric IP addresses.
     """
     begin = time.time() - 3600 if not_before is None else not_before
     end = begin + days * 86400 if not_after is None else not_after
@@ -939,7 +939,7 @@ def make_certificate(
                           library.X509_get_issuer_name(x509))):
             text = name.encode()
             scope.need(library.X509_NAME_add_entry_by_txt(of, b"CN", _UTF8, text, len(text), -1, 0),
-                       f"a common name that X.509 does not take: {name!r}")
+                       f"a common name that X.509 does not allow: {name!r}")
         if isinstance(issuer, bytes):
             issued_by = scope.x509(first_certificate(issuer.decode()))
             library.X509_set_issuer_name(x509, library.X509_get_subject_name(issued_by))
@@ -954,7 +954,7 @@ def make_certificate(
             (_NID_USAGE, "critical," + usage),
             (_NID_SKI, "hash"),
         ]
-        if isinstance(issuer, bytes):           # Python 3.13 wants it of all that are not roots
+        if isinstance(issuer, bytes):          # Python 3.13 requires it except in roots
             extensions.append((_NID_AKI, "keyid:always"))
         if purposes:
             extensions.append((_NID_EKU, "critical," + ",".join(purposes)))
@@ -964,7 +964,7 @@ def make_certificate(
             extension = scope.own(
                 library.X509V3_EXT_conf_nid(None, context, nid, extension_text.encode()),
                 library.X509_EXTENSION_free,
-                f"an extension that X.509 does not take: {extension_text!r}")
+                f"an extension that X.509 does not allow: {extension_text!r}")
             scope.need(library.X509_add_ext(x509, extension, -1), "cannot add an extension")
         digest = getattr(library, _DIGESTS.get(kind, "EVP_sha256"))()
         scope.need(library.X509_sign(x509, signer, digest), "cannot sign")
@@ -974,18 +974,18 @@ def make_certificate(
 
 
 def _alternative(name: str) -> str:
-    if re.search(r"[,\s\\]", name):             # would be read as more than one
-        raise CertificateError(f"a host name with an odd character: {name!r}")
+    if re.search(r"[,\s\\]", name):             # would be parsed as several names
+        raise CertificateError(f"a host name with an invalid character: {name!r}")
     return ("IP:" if is_ip(name) else "DNS:") + name
 
 
-_DEFAULT = ctypes.create_string_buffer(b"default")      # lives as long as any context may use it
+_DEFAULT = ctypes.create_string_buffer(b"default")      # must outlive every context that uses it
 
 
 def _context_pointer(context: ssl.SSLContext) -> int:
-    """The SSL_CTX inside a context, proved by what is read back through it.
+    """The SSL_CTX inside a context, verified by reading values back through it.
 
-    In CPython 3.9 to 3.13 it is the first member behind the object's head.
+    In CPython 3.9 to 3.13 it is the first member after the object header.
     """
     library = _library()
     if sys.implementation.name != "cpython" or not isinstance(context, ssl.SSLContext):
@@ -1002,10 +1002,10 @@ def _context_pointer(context: ssl.SSLContext) -> int:
 
 
 def forget_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> None:
-    """After a handshake: free what the client sent beside its own certificate; nobody reads it.
+    """After a handshake, free the certificates a client sent besides its own: they are unused.
 
-    Parsed names take ten times their size, for as long as a connection lasts. OSError where the
-    certificate itself is larger than any that could be good; the connection is then closed.
+    Parsed names take ten times their size, for the life of the connection. OSError if the client's
+    own certificate exceeds the limit; the connection is then closed.
     """
     inner = getattr(tls, "_sslobj")
     # PySSLSocket of Modules/_ssl.c, 3.9 to 3.13: head, socket, SSL, context
@@ -1021,10 +1021,10 @@ def forget_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> None:
 
 
 def ask_for_any_certificate(context: ssl.SSLContext) -> None:
-    """Let clients show whatever certificate they have; the application decides, not a CA.
+    """Accept any client certificate in the handshake; the application decides, not a CA.
 
-    OpenSSL's own X509_STORE_CTX_set_default has the shape of a verify callback and returns 1 for
-    the name "default", so no Python runs in a handshake. OSError in words where it is impossible.
+    OpenSSL's own X509_STORE_CTX_set_default has the signature of a verify callback and returns 1
+    for the name "default", so no Python runs in a handshake. OSError where this is impossible.
     """
     library = _library()
     context.verify_mode = ssl.CERT_OPTIONAL
@@ -1034,12 +1034,12 @@ def ask_for_any_certificate(context: ssl.SSLContext) -> None:
 
 
 def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
-    """Shake hands in memory; the certificate that the server has seen."""
+    """Perform a handshake in memory; return the certificate that the server received."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [client.wrap_bio(to_client, to_server, server_side=False),
             server.wrap_bio(to_server, to_client, server_side=True)]
     waiting = list(ends)
-    for _ in range(16):                         # TLS 1.3 takes three turns, 1.2 four
+    for _ in range(16):                         # TLS 1.3 takes three rounds, 1.2 four
         for end in list(waiting):
             try:
                 end.do_handshake()
@@ -1049,14 +1049,14 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
         if not waiting:
             forget_chain(ends[1])
             return ends[1].getpeercert(True)
-    raise OSError("the handshake does not end")
+    raise OSError("the handshake does not complete")
 
 
 def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Prove `ask_for_any_certificate` by handshakes in memory, before the first real one.
+    """Test `ask_for_any_certificate` with handshakes in memory, before the first real one.
 
-    The server's own certificate serves as the client's. OSError in words when it is not seen, when
-    nothing is asked for, or when a client without certificate cannot come in.
+    The server's certificate serves as the client's. OSError if it is not received, not requested,
+    or if a client without certificate is rejected.
     """
     with open(cert_file, encoding="utf-8", errors="replace") as file:
         own = first_certificate(file.read())
@@ -1069,26 +1069,26 @@ def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str
         try:
             seen = _handshake(context, client)
         except ssl.SSLError as error:
-            raise OSError(f"client certificates cannot be asked for with {ssl.OPENSSL_VERSION} on "
+            raise OSError(f"cannot request client certificates with {ssl.OPENSSL_VERSION} on "
                           f"Python {sys.version.split()[0]}: {error}") from None
         if seen != shown:
-            raise OSError(f"client certificates do not arrive with {ssl.OPENSSL_VERSION} on Python "
+            raise OSError(f"no client certificates arrive with {ssl.OPENSSL_VERSION} on Python "
                           f"{sys.version.split()[0]}: use client_auth \"ca\"")
 
 
 def server_context(certificate_file: str, key_file: str,
                    client_ca: str | None = None) -> ssl.SSLContext:
-    """The one TLS policy: 1.2 or later, forward secrecy, nothing to resume a session with.
+    """The TLS policy: 1.2 or later, forward secrecy, no session resumption.
 
-    A resumed session would bring back a certificate that was seen long ago, and costs a full
-    handshake with client certificates as much as it saves. With `client_ca`, certificates are asked
-    for and must chain to it; a client without one still comes in and is nobody.
+    A resumed session would restore a certificate verified long ago, and adds as much to a full
+    handshake with client certificates as it saves. With `client_ca`, client certificates must chain
+    to it; a client without one completes the handshake and remains anonymous.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= (ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_TICKET
                         | ssl.OP_NO_RENEGOTIATION | getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0))
-    # 128 bits first: a handshake takes a tenth less, and nobody breaks either
+    # 128 bits first: handshakes take a tenth less, and both are secure
     context.set_ciphers("ECDHE+AES128+AESGCM:ECDHE+AESGCM:ECDHE+CHACHA20")
     context.num_tickets = 0
     context.set_alpn_protocols(["http/1.1"])
@@ -1098,7 +1098,7 @@ def server_context(certificate_file: str, key_file: str,
         context.verify_mode = ssl.CERT_OPTIONAL
     try:
         library, pointer = _library(), _context_pointer(context)
-    except OSError:                             # with a CA nothing depends on what follows
+    except OSError:                             # not needed with a CA
         return context
     library.SSL_CTX_ctrl(pointer, _CTRL_SESSION_CACHE, 0, None)
     library.SSL_CTX_ctrl(pointer, _CTRL_MAX_CERT_LIST, _MAX_CERTIFICATE_LIST, None)
@@ -1109,8 +1109,8 @@ def server_context(certificate_file: str, key_file: str,
 # --- identity -------------------------------------------------------------------------------------
 
 KEPT_CERTIFICATES_BYTES = 8 << 20
-CLOCK_SKEW_SECONDS = 300.0      # certgen does not date back, and clocks differ
-# OpenSSL's names of the digests that are taken; what is not listed is refused, whatever its name
+CLOCK_SKEW_SECONDS = 300.0      # certgen does not backdate, and clocks differ
+# Accepted digests, by OpenSSL's names; all others are refused.
 STRONG_DIGESTS = frozenset(("sha224", "sha256", "sha384", "sha512", "sha512-224", "sha512-256",
                             "sha3-224", "sha3-256", "sha3-384", "sha3-512"))
 RSA_BITS, SHORT_RSA_BITS = 2048, 1024   # least, and least with `allow_rsa1024`
@@ -1119,7 +1119,7 @@ _MD5_HEX = re.compile(r"(?:MD5:)?([0-9A-Fa-f]{2}(?::?[0-9A-Fa-f]{2}){15})")
 
 
 def key_id_of(name: str) -> str | None:
-    """An issuer's name as the MD5 fingerprint that it spells, in colons; None for other names."""
+    """The MD5 fingerprint that an issuer's name spells, with colons; None for other names."""
     match = _MD5_BASE64.fullmatch(name)
     if match is not None:
         digest = base64.b64decode(match.group(1) + "==").hex()
@@ -1132,14 +1132,14 @@ def key_id_of(name: str) -> str | None:
 
 
 class AuthorizedKey(NamedTuple):
-    """A key that may speak for an account, and for how much of it."""
+    """A key that authenticates an account, and the part of it that it grants."""
     key: PublicKey
     name: str = ""                              # of the administrator or user; "": the account
     groups: frozenset[str] | None = None     # only containers with one of these; None: all
 
 
 class Account(NamedTuple):
-    """Somebody who may own containers."""
+    """An account: the owner of containers."""
     uuid: str
     login: str
     keys: Mapping[str, AuthorizedKey]                  # by MD5 fingerprint
@@ -1148,20 +1148,20 @@ class Account(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """What a request may do: as whom, and within which groups."""
+    """What a request may do: the account, and the groups it is limited to."""
     account: Account
     groups: frozenset[str] | None
     identity: Identity
 
     @property
     def sees_nodes(self) -> bool:
-        """Operators see the compute nodes; a user limited to groups never does."""
+        """Operators see compute nodes, unless limited to groups."""
         return self.account.operator and self.groups is None
 
 
 
 def held(value: Any) -> int:
-    """Bytes of a value and of all that it refers to: for caches."""
+    """The size in bytes of a value with everything it references, for caches."""
     size = sys.getsizeof(value)
     if isinstance(value, (tuple, frozenset)):
         return size + sum(map(held, value))
@@ -1171,20 +1171,20 @@ def held(value: Any) -> int:
 
 
 def entry_size(key: Any, value: Any) -> int:
-    """What an entry of a cache holds."""
+    """The size of a cache entry in bytes."""
     return held(key) + held(value)
 
 
 class Certificates:
-    """Certificates that were read and signatures that were checked. A tenant's scraper shows one
-    certificate on thousands of connections: remembering saves half of what a new one costs."""
+    """A cache of parsed certificates and verified signatures. A scraper presents one certificate on
+    thousands of connections: the cache halves the cost of a new one."""
 
     def __init__(self) -> None:
         self.cache: Cache[object, Certificate | bool] = Cache(
             "certificates", KEPT_CERTIFICATES_BYTES, entry_size)
 
     def read(self, der: bytes) -> Certificate:
-        """What it says; raises CertificateError."""
+        """Parse it, or return the cached result; raises CertificateError."""
         known = self.cache.get(der)
         if not isinstance(known, Certificate):
             known = certificate(der)
@@ -1192,7 +1192,7 @@ class Certificates:
         return known
 
     def signed(self, cert: Certificate, key: PublicKey) -> bool:
-        """Whether this key has signed it."""
+        """Whether this key has signed it; cached."""
         known = self.cache.get((cert.der, key))
         if known is None:
             known = signed_by(cert, key)
@@ -1200,13 +1200,13 @@ class Certificates:
         return known is True
 
 
-certificates = Certificates()       # of all connections of this process
+certificates = Certificates()       # shared by all connections of this process
 
 
 class Identity:
-    """What a connection's certificate says, worked out once; lives with the connection.
+    """The identity in a connection's certificate, computed once per connection.
 
-    The account, its key and the dates are looked at again on every request: see `grant`.
+    `grant` checks the account, its key and the dates on every request.
     """
     __slots__ = ("login", "key_id", "cert", "dated", "refusal", "header", "granted", "policy")
 
@@ -1215,9 +1215,9 @@ class Identity:
         self.cert: Certificate | None = None
         self.dated = False                      # its dates are enforced
         self.refusal: Refused | None = None
-        self.header = b""                       # F18: told in every answer
-        self.granted: Grant | None = None    # the last one; good while its account is the same
-        self.policy: Policy | None = None    # and the settings that it was judged by
+        self.header = b""                       # sent with every answer
+        self.granted: Grant | None = None   # the last grant, while its account is the same object
+        self.policy: Policy | None = None    # and the policy it was made under
         if der is None:
             self.refusal = refused("no_certificate")
             return
@@ -1230,14 +1230,14 @@ class Identity:
         self.dated = CMON_PURPOSE in cert.purposes
         self.header = (f"X-Cmon-Certificate-Expires: {utc(cert.not_after)}\r\n").encode()
         if self.dated and not cert.self_issued:
-            # new style: the issuer's name is the fingerprint of the key that has signed
+            # new style: the issuer's name is the fingerprint of the signing key
             key_id = key_id_of(cert.issuer)
             if key_id is None:
                 self.refusal = refused("bad_certificate", why="its issuer is not the MD5 "
                                        "fingerprint of an SSH key")
                 return
             self.key_id = key_id
-        else:                                   # old style: its own key
+        else:                                   # old style: signed by its own key
             self.key_id = cert.key.md5
         if not self.login:
             self.refusal = refused("bad_certificate", why="its subject has no common name")
@@ -1245,8 +1245,8 @@ class Identity:
 
     @property
     def wanted(self) -> str:
-        """Fingerprints of the key that must be on the account, as ssh-keygen shows them. Of a new
-        style certificate only the MD5 one is known: by it the issuer is named."""
+        """Fingerprints of the key that must be on the account, as ssh-keygen shows them. For a
+        new-style certificate only the MD5 fingerprint is known: it is the issuer's name."""
         if self.cert is not None and self.key_id == self.cert.key.md5:
             return f"MD5:{self.key_id} {self.cert.key.sha256}"
         return f"MD5:{self.key_id}, shown by `ssh-keygen -l -E md5 -f KEY.pub`"
@@ -1261,8 +1261,8 @@ def check_dates(cert: Certificate, now: float) -> None:
 
 
 def check_key(key: PublicKey, policy: Policy) -> None:
-    """Raises Refused for an RSA key that is too short: the verify callback bypasses OpenSSL's own
-    check of it."""
+    """Raises Refused for an RSA key that is too short: the verify callback bypasses OpenSSL's
+    check."""
     if key.kind == "ssh-rsa" and key.bits < (SHORT_RSA_BITS if policy.allow_rsa1024 else RSA_BITS):
         raise refused("weak_key", bits=key.bits)
 
@@ -1270,7 +1270,7 @@ def check_key(key: PublicKey, policy: Policy) -> None:
 def check_strength(cert: Certificate, policy: Policy) -> None:
     """Raises Refused for a digest or a key that is too weak."""
     if not cert.digest and cert.signature.upper() != "ED25519":
-        raise refused("bad_certificate", why="its signature is of a kind that OpenSSL does not know"
+        raise refused("bad_certificate", why="its signature algorithm is unknown to OpenSSL"
                       + (f" ({cert.signature})" if cert.signature else ""))
     if cert.digest and cert.digest not in STRONG_DIGESTS and not (
             cert.digest == "sha1" and policy.allow_sha1):
@@ -1289,13 +1289,13 @@ class Policy(NamedTuple):
 def grant(identity: Identity, account: Account | None, policy: Policy, now: float) -> Grant:
     """What this certificate may do as this account, now; raises Refused.
 
-    The only door: called on every request, and again before an answer that took a while is handed
-    over. As long as the account is the very object that it was, only the dates are looked at:
-    accounts are immutable and replaced when anything in them changes.
+    The only access check: called on every request, and again before a delayed answer is sent. While
+    the account is the same object, only the dates are checked: accounts are immutable and replaced
+    on any change.
     """
     cert = identity.cert
     if cert is None or identity.refusal is not None:
-        # with_traceback: one object for all requests would collect the traces of all
+        # with_traceback: a shared exception would accumulate every request's traceback
         raise (identity.refusal or refused("no_certificate")).with_traceback(None)
     if identity.dated or policy.by_ca:
         check_dates(cert, now)
@@ -1309,7 +1309,7 @@ def grant(identity: Identity, account: Account | None, policy: Policy, now: floa
         if account is None:
             raise refused("unknown_account", login=identity.login)
     else:
-        # an unknown account and one without the key read the same: logins are not to be guessed
+        # same answer for an unknown account and a missing key, so that logins cannot be probed
         holder = account.keys.get(identity.key_id) if account is not None else None
         if account is None or holder is None or not certificates.signed(cert, holder.key):
             raise refused("unknown_key", login=identity.login, key=identity.wanted)
