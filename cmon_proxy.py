@@ -1323,19 +1323,19 @@ def grant(identity: Identity, account: Account | None, policy: Policy, now: floa
 # --- inventory ------------------------------------------------------------------------------------
 
 class State(NamedTuple):
-    """What a VM's state means for those who ask."""
+    """How the proxy treats a VM state."""
     listed: bool        # in discovery
     listed_stopped: bool    # in discovery with discover_include_stopped
-    page: bool          # its page is asked for at the node
-    known: bool         # on the fleet page; otherwise it is as if it did not exist
+    page: bool          # its page is requested from the node
+    known: bool         # on the fleet page; otherwise treated as absent
 
 
-# A state that VMAPI invents later is taken for `unknown`: its page is tried, since a node tells the
-# truth at once, and its target does not vanish.
+# States unknown to us count as `unknown`: the page is requested, since the node knows for certain,
+# and the target stays in discovery.
 STATES: dict[str, State] = {
     "running": State(True, True, True, True),
     "stopped": State(False, True, False, True),
-    "stopping": State(True, True, True, True),      # its kstats are there until it is down
+    "stopping": State(True, True, True, True),      # it has kstats until it is down
     "shutting_down": State(True, True, True, True),
     "down": State(False, True, False, True),
     "halting": State(True, True, True, True),
@@ -1343,24 +1343,24 @@ STATES: dict[str, State] = {
     "installed": State(False, True, False, True),
     "configured": State(False, True, False, True),
     "provisioning": State(False, False, False, True),
-    "receiving": State(False, False, False, True),  # a migration that is under way
+    "receiving": State(False, False, False, True),  # migrating
     "sending": State(True, True, True, True),
     "incomplete": State(False, False, False, False),
     "failed": State(False, False, False, False),
     "destroyed": State(False, False, False, False),
     "deleted": State(False, False, False, False),
-    "unknown": State(True, True, True, True),       # VMAPI's word when the node does not report
+    "unknown": State(True, True, True, True),       # VMAPI's state when the node does not report
 }
 SHOWN_STATES = ("running", "stopped", "provisioning", "unknown")
 
 
 def state_of(name: str) -> State:
-    """The row of a state, whatever it is called."""
+    """The row of a state, known or not."""
     return STATES.get(name) or STATES["unknown"]
 
 
 class Vm(NamedTuple):
-    """A zone as the inventory knows it; replaced, never changed."""
+    """A zone in the inventory; immutable."""
     uuid: str
     alias: str
     owner: str
@@ -1371,14 +1371,14 @@ class Vm(NamedTuple):
     groups: tuple[str, ...] = ()
     role: str = ""                  # manta_role: one more group, for the owner of manta
     core: bool = False              # has a smartdc_role or manta_role tag
-    hidden: bool = False            # NAT zones: not to be seen by anybody
-    since: int = 0                  # when we learned this, milliseconds since the epoch
-    source: str = ""                # as the original calls it: Bootstrapper or Updater
-    number: int = 0                 # 64-bit hash of the UUID: which shard it belongs to
+    hidden: bool = False            # NAT zones: hidden from everybody
+    since: int = 0                  # last update, milliseconds since the epoch
+    source: str = ""                # the original's names: Bootstrapper or Updater
+    number: int = 0                 # 64-bit hash of the UUID, for sharding
 
 
 def number_of(uuid: str) -> int:
-    """A hash that spreads evenly whatever UUIDs look like, and stays the same for ever."""
+    """A hash that is even for any UUIDs and must never change."""
     return int.from_bytes(hashlib.blake2b(uuid.encode(), digest_size=8).digest(), "big")
 
 
@@ -1389,7 +1389,7 @@ class Node(NamedTuple):
     """A compute node."""
     uuid: str
     hostname: str
-    address: tuple[str, int] | None      # of its agent; None: not known yet
+    address: tuple[str, int] | None      # of its agent; None: unknown
 
 
 MAX_LOGIN = 64                  # characters; ub-common-name of RFC 5280
@@ -1397,20 +1397,20 @@ UUID_EXAMPLE = "7e39c4fe-1b00-4511-9800-4523b6cac865"
 
 
 def is_login(login: str) -> bool:
-    """Whether an account can have this login at all: a certificate must be able to name it."""
+    """Whether a login is valid: a certificate must be able to contain it."""
     return 0 < len(login) <= MAX_LOGIN and login.isprintable()
 
 
 def _word(value: Any) -> str:
-    """A text member, with null and odd types as nothing. JSON can spell half a surrogate pair,
-    which no answer could be encoded with."""
+    """A text member; null and other types count as empty. JSON can contain lone surrogates, which
+    cannot be encoded in an answer."""
     if not isinstance(value, str):
         return ""
     return sys.intern(value if value.isascii() else value.encode("utf-8", "replace").decode())
 
 
 def vm_of(record: Any, source: str, since: int) -> Vm | None:
-    """A VM from VMAPI's or the file's members; None when it has no usable uuid or owner.
+    """A VM from the members of VMAPI or the file; None without a valid uuid or owner.
 
     Total: any member may be null or missing, other types count as missing.
     """
@@ -1437,32 +1437,32 @@ def vm_of(record: Any, source: str, since: int) -> Vm | None:
 
 
 class Inventory:
-    """VMs and compute nodes. Belongs to the loop; `generation` says when caches are out of date."""
+    """VMs and compute nodes. Owned by the loop; a new `generation` invalidates caches."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self.ready = False                      # a whole one has been in
+        self.ready = False                      # has been complete once
         self.vms: dict[str, Vm] = {}
         self.nodes: dict[str, Node] = {}
         self.owned: dict[str, dict[str, Vm]] = {}
         self.generations: dict[str, int] = {}   # by owner; missing: 0
-        self.epoch = 0                          # all owners' at once
+        self.epoch = 0                          # of all owners together
         self.node_generation = 0
-        self.confirmed = now()                  # when the source last stood by it
+        self.confirmed = now()                  # when the source last confirmed it
         self.confirmed_at = time.time()
-        self.max_age = float("inf")             # older than that, nobody is shown a page
+        self.max_age = float("inf")             # older inventories serve no pages
         self.changed: list[Callable[[Vm | None, Vm | None], None]] = []
 
     def target(self, uuid: str) -> Vm | Node | None:
-        """What has this UUID."""
+        """The VM or node with this UUID."""
         return self.vms.get(uuid) or self.nodes.get(uuid)
 
     def generation(self, owner: str) -> tuple[int, int]:
-        """Changes whenever a VM of this owner does."""
+        """A version that changes with every change of the owner's VMs."""
         return self.epoch, self.generations.get(owner, 0)
 
     def put(self, vm: Vm) -> bool:
-        """A VM is new or different; False when it is neither."""
+        """Add or replace a VM; False if nothing changed."""
         before = self.vms.get(vm.uuid)
         if not state_of(vm.state).known:
             return self.drop(vm.uuid)
@@ -1478,7 +1478,7 @@ class Inventory:
         return True
 
     def drop(self, uuid: str) -> bool:
-        """A VM is gone; False when it was not there."""
+        """Remove a VM; False if it was absent."""
         before = self.vms.pop(uuid, None)
         if before is None:
             return False
@@ -1502,27 +1502,27 @@ class Inventory:
             self.epoch += 1
 
     def replace(self, vms: dict[str, Vm], owned: dict[str, dict[str, Vm]]) -> None:
-        """All VMs at once, prepared by another thread: what is not among them is gone."""
+        """Replace all VMs by a list prepared in another thread."""
         self.vms, self.owned = vms, owned
         self.generations.clear()
         self.epoch += 1
 
     def merge(self, vms: Mapping[str, Vm]) -> None:
-        """All VMs at once; those that have not changed stay as they are, with their dates."""
+        """Replace all VMs; unchanged ones keep their dates."""
         for vm in vms.values():
             self.put(vm)
         for uuid in self.vms.keys() - vms.keys():
             self.drop(uuid)
 
     def replace_nodes(self, nodes: dict[str, Node]) -> None:
-        """All compute nodes at once."""
+        """Replace all compute nodes."""
         if nodes != self.nodes:
             self.nodes = nodes
             self.node_generation += 1
 
     @property
     def refusal(self) -> Refused | None:
-        """Why nobody can be told what belongs to whom, if so."""
+        """The refusal while ownership is unknown or out of date, if it is."""
         if not self.ready:
             return refused("inventory_not_ready")
         if self._now() - self.confirmed > self.max_age:
@@ -1530,12 +1530,12 @@ class Inventory:
         return None
 
     def confirm(self, age: float = 0.0) -> None:
-        """The source stood by what is here, so many seconds ago."""
+        """The source confirmed the inventory `age` seconds ago."""
         self.confirmed, self.confirmed_at = self._now() - age, time.time() - age
 
 
 def by_owner(vms: Iterable[Vm]) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]]:
-    """The two indexes of an inventory; VMs that count as gone are left out."""
+    """The two indexes of an inventory, without VMs in a hidden state."""
     known = {vm.uuid: vm for vm in vms if state_of(vm.state).known}
     owned: dict[str, dict[str, Vm]] = {}
     for vm in known.values():
@@ -1544,16 +1544,16 @@ def by_owner(vms: Iterable[Vm]) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]
 
 
 def groups_of(vm: Vm, manta_owner: str) -> tuple[str, ...]:
-    """A VM's groups; the role of manta's own zones is one."""
+    """A VM's groups, including the role of Manta's zones."""
     if vm.role and vm.owner == manta_owner and vm.role not in vm.groups:
         return vm.groups + (vm.role,)
     return vm.groups
 
 
 def may_see(granted: Grant, target: Vm | Node | None, manta_owner: str = "") -> bool:
-    """The one rule of who may see what: owners their containers, operators the compute nodes.
+    """The authorization rule: owners see their containers, operators the compute nodes.
 
-    A user who is limited to groups sees the containers of these groups and no node.
+    A user limited to groups sees only the containers in them, and no nodes.
     """
     if isinstance(target, Vm):
         return (target.owner == granted.account.uuid and not target.hidden and (
@@ -1563,15 +1563,15 @@ def may_see(granted: Grant, target: Vm | Node | None, manta_owner: str = "") -> 
 
 
 class Directory:
-    """Accounts by login, all at hand."""
+    """Accounts by login, all in memory."""
 
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
         self._ready = False
 
     def find(self, login: str, _address: str = "") -> Account | None:
-        """The account, or None when there is none of this login. Raises Refused (503) until the
-        first inventory is in: a good key must not be told that nobody knows it."""
+        """The account, or None for an unknown login. Raises Refused (503) until the first inventory
+        is loaded: until then no login is unknown."""
         if not self._ready:
             raise refused("inventory_not_ready")
         return self.accounts.get(login)
@@ -1581,24 +1581,24 @@ class Directory:
         return self.accounts.get(login) if self._ready else default
 
     def replace(self, accounts: dict[str, Account]) -> None:
-        """All at once."""
+        """Replace all accounts."""
         self.accounts = accounts
         self._ready = True
 
 
 def merged(known: Mapping[str, Account], accounts: Mapping[str, Account]) -> dict[str, Account]:
-    """These accounts; one that is the same as before stays the same object (see `grant`)."""
+    """Set these accounts; an unchanged account keeps its object (see `grant`)."""
     return {login: known[login] if known.get(login) == account else account
             for login, account in accounts.items()}
 
 
 class Whole(NamedTuple):
-    """What an inventory file says."""
+    """The contents of an inventory file."""
     accounts: dict[str, Account]
     vms: dict[str, Vm]
     owned: dict[str, dict[str, Vm]]
     nodes: dict[str, Node]
-    warnings: tuple[str, ...]       # what is allowed, but looks like a mistake
+    warnings: tuple[str, ...]       # probable mistakes
 
     def __str__(self) -> str:
         keys = sum(len(account.keys) for account in self.accounts.values())
@@ -1607,8 +1607,8 @@ class Whole(NamedTuple):
             (len(self.vms), "VM")))
 
 
-TOLD = 20                           # problems, and warnings, that are told one by one
-# the members that count; others are allowed, since other tools may have added them
+TOLD = 20                           # problems, and warnings, listed individually
+# known members; others are allowed, since other tools may add them
 _MEMBERS = {
     "file": ("accounts", "servers", "vms"),
     "accounts": ("uuid", "login", "keys", "operator", "approved_for_provisioning",
@@ -1629,9 +1629,9 @@ def _shown(value: Any) -> str:
 
 
 class _FileReader:
-    """Turns an inventory file into indexes, and collects what is wrong or looks wrong with it.
+    """Turns an inventory file into indexes; collects problems and probable mistakes.
 
-    Total: whatever JSON the file holds, the result is an inventory or a ConfigError with a line
+    Total: any JSON results in an inventory, or in a ConfigError with a line
     for each problem.
     """
 
@@ -1665,7 +1665,7 @@ class _FileReader:
             nodes[node.uuid] = node
         owners = {account.uuid for account in accounts.values()}
         if len(owners) < len(accounts):
-            self.odd(("owners",), "accounts", "two logins have the same uuid, so both own its VMs")
+            self.odd(("owners",), "accounts", "two logins share this uuid, so both own its VMs")
         vms: dict[str, Vm] = {}
         since = milliseconds()
         for where, record in self._records(content, "vms", "vms"):
@@ -1686,7 +1686,7 @@ class _FileReader:
 
     def _records(self, record: dict[str, Any], name: str, where: str, required: bool = True
                  ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The objects of a list, each with its place."""
+        """The objects of a list, each with its location."""
         values = record.get(name)
         if values is None and not required:
             return
@@ -1702,7 +1702,7 @@ class _FileReader:
                 self.wrong(f"{where}[{index}]", f"must be an object, not {_shown(value)}")
 
     def _near_misses(self, kind: str, record: dict[str, Any], where: str) -> None:
-        """Warn of a member that is not known but looks like one that is missing."""
+        """Warn of an unknown member that resembles a missing one."""
         known = _MEMBERS[kind]
         for name in record.keys() - set(known):
             cause = ("member", kind, name)
@@ -1715,7 +1715,8 @@ class _FileReader:
     def _text(self, record: dict[str, Any], name: str, where: str) -> str:
         value = record.get(name)
         if value is not None and not isinstance(value, str):
-            self.odd(("text", name), where, f"{name} must be a text, not {_shown(value)}: ignored")
+            self.odd(("text", name), where,
+                     f"{name} must be a string, not {_shown(value)}: ignored")
         return _word(value)
 
     def _uuid(self, record: dict[str, Any], name: str, where: str) -> str:
@@ -1735,20 +1736,20 @@ class _FileReader:
             self.wrong(where, "needs a login")
             login = where
         elif not is_login(login):
-            self.odd(("login", login), where, f"no certificate can name the login {_shown(login)}: "
+            self.odd(("login", login), where, f"no certificate can have the login {_shown(login)}: "
                      f"it must have 1 to {MAX_LOGIN} characters, none of them a control character")
         keys: dict[str, AuthorizedKey] = {}
         for kind in ("administrators", "users"):
             for at, member in self._records(record, kind, f"{where}.{kind}", required=False):
-                # only users can be limited: an administrator stands for the account itself
+                # only users can be limited: an administrator acts as the account
                 groups = member.get("groups") if kind == "users" else None
                 limited: frozenset[str] | None = frozenset() if kind == "users" else None
                 if isinstance(groups, list) and all(isinstance(group, str) for group in groups):
                     limited = frozenset(map(_word, groups))
                 elif groups is not None:
-                    self.wrong(f"{at}.groups", "must be a list of texts")
+                    self.wrong(f"{at}.groups", "must be a list of strings")
                 self._keys(member, at, self._text(member, "login", at), limited, keys)
-        self._keys(record, where, "", None, keys)       # last: the account's own key wins
+        self._keys(record, where, "", None, keys)      # last: the account's own key wins
         if not keys:
             self.odd(("keys", where), where, f"the account {_shown(login)} has no keys: nobody can "
                      "authenticate as it")
@@ -1817,12 +1818,12 @@ class _FileReader:
 
 
 def read_inventory(path: Path, agent_port: int) -> Whole:
-    """An inventory file; raises ConfigError with all that is wrong."""
+    """Parse an inventory file; raises ConfigError with all problems."""
     return _FileReader(path, agent_port).read()
 
 
 def tell_warnings(warnings: Sequence[str]) -> list[str]:
-    """Warnings as lines, the first of very many."""
+    """Warnings as lines, shortened if there are very many."""
     if len(warnings) <= TOLD:
         return list(warnings)
     return [*warnings[:TOLD - 1], f"{len(warnings) - TOLD + 1} more warnings of this kind"]
@@ -1834,22 +1835,22 @@ def milliseconds() -> int:
 
 
 class FileWatch:
-    """Says when files should be read again: for the server's certificate and the inventory.
+    """Decides when to reread files: the server's certificate and the inventory.
 
-    They should while they are not what was last read well: at once when they change, else after
-    growing pauses, since what failed may pass by itself (no descriptor left, no right to read).
+    Files that differ from those last loaded are read at once when they change, otherwise with
+    backoff, since a failure may be temporary (out of descriptors, missing permission).
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._backoff = Backoff(1.0, 30.0)
-        self._good: object = None           # state of the files that are in use
-        self._tried: object = None          # state of the files that were read last
+        self._good: object = None           # state of the files in use
+        self._tried: object = None          # state of the files last read
         self._not_before = float("-inf")
 
     @staticmethod
     def look(*paths: Path) -> object:
-        """The state of files, different after any change; or why it cannot be seen."""
+        """The state of files, different after any change; or the error of stat()."""
         try:
             return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
                     for stat in map(os.stat, paths)]
@@ -1857,15 +1858,15 @@ class FileWatch:
             return str(error)
 
     def is_current(self, state: object) -> bool:
-        """Whether files in this state are those in use."""
+        """Whether files in this state are in use."""
         return state == self._good
 
     def is_due(self, state: object) -> bool:
-        """Whether files in this state should be read now."""
+        """Whether to read files in this state now."""
         return state != self._good and (state != self._tried or self._now() >= self._not_before)
 
     def was_read(self, state: object, good: bool) -> None:
-        """Files that were in this state before they were read can be used, or not."""
+        """Files with this state were read; `good` says whether they can be used."""
         if state != self._tried or good:
             self._backoff.reset()
         self._tried = state
@@ -1875,10 +1876,10 @@ class FileWatch:
 
 
 class FileSource:
-    """Keeps directory and inventory as a file says; a bad file is refused whole and told once.
+    """Loads directory and inventory from a file; a bad file is rejected as a whole and logged once.
 
-    The inventory counts as confirmed only while the file is the one that was read: when it is
-    moved away or cannot be read, the inventory ages and in the end is no longer believed.
+    The inventory is confirmed only while the loaded file is in place: when the file is moved or
+    unreadable, the inventory ages until it is no longer trusted.
     """
 
     def __init__(self, path: Path, agent_port: int, inventory: Inventory, directory: Directory,
@@ -1886,30 +1887,30 @@ class FileSource:
         self._path, self._port = path, agent_port
         self._inventory, self._directory, self._server = inventory, directory, server
         self._watch = FileWatch(server.now)
-        # a thread of its own: a removed key must not wait behind large answers
+        # a separate thread: removing a key must not wait for large answers
         self._pool = Pool("inventory", 1, 1)
         self._reading = False
         self.problems: list[str] = []
         self.warnings: tuple[str, ...] = ()
         self.manta_owner = ""
-        self._good_at = 0.0                     # when a file was last read well, since the epoch
+        self._good_at = 0.0                     # last successful reload, since the epoch
 
     def start(self) -> None:
-        """Read it once, then look at it every second."""
+        """Read the file, then check it every second."""
         self._read(self._watch.look(self._path), self._directory.accounts)
         self._server.loop.every(1.0, self.tick)
 
     def tick(self) -> None:
-        """Look at the file; in the loop."""
+        """Check the file; runs in the loop."""
         state = self._watch.look(self._path)
         if self._watch.is_current(state):
-            self._inventory.confirm()           # a file is the truth until there is a better one
+            self._inventory.confirm()           # the loaded file is valid until it changes
             self._tell([])
         elif not self._reading and self._watch.is_due(state):
             self._reading = self._pool.submit(self._read, state, self._directory.accounts)
 
     def _read(self, state: object, known: Mapping[str, Account]) -> None:
-        """In the pool's thread: reading 10,000 VMs takes a tenth of a second."""
+        """Runs in the pool: parsing 10,000 VMs takes a tenth of a second."""
         found: Whole | None = None
         problems: list[str] = []
         try:
@@ -1917,8 +1918,8 @@ class FileSource:
             found = found._replace(accounts=merged(known, found.accounts))
         except ConfigError as error:
             problems = error.problems
-        except Exception as error:              # else it would never be read again
-            log.exception("reading %s failed", self._path)
+        except Exception as error:              # otherwise it would never be read again
+            log.exception("cannot read %s", self._path)
             problems = [f"{self._path}: cannot be read: {type(error).__name__}"]
         self._server.loop.run_here(self._apply, state, found, problems)
 
@@ -1936,7 +1937,7 @@ class FileSource:
         self._inventory.replace_nodes(found.nodes)
         self._inventory.confirm()
         if not self._inventory.ready:
-            gc.freeze()     # 10,000 VMs hold no cycles: the garbage collector need not walk them
+            gc.freeze()     # 10,000 VMs hold no cycles: exempt them from garbage collection
         self._inventory.ready = True
         log.info("inventory: %s from %s", found, self._path)
         if found.warnings != self.warnings:
@@ -1945,12 +1946,12 @@ class FileSource:
         self.warnings = found.warnings
 
     def _tell(self, problems: list[str]) -> None:
-        """Log problems once, and their end."""
+        """Log problems once, and when they are resolved."""
         if problems and problems != self.problems:
             for problem in problems:
-                log.error("the inventory stays as it was: %s", problem)
+                log.error("keeping the old inventory: %s", problem)
         elif self.problems and not problems:
-            log.info("the inventory file is good again")
+            log.info("the inventory file is valid again")
         self.problems = problems
 
     def families(self) -> list[Family]:
@@ -1960,7 +1961,7 @@ class FileSource:
                    "to read the inventory file succeeded.", [Sample((), int(not self.problems))]),
             Family("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
                    "inventory file was last read with success.", [Sample((), self._good_at)]),
-            Family("cmon_proxy_inventory_warnings", GAUGE, "What looks like a mistake in the "
+            Family("cmon_proxy_inventory_warnings", GAUGE, "Probable mistakes in the "
                    "inventory file; --check-config lists it.", [Sample((), len(self.warnings))]),
         ]
 
@@ -1968,42 +1969,42 @@ class FileSource:
 # --- Triton ---------------------------------------------------------------------------------------
 
 # VMAPI with its changefeed, CNAPI and mahi. One thread follows the changefeed; all other requests
-# are jobs of pools. What they hand to the loop is immutable, and goes by `Loop.call_soon` alone: no
-# other thread touches the inventory, the accounts or the state of what is read. How these services
-# behave, with their quirks, is written where the quirk is met.
+# run in pools. They pass immutable results to the loop, by `Loop.call_soon` alone: no other thread
+# touches the inventory, the accounts or the state of readers. Quirks of the services are described
+# where they matter.
 
-SERVICE_TIMEOUT = 20.0              # seconds for one request; a page of 1,000 VMs takes some
+SERVICE_TIMEOUT = 20.0              # seconds for one request; a page of 1,000 VMs takes several
 PAGE_SIZE = 1000                    # VMAPI's and CNAPI's maximum
-MAX_RECORDS = 2_000_000             # of one list: more is a service that repeats itself
+MAX_RECORDS = 2_000_000             # of one list: more means that the service repeats itself
 HEARTBEAT_SECONDS = 27.817          # what the changefeed's publisher expects
 POLL_NODES_SECONDS = 300.0
-READ_ALL_SECONDS = 900.0            # all VMs at the latest, and four times within max_age
-READ_ALL_WITHOUT_FEED = 60.0        # … while no changes are announced
-FETCHERS = 16                       # threads that read single VMs: VMAPI takes 10 to 50 ms for one
-MAX_FETCHES = 10_000                # under way at once; with more, reading all is cheaper
-MAX_MESSAGE = 1 << 20               # bytes of one message of the feed
-REFRESH_SECONDS = 2.0               # an agent is told of changes at most so often
+READ_ALL_SECONDS = 900.0           # between full readings, at most; at least four within max_age
+READ_ALL_WITHOUT_FEED = 60.0        # … while the changefeed is down
+FETCHERS = 16                       # threads reading single VMs: VMAPI takes 10 to 50 ms for each
+MAX_FETCHES = 10_000                # pending single reads; beyond that a full reading is cheaper
+MAX_MESSAGE = 1 << 20               # bytes of one changefeed message
+REFRESH_SECONDS = 2.0               # minimum seconds between notifications of an agent
 SNAPSHOT_SECONDS = 30.0
 FRESH_ACCOUNT_SECONDS = 30.0        # younger: used as it is
-USABLE_ACCOUNT_SECONDS = 60.0       # younger: used, and read again behind the request's back
-STALE_ACCOUNT_SECONDS = 300.0       # younger: used while mahi cannot be reached
-WARM_ACCOUNT_SECONDS = 120.0        # an account in use is read again so long after its last request
-WARM_AT_ONCE = 200                  # accounts that are read again in five seconds for that
-ACCOUNT_TIMEOUT = 3.0               # seconds for one request to mahi: somebody waits
-ACCOUNTS_DOWN_SECONDS = 5.0         # after a failure stale accounts are used without waiting
-DOWN_ACCOUNTS = 3                   # known accounts whose reading fails before mahi counts as down
-LOOKUPS_BURST, LOOKUPS_PER_SECOND = 60.0, 1.0   # of logins that are not known, for one address
+USABLE_ACCOUNT_SECONDS = 60.0       # younger: used, and refreshed in the background
+STALE_ACCOUNT_SECONDS = 300.0       # younger: used while mahi is unreachable
+WARM_ACCOUNT_SECONDS = 120.0        # accounts are refreshed this long after their last request
+WARM_AT_ONCE = 200                  # accounts refreshed every five seconds
+ACCOUNT_TIMEOUT = 3.0               # seconds for one request to mahi: a client waits
+ACCOUNTS_DOWN_SECONDS = 5.0         # after a failure, use stale accounts without waiting
+DOWN_ACCOUNTS = 3                   # failing known accounts before mahi counts as down
+LOOKUPS_BURST, LOOKUPS_PER_SECOND = 60.0, 1.0   # lookups of unknown logins, per address
 VM_FIELDS = "uuid,alias,owner_uuid,server_uuid,image_uuid,brand,state,tags"
 FEED_RESOURCES = ("alias", "customer_metadata", "destroyed", "nics", "owner_uuid", "server_uuid",
                   "state", "tags")
 
 
 class ServiceError(Exception):
-    """A service of Triton does not answer, or not as it should; the text is for the log."""
+    """A Triton service does not answer or answers incorrectly; the text goes to the log."""
 
     def __init__(self, message: str, down: bool = False, too_large: bool = False) -> None:
         super().__init__(message)
-        self.down = down                # nobody answers, or with 5xx: this request is not to blame
+        self.down = down                # no answer or 5xx: not the fault of this request
         self.too_large = too_large
 
 
@@ -2011,8 +2012,8 @@ T = TypeVar("T")
 
 
 def attempt(work: Callable[..., T], *args: Any) -> tuple[T | None, ServiceError | None]:
-    """What a job gave, or why it failed: a job must end with one of them, else it would be waited
-    for without end."""
+    """Run a job and return its result or its error: every job must end with one of them, since the
+    loop waits for it."""
     try:
         return work(*args), None
     except ServiceError as error:
@@ -2023,7 +2024,7 @@ def attempt(work: Callable[..., T], *args: Any) -> tuple[T | None, ServiceError 
 
 
 class Service:
-    """One of Triton's HTTP services, for threads that may block."""
+    """A Triton HTTP service, for threads that may block."""
 
     def __init__(self, name: str, url: str, max_body: int = 64 << 20) -> None:
         self.name, self.url = name, url.rstrip("/")
@@ -2033,7 +2034,7 @@ class Service:
 
     def get(self, path: str, allowed: Sequence[int] = (200,), timeout: float = SERVICE_TIMEOUT
             ) -> tuple[int, Any]:
-        """Status and JSON of an answer; raises ServiceError for statuses that are not allowed."""
+        """Status and JSON of an answer; raises ServiceError for unexpected statuses."""
         shown = path.partition("?")[0]
         try:
             answer = self._client.request("GET", self.url + path, {"Accept": "application/json"},
@@ -2043,21 +2044,21 @@ class Service:
         except ClientError as error:
             raise self.wrong(str(error), down=True) from None
         if answer.status not in allowed:
-            raise self.wrong(f"{shown} answers {answer.status}", down=answer.status >= 500)
+            raise self.wrong(f"{shown} returned status {answer.status}", down=answer.status >= 500)
         if answer.status != 200:
-            return answer.status, None      # error bodies are not always the JSON they claim to be
+            return answer.status, None      # error bodies claim to be JSON, but not all are
         try:
             return 200, json.loads(answer.body)
         except (ValueError, RecursionError):
-            raise self.wrong(f"{shown} does not answer in JSON") from None
+            raise self.wrong(f"{shown} did not return JSON") from None
 
     def pages(self, path: str, behind: Callable[[int, str], str], gentle: bool = False
               ) -> Iterator[list[Any]]:
-        """The pages of a list up to an empty one; a short page is not the last, say the services.
+        """The pages of a list up to an empty one, since a short page need not be the last.
 
-        `behind` gives the rest of the query that leads behind so many records, with the last one's
-        uuid. A page that is too large is asked for again in halves. Gentle: rest after each page
-        for as long as it took.
+        `behind` returns the query for the next page, given the number of records so far and the
+        last uuid. Too large a page is requested again at half the size. Gentle: pause after each
+        page for as long as it took.
         """
         position, seen = "", set[str]()
         name = path.partition("?")[0]
@@ -2069,16 +2070,16 @@ class Service:
                 if not error.too_large or self.page_size <= 1:
                     raise
                 self.page_size //= 2
-                log.info("%s: reading %d records at once from now on", error, self.page_size)
+                log.info("%s: page too large, reading %d records at a time", error, self.page_size)
                 continue
             if not isinstance(records, list):
-                raise self.wrong(f"{name} does not answer with a list")
+                raise self.wrong(f"{name} did not return a list")
             if not records:
                 return
             uuids = [_word(record.get("uuid")) if isinstance(record, dict) else ""
                      for record in records]
             if not uuids[-1] or uuids[-1] in seen or len(seen) > MAX_RECORDS:
-                raise self.wrong(f"{name} does not go on behind its last record")
+                raise self.wrong(f"{name} repeats or omits uuids")
             seen.update(uuids)
             yield records
             position = behind(len(seen), uuids[-1])
@@ -2086,19 +2087,19 @@ class Service:
                 time.sleep(min(time.monotonic() - began, 1.0))
 
     def wrong(self, what: str, down: bool = False, too_large: bool = False) -> ServiceError:
-        """The error to raise, counted."""
+        """Count an error and return it for raising."""
         self.errors += 1
         return ServiceError(f"{self.name}: {what}", down, too_large)
 
 
-# WebSocket (RFC 6455), the client's side
+# WebSocket (RFC 6455), client side
 
 _WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 CONTINUED, TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 0, 1, 2, 8, 9, 10
 
 
 def frame_of(opcode: int, payload: bytes, mask: bytes) -> bytes:
-    """A whole, masked frame, as clients must send it."""
+    """A complete, masked frame: clients must mask."""
     size = len(payload)
     length = bytes((0x80 | size,)) if size < 126 else (
         b"\xfe" + size.to_bytes(2, "big") if size < 65536 else b"\xff" + size.to_bytes(8, "big"))
@@ -2107,13 +2108,13 @@ def frame_of(opcode: int, payload: bytes, mask: bytes) -> bytes:
 
 
 class Frames:
-    """Takes bytes, gives frames of a server: (opcode, final, payload). Raises ServiceError."""
+    """Parses a server's frames: (opcode, final, payload). Raises ServiceError."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, received: bytes) -> list[tuple[int, bool, bytes]]:
-        """The frames that are whole now."""
+        """The complete frames so far."""
         self._buffer += received
         found: list[tuple[int, bool, bytes]] = []
         while True:
@@ -2124,7 +2125,7 @@ class Frames:
                 raise ServiceError("changefeed: a frame with extensions or a mask")
             opcode, final, size, start = buffer[0] & 15, bool(buffer[0] & 0x80), buffer[1], 2
             if opcode >= 8 and (size > 125 or not final):
-                raise ServiceError("changefeed: a broken control frame")
+                raise ServiceError("changefeed: an invalid control frame")
             if size >= 126:
                 start = 4 if size == 126 else 10
                 if len(buffer) < start:
@@ -2139,7 +2140,7 @@ class Frames:
 
 
 class WebSocket:
-    """A connection of the changefeed; one thread uses it."""
+    """A changefeed connection, used by one thread."""
 
     def __init__(self, url: str, path: str, headers: Mapping[str, str]) -> None:
         scheme, _, rest = url.partition("://")
@@ -2156,7 +2157,7 @@ class WebSocket:
         self._frames = Frames()
         self._messages: list[bytes] = []
         self._parts: list[bytes] | None = None       # of a message in fragments
-        self.answers_pings = False          # has done so once: silence is then a sign
+        self.answers_pings = False          # has pinged before: silence then means failure
         self.heard = time.monotonic()
         try:
             self._upgrade(f"{host}:{port}", path, headers)
@@ -2177,20 +2178,20 @@ class WebSocket:
         while b"\r\n\r\n" not in head:
             received = self._socket.recv(4096)
             if not received or len(head) > 65536:
-                raise ServiceError("changefeed: no answer to the upgrade")
+                raise ServiceError("changefeed: no answer to the upgrade request")
             head += received
         head, _, rest = head.partition(b"\r\n\r\n")
         status, *answered = head.split(b"\r\n")
         if not re.match(rb"HTTP/1\.1 101\b", status):
-            raise ServiceError(f"changefeed: the upgrade is answered {status[:60]!r}")
+            raise ServiceError(f"changefeed: upgrade rejected with {status[:60]!r}")
         wanted = base64.b64encode(hashlib.sha1(nonce + _WEBSOCKET_GUID).digest())
         if not any(name.strip().lower() == b"sec-websocket-accept" and value.strip() == wanted
                    for name, _, value in (line.partition(b":") for line in answered)):
-            raise ServiceError("changefeed: the upgrade is not answered by a WebSocket")
+            raise ServiceError("changefeed: the server does not speak WebSocket")
         self._take(rest)
 
     def send(self, opcode: int, payload: bytes) -> None:
-        """One frame."""
+        """Send one frame."""
         try:
             self._socket.settimeout(SERVICE_TIMEOUT)
             self._socket.sendall(frame_of(opcode, payload, os.urandom(4)))
@@ -2205,7 +2206,7 @@ class WebSocket:
                 self.answers_pings = True
             elif opcode == CLOSE_FRAME:
                 reason = payload[2:100].decode("utf-8", "replace")
-                raise ServiceError(f"changefeed: closed by the other side: {reason or 'no reason'}")
+                raise ServiceError(f"changefeed: closed by the server: {reason or 'no reason'}")
             elif opcode in (TEXT_FRAME, BINARY_FRAME) and self._parts is None and final:
                 self._messages.append(payload)
             elif opcode in (TEXT_FRAME, BINARY_FRAME) and self._parts is None:
@@ -2213,15 +2214,15 @@ class WebSocket:
             elif opcode == CONTINUED and self._parts is not None:
                 self._parts.append(payload)
                 if sum(map(len, self._parts)) > MAX_MESSAGE:
-                    raise ServiceError("changefeed: a message that does not end")
+                    raise ServiceError("changefeed: a message is too long")
                 if final:
                     self._messages.append(b"".join(self._parts))
                     self._parts = None
             else:
-                raise ServiceError(f"changefeed: a frame {opcode} where none can be")
+                raise ServiceError(f"changefeed: unexpected frame with opcode {opcode}")
 
     def receive(self, timeout: float) -> list[bytes]:
-        """The messages that have come, after waiting so long at the most; maybe none."""
+        """Wait up to `seconds` for messages and return them; maybe none."""
         if not self._messages:
             try:
                 self._socket.settimeout(max(timeout, 0.01))
@@ -2238,18 +2239,18 @@ class WebSocket:
         return messages
 
     def close(self) -> None:
-        """End it, with a word."""
+        """Close the connection with a close frame."""
         try:
             self.send(CLOSE_FRAME, b"\x03\xe8")
         except ServiceError:
-            pass                            # it is gone already
+            pass                            # already closed
         self._socket.close()
 
 
-# what the services' records mean
+# parsing the services' records
 
 def nodes_of(records: Iterable[Any], port: int) -> dict[str, Node]:
-    """CNAPI's servers; what has no uuid is left out, what has no address keeps its place."""
+    """CNAPI's servers: those without uuid are left out, those without address kept."""
     nodes: dict[str, Node] = {}
     for record in records:
         uuid = _word(record.get("uuid")).lower() if isinstance(record, dict) else ""
@@ -2261,10 +2262,10 @@ def nodes_of(records: Iterable[Any], port: int) -> dict[str, Node]:
 
 
 def account_of(record: Any, members: Any) -> Account | None:
-    """mahi's account with the members of its role `administrator`; None when it is none.
+    """mahi's account with the members of its role `administrator`; None if it is not one.
 
-    `keys` may be absent; so may `groups`, and then `isOperator` is absent, too, not false. An
-    absent `approved_for_provisioning` is no approval: mahi drops what UFDS does not have.
+    `keys` may be absent. So may `groups`; then `isOperator` is absent, too. An absent
+    `approved_for_provisioning` means not approved: mahi omits what UFDS does not have.
     """
     account = record.get("account") if isinstance(record, dict) else None
     if not isinstance(account, dict):
@@ -2276,7 +2277,7 @@ def account_of(record: Any, members: Any) -> Account | None:
     for member in (members.values() if isinstance(members, dict) else ()):
         if isinstance(member, dict):
             _add_keys(member.get("keys"), _word(member.get("login")), keys)
-    _add_keys(account.get("keys"), "", keys)        # last: the account's own key wins
+    _add_keys(account.get("keys"), "", keys)        # last: the account's own key takes precedence
     return Account(uuid, login, keys, account.get("isOperator") is True,
                    account.get("approved_for_provisioning") is True)
 
@@ -2285,48 +2286,48 @@ def _add_keys(found: Any, name: str, into: dict[str, AuthorizedKey]) -> None:
     for pem in (found.values() if isinstance(found, dict) else ()):
         try:
             key = public_key(pem if isinstance(pem, str) else "")
-        except CertificateError as error:           # one bad key does not cost the others
-            log.debug("a key of %r cannot be used: %s", name, error)
+        except CertificateError as error:           # a bad key does not affect the others
+            log.debug("ignoring a key of %r: %s", name, error)
             continue
         into[key.md5] = AuthorizedKey(key, name)
 
 
 def read_account(service: Service, login: str) -> Account | None:
-    """An account with its administrators, from mahi; None when there is none. Blocks.
+    """An account with its administrators, from mahi; None if unknown. Blocks.
 
-    Two requests, also for a login that nobody has: the time tells nothing of which there are.
+    Makes two requests for unknown logins as well, so that the time does not reveal which exist.
     """
     name = urllib.parse.quote(login, safe="")
     status, record = service.get(f"/accounts?login={name}", (200, 404), ACCOUNT_TIMEOUT)
-    # when the role does not exist the answer is 200 all the same, just without `role`
+    # without such a role mahi returns 200 without `role`
     _, roles = service.get(f"/roles?account={name}&role=administrator", (200, 404), ACCOUNT_TIMEOUT)
     if status == 404:
         return None
     role = roles.get("role") if isinstance(roles, dict) else None
     found = account_of(record, role.get("members") if isinstance(role, dict) else None)
     if found is None or found.login != login:
-        raise service.wrong(f"no usable account in the answer for {login!r}")
+        raise service.wrong(f"invalid account returned for {login!r}")
     return found
 
 
 class Known:
-    """What is kept of an account."""
+    """The cache entry of an account."""
     __slots__ = ("account", "at", "used", "failed")
 
     def __init__(self, account: Account, at: float) -> None:
         self.account, self.at = account, at         # when it was read
-        self.used = float("-inf")                   # when it was asked for last
-        self.failed = float("-inf")                 # when reading it again failed last
+        self.used = float("-inf")                   # last request
+        self.failed = float("-inf")                 # last failed refresh
 
 
 def _account_bytes(login: str, known: Known) -> int:
-    # a key: its blob, its SPKI and their base64 at most, with the objects around them
+    # at most, for a key: blob, SPKI, their base64 and the objects around them
     return 1000 + 4 * len(login) + sum(
         600 + 2 * len(one.key.blob) + 2 * len(one.key.spki) for one in known.account.keys.values())
 
 
 def _network(address: str) -> str:
-    """The part of an address that one machine cannot vary."""
+    """The part of an address that one machine cannot change."""
     try:
         return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
     except OSError:
@@ -2334,11 +2335,11 @@ def _network(address: str) -> str:
 
 
 class Accounts:
-    """Accounts by login, read from mahi when somebody comes, kept for a short while.
+    """Accounts by login, read from mahi on demand and cached briefly.
 
-    Belongs to the loop; jobs of its pools read. Accounts that have been in go before logins that
-    nobody knows: these have a queue of their own, and each address may look up so many. An account
-    in use is kept fresh, so that its requests wait for no reading.
+    Owned by the loop; its pools read. Known accounts take precedence over unknown logins, which
+    have a separate queue and a limit per address. Accounts in use are refreshed in the background,
+    so that their requests never wait.
     """
 
     def __init__(self, service: Service, server: Server) -> None:
@@ -2351,14 +2352,14 @@ class Accounts:
         self.caches = (self.known, self.unknown, self._lookups)
         self._asking: dict[str, list[Deferred]] = {}
         self._pool, self._strangers = Pool("mahi", 4, 1024), Pool("mahi-unknown", 4, 64)
-        self._failing: set[str] = set()     # known accounts, since mahi has answered last
+        self._failing: set[str] = set()     # known accounts, since mahi last answered
         self._down_until = float("-inf")
         self._told_until = float("-inf")
         self.reads = self.refused = 0
 
     def find(self, login: str, address: str = "") -> Account | Deferred | None:
         """The account; None if there is none; a Deferred while it is read. Raises Refused (503)."""
-        if not is_login(login):                 # mahi need not be asked
+        if not is_login(login):                 # no need to ask mahi
             return None
         now = self._loop.now()
         known = self.known.get(login)
@@ -2393,7 +2394,7 @@ class Accounts:
         return None if self.unknown.get(login) is not None else default
 
     def keep_warm(self) -> None:
-        """Every few seconds: read accounts again that are in use and not fresh any more."""
+        """Every few seconds: refresh accounts in use that are no longer fresh."""
         now = self._loop.now()
         due = [login for login in self.known if self._is_due(login, now)]
         for login in due[:WARM_AT_ONCE]:
@@ -2427,18 +2428,18 @@ class Accounts:
         return True
 
     def _read(self, login: str) -> None:
-        """In a thread of a pool."""
+        """Runs in a pool."""
         self._loop.call_soon(self._arrived, login, *attempt(read_account, self._service, login))
 
     def _arrived(self, login: str, account: Account | None, problem: ServiceError | None) -> None:
         waiting = self._asking.pop(login, [])
         now = self._loop.now()
         known = self.known.get(login)
-        answer: Answer = text(200, "")          # go on, and look again
+        answer: Answer = text(200, "")          # resume and look again
         if problem is not None:
             self._has_failed(login, known, problem, now)
             if known is None or now - known.at >= STALE_ACCOUNT_SECONDS:
-                answer = refused("accounts_unreachable").answer()     # never 401: we do not know
+                answer = refused("accounts_unreachable").answer()    # never 401: it may exist
         else:
             self.reads += 1
             self._failing.clear()
@@ -2453,7 +2454,7 @@ class Accounts:
 
     def _keep(self, known: Known | None, account: Account, at: float) -> None:
         if known is not None and known.account == account:
-            account = known.account         # the same object: connections need not look again
+            account = known.account         # the same object keeps connections' grants valid
         fresh = Known(account, at)
         if known is not None:
             fresh.used = known.used
@@ -2464,7 +2465,7 @@ class Accounts:
 
     def _has_failed(self, login: str, known: Known | None, problem: ServiceError, now: float
                     ) -> None:
-        """One login's failure is its own; mahi is down when several known accounts say so."""
+        """A failure affects one login; mahi is down when several known accounts fail."""
         if now >= self._told_until:
             log.warning("accounts cannot be read: %s", problem)
         self._told_until = now + ACCOUNTS_DOWN_SECONDS
@@ -2483,18 +2484,18 @@ class Accounts:
                      if known is not None and now - known.at < STALE_ACCOUNT_SECONDS)
 
     def restore(self, accounts: Iterable[tuple[Account, float]]) -> None:
-        """What a snapshot has."""
+        """Restore accounts from a snapshot."""
         now = self._loop.now()
         for account, age in accounts:
             self.known.put(account.login, Known(account, now - age))
 
 
 class SnapshotError(Exception):
-    """The snapshot cannot be used or written; the text says why, and what to do."""
+    """The snapshot cannot be read or written; the text says why and what to do."""
 
 
 class Saved(NamedTuple):
-    """What a snapshot holds."""
+    """The contents of a snapshot."""
     vms: tuple[Vm, ...]
     nodes: tuple[Node, ...]
     manta_owner: str
@@ -2503,11 +2504,11 @@ class Saved(NamedTuple):
 
 
 class Snapshot:
-    """The last inventory on disk: read at a start, so that a restart is no blackout.
+    """The last inventory on disk, loaded at start to avoid an outage after a restart.
 
-    Who can write it decides who is an operator, so file and folder must be this user's (or the
-    folder root's) and writable for nobody else, and no symlink is followed. The first line is the
-    SHA-256 of the rest: a file that was cut off is not believed.
+    Whoever can write it decides who is an operator, so file and folder must belong to this user
+    (the folder may belong to root), nobody else may write them, and symlinks are not followed. The
+    first line is the SHA-256 of the rest, which detects truncation.
     """
 
     def __init__(self, path: Path) -> None:
@@ -2518,7 +2519,7 @@ class Snapshot:
         os.close(self._folder())
 
     def _folder(self) -> int:
-        """A descriptor of the folder; raises OSError, SnapshotError."""
+        """Open the folder; raises OSError, SnapshotError."""
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._check(os.fstat(folder), self._path.parent, (os.geteuid(), 0))
@@ -2531,13 +2532,13 @@ class Snapshot:
     def _check(status: os.stat_result, path: Path, owners: tuple[int, ...]) -> None:
         if status.st_uid not in owners:
             raise SnapshotError(f"{path} belongs to uid {status.st_uid}, not to this user "
-                                f"({os.geteuid()}): who writes there could become operator")
+                                f"({os.geteuid()}): its owner could make anyone an operator")
         if status.st_mode & 0o022:
             raise SnapshotError(f"{path} can be written by others (mode "
-                                f"{stat.S_IMODE(status.st_mode):o}): take that right from them")
+                                f"{stat.S_IMODE(status.st_mode):o}): remove that permission")
 
     def write(self, saved: Saved) -> None:
-        """Whole or not at all; raises OSError, SnapshotError. Blocks."""
+        """Write atomically; raises OSError, SnapshotError. Blocks."""
         now = time.time()
         body = json.dumps({
             "format": 3, "confirmed_at": saved.confirmed_at, "manta_owner": saved.manta_owner,
@@ -2548,7 +2549,7 @@ class Snapshot:
         fresh, folder = self._path.name + ".new", self._folder()
         try:
             try:
-                os.unlink(fresh, dir_fd=folder)     # left by a process that was killed
+                os.unlink(fresh, dir_fd=folder)     # left by a killed process
             except FileNotFoundError:
                 pass
             descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -2562,7 +2563,7 @@ class Snapshot:
             os.close(folder)
 
     def read(self) -> Saved:
-        """What was written; raises SnapshotError, OSError."""
+        """Read and verify; raises SnapshotError, OSError."""
         folder = self._folder()
         try:
             descriptor = os.open(self._path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -2581,8 +2582,8 @@ class Snapshot:
         try:
             content = json.loads(body)
             if content["format"] != 3:
-                raise SnapshotError("it is of another version")
-            # interned, as vm_of does: most texts of 10,000 VMs are the same few
+                raise SnapshotError("it was written by another version")
+            # interned as in vm_of: 10,000 VMs share a few strings
             vms = tuple([Vm._make(
                 tuple(value) if isinstance(value, list) else
                 sys.intern(value) if isinstance(value, str) else value for value in row)
@@ -2600,13 +2601,13 @@ class Snapshot:
                                     "right?")
             return Saved(vms, nodes, str(content["manta_owner"]), tuple(accounts), confirmed_at)
         except (KeyError, TypeError, IndexError, ValueError, RecursionError) as error:
-            raise SnapshotError(f"it is not one of ours ({error})") from None
+            raise SnapshotError(f"it is not a valid snapshot ({error})") from None
 
 
 class ChangeFeed:
-    """Follows VMAPI's changefeed in a thread of its own, for ever, and tells the loop by calls:
-    `connected` when it listens (what changed before must be read), `lost` with the reason, and
-    `changed` with a VM's uuid."""
+    """Follows VMAPI's changefeed in a separate thread and calls the loop back: `connected` when
+    it is registered (earlier changes must be read), `lost` with the reason, and `changed` with a
+    VM's uuid."""
 
     def __init__(self, url: str, server: Server, random: Callable[[], float],
                  connected: Callable[[], object], lost: Callable[[ServiceError | None], object],
@@ -2640,7 +2641,7 @@ class ChangeFeed:
                 if time.monotonic() >= heartbeat:
                     heartbeat = time.monotonic() + HEARTBEAT_SECONDS
                     if feed.answers_pings and time.monotonic() - feed.heard > 3 * HEARTBEAT_SECONDS:
-                        raise ServiceError("changefeed: the other side has gone silent")
+                        raise ServiceError("changefeed: the server has gone silent")
                     feed.send(TEXT_FRAME, b"heartbeat")
                     feed.send(PING_FRAME, b"cmon")
         finally:
@@ -2648,7 +2649,7 @@ class ChangeFeed:
 
     @staticmethod
     def _register(feed: WebSocket) -> None:
-        # a second client with the same instance id would take this one's place
+        # a second client with the same instance id would replace this one
         instance = f"cmon-proxy-{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
         feed.send(TEXT_FRAME, json.dumps({
             "instance": instance, "service": "cmon-proxy",
@@ -2658,20 +2659,20 @@ class ChangeFeed:
             for message in feed.receive(1.0):
                 if member_of(message, "bootstrapRoute") is not None:
                     return
-                raise ServiceError(f"changefeed: the registration is answered {message[:80]!r}")
+                raise ServiceError(f"changefeed: registration rejected with {message[:80]!r}")
         raise ServiceError("changefeed: no answer to the registration")
 
     def _take(self, message: bytes) -> None:
-        """A change: the VM is to be read, since the feed does not deliver all of it."""
+        """A change: read the VM, since the feed does not deliver all members."""
         uuid = member_of(message, "changedResourceId")
         if isinstance(uuid, str) and UUID.fullmatch(uuid.lower()):
             self._loop.call_soon(self._changed, uuid.lower())
         else:
-            log.warning("changefeed: a message that is not understood: %r", message[:200])
+            log.warning("changefeed: ignoring an unknown message: %r", message[:200])
 
 
 def member_of(message: bytes, name: str) -> Any:
-    """A member of a JSON object; None where there is none. Total."""
+    """A member of a JSON object, or None. Total."""
     try:
         content = json.loads(message)
     except (ValueError, RecursionError):
@@ -2680,19 +2681,19 @@ def member_of(message: bytes, name: str) -> Any:
 
 
 class AllVms(NamedTuple):
-    """What reading all VMs gave."""
+    """The result of reading all VMs."""
     vms: Mapping[str, Vm]
     owned: Mapping[str, Mapping[str, Vm]]
-    manta_owner: str | None             # None: mahi could not be asked
+    manta_owner: str | None             # None: mahi did not answer
     began: float                        # when the reading began, by the loop's clock
 
 
 class VmReader:
-    """Reads VMs: all now and then, single ones when they change. Belongs to the loop; jobs read.
+    """Reads VMs: all periodically, single ones when they change. Owned by the loop; pools read.
 
-    Reading all alone confirms ownership: the feed says nothing while its publisher is blind, and of
-    several VMAPIs each publishes a part. A single VM that was read while all are being read is
-    newer than the page that it is on, and wins.
+    Only reading all confirms ownership: the feed is silent while its publisher fails, and with
+    several VMAPIs each publishes a part. A single VM read during a full reading is newer than the
+    list and takes precedence.
     """
 
     def __init__(self, vmapi: Service, mahi: Service, inventory: Inventory, loop: Loop,
@@ -2705,11 +2706,11 @@ class VmReader:
         self._lister = Pool("vmapi-list", 1, 1)
         self._fetchers = Pool("vmapi", FETCHERS, MAX_FETCHES)
         self._fetching: dict[str, bool] = {}        # True: has changed again meanwhile
-        self._newer: dict[str, Vm | None] = {}      # read singly while all are being read
-        self._began = self._complete = 0            # readings of all, counted
+        self._newer: dict[str, Vm | None] = {}      # read singly during a full reading
+        self._began = self._complete = 0            # number of full readings
         self._reading = False
-        self._due = loop.now() + 5.0                # the feed will say so earlier
-        self._short = 0                             # lists in a row that were much too short
+        self._due = loop.now() + 5.0                # the feed reports changes earlier
+        self._short = 0                             # consecutive lists that were much too short
         self.follows = False                        # changes are announced
         self.manta_owner = ""
         self.bootstraps = self.events = self.fetched = 0
@@ -2720,14 +2721,14 @@ class VmReader:
         self._loop.every(min(0.25, self._interval / 4), self._tick)
 
     def feed_begins(self) -> None:
-        """Changes are announced from now on; those before must be found."""
+        """The feed is connected; earlier changes must be read."""
         self.follows = True
         self._due = self._loop.now()
 
     def feed_ends(self, problem: ServiceError | None) -> None:
-        """Changes are not announced any more."""
+        """The feed is lost."""
         if problem is not None:
-            log.warning("changes are not announced: %s", problem)
+            log.warning("changefeed lost: %s", problem)
         self.follows = False
         self._due = min(self._due, self._loop.now() + self._without_feed)
 
@@ -2740,7 +2741,7 @@ class VmReader:
             self._newer = {}
 
     def _read_all(self, began: float, gentle: bool) -> None:
-        """In the lister's thread."""
+        """Runs in the lister's thread."""
         self._loop.call_soon(self._all_arrived, *attempt(self._list, began, gentle))
 
     def _list(self, began: float, gentle: bool) -> AllVms:
@@ -2749,7 +2750,7 @@ class VmReader:
             account = read_account(self._mahi, "poseidon")
             manta = account.uuid if account is not None else ""
         except ServiceError as error:
-            log.debug("the owner of manta is not known: %s", error)
+            log.debug("cannot look up the owner of Manta: %s", error)
         found: list[Vm] = []
         since = milliseconds()
         for records in self._vmapi.pages(
@@ -2764,15 +2765,15 @@ class VmReader:
         self._reading = False
         now, had = self._loop.now(), len(self._inventory.vms)
         if found is not None and had and not found.vms:
-            problem = self._vmapi.wrong("/vms returned an empty list, which is ignored")
+            problem = self._vmapi.wrong("ignoring an empty list of /vms")
         if found is None or problem is not None:
-            log.warning("the inventory stays as it is: %s", problem)
+            log.warning("keeping the old inventory: %s", problem)
             self.problem, self._due = str(problem), now + self._backoff.next()
             return
         if len(found.vms) * 2 < had and self._short < 2:
-            # discovery must not lose its targets to a hiccup of VMAPI's store
+            # a glitch in VMAPI's store must not remove targets from discovery
             self._short += 1
-            log.warning("vmapi lists %d containers where there were %d: reading again",
+            log.warning("vmapi lists %d containers instead of %d: reading again",
                         len(found.vms), had)
             self._due = now + self._backoff.next()
             return
@@ -2798,8 +2799,8 @@ class VmReader:
     # single VMs
 
     def changed(self, uuid: str) -> None:
-        """A VM has changed. The same change comes once for each matching subresource; while the
-        VM is read, one more reading is enough."""
+        """A VM has changed. The feed repeats a change for each subresource; while the VM is being
+        read, one more reading is enough."""
         self.events += 1
         if uuid in self._fetching:
             self._fetching[uuid] = True
@@ -2810,7 +2811,7 @@ class VmReader:
             self._due = min(self._due, self._loop.now())
 
     def _fetch(self, uuid: str, began: int) -> None:
-        """In a fetcher's thread."""
+        """Runs in a fetcher's thread."""
         self._loop.call_soon(self._arrived, uuid, began, *attempt(self._fetch_one, uuid))
 
     def _fetch_one(self, uuid: str) -> Vm | None:
@@ -2821,11 +2822,11 @@ class VmReader:
     def _arrived(self, uuid: str, began: int, vm: Vm | None, problem: ServiceError | None) -> None:
         again = self._fetching.pop(uuid, False)
         if problem is not None:
-            log.warning("container %s cannot be read, all will be read: %s", uuid, problem)
+            log.warning("cannot read container %s, reading all: %s", uuid, problem)
             self._due = min(self._due, self._loop.now() + self._backoff.next())
             return
         self.fetched += 1
-        # asked for before a reading of all that is complete: what that one says is newer
+        # requested before a full reading that is now complete and newer
         if began >= self._complete:
             self._put(uuid, vm)
         if self._reading and began == self._began:
@@ -2842,7 +2843,7 @@ class VmReader:
 
 
 class NodeReader:
-    """Reads compute nodes from CNAPI now and then. Belongs to the loop; a job reads."""
+    """Reads compute nodes from CNAPI periodically. Owned by the loop; a pool reads."""
 
     def __init__(self, cnapi: Service, inventory: Inventory, loop: Loop, port: int,
                  random: Callable[[], float]) -> None:
@@ -2850,18 +2851,18 @@ class NodeReader:
         self._random = random
         self._pool = Pool("cnapi", 1, 1)
         self._backoff, self._soon = (Backoff(0.5, 60.0, random, 0.5) for _ in range(2))
-        self._missing: frozenset[str] = frozenset()     # nodes that the last list did not have
+        self._missing: frozenset[str] = frozenset()     # nodes missing in the last list
         self._reading = self._wanted = False
         self._due = loop.now()
-        self.complete = False                           # a whole list has been in
+        self.complete = False                           # has had a complete list
 
     def start(self) -> None:
         """Begin."""
         self._loop.every(0.25, self._tick)
 
     def want(self) -> None:
-        """A VM is on a node that is not known: read them soon, less soon each time, since CNAPI
-        may never list it."""
+        """A VM is on an unknown node: read nodes soon, with backoff, since CNAPI may never list
+        it."""
         if not self._wanted:
             self._wanted = True
             self._due = min(self._due, self._loop.now() + self._soon.next())
@@ -2887,12 +2888,12 @@ class NodeReader:
     def _arrived(self, nodes: Mapping[str, Node] | None, problem: ServiceError | None) -> None:
         self._reading = False
         if nodes is None:
-            log.warning("the list of compute nodes stays as it is: %s", problem)
+            log.warning("keeping the old list of compute nodes: %s", problem)
             self._due = self._loop.now() + self._backoff.next()
             return
         self._backoff.reset()
         self._due = self._loop.now() + POLL_NODES_SECONDS * (0.8 + 0.4 * self._random())
-        # paging by offset over a list that changes can skip a server: gone is what is missing twice
+        # paging by offset can skip servers while the list changes: remove those missing twice
         before = self._inventory.nodes
         missing = frozenset(before.keys() - nodes.keys())
         kept = {uuid: before[uuid] for uuid in missing - self._missing}
@@ -2907,7 +2908,7 @@ class NodeReader:
 
 
 class AgentNotices:
-    """Tells agents that a VM was made, moved or destroyed on their node. Belongs to the loop."""
+    """Tells agents that a VM on their node was created, moved or destroyed. Owned by the loop."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
@@ -2915,7 +2916,7 @@ class AgentNotices:
         self._told: dict[str, float] = {}
 
     def changed(self, servers: AbstractSet[str]) -> None:
-        """These nodes have other VMs now."""
+        """The VMs of these nodes have changed."""
         self._wanted |= servers
 
     def tell(self) -> None:
@@ -2935,17 +2936,17 @@ class AgentNotices:
                         "Content-Length: 0\r\n\r\n").encode()
                 upstream.ask(Job(head, now + 5.0, lambda reply, refusal: None))
             except Refused:
-                pass                        # it looks by itself, only later
+                pass                        # the agent notices later by itself
 
 
 class TritonSource:
-    """Keeps the inventory as VMAPI, its changefeed and CNAPI say, and the accounts as mahi does.
-    Belongs to the loop."""
+    """Keeps the inventory in sync with VMAPI and CNAPI, and the accounts with mahi. Owned by the
+    loop."""
 
     def __init__(self, settings: Settings, proxy: Proxy, random: Callable[[], float],
                  first: bool = True) -> None:
         own = settings.inventory
-        self._first = first                 # of several workers, the one that tells agents and disk
+        self._first = first                # the only worker to notify agents and write the snapshot
         assert own.vmapi is not None and own.cnapi is not None and own.mahi is not None
         self._loop, self._inventory = proxy.server.loop, proxy.inventory
         self._services = (Service("vmapi", own.vmapi), Service("cnapi", own.cnapi),
@@ -2960,16 +2961,16 @@ class TritonSource:
         self._snapshot = Snapshot(own.snapshot) if own.snapshot is not None else None
         self._writer = Pool("snapshot", 1, 1)
         self._writing = False
-        self._saved_at = 0.0                # when the snapshot was written, since the epoch
-        self._unsaved = ""                  # why it could not be written
+        self._saved_at = 0.0                # last write of the snapshot, since the epoch
+        self._unsaved = ""                  # the error of the last write
 
     @property
     def manta_owner(self) -> str:
-        """The account whose zones' manta roles are groups."""
+        """The account whose zones' Manta roles are groups."""
         return self.vms.manta_owner
 
     def start(self) -> None:
-        """Load the snapshot, then begin to read."""
+        """Load the snapshot, then start reading."""
         self._restore()
         self._inventory.changed.append(self._vm_changed)
         self.vms.start()
@@ -2990,11 +2991,11 @@ class TritonSource:
         except FileNotFoundError:
             return
         except (OSError, SnapshotError) as error:
-            log.warning("the snapshot is not used: %s", error)
+            log.warning("ignoring the snapshot: %s", error)
             return
         age = max(time.time() - saved.confirmed_at, 0.0)
         if age > self._inventory.max_age:
-            log.warning("the snapshot is not used: it is %d seconds old", age)
+            log.warning("ignoring the snapshot: it is %d seconds old", age)
             return
         self.vms.manta_owner = saved.manta_owner
         self._inventory.replace(*by_owner(saved.vms))
@@ -3002,7 +3003,7 @@ class TritonSource:
         self._inventory.confirm(age)
         self._inventory.ready = True
         self.accounts.restore(saved.accounts)
-        log.info("inventory: %d containers from the snapshot, %d seconds old", len(saved.vms), age)
+        log.info("inventory: %d containers from a snapshot %d seconds old", len(saved.vms), age)
 
     def _tick(self) -> None:
         inventory = self._inventory
@@ -3032,7 +3033,7 @@ class TritonSource:
             self._writing = self._writer.submit(self._write, saved)
 
     def _write(self, saved: Saved) -> None:
-        """In the writer's thread."""
+        """Runs in the writer's thread."""
         assert self._snapshot is not None
         problem = ""
         try:
@@ -3044,7 +3045,7 @@ class TritonSource:
     def _written(self, problem: str) -> None:
         self._writing = False
         if problem and problem != self._unsaved:
-            log.error("the snapshot cannot be written: %s", problem)
+            log.error("cannot write the snapshot: %s", problem)
         if not problem:
             self._saved_at = time.time()
         self._unsaved = problem
@@ -4698,7 +4699,7 @@ class Proxy:
 
     @property
     def manta_owner(self) -> str:
-        """The account whose zones' manta roles are groups."""
+        """The account whose zones' Manta roles are groups."""
         return str(self.source.manta_owner) if self.source is not None else ""
 
     def routes(self) -> tuple[Route, ...]:

@@ -389,7 +389,7 @@ HOSTILE = [
     ("has odd keys only", frame(12, struct.pack(">I", 1) + ssh(ssh(b"x"), b"c")), b"",
      "no RSA or ECDSA key"),
     ("is locked", None, frame(5, b""), "refuses to sign: `ssh-add -l` shows whether it is locked"),
-    ("signs with SHA-1", None, frame(14, ssh(ssh(b"ssh-rsa", b"x"))), "a signature of kind"),
+    ("signs with SHA-1", None, frame(14, ssh(ssh(b"ssh-rsa", b"x"))), "a signature of type"),
     ("signs something else", None, frame(14, ssh(ssh(b"rsa-sha2-256", b"x" * 256))),
      "the signature is not by SHA256:"),
 ]

@@ -64,7 +64,7 @@ def test_optional_and_unknown_members(tmp_path: Path) -> None:
     ({"accounts": [{"uuid": ALICE[:-1], "login": "a"}], "servers": [], "vms": []},
      f"not '{ALICE[:-1]}' with 35 characters instead of 36"),
     ({"accounts": [{"uuid": ALICE, "login": "a", "keys": [(TLS / "ec.key").read_text()]}],
-      "servers": [], "vms": []}, r"keys\[0\]: a private key, which only its owner may have"),
+      "servers": [], "vms": []}, r"keys\[0\]: a private key, which must stay"),
     ({"accounts": [], "servers": [], "vms": [{"uuid": "x", "owner_uuid": ALICE}]},
      r"vms\[0\]: uuid must be a UUID"),
     ({"accounts": [{"uuid": ALICE, "login": "a", "administrators": 5}], "servers": [], "vms": []},
@@ -72,7 +72,7 @@ def test_optional_and_unknown_members(tmp_path: Path) -> None:
     ({"accounts": [{"uuid": ALICE, "login": "a", "users": True}], "servers": [], "vms": []},
      r"users: must be a list, not True"),
     ({"accounts": [{"uuid": ALICE, "login": "a", "users": [{"groups": "web"}]}], "servers": [],
-      "vms": []}, r"users\[0\].groups: must be a list of texts"),
+      "vms": []}, r"users\[0\].groups: must be a list of strings"),
     ({"accounts": [], "servers": [{"uuid": NODE_1, "admin_ip": "10.0.0.1\0"}], "vms": []},
      r"admin_ip must be an IP address, with or without a port, not '10.0.0.1\\x00'"),
     ({"accounts": [], "servers": [{"uuid": NODE_1, "admin_ip": "\ud800"}], "vms": []},
@@ -131,15 +131,15 @@ def test_all_problems_are_told_but_not_without_end(tmp_path: Path) -> None:
     (lambda content: content["accounts"][1].update(keys=[]),
      "accounts[1]: the account 'bob' has no keys: nobody can authenticate as it"),
     (lambda content: content["vms"][0].update(brand=7),
-     "vms[0]: brand must be a text, not 7: ignored"),
+     "vms[0]: brand must be a string, not 7: ignored"),
     (lambda content: content["vms"][0].update(tags="web"),
      "vms[0]: tags must be an object, not 'web': ignored"),
     (lambda content: content["vms"][0].update(state="runing"),
      "vms[0]: unknown state 'runing': treated as running"),
     (lambda content: content["accounts"][1].update(login="b" * 65),
-     "accounts[1]: no certificate can name the login '" + "b" * 58),
+     "accounts[1]: no certificate can have the login '" + "b" * 58),
     (lambda content: content["accounts"][1].update(uuid=ALICE),
-     "accounts: two logins have the same uuid, so both own its VMs"),
+     "accounts: two logins share this uuid, so both own its VMs"),
 ])
 def test_what_looks_like_a_mistake_is_a_warning(change: Any, warning: str, tmp_path: Path) -> None:
     content = inventory("10.0.0.1")
@@ -388,10 +388,10 @@ def test_check_config_warns_of_the_certificate(cert: str, private: str, said: st
     ({"key": "rsa.key"}, "tls.key: DIR/rsa.key is not the key of DIR/server.pem: name the key"),
     ({"key": "openssh"}, "is in OpenSSH's own format; convert a copy with `ssh-keygen -p -m PEM"),
     ({"key": "locked"}, "has a passphrase, which a service cannot enter"),
-    ({"key": "rsa.pub"}, "tls.key: DIR/rsa.pub: not a private key in PEM"),
-    ({"certificate": "rsa.pub"}, "tls.certificate: DIR/rsa.pub: no certificate in PEM; it must be"),
+    ({"key": "rsa.pub"}, "tls.key: DIR/rsa.pub: not a PEM private key"),
+    ({"certificate": "rsa.pub"}, "tls.certificate: DIR/rsa.pub: no PEM certificate; it must be"),
     ({"certificate": "server.key", "key": "server.pem"}, "tls.certificate: DIR/server.key: no"),
-    ({"client_auth": "ca", "client_ca": "rsa.pub"}, "tls.client_ca: DIR/rsa.pub holds no certif"),
+    ({"client_auth": "ca", "client_ca": "rsa.pub"}, "tls.client_ca: DIR/rsa.pub contains no PEM"),
 ], ids=str)
 def test_files_of_tls_that_do_not_fit_are_named(tls: Any, said: str, tmp_path: Path) -> None:
     (tmp_path / "openssh").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n"

@@ -444,16 +444,16 @@ def test_an_owner_who_changes_while_the_page_is_under_way(running: Program, fold
 def test_a_bad_inventory_is_refused_whole_and_told_once(running: Program, folder: Path,
                                                         agent: Agent) -> None:
     write_inventory(folder, "{")
-    running.wait_for_log("the inventory stays as it was: .*not JSON")
+    running.wait_for_log("keeping the old inventory: .*not JSON")
     content = inventory(agent.text)
     content["vms"].append({"uuid": "x"})
     content["vms"][0]["owner_uuid"] = content["accounts"][1]["uuid"]
     write_inventory(folder, content)
-    running.wait_for_log(r"the inventory stays as it was: .*vms\[6\]: needs owner_uuid")
+    running.wait_for_log(r"keeping the old inventory: .*vms\[6\]: needs owner_uuid")
     assert get(running, page(WEB)).status == 200
-    assert running.log.count("stays as it was") == 3     # two lines the second time
+    assert running.log.count("keeping the old inventory") == 3     # two lines the second time
     (folder / "inventory.json").unlink()
-    running.wait_for_log("stays as it was: .*no such file")
+    running.wait_for_log("keeping the old inventory: .*no such file")
     assert get(running, "/v1/discover").status == 200
 
 

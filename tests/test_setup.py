@@ -429,7 +429,7 @@ def key_of_another_certificate(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--key"] = str(site.folder / "bob-key.pem")
 
 
-@fault("key", "cannot be used: no certificate in PEM")
+@fault("key", "cannot be used: no PEM certificate")
 def certificate_that_is_none(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--cert"] = flags["--key"]
 

@@ -74,10 +74,10 @@ P256 = base64.b64decode(read("ec.pub").split()[1])
 @pytest.mark.parametrize("text, problem", [
     ("", "neither an OpenSSH line nor"),
     ("ssh-rsa", "neither an OpenSSH line nor"),
-    ("ssh-rsa !!!!", "not base64"),
+    ("ssh-rsa !!!!", "invalid base64"),
     ("ssh-rsa " + LINE[:-8], "cut off"),
     ("ssh-rsa " + LINE[:4], "cut off"),
-    ("ssh-ed25519 " + LINE, "says it is another"),
+    ("ssh-ed25519 " + LINE, "labelled as another type"),
     ("ssh-dss " + base64.b64encode(b"\0\0\0\7ssh-dss").decode(), "ssh-dss"),
     ("ecdsa-sha2-nistp256 " + base64.b64encode(P256[:-1] + b"\0").decode(), "not on its curve"),
     ("ssh-ed25519 " + base64.b64encode(b"\0\0\0\x0bssh-ed25519\0\0\0\1x").decode(), "ssh-ed25519"),
@@ -151,7 +151,7 @@ def test_damaged_certificates_are_refused_or_no_longer_signed() -> None:
     for cut in range(0, len(good), 7):
         with pytest.raises(CertificateError):
             certificate(good[:cut])
-    with pytest.raises(CertificateError, match="something behind"):
+    with pytest.raises(CertificateError, match="extra data after"):
         certificate(good + b"\0")
     with pytest.raises(CertificateError, match="too long"):
         certificate(good + bytes(70_000))
@@ -184,9 +184,9 @@ def test_a_broken_purpose_is_not_taken_for_none(tmp_path: Path) -> None:
 def test_pem_is_found_among_other_text() -> None:
     pem = read("old_ec.pem")
     assert first_certificate("subject=x\n" + pem + pem) == ssl.PEM_cert_to_DER_cert(pem)
-    with pytest.raises(CertificateError, match="no certificate"):
+    with pytest.raises(CertificateError, match="no PEM certificate"):
         first_certificate("nothing")
-    with pytest.raises(CertificateError, match="not base64"):
+    with pytest.raises(CertificateError, match="invalid base64"):
         first_certificate("-----BEGIN CERTIFICATE-----\nA=AAA\n-----END CERTIFICATE-----\n")
 
 
@@ -224,10 +224,10 @@ def test_made_chain_is_verified_by_openssl_strictly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments, problem", [
     ({"subject": "x" * 65}, "common name"),
-    ({"subject": "a", "names": ("a,b",)}, "odd character"),
-    ({"subject": "a", "purposes": ("no such purpose",)}, "does not take"),
-    ({"subject": "a", "signing_key": b"nothing"}, "not a private key"),
-    ({"subject": "a", "issuer": b"nothing"}, "no certificate"),
+    ({"subject": "a", "names": ("a,b",)}, "invalid character"),
+    ({"subject": "a", "purposes": ("no such purpose",)}, "does not allow"),
+    ({"subject": "a", "signing_key": b"nothing"}, "not a PEM private key"),
+    ({"subject": "a", "issuer": b"nothing"}, "no PEM certificate"),
 ], ids=lambda value: str(value)[:40])
 def test_what_cannot_be_made_is_said(arguments: Any, problem: str) -> None:
     with pytest.raises(CertificateError, match=problem):
@@ -315,10 +315,10 @@ def test_policy() -> None:
 def test_a_handshake_in_memory_proves_that_any_certificate_arrives() -> None:
     context = context_of("server")
     files = str(FILES / "server.pem"), str(FILES / "server.key")
-    with pytest.raises(OSError, match="do not arrive"):
+    with pytest.raises(OSError, match="arrive with"):
         check_any_certificate(context, *files)          # nobody has asked
     context.verify_mode = ssl.CERT_OPTIONAL
-    with pytest.raises(OSError, match="cannot be asked for"):
+    with pytest.raises(OSError, match="cannot request client certificates"):
         check_any_certificate(context, *files)          # asked, and chained to a CA
     ask_for_any_certificate(context)
     check_any_certificate(context, *files)
@@ -348,13 +348,13 @@ def test_the_wrong_interpreter_is_told_instead_of_crashing(monkeypatch: Any) -> 
         cmon_proxy._context_pointer(Other(ssl.PROTOCOL_TLS_SERVER))
     monkeypatch.setattr(cmon_proxy, "_openssl", None)
     monkeypatch.setattr(cmon_proxy, "_FUNCTIONS", (("no_such_function", None, ()),))
-    with pytest.raises(OSError, match="does not show no_such_function: install a Python"):
+    with pytest.raises(OSError, match="does not export no_such_function: install a Python"):
         make_key()
     context_of("server")                                # with a CA it still works
     monkeypatch.undo()
     monkeypatch.setattr(cmon_proxy, "_openssl", None)
     monkeypatch.setattr(ssl, "OPENSSL_VERSION", "OpenSSL 0.9.7")
-    with pytest.raises(OSError, match="beside the OpenSSL 0.9.7"):
+    with pytest.raises(OSError, match="but ssl uses OpenSSL 0.9.7"):
         make_key()
 
 

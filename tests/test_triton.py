@@ -310,7 +310,7 @@ def test_a_vmapi_that_forgets_everything_does_not_empty_discovery(running: Progr
                                                                   ) -> None:
     cloud.vmapi.order("fail", status=200)                   # an answer of the wrong shape
     cloud.vmapi.order("cut")
-    running.wait_for_log("changefeed: the upgrade is answered b'HTTP/1.1 200 OK'")
+    running.wait_for_log("changefeed: upgrade rejected with b'HTTP/1.1 200 OK'")
     assert set(listed(running)) == {WEB, DB}
 
 
@@ -330,7 +330,7 @@ def test_restart_with_everything_down_answers_from_the_snapshot(cloud: Cloud, tm
     content = (tmp_path / "state.json").read_bytes()
     (tmp_path / "state.json").write_bytes(content[:-10])
     with start(cloud, tmp_path, snapshot="state.json") as program:
-        assert "the snapshot is not used: its checksum is wrong" in program.log
+        assert "ignoring the snapshot: its checksum is wrong" in program.log
         assert get(program, page(WEB)).status == 503
 
 
@@ -343,7 +343,7 @@ def test_ownership_that_is_too_old_is_not_believed(cloud: Cloud, tmp_path: Path)
                    == "inventory_too_old")
         assert set(listed(program)) == {WEB, DB}            # discovery keeps its targets
     with start(cloud, tmp_path, snapshot="state.json", max_age=2) as program:
-        assert "the snapshot is not used: it is" in program.log
+        assert "ignoring the snapshot: it is" in program.log
         assert get(program, "/-/ready").status == 503
 
 
@@ -392,7 +392,7 @@ def test_a_much_shorter_list_is_read_again_and_an_empty_one_not_believed(
         running: Program, cloud: Cloud) -> None:
     cloud.vmapi.order("forget", uuids=[DB, STOPPED, NAT, BOBS, uuid(50), uuid(51)])
     cloud.vmapi.order("cut")
-    running.wait_for_log("vmapi lists 1 containers where there were 7: reading again", 2)
+    running.wait_for_log("vmapi lists 1 containers instead of 7: reading again", 2)
     wait_until(lambda: set(listed(running)) == {WEB})
     cloud.vmapi.order("forget", uuids=[WEB])
     cloud.vmapi.order("cut")
@@ -404,7 +404,7 @@ def test_a_container_that_cannot_be_read_leads_to_reading_all(running: Program, 
                                                               ) -> None:
     cloud.vmapi.order("fail", status=500)
     change(cloud, alias="later")
-    running.wait_for_log(f"container {WEB} cannot be read")
+    running.wait_for_log(f"cannot read container {WEB}, reading all")
     cloud.vmapi.order("fail", status=0)
     wait_until(lambda: listed(running)[WEB]["vm_alias"] == "later")
 
@@ -517,7 +517,7 @@ def test_large_records_are_read_in_smaller_pages(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize("pages, said", [
-    ([{"a": 1}], "does not answer with a list"), ([[7]], "does not go on"),
+    ([{"a": 1}], "did not return a list"), ([[7]], "repeats or omits uuids"),
     ([[{"uuid": WEB}], [{"uuid": WEB}]], "does not go on"), ([[{"uuid": None}]], "does not go on"),
     ([[{"uuid": WEB}], [{"uuid": DB}], [{"uuid": WEB}]], "does not go on"),
 ], ids=str)
@@ -1141,7 +1141,7 @@ def test_a_proxy_says_that_it_does_not_use_a_foreign_snapshot(cloud: Cloud, tmp_
     folder.mkdir()
     folder.chmod(0o777)
     with start(cloud, tmp_path, snapshot="open/state.json") as program:
-        assert "the snapshot is not used: " in program.log
-        program.wait_for_log("the snapshot cannot be written: .*/open can be written by others")
+        assert "ignoring the snapshot: " in program.log
+        program.wait_for_log("cannot write the snapshot: .*/open can be written by others")
         wait_until(lambda: get(program, "/-/ready").status == 200)
         assert admin(program)["cmon_proxy_snapshot_last_write_timestamp_seconds"] == 0
