@@ -5,8 +5,8 @@
 #
 # All tests as CI runs them, on a fresh machine too. As root on Debian it installs what they need;
 # elsewhere what is missing is skipped and said. Every CPython from 3.9 to 3.13 that is found has
-# its turn: the newest with everything and coverage, the oldest with everything, those between with
-# the tests that start no process. With arguments: only the newest, only those tests, no coverage.
+# its turn: the newest with everything and coverage, the oldest with all but the tests against other
+# servers, those between with the tests that start no process. With arguments: only the newest, only those tests, no coverage.
 set -eu
 cd "$(dirname "$0")/.."
 ROOT=$(pwd)
@@ -115,18 +115,18 @@ done
 work=$(mktemp -d)
 mkdir "$work/coverage"
 trap 'rm -rf "$work"' EXIT
-for one in $versions; do
-    version=${one%%=*} python=${one#*=}
-    [ "$python" != "$newest" ] && [ "$python" != "$oldest" ] || continue
-    say "CPython $version: all that needs no process"
-    "$python" -m pytest $pytest --units || failed="$failed tests-$version"
-done
-
-# The oldest beside the newest: most of the time both wait for something.
-if [ "$oldest" != "$newest" ]; then
-    "$oldest" -m pytest $pytest >"$work/oldest" 2>&1 && echo 0 >"$work/oldest.status" ||
-        echo $? >"$work/oldest.status" &
-fi
+run_others() {      # one after the other, beside the newest: much of the time tests wait
+    for one in $versions; do
+        version=${one%%=*} python=${one#*=} what=--units
+        [ "$python" != "$newest" ] || continue
+        # What other servers make of our output does not depend on the Python.
+        [ "$python" != "$oldest" ] || what="--ignore=tests/services --ignore=tests/test_soak.py
+            --ignore=tests/test_forwarder_sinks.py"
+        say "CPython $version: $(echo $what)"
+        "$python" -m pytest $pytest $what || echo "tests-$version" >>"$work/failed"
+    done
+}
+run_others >"$work/others" 2>&1 &
 say "CPython $("$newest" -V | cut -d' ' -f2): all tests, with coverage"
 status=0
 {   # a process that a test starts finds these in its environment
@@ -134,12 +134,9 @@ status=0
         "$newest" -m pytest $pytest || echo $? >"$work/status"
 } 2>&1 | tee "$work/log"
 [ ! -s "$work/status" ] || { status=$(cat "$work/status"); failed="$failed tests"; }
-if [ "$oldest" != "$newest" ]; then
-    wait
-    say "CPython $("$oldest" -V | cut -d' ' -f2): all tests"
-    cat "$work/oldest"
-    [ "$(cat "$work/oldest.status")" = 0 ] || failed="$failed tests-oldest"
-fi
+wait
+cat "$work/others"
+[ ! -s "$work/failed" ] || failed="$failed $(tr '\n' ' ' <"$work/failed")"
 
 say "coverage of the programs, at least $COVERAGE_LEAST % of lines"
 export COVERAGE_FILE=$work/coverage/data
