@@ -1672,7 +1672,6 @@ class Spool:
         self._oldest: float | None = None       # of what is at the head
         self.dropped: dict[str, int] = {}       # samples by reason
         self._failing = ""
-        self._stopped = False
         self._open()
 
     # at start

@@ -352,7 +352,7 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("BIO_new_mem_buf", _P, (_S, _I)), ("BIO_new", _P, (_P,)), ("BIO_s_mem", _P, ()),
     ("BIO_read", _I, (_P, _P, _I)), ("BIO_free", _I, (_P,)), ("BIO_ctrl_pending", _Z, (_P,)),
     ("BN_bin2bn", _P, (_S, _I, _P)), ("BN_bn2bin", _I, (_P, _P)), ("BN_num_bits", _I, (_P,)),
-    ("BN_free", None, (_P,)), ("ASN1_INTEGER_to_BN", _P, (_P, _P)),
+    ("BN_free", None, (_P,)),
     ("ASN1_INTEGER_set_uint64", _I, (_P, ctypes.c_uint64)), ("ASN1_STRING_to_UTF8", _I, (_P, _P)),
     ("ASN1_TIME_to_tm", _I, (_P, _P)), ("ASN1_TIME_set", _P, (_P, _L)),
     ("OBJ_obj2txt", _I, (_P, _I, _P, _I)), ("OBJ_nid2sn", _S, (_I,)),
@@ -694,7 +694,6 @@ class Certificate(NamedTuple):
     signature: str                              # OpenSSL's name: "RSA-SHA256", "ecdsa-with-SHA256"
     digest: str                                 # "sha256"; "" where it is part of the algorithm
     key: PublicKey
-    serial: int
     der: bytes
 
 
@@ -758,10 +757,6 @@ def certificate(der: bytes) -> Certificate:
         # fails for unknown algorithms; without a digest the certificate is refused
         library.X509_get_signature_info(x509, ctypes.byref(nid), None, None, None)
         digest = (library.OBJ_nid2sn(nid.value) or b"").decode().lower() if nid.value else ""
-        number = scope.own(library.ASN1_INTEGER_to_BN(library.X509_get_serialNumber(x509), None),
-                           library.BN_free, "an invalid serial number")
-        serial = ctypes.create_string_buffer((library.BN_num_bits(number) + 7) // 8)
-        library.BN_bn2bin(number, serial)
         return Certificate(
             subject=_common_name(scope, subject),
             issuer=_common_name(scope, issuer),
@@ -772,7 +767,6 @@ def certificate(der: bytes) -> Certificate:
             signature=(library.OBJ_nid2sn(library.X509_get_signature_nid(x509)) or b"").decode(),
             digest=digest,
             key=_described(scope, pkey),
-            serial=int.from_bytes(serial.raw, "big"),
             der=der,
         )
 
@@ -4962,7 +4956,7 @@ def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance:
 <table class="rows" data-scope="zone"><thead><tr><th>container</th><th class="static">state</th>\
 <th class="static">compute node</th><th class="static">last scrape</th></tr></thead><tbody>
 {body}</tbody></table>
-<p class="pages">{" · ".join(links)}</p>
+<p>{" · ".join(links)}</p>
 {machines}{own}<p class="dim">As text: <a href="/v1/fleet/metrics">fleet</a> ·
 <a href="/v1/discover">discovery</a> · <a href="/v1/sd">discovery by HTTP</a></p>
 </main>""", "", granted, allowance)

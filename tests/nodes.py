@@ -231,14 +231,6 @@ class Desk:
             asked = asked.answer
         return read_answer(io.BytesIO(agent.wire(asked)))
 
-    def expire(self, asked: Any) -> Answer:
-        """The answer at the deadline of what was asked; the clock stands there then."""
-        if isinstance(asked, agent.Deferred) and asked.answer is None:
-            self.pass_by(max(asked.deadline - self.clock.at, 0.0))
-            if asked.answer is None:
-                asked.finish(asked.expired())
-        return self.answer(asked)
-
     def page(self, path: str, **more: Any) -> str:
         """A page that must come."""
         answer = self.answer(self.ask(path, **more))

@@ -23,7 +23,6 @@ from nodes import WEB01, Machine
 from support import Answer, Connection, Program, http_get, samples, wait_until
 
 OWNER = ("old_rsa", "rsa")
-OPERATOR_KEY = "ec521"
 
 
 @pytest.fixture()

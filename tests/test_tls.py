@@ -67,7 +67,6 @@ def test_key_with_short_numbers_gets_its_leading_zeros_right(tmp_path: Path) -> 
 
 
 LINE = read("rsa.pub").split()[1]
-BLOB = base64.b64decode(LINE)
 P256 = base64.b64decode(read("ec.pub").split()[1])
 
 
@@ -126,9 +125,6 @@ def test_a_certificate_says_what_openssl_says(row: Any) -> None:
     for candidate in ("rsa", "ec", "ec384", "ed25519", "other", "client", "ca"):
         spoken = private_key((FILES / f"{candidate}.key").read_bytes())
         assert signed_by(found, spoken) is (candidate == signer), candidate
-    shown = subprocess.run(["openssl", "x509", "-in", FILES / f"{name}.pem", "-noout", "-serial"],
-                           check=True, stdout=subprocess.PIPE).stdout.decode()
-    assert int(shown.strip().partition("=")[2], 16) == found.serial
 
 
 @pytest.mark.parametrize("name, begin, end", [
