@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cmon_agent
+import cmon_proxy
 import pytest
 from cmon_agent import (
     ConfigError, at_least, is_address, load_settings, one_of, parse_address, read_json, setting,
@@ -49,6 +51,30 @@ def test_good_file_loads(program: str, path: Path) -> None:
     assert done.returncode == 0 and all(
         line.startswith(f"cmon_{program}: warning: ") for line in done.stderr.splitlines())
     assert done.stdout.splitlines()[-1] == f"cmon_{program}: the settings are good"
+
+
+def names_of(settings: Any, prefix: str = "") -> set[str]:
+    """Dotted names of all settings."""
+    names = set()
+    for field in dataclasses.fields(settings):
+        kind = cmon_agent._field_types(settings)[field.name]
+        names |= names_of(kind, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) \
+            else {prefix + field.name}
+    return names
+
+
+def given(content: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted names of what a file says, inner objects included."""
+    return set().union(*({prefix + name} | (given(value, f"{prefix}{name}.") if isinstance(
+        value, dict) else set()) for name, value in content.items()))
+
+
+@pytest.mark.parametrize("program", [cmon_agent, cmon_proxy])
+def test_each_setting_is_in_a_good_file(program: Any) -> None:
+    name = program.__name__.partition("_")[2]
+    files = CASES.glob(f"{name}-*.good.json")
+    shown = set().union(*(given(json.loads(path.read_text())) for path in files))
+    assert names_of(program.Settings) <= shown
 
 
 @pytest.mark.parametrize("program, path", cases("bad"))
