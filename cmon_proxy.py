@@ -2759,7 +2759,7 @@ class VmReader:
         self._reading = False
         now, had = self._loop.now(), len(self._inventory.vms)
         if found is not None and had and not found.vms:
-            problem = self._vmapi.wrong("ignoring an empty list of /vms")
+            problem = self._vmapi.wrong("/vms returned an empty list")
         if found is None or problem is not None:
             log.warning("keeping the old inventory: %s", problem)
             self.problem, self._due = str(problem), now + self._backoff.next()

@@ -396,7 +396,7 @@ def test_a_much_shorter_list_is_read_again_and_an_empty_one_not_believed(
     wait_until(lambda: set(listed(running)) == {WEB})
     cloud.vmapi.order("forget", uuids=[WEB])
     cloud.vmapi.order("cut")
-    running.wait_for_log("/vms returned an empty list, which is ignored", 2)
+    running.wait_for_log("/vms returned an empty list", 2)
     assert set(listed(running)) == {WEB}
 
 
@@ -518,8 +518,8 @@ def test_large_records_are_read_in_smaller_pages(cloud: Cloud) -> None:
 
 @pytest.mark.parametrize("pages, said", [
     ([{"a": 1}], "did not return a list"), ([[7]], "repeats or omits uuids"),
-    ([[{"uuid": WEB}], [{"uuid": WEB}]], "does not go on"), ([[{"uuid": None}]], "does not go on"),
-    ([[{"uuid": WEB}], [{"uuid": DB}], [{"uuid": WEB}]], "does not go on"),
+    ([[{"uuid": WEB}], [{"uuid": WEB}]], "repeats or omits uuids"), ([[{"uuid": None}]], "does not go on"),
+    ([[{"uuid": WEB}], [{"uuid": DB}], [{"uuid": WEB}]], "repeats or omits uuids"),
 ], ids=str)
 def test_a_list_that_does_not_end_is_refused(pages: list[Any], said: str) -> None:
     service = cmon_proxy.Service("vmapi", "http://127.0.0.1:1")
