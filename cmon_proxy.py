@@ -3048,9 +3048,9 @@ class TritonSource:
         """For the admin side."""
         vms, accounts = self.vms, self.accounts
         return [
-            Family("cmon_proxy_changefeed_connected", GAUGE, "Whether changes are announced.",
+            Family("cmon_proxy_changefeed_connected", GAUGE, "Whether the changefeed is connected.",
                    [Sample((), int(vms.follows))]),
-            Family("cmon_proxy_changefeed_events_total", COUNTER, "Changes that were announced.",
+            Family("cmon_proxy_changefeed_events_total", COUNTER, "Changes from the changefeed.",
                    [Sample((), vms.events)]),
             Family("cmon_proxy_inventory_bootstraps_total", COUNTER, "How often all containers "
                    "were read.", [Sample((), vms.bootstraps)]),
@@ -3075,25 +3075,25 @@ class TritonSource:
 
 # --- quotas ---------------------------------------------------------------------------------------
 
-ADMITTED, OVER, REFUSED = 0, 1, 2       # below the limit, above it, above the hard one
-KEPT_BUCKETS = 20_000                   # beyond, full ones are forgotten and their counts summed up
+ADMITTED, OVER, REFUSED = 0, 1, 2       # below the limit, above it, above the hard limit
+KEPT_BUCKETS = 20_000              # beyond that, full buckets are dropped and counts summed
 
 
 class Cost(NamedTuple):
-    """What one request counts for: so many requests, and one more for so many containers that the
-    account has. Never more than half a burst, so that a full bucket always admits it."""
+    """The cost of a request: a base, plus one for every so many containers of the account. At most
+    half a burst, so that a full bucket always admits it."""
     base: float
     containers: float = math.inf
 
 
-# In requests, by kind; a relay is the unit. A list of a thousand containers takes the proxy's CPU
-# as long as ten relays, the fleet page and the page for people as long as forty.
+# By kind, in relayed requests. A list of a thousand containers takes as much CPU as ten relays; the
+# fleet page and the page for people take as much as forty.
 COSTS = {"page": Cost(1), "list": Cost(1, 100), "fleet": Cost(1, 25), "people": Cost(1, 25)}
 
 
 class QuotaLimits(NamedTuple):
-    """What one account may ask of this process."""
-    per_minute: float           # of all replicas together, as people know it
+    """An account's limits in this process."""
+    per_minute: float           # of all replicas together, for display
     rate: float                 # a second
     burst: float
     hard_rate: float
@@ -3103,7 +3103,7 @@ class QuotaLimits(NamedTuple):
 
 
 def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> QuotaLimits:
-    """An account's limits; each of N replicas admits an N-th, so all together never more."""
+    """An account's limits; each of N replicas admits an N-th, so their sum stays within them."""
     own = settings.accounts.get(login) or AccountQuota()
 
     def pick(mine: float | None, general: float) -> float:
@@ -3112,7 +3112,7 @@ def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> Quot
     per_minute = pick(own.per_minute, settings.per_minute)
     burst = pick(own.burst, settings.burst)
     hard = max(pick(own.hard_per_minute, settings.hard_per_minute), per_minute)
-    # the hard burst is larger in the same proportion: else it would be used up with the soft one
+    # the hard burst is larger in proportion: otherwise both would be used up together
     hard_burst = burst * (hard / per_minute if per_minute > 0 else 1.0)
     share = settings.replicas
     return QuotaLimits(per_minute, per_minute / 60 / share, max(burst / share, 1.0),
@@ -3122,7 +3122,7 @@ def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> Quot
 
 
 class QuotaBucket:
-    """What one account has left and what it has used: for itself, for billing, for operators."""
+    """An account's remaining quota and its usage: for limits, billing and operators."""
     __slots__ = ("login", "operator", "terms", "soft", "hard", "at", "requests", "over", "refused",
                  "stale", "relays", "bytes", "cpu", "spent", "weighed")
 
@@ -3131,8 +3131,8 @@ class QuotaBucket:
         self.soft, self.hard = terms.burst, terms.hard_burst
         self.requests = self.over = self.refused = self.stale = self.relays = self.bytes = 0
         self.cpu = 0.0
-        self.spent = 0.0            # since other workers were told
-        self.weighed = 0.0          # work that has been booked as CPU time
+        self.spent = 0.0            # since the last report to other workers
+        self.weighed = 0.0          # work already accounted as CPU time
 
     def take(self, now: float, cost: float = 1.0) -> int:
         """Count one request of this cost: ADMITTED, OVER or REFUSED."""
@@ -3159,19 +3159,19 @@ class QuotaBucket:
         return OVER
 
     def copy(self) -> QuotaBucket:
-        """What is left now, for another thread to show."""
+        """A snapshot for other threads to show."""
         made = QuotaBucket(self.login, self.operator, self.terms, self.at)
         made.soft, made.hard = self.soft, self.hard
         return made
 
     def limit_to(self, terms: QuotaLimits) -> None:
-        """New limits; what was used stays used."""
+        """Change the limits; what was used stays used."""
         self.terms = terms
         self.soft = min(self.soft, terms.burst)
         self.hard = min(self.hard, terms.hard_burst)
 
     def debit(self, requests: float) -> None:
-        """Other workers have admitted this many; the debt is bounded by one burst."""
+        """Other workers have admitted this many; debt is limited to one burst."""
         self.soft = max(self.soft - requests, -self.terms.burst)
         self.hard = max(self.hard - requests, -self.terms.hard_burst)
 
@@ -3187,12 +3187,12 @@ class QuotaBucket:
         return max(1, min(int(missing / rate) + 1, 86400)) if rate > 0 else 86400
 
     def refusal(self, hard: bool) -> Refused:
-        """Why a request is refused that is over the limit, or over the hard one."""
+        """The refusal of a request over the limit, or over the hard limit."""
         limit = (self.terms.hard_rate if hard else self.terms.rate) * 60
         return refused("quota", ("Retry-After", str(self.wait(hard))), limit=round(limit, 3))
 
     def header(self) -> bytes:
-        """What is left, as header lines."""
+        """The remaining quota, as header lines."""
         terms = self.terms
         if terms.exempt:
             return b""
@@ -3201,7 +3201,7 @@ class QuotaBucket:
             terms.burst, left, (terms.burst - left) / terms.rate if terms.rate > 0 else 86400)
 
     def weight(self) -> float:
-        """Its work so far in the unit of a small relay; bytes cost about a millionth each."""
+        """Its work so far, in small relays; a byte counts a millionth."""
         return self.requests + self.relays + self.bytes / 50_000
 
 
@@ -3234,7 +3234,7 @@ class Quotas:
         return quota_limits_of(self._settings, account.login, account.operator)
 
     def reload(self, settings: QuotaSettings) -> None:
-        """New limits for all."""
+        """Change the limits of all accounts."""
         self._settings = settings
         for bucket in self._buckets.values():
             bucket.limit_to(self._limits(bucket))
@@ -3246,17 +3246,17 @@ class Quotas:
                 del self._buckets[uuid]
                 for name in ("requests", "over", "refused", "stale", "relays", "bytes", "cpu"):
                     setattr(total, name, getattr(total, name) + getattr(bucket, name))
-        if len(self._buckets) >= KEPT_BUCKETS:      # all in use: begin again rather than grow
+        if len(self._buckets) >= KEPT_BUCKETS:      # all in use: start over rather than grow
             self._buckets.clear()
 
     def book(self) -> None:
-        """Divide the CPU time since the last call among accounts by the work that they caused."""
+        """Divide the CPU time since the last call among accounts, by work."""
         now = time.process_time()
         elapsed, self._cpu = now - self._cpu, now
         shares = [(bucket, bucket.weight() - bucket.weighed) for bucket in self._buckets.values()]
         total = sum(share for _, share in shares)
         if total <= 0:
-            self._forgotten.cpu += elapsed      # nobody's: the loop itself
+            self._forgotten.cpu += elapsed      # the loop itself
             return
         for bucket, share in shares:
             if share:
@@ -3264,14 +3264,14 @@ class Quotas:
                 bucket.cpu += elapsed * share / total
 
     def spent(self) -> dict[str, float]:
-        """What was admitted since the last call, by account: for the other workers."""
+        """Requests admitted since the last call, by account, for the other workers."""
         spent = {uuid: bucket.spent for uuid, bucket in self._buckets.items() if bucket.spent}
         for uuid in spent:
             self._buckets[uuid].spent = 0.0
         return spent
 
     def debit(self, spent: Mapping[str, float]) -> None:
-        """What other workers have admitted; also of accounts that have not been here so far."""
+        """Count what other workers have admitted, including accounts new to this one."""
         now = self._now()
         for uuid, requests in spent.items():
             bucket = self._buckets.get(uuid)
@@ -3285,7 +3285,7 @@ class Quotas:
             self._elsewhere[uuid] = (left + requests, now)
 
     def families(self, most: int = 500) -> list[Family]:
-        """For the admin side: who causes what; the largest by name, the rest as one."""
+        """Metrics: usage by account, the largest by name, the rest summed."""
         ranked = sorted(self._buckets.values(), key=QuotaBucket.weight, reverse=True)
         named = [(bucket.login, bucket) for bucket in ranked[:most]]
         rest = [self._forgotten, *ranked[most:]]
@@ -3303,8 +3303,8 @@ class Quotas:
                     samples.append(Sample(labels, total))
             return Family(name, COUNTER, help_text, samples)
         return [
-            family("cmon_proxy_account_requests_total", "Requests of an account by what became of "
-                   "them; the empty account is the rest.",
+            family("cmon_proxy_account_requests_total", "Requests of an account by outcome; "
+                   "the empty account is the rest.",
                    (("requests", "asked"), ("relays", "relayed"), ("stale", "stale"),
                     ("over", "over_quota"), ("refused", "refused"))),
             family("cmon_proxy_account_response_bytes_total", "Bytes of pages sent to an account.",
@@ -3316,31 +3316,31 @@ class Quotas:
 
 # --- forwarding -----------------------------------------------------------------------------------
 
-READ_BYTES = 65536              # most pages come in one read
-MAX_PAGE = 16 << 20             # bytes of a page, as it comes
-WAITING_PER_NODE = 512          # requests that wait for others to end, half of them one account's
+READ_BYTES = 65536              # most pages arrive in one read
+MAX_PAGE = 16 << 20             # bytes of a page as received
+WAITING_PER_NODE = 512          # waiting requests; at most half of them for one account
 IDLE_CONNECTION_SECONDS = 120.0     # shorter than the 360 s of agents
 SWEEP_SECONDS = 0.05
-SUSPECT_SECONDS = 2.0           # without a byte of an answer: ask the agent whether it is well
+SUSPECT_SECONDS = 2.0           # without a byte of an answer: probe the agent
 PROBE_SECONDS = 1.0
 KEPT_HEADS_BYTES = 8 << 20      # of agents' answers
 LONGEST_KEPT_HEAD = 2048        # bytes; ours have some 200
 KEPT_COPIES_BYTES = 64 << 20    # last pages, for accounts that are over their quota
-MAX_COPY = 1 << 20              # bytes of a copy, with gzip taken off; larger pages are not kept
-KEEP_COPIES_BELOW = 0.9         # of the burst that is left: who is far from the limit needs none
+MAX_COPY = 1 << 20              # bytes of an uncompressed copy; larger pages are not kept
+KEEP_COPIES_BELOW = 0.9        # fraction of the burst left: others need no copies
 _DATE = b"\r\nDate: "
 _DATE_END = len(_DATE) + 29     # RFC 9110 fixes the length of a date
 _PARTIAL = re.compile(r"[a-z0-9_]{1,64}(?:, ?[a-z0-9_]{1,64}){0,63}")
 
 
 class Reply(NamedTuple):
-    """An agent's answer. Nothing else of its head is passed on: a lying node cannot send a tenant
-    a header line."""
+    """An agent's answer. No other header is passed on: a malicious node cannot send headers to a
+    tenant."""
     status: int
     body: bytes
     gzip: bool = False
-    partial: str = ""               # names of collectors that the page lacks
-    lines: bytes = b""              # our header lines for it, where they are at hand
+    partial: str = ""               # names of failed collectors
+    lines: bytes = b""              # our header lines for it, if cached
 
 
 def page_lines(packed: bool, partial: str, length: int) -> bytes:
@@ -3352,7 +3352,7 @@ def page_lines(packed: bool, partial: str, length: int) -> bytes:
 
 
 class AgentHead(NamedTuple):
-    """The part of an agent's head that is used."""
+    """The used part of an agent's head."""
     length: int                     # of the body; -1: needs the full parser
     gzip: bool = False
     partial: str = ""
@@ -3360,10 +3360,10 @@ class AgentHead(NamedTuple):
 
 
 def read_head(reader: AnswerReader) -> AgentHead:
-    """The part of a parsed head that is used; raises ClientError."""
+    """The used part of a parsed head; raises ClientError."""
     coding = reader.headers.get("content-encoding", "").lower()
     if coding not in ("", "identity", "gzip", "x-gzip"):
-        raise ClientError(f"its content coding {coding[:40]!r} was not asked for")
+        raise ClientError(f"it sent content coding {coding[:40]!r}, which was not requested")
     partial = reader.headers.get("x-cmon-partial", "")
     length = reader.headers.get("content-length", "")
     plain = (reader.status == 200 and reader.keep_alive and "transfer-encoding" not in
@@ -3384,13 +3384,13 @@ class Job:
                  owner: str = "") -> None:
         self.wire, self.deadline = wire, deadline
         self.done: Callable[[Reply | None, Refused | None], None] | None = done
-        self.owner = owner              # the account that it is for; "": ourselves
+        self.owner = owner              # the account it is for; "": the proxy itself
         self.retried = False
-        self.given_up = False           # nobody waits for it any more
-        self.slow = False               # its node was asked whether it is well
+        self.given_up = False           # has no waiters left
+        self.slow = False               # its node was probed
 
     def finish(self, reply: Reply | None, refusal: Refused | None) -> None:
-        """Tell who asked; later calls are ignored. Dropping `done` avoids a reference cycle."""
+        """Report the result once. Dropping `done` avoids a reference cycle."""
         done, self.done = self.done, None
         if done is not None:
             done(reply, refusal)
@@ -3404,7 +3404,7 @@ class UpstreamConnection:
     def __init__(self, upstream: Upstream, job: Job, now: float) -> None:
         self.upstream, self.since = upstream, now
         self.job: Job | None = job
-        self.used = False               # an answer has come by it
+        self.used = False               # has carried an answer
         self._pieces: list[bytes] = []
         self._missing = 0
         self._head = AgentHead(-1)
@@ -3414,7 +3414,7 @@ class UpstreamConnection:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connecting = True
-        self.socket.connect_ex(upstream.address)    # what is wrong shows when it becomes writable
+        self.socket.connect_ex(upstream.address)    # an error shows when it becomes writable
         upstream.all.server.loop.watch(self.socket, selectors.EVENT_WRITE, self.ready)
 
     def ready(self, _mask: int) -> None:
@@ -3429,14 +3429,14 @@ class UpstreamConnection:
         except OSError as error:
             self.upstream.lost(self, error.strerror or str(error))
             return
-        if self.job is None:            # idle: the agent closed it, or sent something unasked
+        if self.job is None:            # idle: the agent closed it, or sent unrequested data
             self.upstream.lost(self, "")
         elif self._missing:
             self._more(data)
         elif self._reader is not None:
             self._read(data)
         elif not data:
-            self.upstream.lost(self, "it closed the connection without an answer")
+            self.upstream.lost(self, "it closed the connection without answering")
         else:
             self._first(data)
 
@@ -3460,10 +3460,10 @@ class UpstreamConnection:
             self.upstream.lost(self, error.strerror or str(error))
             return
         if sent != len(job.wire):
-            self.upstream.lost(self, "it does not read")
+            self.upstream.lost(self, "it does not read requests")
 
     def _first(self, data: bytes) -> None:
-        """The first bytes of an answer; mostly they are all of it, with a head seen before."""
+        """The first bytes of an answer: mostly all of it, with a known head."""
         end = data.find(b"\r\n\r\n") + 4
         if end > 4:
             head = self.upstream.all.known_head(data[:end])
@@ -3480,7 +3480,7 @@ class UpstreamConnection:
     def _more(self, data: bytes) -> None:
         self._missing -= len(data)
         if not data or self._missing < 0:
-            self.upstream.lost(self, "it closed the connection in the middle of the answer")
+            self.upstream.lost(self, "it closed the connection in mid-answer")
             return
         self._pieces.append(data)
         if not self._missing:
@@ -3488,7 +3488,7 @@ class UpstreamConnection:
             self.upstream.answered(self, Reply(200, body, *self._head[1:]))
 
     def _read(self, data: bytes) -> None:
-        """Any other HTTP/1.1: chunks, other header lines, refusals."""
+        """The general case: chunks, other header lines, refusals."""
         reader = self._reader
         assert reader is not None
         try:
@@ -3514,24 +3514,24 @@ class UpstreamConnection:
 
 
 class Upstream:
-    """The way to one node's agent: its connections, who waits, and whether it answers at all."""
+    """One node's agent: its connections, waiting requests and health."""
 
     def __init__(self, upstreams: Upstreams, uuid: str, address: tuple[str, int]) -> None:
         self.all, self.uuid, self.address = upstreams, uuid, address
         self.host = f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%d" % address
-        self.idle: list[UpstreamConnection] = []    # the last used at the end: it is used next
+        self.idle: list[UpstreamConnection] = []    # most recently used last: used next
         self.busy = 0                           # requests the agent is working on
         self.load: dict[str, int] = {}          # of these, by account
         self.waiting: list[Job] = []
         self.breaker = Breaker(upstreams.now, upstreams.random, 3, first=5.0, longest=60.0)
-        self.suspect = False                    # something has failed since the last answer
-        self.failed_at = 0.0                    # wall clock, for people
+        self.suspect = False                    # a request has failed since the last answer
+        self.failed_at = 0.0                    # wall clock, for messages
         self.probing: UpstreamConnection | None = None
         self.probe_after = 0.0
 
     def ask(self, job: Job) -> None:
-        """Send it now, or when one that is under way has ended; raises Refused at once when the
-        node is known to be silent or too much waits."""
+        """Send it now, or when a request under way ends; raises Refused at once if the node
+        is known to be silent or too many wait."""
         if self.breaker.open:
             raise self.silent()
         if self._admits(job):
@@ -3545,8 +3545,8 @@ class Upstream:
         self.all.troubled.add(self)
 
     def _admits(self, job: Job) -> bool:
-        """Whether it may be sent now. An account whose containers are slow does not get the last
-        quarter of what a node answers at once: that is for the others."""
+        """Whether it may be sent now. No single account gets the last quarter of a node's slots, so
+        that its slow containers do not block others."""
         most = self.all.settings.max_in_flight
         return self.busy < most and (
             self.load.get(job.owner, 0) < most - most // 4 or not job.owner)
@@ -3570,14 +3570,14 @@ class Upstream:
             job.finish(None, refused("too_busy"))
 
     def silent(self) -> Refused:
-        """The refusal for a node that does not answer."""
+        """The refusal for a silent node."""
         return refused("node_silent", node=self.uuid, since=utc(self.failed_at),
                        why=self.breaker.reason)
 
     # what connections report
 
     def answered(self, connection: UpstreamConnection, reply: Reply, keep: bool = True) -> None:
-        """A whole answer has come."""
+        """A complete answer has arrived."""
         job = self._taken_from(connection)
         connection.used = True
         if connection is self.probing:
@@ -3597,7 +3597,7 @@ class Upstream:
             job.finish(reply, None)
 
     def _taken_from(self, connection: UpstreamConnection) -> Job | None:
-        """The request that a connection had; it has none from now on."""
+        """Detach and return a connection's request."""
         job, connection.job = connection.job, None
         self.all.active.discard(connection)
         return job
@@ -3613,7 +3613,7 @@ class Upstream:
                 del self.load[job.owner]
 
     def _next(self) -> None:
-        """Send what waits, in turn for those who have the least under way."""
+        """Send waiting requests, first of accounts with the fewest under way."""
         self.waiting = [job for job in self.waiting if not job.given_up]
         while self.waiting:
             at = min(range(len(self.waiting)),
@@ -3657,13 +3657,13 @@ class Upstream:
         self._next()
 
     def late(self, job: Job) -> None:
-        """Deadline passed: tell the waiters. The slot stays taken until the answer is in or the
-        connection is closed, since the agent is still working on it."""
+        """Deadline passed: answer the waiters. The slot stays taken until the answer arrives or the
+        connection closes, since the agent is still working on it."""
         job.finish(None, refused("deadline", node=self.uuid))
         self.probe()
 
     def abandon(self, connection: UpstreamConnection) -> None:
-        """No answer within the longest timeout: close the connection."""
+        """No answer within the maximum timeout: close the connection."""
         job = self._taken_from(connection)
         connection.close()
         self._release(job)
@@ -3694,7 +3694,7 @@ class Upstream:
         self.all.troubled.add(self)
 
     def probe(self) -> None:
-        """Ask the agent whether it is well, on a connection of its own, off the tenants' path."""
+        """Probe the agent on a separate connection."""
         if self.probing is not None:
             return
         now = self.all.now()
@@ -3709,7 +3709,7 @@ class Upstream:
         self.all.troubled.add(self)
 
     def _probed(self, connection: UpstreamConnection, why: str | None) -> None:
-        """The end of a probe: any answer at all is a good one."""
+        """The end of a probe: any answer counts as success."""
         self.probing = None
         self.probe_after = self.all.now() + PROBE_SECONDS / 4
         connection.close()
@@ -3719,7 +3719,7 @@ class Upstream:
             self._ill(why)
 
     def sweep(self, now: float) -> bool:
-        """What is due; False when there is nothing to look after."""
+        """Enforce deadlines; False when there is nothing left to watch."""
         if self.waiting:
             kept: list[Job] = []
             for job in self.waiting:
@@ -3733,11 +3733,11 @@ class Upstream:
                 if self.breaker.allows():
                     self.probe()
             elif now >= self.probe_after:
-                self.probe()            # until it is well, or the breaker opens
+                self.probe()            # until it recovers, or the breaker opens
         return bool(self.waiting or self.suspect or self.probing is not None)
 
     def close(self) -> None:
-        """The node is gone, silent, or has another address; what is under way may end."""
+        """The node is gone, silent, or has moved; requests under way may finish."""
         for connection in self.idle:
             connection.close()
         self.idle = []
@@ -3752,14 +3752,14 @@ class Upstreams:
         self.now = server.now
         self.by_node: dict[str, Upstream] = {}
         self.active: set[UpstreamConnection] = set()    # those with a request under way
-        self.troubled: set[Upstream] = set()            # those the sweep must look at
+        self.troubled: set[Upstream] = set()            # those that need the sweep
         self._heads: Cache[bytes, AgentHead] = Cache("agent heads", KEPT_HEADS_BYTES, entry_size)
         registry.caches.append(self._heads)
         server.loop.every(SWEEP_SECONDS, self._sweep)
         server.loop.every(5.0, self._sweep_idle)
 
     def to(self, node: Node) -> Upstream:
-        """The way to a node's agent; raises Refused while its address is not known."""
+        """The upstream of a node; raises Refused while its address is unknown."""
         upstream = self.by_node.get(node.uuid)
         if upstream is None or upstream.address != node.address:
             if node.address is None:
@@ -3770,11 +3770,11 @@ class Upstreams:
         return upstream
 
     def suspects(self) -> frozenset[str]:
-        """Nodes that have not answered of late."""
+        """Nodes that have not answered recently."""
         return frozenset([upstream.uuid for upstream in self.troubled if upstream.suspect])
 
     def known_head(self, raw: bytes) -> AgentHead:
-        """A head, parsed once and remembered without its date."""
+        """A parsed head, cached without its date."""
         at = raw.find(_DATE)
         if at > 0 and raw[at + _DATE_END:at + _DATE_END + 2] == b"\r\n":
             raw = raw[:at] + raw[at + _DATE_END:]
@@ -3786,7 +3786,7 @@ class Upstreams:
             reader.feed(raw)
             head = read_head(reader)
         except ClientError:
-            head = AgentHead(-1)            # the full parser says what is wrong
+            head = AgentHead(-1)            # the full parser reports the error
         if len(raw) <= LONGEST_KEPT_HEAD:
             self._heads.put(raw, head)
         return head
@@ -3845,9 +3845,9 @@ class Upstreams:
                    "open (0).", lambda upstream: int(not upstream.breaker.open)),
             family("cmon_proxy_node_in_flight", "Requests the node's agent is working on.",
                    lambda upstream: upstream.busy),
-            family("cmon_proxy_node_waiting", "Requests that wait for one under way to end.",
+            family("cmon_proxy_node_waiting", "Requests waiting for a free slot of the node.",
                    lambda upstream: len(upstream.waiting)),
-            family("cmon_proxy_node_idle_connections", "Kept connections to the node.",
+            family("cmon_proxy_node_idle_connections", "Open connections to the node.",
                    lambda upstream: len(upstream.idle)),
         ]
 
@@ -3859,7 +3859,7 @@ class Copy(NamedTuple):
     at: float
 
     def page(self, age: int) -> Response | None:
-        """The page with its age; None when its gzip is no good. For any thread."""
+        """The page with its age; None if its gzip is invalid. Thread-safe."""
         body = self.reply.body
         if self.reply.gzip:
             try:
@@ -3870,7 +3870,7 @@ class Copy(NamedTuple):
             Family("cmon_quota_limited", GAUGE, "Whether this page is an old copy because the "
                    "account is over its quota.", [Sample((), 1)]),
             Family("cmon_page_age_seconds", GAUGE, "Age of this copy in the proxy; the sample "
-                   "ages in it are those of its time.", [Sample((), age)])])
+                   "ages in it are as of then.", [Sample((), age)])])
         between = b"" if body.endswith(b"\n") else b"\n"
         return Response(200, body + between + more.encode(), PAGE, (("Age", str(age)), *NOSNIFF))
 
@@ -3878,11 +3878,11 @@ class Copy(NamedTuple):
 # --- routes ---------------------------------------------------------------------------------------
 
 MOST_SHARDS = 1024
-INLINE_ROWS = 50                # longer lists are made in a thread, so that the loop goes on
+INLINE_ROWS = 50                # longer lists are made in a thread, to keep the loop responsive
 BUILDERS = 2                    # threads for them; an account has one at a time
 BUILDS_WAITING = 64             # of one account
 BUILD_SECONDS = 9.0             # until a list that is not ready is refused
-BUILD_STALE_SECONDS = 3.0       # a list that took longer is refused if the inventory has changed
+BUILD_STALE_SECONDS = 3.0       # lists that took longer are refused if the inventory has changed
 KEPT_ANSWERS_BYTES = 16 << 20   # of lists and old copies as they are sent
 KEPT_TIMEOUTS_BYTES = 64 << 10
 OWN_NAMES = frozenset(("localhost", ""))
@@ -3890,8 +3890,8 @@ RESULTS = ("ok", "partial", "timeout", "unreachable", "quota", "refused")
 
 
 def shard_of(number: int, count: int) -> int:
-    """The shard, from 0, of what has this 64-bit hash: jump consistent hashing (Lamping, Veach
-    2014). One shard more moves one in count + 1; the time grows with the logarithm of the count."""
+    """The shard, from 0, of a 64-bit hash: jump consistent hashing (Lamping, Veach 2014). Adding a
+    shard moves one target in count + 1; time is logarithmic in the count."""
     shard, next_shard = 0, 0
     while next_shard < count:
         shard = next_shard
@@ -3901,7 +3901,7 @@ def shard_of(number: int, count: int) -> int:
 
 
 class Selection(NamedTuple):
-    """What a discovery is asked for."""
+    """The parameters of a discovery request."""
     groups: frozenset[str] = frozenset()
     shard: int = 0              # from 0
     shards: int = 1
@@ -3927,8 +3927,8 @@ class Selection(NamedTuple):
 
 
 def container_row(vm: Vm) -> dict[str, Any]:
-    """A container as the original's discovery shows it, member for member: those that are absent
-    are left out, the date is in milliseconds, and a manta role is no group, though it selects."""
+    """A container in the original's discovery, member for member: absent members are left out, the
+    date is in milliseconds, and a Manta role selects but is not listed as a group."""
     row = {"server_uuid": vm.server, "source": vm.source, "vm_alias": vm.alias,
            "vm_brand": vm.brand, "vm_image_uuid": vm.image, "vm_owner_uuid": vm.owner,
            "vm_uuid": vm.uuid, "vm_state": vm.state, "groups": list(vm.groups),
@@ -3937,7 +3937,7 @@ def container_row(vm: Vm) -> dict[str, Any]:
 
 
 def container_labels(vm: Vm) -> dict[str, str]:
-    """What Prometheus' triton_sd says of a container, and how to reach it by the one name."""
+    """A container with the labels of Prometheus' triton_sd, addressed by the service's name."""
     labels = {"__meta_triton_machine_id": vm.uuid, "__meta_triton_machine_alias": vm.alias,
               "__meta_triton_machine_brand": vm.brand, "__meta_triton_machine_image": vm.image,
               "__meta_triton_server_id": vm.server}
@@ -3955,19 +3955,19 @@ def node_labels(node: Node) -> dict[str, str]:
 
 
 def json_answer(before: str, rows: Iterable[Any], after: str) -> Response:
-    """A JSON list of rows, each encoded for itself: one call for all would hold the GIL."""
+    """A JSON list of rows, encoded one by one: a single call would hold the GIL."""
     body = before + ",".join([json.dumps(row, separators=(",", ":"), ensure_ascii=False)
                               for row in rows]) + after
     return Response(200, utf8(body), JSON, NOSNIFF)
 
 
 def utf8(page: str) -> bytes:
-    """Text for the wire; a lone surrogate, which no encoding has, becomes a question mark."""
+    """Encode text; a lone surrogate becomes a question mark."""
     return page.encode("utf-8", "replace")
 
 
 def with_headers(status: int, whole: bytes, extra: bytes) -> Prepared:
-    """A kept answer with today's date and with header lines that are the client's own."""
+    """A cached answer with the current date and the client's header lines."""
     begin = whole.index(b"\r\nDate: ") + 2
     end = whole.index(b"\r\n", begin) + 2
     whole = b"".join((whole[:begin], b"Date: ", http_date().encode(), b"\r\n", extra,
@@ -3976,19 +3976,19 @@ def with_headers(status: int, whole: bytes, extra: bytes) -> Prepared:
 
 
 class LastScrape(NamedTuple):
-    """What became of the last request for a page."""
+    """The outcome of the last request for a page."""
     at: float                   # wall clock
     result: str                 # one of RESULTS
 
 
 class LastScrapes:
     """The last request for each container's page, by owner, so that a new owner does not see the
-    former one's."""
+    former owner's."""
 
     def __init__(self, clock: Callable[[], float], shared: bool) -> None:
         self._clock, self._shared = clock, shared
         self._by_owner: dict[str, dict[str, LastScrape]] = {}
-        self._fresh: dict[tuple[str, str], LastScrape] = {}     # what other workers do not know yet
+        self._fresh: dict[tuple[str, str], LastScrape] = {}     # not yet sent to other workers
         self.results: dict[str, int] = dict.fromkeys(RESULTS, 0)
 
     def note(self, target: Vm | Node, result: str) -> None:
@@ -4004,23 +4004,23 @@ class LastScrapes:
                 self._fresh[target.owner, target.uuid] = scrape
 
     def of(self, owner: str) -> dict[str, LastScrape]:
-        """An owner's, by container: a copy, which any thread may read."""
+        """A copy of an owner's entries, by container, for any thread."""
         return dict(self._by_owner.get(owner, ()))
 
     def fresh(self) -> list[tuple[str, str, float, str]]:
-        """What has happened since the last call, for the other workers."""
+        """Changes since the last call, for the other workers."""
         fresh, self._fresh = self._fresh, {}
         return [(*key, *scrape) for key, scrape in fresh.items()]
 
     def learn(self, fresh: Iterable[tuple[str, str, float, str]]) -> None:
-        """What another worker has seen."""
+        """Merge the changes of another worker."""
         for owner, uuid, at, result in fresh:
             known = self._by_owner.setdefault(owner, {}).get(uuid)
             if known is None or known.at < at:
                 self._by_owner[owner][uuid] = LastScrape(at, result)
 
     def retain(self, vms: Mapping[str, Vm]) -> None:
-        """Forget containers that are gone or have another owner, once there are too many."""
+        """When there are too many, drop containers that are gone or have a new owner."""
         if sum(map(len, self._by_owner.values())) > 2 * len(vms) + 1000:
             for owner, scrapes in list(self._by_owner.items()):
                 kept = {uuid: scrape for uuid, scrape in scrapes.items()
@@ -4032,7 +4032,7 @@ class LastScrapes:
 
 
 class FleetRow(NamedTuple):
-    """What the fleet page says of one container."""
+    """A container on the fleet page."""
     vm: Vm
     groups: tuple[str, ...]
     reachable: bool
@@ -4041,7 +4041,7 @@ class FleetRow(NamedTuple):
 
 def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
                    ) -> list[Family]:
-    """F2: why each container is silent, or not; from what is known, no node is asked."""
+    """Why each container is silent, if it is; contacts no node."""
     info: list[Sample] = []
     state: list[Sample] = []
     reachable: list[Sample] = []
@@ -4062,20 +4062,20 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
                         for name in RESULTS]
     cert, limits = granted.identity.cert, bucket.terms
     return [
-        Family("cmon_instance_info", GAUGE, "What is known of a container; join by instance.",
+        Family("cmon_instance_info", GAUGE, "Properties of a container; join by instance.",
                info),
         Family("cmon_instance_state", GAUGE, "1 for the state that the container is in.", state),
         Family("cmon_instance_node_reachable", GAUGE, "Whether the agent of its compute node "
                "answers, as far as this proxy knows.", reachable),
         Family("cmon_instance_last_scrape_timestamp_seconds", GAUGE, "When its page was last asked "
-               "for by way of this proxy.", scraped),
-        Family("cmon_instance_last_scrape_result", GAUGE, "1 for what became of that.", results),
+               "for through this proxy.", scraped),
+        Family("cmon_instance_last_scrape_result", GAUGE, "1 for the outcome of that.", results),
         Family("cmon_client_certificate_expiry_timestamp_seconds", GAUGE, "End of the client "
-               "certificate that asked for this page.",
+               "certificate that requested this page.",
                [] if cert is None else [Sample((("subject", cert.subject),), cert.not_after)]),
         Family("cmon_quota_limit", GAUGE, "Requests a minute that the account may make; no sample: "
                "no limit.", [] if limits.exempt else [Sample((), limits.per_minute)]),
-        Family("cmon_quota_used", GAUGE, "Part of the burst that is used up, from 0 to 1.",
+        Family("cmon_quota_used", GAUGE, "Used part of the burst, from 0 to 1.",
                [] if limits.exempt else
                [Sample((), round(1 - max(bucket.soft, 0) / limits.burst, 6))]),
         Family("cmon_quota_limited", GAUGE, "Whether the account is over its quota now.",
@@ -4084,14 +4084,14 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
 
 
 class Caller(NamedTuple):
-    """Who makes a request: what the certificate grants, and the account's quota."""
+    """The client of a request: what its certificate grants, and its quota."""
     grant: Grant
     bucket: QuotaBucket
     over: bool                  # this request is over the quota
 
     @property
     def account(self) -> Account:
-        """Whose account it is."""
+        """The client's account."""
         return self.grant.account
 
     def header(self) -> bytes:
@@ -4100,25 +4100,25 @@ class Caller(NamedTuple):
 
 
 class Waiter:
-    """A client that waits for an answer, and gets it only if it may still see it."""
+    """A client waiting for an answer, authorized again before it is sent."""
     __slots__ = ("later", "caller", "target")
 
     def __init__(self, caller: Caller, target: Vm | Node | None, deadline: float,
                  expired: Callable[[Waiter], Answer], gone: Callable[[Waiter], None]) -> None:
         self.caller = caller
-        self.target = target            # what the answer is about; None: several
+        self.target = target            # the subject of the answer; None: several
         self.later = Deferred(deadline, lambda: expired(self))
         self.later.on_cancel = lambda: gone(self)
 
     def finish(self, answer: Answer) -> None:
-        """Give the answer. Dropping `later` avoids a reference cycle."""
+        """Send the answer. Dropping `later` avoids a reference cycle."""
         later = self.later
         del self.later
         later.finish(answer)
 
 
 class Relay:
-    """One page under way from an agent, and all who wait for it."""
+    """A page requested from an agent, and its waiters."""
     __slots__ = ("pages", "key", "target", "node", "core", "packed", "waiters", "job")
 
     def __init__(self, pages: Pages, key: tuple[object, ...], target: Vm | Node, node: Node,
@@ -4129,7 +4129,7 @@ class Relay:
         self.job = Job(wire, deadline, self.done, owner)
 
     def done(self, reply: Reply | None, refusal: Refused | None) -> None:
-        """The upstream's call: an answer has come, or will not."""
+        """Called by the upstream with an answer or an error."""
         self.pages.relayed(self, reply, refusal)
 
     def expired(self, waiter: Waiter) -> Answer:
@@ -4142,7 +4142,7 @@ class Relay:
         """A client no longer waits."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
-        if not self.waiters:                # it may be dropped now, so nobody may join it
+        if not self.waiters:                # it may be dropped now, so no client may join it
             self.job.given_up = True
             self.pages.forget(self)
 
@@ -4161,7 +4161,7 @@ class Pages:
         registry.caches += [self._copies, self._timeouts]
 
     def use(self) -> None:
-        """The settings have changed."""
+        """Apply changed settings."""
         self._timeouts.clear()
 
     def page(self, request: Request, caller: Caller, uuid: str) -> Answer | Deferred:
@@ -4191,7 +4191,7 @@ class Pages:
 
     def _copy(self, request: Request, caller: Caller, target: Vm | Node, core: bool, now: float
               ) -> Answer | Deferred:
-        """Over the quota: the last copy, which costs no node anything."""
+        """Over the quota: serve the last copy, at no cost to a node."""
         copy = self._copies.get((target.uuid, core))
         self.scrapes.note(target, "quota")
         if copy is None or copy.owner != owner_of(target):
@@ -4209,10 +4209,10 @@ class Pages:
 
     def _relay(self, request: Request, caller: Caller, target: Vm | Node, node: Node, core: bool,
                now: float) -> Deferred:
-        """Ask the node, or wait with those who have asked the same already."""
+        """Request the page, or join a request for the same page."""
         word = request.headers.get("x-prometheus-scrape-timeout-seconds", "")
         given = self._timeouts.get(word) or self._time_given(word, request)
-        # the margin is for the way back: half of it for the agent's answer to reach us
+        # half of the margin is for the agent's answer to reach us
         deadline = now + given + min(given / 9, 0.5) / 2
         key = (target.uuid, core, request.gzip, given)
         relay = self.relays.get(key)
@@ -4229,7 +4229,7 @@ class Pages:
         self.relays[key] = relay
         waiter = Waiter(caller, target, deadline, relay.expired, relay.gone)
         relay.waiters.append(waiter)
-        later = waiter.later                # the answer may be there when `ask` returns
+        later = waiter.later                # the answer may be ready when `ask` returns
         try:
             upstream.ask(relay.job)
         except Refused:
@@ -4239,7 +4239,7 @@ class Pages:
         return later
 
     def _time_given(self, word: str, request: Request) -> float:
-        """Seconds for the agent, by what the request says; raises Refused."""
+        """The agent's timeout, from the request's header; raises Refused."""
         timeout = self._proxy.settings.agent.timeout
         given = min(scrape_deadline(request, 0.0, timeout - min(0.1 * timeout, 0.5)), timeout)
         given = max(round(given, 3), SHORTEST_TIMEOUT)
@@ -4247,12 +4247,12 @@ class Pages:
         return given
 
     def forget(self, relay: Relay) -> None:
-        """Let nobody join it any more."""
+        """Stop clients from joining it."""
         if self.relays.get(relay.key) is relay:
             del self.relays[relay.key]
 
     def relayed(self, relay: Relay, reply: Reply | None, refusal: Refused | None) -> None:
-        """Answer all waiters; those that may no longer see the page get a refusal."""
+        """Answer all waiters; refuse those that have lost access."""
         self.forget(relay)
         if reply is not None:
             refusal = agent_refusal(relay, reply)
@@ -4287,25 +4287,25 @@ class Pages:
     def families(self) -> list[Family]:
         """For the admin side."""
         return [
-            Family("cmon_proxy_relays_total", COUNTER, "Requests for pages by what became of them.",
+            Family("cmon_proxy_relays_total", COUNTER, "Requests for pages by outcome.",
                    [Sample((("result", name),), count)
                     for name, count in self.scrapes.results.items()]),
             Family("cmon_proxy_relays_shared_total", COUNTER, "Requests that waited for the page "
-                   "that another one had asked for.", [Sample((), self.shared)]),
-            Family("cmon_proxy_relays_in_flight", GAUGE, "Pages under way.",
+                   "of another request.", [Sample((), self.shared)]),
+            Family("cmon_proxy_relays_in_flight", GAUGE, "Pages being requested from agents.",
                    [Sample((), len(self.relays))]),
         ]
 
 
 def owner_of(target: Vm | Node) -> str:
-    """Whose it is; compute nodes are nobody's."""
+    """The owner; compute nodes have none."""
     return target.owner if isinstance(target, Vm) else ""
 
 
 def relay_head(target: Vm | Node, host: str, core: bool, packed: bool, given: float) -> bytes:
     """The request to the agent."""
     path = "gz" if isinstance(target, Node) else target.uuid
-    # the original agent wants a real boolean, always; base64 of {"isCoreZone": …}
+    # the original agent requires a JSON boolean; base64 of {"isCoreZone": …}
     options = "eyJpc0NvcmVab25lIjogdHJ1ZX0=" if core else "eyJpc0NvcmVab25lIjogZmFsc2V9"
     return (f"GET /v1/{path}/metrics HTTP/1.1\r\nHost: {host}\r\nx-joyent-cmon-opts: {options}\r\n"
             f"X-Prometheus-Scrape-Timeout-Seconds: {given:g}\r\n"
@@ -4313,7 +4313,7 @@ def relay_head(target: Vm | Node, host: str, core: bool, packed: bool, given: fl
 
 
 def agent_refusal(relay: Relay, reply: Reply) -> Refused | None:
-    """What an agent's answer means for those who asked; None for a page."""
+    """The refusal that an agent's answer stands for; None for a page."""
     if reply.gzip and not relay.packed:
         return refused("node_error", node=relay.node.uuid, why="it sends gzip that was not asked "
                        "for")
@@ -4322,20 +4322,20 @@ def agent_refusal(relay: Relay, reply: Reply) -> Refused | None:
     words = b"in gzip" if reply.gzip else reply.body
     why = words.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
     if reply.status == 404 and isinstance(relay.target, Vm):
-        return refused("no_page", uuid=relay.target.uuid, state="not running on its node just now")
-    if reply.status == 503:         # it is well, and says itself what is the matter
+        return refused("no_page", uuid=relay.target.uuid, state="not running on its node")
+    if reply.status == 503:         # the agent is healthy and explains the refusal
         return refused("node_refused", node=relay.node.uuid, why=why)
     return refused("node_error", node=relay.node.uuid, why=f"{reply.status} {why}")
 
 
 class Build(NamedTuple):
-    """An answer that is being made, and who waits for it."""
+    """An answer being built, and its waiters."""
     key: tuple[object, ...]
     version: object
     make: Callable[[], Response]
     packed: bool
     account: str
-    generation: object              # of the account's containers when it began
+    generation: object              # of the account's containers at the start
     started: float
     waiters: list[Waiter]
 
@@ -4346,17 +4346,17 @@ class Build(NamedTuple):
 
 
 class Built(NamedTuple):
-    """An answer as it is sent, and the version of what it was made from."""
+    """An encoded answer, and the version of its source."""
     version: object
     status: int
     whole: bytes
 
 
 class Builder:
-    """Builds answers whose size grows with the account, in threads of its own, and keeps them.
+    """Builds and caches answers whose size grows with the account, in separate threads.
 
-    Belongs to the loop. Identical requests share one build. An account uses one thread at a time
-    and its other builds queue, so that it cannot keep the threads from others.
+    Owned by the loop. Identical requests share a build. An account uses one thread at a time and
+    its other builds queue, so that it cannot occupy all threads.
     """
 
     def __init__(self, proxy: Proxy, registry: Registry) -> None:
@@ -4368,14 +4368,14 @@ class Builder:
         self._queues: dict[str, collections.deque[Build]] = {}      # the first is being made
 
     def clear(self) -> None:
-        """Forget what is kept: the settings have changed."""
+        """Empty the cache: the settings have changed."""
         self._kept.clear()
 
     def answer(self, request: Request, caller: Caller, key: tuple[object, ...], version: object,
                make: Callable[[], Response], *, small: bool = False,
                target: Vm | Node | None = None) -> Answer | Deferred:
-        """The kept answer of this version, or what `make`, a function for any thread, returns.
-        Version None is never kept. Raises Refused when too much waits."""
+        """The cached answer of this version, or the result of `make`, which runs in another thread.
+        Version None is never cached. Raises Refused when too many wait."""
         packed = request.gzip
         key += (packed,)
         kept = self._kept.get(key)
@@ -4407,7 +4407,7 @@ class Builder:
         return build
 
     def _begin(self, account: str) -> None:
-        """Begin the account's first build that somebody waits for; drop those before it."""
+        """Start the account's first build that has waiters; drop those before it."""
         queue = self._queues[account]
         while queue:
             build = queue[0]
@@ -4423,7 +4423,7 @@ class Builder:
         del self._queues[account]
 
     def _make(self, build: Build) -> None:
-        """In a thread of the pool."""
+        """Runs in the pool."""
         try:
             built = build_answer(build.version, build.make, build.packed)
         except Exception:
@@ -4433,10 +4433,10 @@ class Builder:
         self._proxy.server.loop.call_soon(self._made, build, built)
 
     def _made(self, build: Build, built: Built) -> None:
-        """Keep it, answer all waiters that may still see it, and start the account's next build."""
+        """Cache it, answer the waiters, and start the account's next build."""
         self._keep(build.key, built)
         if self._building.get((build.key, build.version)) is not build:
-            return                              # given up: its thread came too late
+            return                              # given up: its thread was too late
         del self._building[build.key, build.version]
         self._queues[build.account].popleft()
         self._begin(build.account)
@@ -4459,7 +4459,7 @@ class Builder:
 
 
 def build_answer(version: object, make: Callable[[], Response], packed: bool) -> Built:
-    """Make an answer and its form for the wire. For any thread."""
+    """Build and encode an answer. Thread-safe."""
     try:
         response = make()
     except Refused as refusal:
@@ -4469,15 +4469,15 @@ def build_answer(version: object, make: Callable[[], Response], packed: bool) ->
 
 
 class View(NamedTuple):
-    """What a list of containers is made from: immutable, for any thread."""
+    """The input of a list of containers: immutable, for any thread."""
     grant: Grant
     selection: Selection
     vms: Sequence[Vm]
     manta_owner: str
-    stopped: bool = False           # stopped containers are listed, too
+    stopped: bool = False           # include stopped containers
 
     def seen(self) -> list[tuple[Vm, tuple[str, ...]]]:
-        """Containers that were asked for and may be seen, with their groups, by UUID."""
+        """Requested containers that the client may see, with their groups, by UUID."""
         groups, manta = self.selection.groups, self.manta_owner
         rows = []
         for vm in self.vms:
@@ -4488,7 +4488,7 @@ class View(NamedTuple):
         return sorted(rows, key=lambda row: row[0].uuid)
 
     def listed(self) -> Iterator[Vm]:
-        """Those of them that discovery lists; what is on no compute node has nothing to scrape."""
+        """Those that discovery lists: a container without compute node cannot be scraped."""
         for vm, _ in self.seen():
             state = state_of(vm.state)
             if vm.server and (state.listed_stopped if self.stopped else state.listed):
@@ -4496,8 +4496,8 @@ class View(NamedTuple):
 
 
 class Discovery:
-    """Lists of what an account may see: the original's, Prometheus', the fleet page, the page for
-    people. Belongs to the loop, which only copies references; the lists are made by the builder."""
+    """Lists of what an account may see: the original's and Prometheus' discovery, the fleet page,
+    the page for people. Owned by the loop, which copies references; the builder makes the lists."""
 
     def __init__(self, proxy: Proxy, builder: Builder) -> None:
         self._proxy, self._builder = proxy, builder
@@ -4510,7 +4510,7 @@ class Discovery:
 
     def _containers(self, kind: str, request: Request, caller: Caller, address: str,
                     make: Callable[[View], Response]) -> Answer | Deferred:
-        """A list of containers, kept until one of them changes."""
+        """A list of containers, cached until one of them changes."""
         selection = Selection.of(request.query)
         view = self._view(caller, selection)
         owner = caller.account.uuid
@@ -4525,7 +4525,7 @@ class Discovery:
             '{"containers":[', (container_row(vm) for vm in view.listed()), "]}"))
 
     def container_targets(self, request: Request, caller: Caller) -> Answer | Deferred:
-        """The same for Prometheus' HTTP service discovery: everything by the one name."""
+        """The same for Prometheus' HTTP service discovery, all under the service's name."""
         address = request.headers.get("host", "")
         return self._containers("sd", request, caller, address, lambda view: json_answer("[", (
             {"targets": [address], "labels": container_labels(vm)}
@@ -4536,7 +4536,7 @@ class Discovery:
         """A list of compute nodes, for operators."""
         if not caller.grant.sees_nodes:
             raise refused("not_operator")
-        # groups mean nothing here, as in the original
+        # groups are ignored, as in the original
         selection = Selection.of(request.query)._replace(groups=frozenset())
         nodes = list(self._proxy.inventory.nodes.values())
         return self._builder.answer(
@@ -4558,7 +4558,7 @@ class Discovery:
 
     def _answer(self, kind: str, request: Request, caller: Caller, more: object,
                 make: Callable[[], Response], rows: int) -> Answer | Deferred:
-        """An answer that is never kept, because it shows times, the quota and the certificate."""
+        """An answer that is never cached: it shows times, the quota and the certificate."""
         cert = caller.grant.identity.cert
         return self._builder.answer(
             request, caller, (kind, caller.account.uuid, caller.grant.groups, more,
@@ -4566,14 +4566,14 @@ class Discovery:
             None, make, small=rows <= INLINE_ROWS)
 
     def _fleet(self, view: View) -> Callable[[], list[FleetRow]]:
-        """A function for any thread that gives the containers with all that is known of them."""
+        """A thread-safe function that returns the containers with their status."""
         down = self._proxy.upstreams.suspects()
         last = self._proxy.pages.scrapes.of(view.grant.account.uuid)
         return lambda: [FleetRow(vm, groups, vm.server not in down, last.get(vm.uuid))
                         for vm, groups in view.seen()]
 
     def fleet(self, request: Request, caller: Caller) -> Answer | Deferred:
-        """Why each container is silent or not."""
+        """The fleet page: why each container is silent, if it is."""
         view = self._view(caller, Selection.of(request.query))
         rows, bucket = self._fleet(view), caller.bucket.copy()
 
@@ -4583,7 +4583,7 @@ class Discovery:
         return self._answer("fleet", request, caller, view.selection, make, len(view.vms))
 
     def people(self, request: Request, caller: Caller) -> Answer | Deferred:
-        """What a browser shows: the account's containers, and to operators the compute nodes."""
+        """The overview: the account's containers, and for operators the compute nodes."""
         query = dict(request.query)
         word = query.pop("from", "0")
         first = int(word) if re.fullmatch(r"[0-9]{1,6}", word) else 0
@@ -4644,7 +4644,7 @@ def html_answer(page: str) -> Response:
 
 
 def page_file(prepared: Prepared, request: Request) -> Prepared:
-    """A file of the page, which browsers may keep for a day from its date."""
+    """A file of the page, which browsers may cache for a day."""
     return with_headers(prepared.status, prepared.packed if request.gzip else prepared.plain, b"")
 
 
@@ -4652,13 +4652,13 @@ Action = Callable[..., Union[Answer, Deferred]]
 
 
 class Proxy:
-    """The door: finds out who asks, whether they may ask now, and what for. Belongs to the loop."""
+    """Authenticates requests, enforces quotas and dispatches. Owned by the loop."""
 
     def __init__(self, settings: Settings, server: Server, registry: Registry,
                  random: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
         self.settings, self.server, self.clock = settings, server, clock
         self.inventory = Inventory(server.now)
-        self.inventory.max_age = settings.inventory.max_age     # as all of it: needs a restart
+        self.inventory.max_age = settings.inventory.max_age     # fixed until a restart
         self.directory: Any = Directory()
         self.source: Any = None
         self.quotas = Quotas(settings.quota, server.now)
@@ -4679,7 +4679,7 @@ class Proxy:
         server.loop.every(1.0, self._each_second)
 
     def use(self, settings: Settings) -> None:
-        """Take settings, at the start and after a SIGHUP: forget all that follows from old ones."""
+        """Apply settings, at start and after a SIGHUP; drop everything derived from old ones."""
         self.settings = settings
         tls = settings.tls
         self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, tls.allow_rsa1024,
@@ -4697,7 +4697,7 @@ class Proxy:
         return str(self.source.manta_owner) if self.source is not None else ""
 
     def routes(self) -> tuple[Route, ...]:
-        """What tenants may ask for."""
+        """The routes for tenants."""
         lists, entered = self.discovery, self._entered
         return (
             Route("GET", "/_ping", self.ping), Route("GET", "/v1/_ping", self.ping),
@@ -4716,7 +4716,7 @@ class Proxy:
         )
 
     def by_host(self, request: Request) -> tuple[Route, tuple[str, ...]] | None:
-        """Routes that depend on the name by which the service was asked. Pure."""
+        """Routes that depend on the request's host name. Pure."""
         if request.path in ("/_ping", "/v1/_ping", "/-/healthy", "/-/ready"):
             return None
         label = request.host.partition(".")[0]
@@ -4731,10 +4731,10 @@ class Proxy:
             return _refusing("no_own_page"), ()
         return None
 
-    # coming in
+    # authentication
 
     def _entered(self, action: Action, kind: str) -> Action:
-        """A handler for those who may come in; `kind` is one of COSTS."""
+        """A handler for authenticated clients; `kind` is one of COSTS."""
         cost = COSTS[kind]
 
         def handler(request: Request, *args: str) -> Answer | Deferred:
@@ -4743,16 +4743,16 @@ class Proxy:
 
     def enter(self, action: Action, cost: Cost, request: Request, args: Sequence[str]
               ) -> Answer | Deferred:
-        """Find out who asks and whether they may ask now; runs on every request. Raises Refused."""
+        """Authenticate and charge the quota; runs on every request. Raises Refused."""
         peer = request.peer
         identity = peer.identity
         if identity is None:
             identity = peer.identity = Identity(peer.certificate)
-            peer.certificate = None         # the identity has it, shared by all who show the same
-        if identity.refusal is not None:    # shared by requests: must not collect their traces
+            peer.certificate = None         # kept in the identity, shared by its clients
+        if identity.refusal is not None:    # shared by requests: must not accumulate tracebacks
             raise identity.refusal.with_traceback(None)
         account = self.directory.find(identity.login, peer.address)
-        if isinstance(account, Deferred):          # is being looked up; comes back here
+        if isinstance(account, Deferred):          # being looked up; returns here
             return self._after(account, action, cost, request, args)
         peer.known = False
         granted = grant(identity, account, self.policy, self.clock())
@@ -4770,7 +4770,7 @@ class Proxy:
 
     def _after(self, found: Deferred, action: Action, cost: Cost, request: Request,
                args: Sequence[str]) -> Deferred:
-        """Go on when an account has been looked up."""
+        """Continue when an account has been looked up."""
         outer = Deferred(found.deadline, lambda: refused("accounts_unreachable").answer())
         again = Route("GET", "", lambda request: self.enter(action, cost, request, args))
 
@@ -4788,15 +4788,15 @@ class Proxy:
         return outer
 
     def check_again(self, waiter: Waiter) -> None:
-        """Called before an answer that took a while is handed over; raises Refused if the client
-        has lost its access since it asked."""
+        """Called before a delayed answer is sent; raises Refused if the client has lost access
+        since its request."""
         before = waiter.caller.grant
         identity, target = before.identity, waiter.target
         account = self.directory.recall(identity.login, before.account)
         granted = grant(identity, account, self.policy, self.clock())
         if granted is not before and (granted.account.uuid, granted.groups, granted.sees_nodes) \
                 != (before.account.uuid, before.groups, before.sees_nodes):
-            raise refused("too_busy")       # it may see other things now: ask again
+            raise refused("too_busy")       # its access has changed: let it ask again
         if target is None:
             return
         current = self.inventory.target(target.uuid)
@@ -4805,11 +4805,11 @@ class Proxy:
             raise refused("no_such_target")
 
     def ping(self, _request: Request) -> Answer:
-        """The process lives."""
+        """The process is alive."""
         return text(200, "OK")
 
     def is_ready(self, _request: Request) -> Answer:
-        """The inventory is there, and young enough for pages to be served."""
+        """The inventory is loaded and recent enough to serve pages."""
         refusal = self.inventory.refusal
         if refusal is not None:
             raise refusal
@@ -4843,13 +4843,13 @@ class Proxy:
             states[vm.state] = states.get(vm.state, 0) + 1
         return [
             *self.pages.families(),
-            Family("cmon_proxy_inventory_ready", GAUGE, "Whether there is a whole inventory, young "
-                   "enough to be believed.", [Sample((), int(not self.inventory.refusal))]),
+            Family("cmon_proxy_inventory_ready", GAUGE, "Whether an inventory is loaded, recent "
+                   "enough to be trusted.", [Sample((), int(not self.inventory.refusal))]),
             Family("cmon_proxy_inventory_age_seconds", GAUGE, "Time since the inventory was last "
                    "confirmed by its source.", [Sample((), round(age, 3))]),
-            Family("cmon_proxy_inventory_vms", GAUGE, "Containers known, by state.",
+            Family("cmon_proxy_inventory_vms", GAUGE, "Known containers, by state.",
                    [Sample((("state", name),), count) for name, count in sorted(states.items())]),
-            Family("cmon_proxy_inventory_nodes", GAUGE, "Compute nodes known.",
+            Family("cmon_proxy_inventory_nodes", GAUGE, "Known compute nodes.",
                    [Sample((), len(self.inventory.nodes))]),
             *self.upstreams.families(), *self.quotas.families(),
         ]
@@ -4863,7 +4863,7 @@ def _refusing(code: str, **fields: Any) -> Route:
 
 
 def _is_own_name(host: str) -> bool:
-    """Addresses and this machine's own name are nobody's container."""
+    """Whether the host is an address or this machine's name, never a container."""
     if host in OWN_NAMES or host.startswith("["):
         return True
     return re.fullmatch(r"[0-9.]+", host) is not None
@@ -4871,11 +4871,11 @@ def _is_own_name(host: str) -> bool:
 
 # --- page for people ------------------------------------------------------------------------------
 
-# The server makes plain tables that need no script. The script (PAGE_JS, below) turns them into
-# live ones: it reads the pages of metrics that Prometheus reads, one for each container that is on
-# the screen and never more a minute than `data-per-minute` says, judges them by the kit's USE table
-# (`RULES`) and keeps the figures of an hour in the browser. Nothing is kept here, nothing is
-# loaded from elsewhere, nothing is inline. To change it: edit the text below, restart the proxy.
+# The server renders plain tables that work without a script. The script (PAGE_JS, below) makes them
+# live: it reads the same pages as Prometheus, one for each container on the screen and at most
+# `data-per-minute` a minute, judges them by the kit's USE table (`RULES`) and keeps an hour of
+# figures in the browser. The server stores nothing; nothing is loaded from other hosts or inline.
+# To change it, edit the text below and restart the proxy.
 
 ROWS_SHOWN = 75                 # a row has up to 350 bytes; the page stays below 40 kB
 POLLS_PER_MINUTE = 600.0        # at most, and at most a tenth of the account's quota
@@ -4884,7 +4884,7 @@ PAGE_HEADERS = page_headers("script-src 'self'; style-src 'self'; connect-src 's
 
 
 def use_rules() -> str:
-    """The kit's USE table for the script, as JSON; null where a value is not judged."""
+    """The kit's USE table for the script, as JSON; null for values without verdict."""
     return json.dumps({
         "busy": USE_BUSY, "full": USE_FULL, "up": USE_UP,
         "from": {name: None if value == math.inf else value for name, value in USE_FROM.items()},
@@ -4893,7 +4893,7 @@ def use_rules() -> str:
 
 
 def framed(main: str, title: str, granted: Grant, allowance: QuotaBucket) -> str:
-    """A whole page around its <main>: who looks, and what the script may ask."""
+    """A complete page around <main>, with account, quota and the script's request rate."""
     cert, terms = granted.identity.cert, allowance.terms
     facts = [f"account {html.escape(granted.account.login)}"]
     if cert is not None:
@@ -5009,7 +5009,7 @@ def _node_row(node: Node, up: bool) -> str:
 
 
 def _use_table(scope: str) -> str:
-    """What to look at; the script adds values and verdicts to the names."""
+    """The table of names; the script adds values and verdicts."""
     cells = ("utilisation", "saturation", "errors")
     rows = [f'<tr><th scope="row">{use.resource}</th>' + "".join([
         f'<td data-cell="{cell}" data-resource="{number}"><span class="verdict"></span><ul>'
@@ -5069,7 +5069,7 @@ def container_page(row: FleetRow, granted: Grant, allowance: QuotaBucket, host: 
 
 def node_page(node: Node, up: bool, rows: Sequence[Vm], granted: Grant,
               allowance: QuotaBucket) -> str:
-    """One compute node, for operators: the same, and what runs there."""
+    """One compute node, for operators: the same, and its containers."""
     address = f"agent at {node.address[0]}:{node.address[1]}" if node.address else "no address yet"
     items = "".join([f"<li>{html.escape(_alias(vm))} <span class=\"dim\">{html.escape(vm.state)}"
                      "</span></li>" for vm in rows[:MOST_LISTED]])
@@ -5082,7 +5082,7 @@ def node_page(node: Node, up: bool, rows: Sequence[Vm], granted: Grant,
 
 
 def page_files() -> Iterator[tuple[str, str]]:
-    """Name and text of what the pages load, as it is sent."""
+    """The files that the pages load, by name."""
     yield "page.css", compact(BASE_CSS + PAGE_CSS)
     yield "page.js", f"const RULES={use_rules()};\n{compact(PAGE_JS)}"
 
@@ -6008,18 +6008,18 @@ setInterval(() => {                         // no row moves under the pointer or
 
 # --- workers --------------------------------------------------------------------------------------
 
-# With `workers: N` the first process only keeps the listening socket, the admin listener and N
-# processes of this same program, which accept on that socket. By a socket pair each tells the
-# others four times a second what accounts have used: together they keep to one quota, but for what
-# all of them admit in that quarter of a second.
+# With `workers: N` the first process only holds the listening socket, the admin listener and N
+# processes of this program, which accept on that socket. Four times a second each reports over a
+# socket pair what accounts have used, so that together they enforce one quota, to within what they
+# admit in a quarter of a second.
 
 FamiliesPage = Callable[[Iterable[Family]], Response]       # made from a whole proxy's metrics
 EXCHANGE_SECONDS = 0.25
-METRICS_SECONDS = 2.0               # a worker that does not answer in time is left out
+METRICS_SECONDS = 2.0               # workers that do not answer in time are left out
 WORKER_GRACE_SECONDS = 15.0         # longer than the server's own grace time
-MAX_BACKLOG = 8 << 20               # bytes for a worker that does not read; more is dropped
-# gauges of which the least is the proxy's; others are summed up, and what is listed below is the
-# same in all, so that the greatest will do
+MAX_BACKLOG = 8 << 20               # bytes queued for a worker that does not read; more is dropped
+# gauges that combine by minimum; those below are equal in all workers and combine by maximum; all
+# others are summed
 LEAST = frozenset(("cmon_proxy_node_up", "cmon_proxy_inventory_ready", "process_max_fds",
                    "cmon_proxy_config_last_reload_successful",
                    "cmon_proxy_config_last_reload_success_timestamp_seconds",
@@ -6045,7 +6045,7 @@ class Channel:
         server.loop.watch(end, selectors.EVENT_READ, self._ready)
 
     def say(self, message: Any) -> None:
-        """Send it, now or when the other side reads."""
+        """Send a message, now or when the other side reads."""
         line = message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n"
         if self.open and len(self._unsent) < MAX_BACKLOG:
             self._unsent += line
@@ -6092,11 +6092,11 @@ class Channel:
 
 
 class WorkerSide:
-    """What a worker tells the others, and hears from them."""
+    """Exchanges usage with the other workers."""
 
     def __init__(self, proxy: Proxy, registry: Registry, end: socket.socket) -> None:
         self._proxy, self._registry = proxy, registry
-        # without the first process nobody would replace or stop us
+        # without the first process nothing would replace or stop this one
         self._channel = Channel(proxy.server, end, self._heard, proxy.server.stop)
         proxy.server.loop.every(EXCHANGE_SECONDS, self._tell)
 
@@ -6114,7 +6114,7 @@ class WorkerSide:
 
 
 class Worker:
-    """One worker as the first process sees it."""
+    """A worker, in the first process."""
 
     def __init__(self, process: subprocess.Popen[bytes], channel: Channel, started: float) -> None:
         self.process, self.channel, self.started = process, channel, started
@@ -6122,7 +6122,7 @@ class Worker:
 
 
 class Workers:
-    """Starts the workers, replaces those that die, passes on what they say."""
+    """Starts workers, replaces those that die, relays their messages."""
 
     def __init__(self, server: Server, count: int, listening: socket.socket,
                  command: Sequence[str]) -> None:
@@ -6146,7 +6146,7 @@ class Workers:
                 [*self._command, "--worker", "%d,%d,%d" % (number, *passed)], pass_fds=passed,
                 stdin=subprocess.DEVNULL)
         except OSError as error:
-            log.error("worker %d cannot be started: %s", number, error)
+            log.error("cannot start worker %d: %s", number, error)
             ours.close()
             return
         finally:
@@ -6162,7 +6162,7 @@ class Workers:
         for number in range(self._count):
             worker = self._workers.get(number)
             if worker is not None and worker.process.poll() is not None:
-                log.error("worker %d (pid %d) has ended with %s: a new one takes its place", number,
+                log.error("worker %d (pid %d) exited with %s: starting a new one", number,
                           worker.process.pid, worker.process.returncode)
                 worker.channel.close()
                 del self._workers[number]
@@ -6196,7 +6196,7 @@ class Workers:
 
     @property
     def ready(self) -> bool:
-        """Whether all workers are there and have an inventory."""
+        """Whether all workers run and have an inventory."""
         return len(self._workers) == self._count and all(
             worker.ready for worker in self._workers.values())
 
@@ -6219,18 +6219,18 @@ class Workers:
 
     def families(self) -> list[Family]:
         """For the admin side."""
-        return [Family("cmon_proxy_workers", GAUGE, "Worker processes that run.",
+        return [Family("cmon_proxy_workers", GAUGE, "Running worker processes.",
                        [Sample((), len(self._workers))]),
                 Family("cmon_proxy_worker_restarts_total", COUNTER, "Workers that were replaced.",
                        [Sample((), self.restarts)])]
 
     def hang_up(self) -> None:
-        """Have all reread their settings."""
+        """Make all workers reread their settings."""
         for worker in self._workers.values():
             worker.process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
-        """Let all finish what is under way, then end them. Blocks."""
+        """Let all finish their requests, then stop them. Blocks."""
         for worker in self._workers.values():
             if worker.process.poll() is None:
                 worker.process.terminate()
@@ -6244,7 +6244,7 @@ class Workers:
 
 
 def summed(pages: Iterable[Iterable[Family]]) -> list[Family]:
-    """Several processes' metrics as those of one."""
+    """Merge the metrics of several processes."""
     merged: dict[str, Family] = {}
     values: dict[str, dict[tuple[Any, str], Any]] = {}
     for page in pages:
@@ -6267,7 +6267,7 @@ def summed(pages: Iterable[Iterable[Family]]) -> list[Family]:
 
 
 def interpreter_command() -> list[str]:
-    """How this interpreter was called: a worker must not see more than the first process."""
+    """The interpreter's flags: a worker must not import more than the first process."""
     flags = sys.flags
     return [sys.executable, *[word for word, given in (
         ("-I", flags.isolated), ("-s", flags.no_user_site and not flags.isolated),
@@ -6278,7 +6278,7 @@ def interpreter_command() -> list[str]:
 # --- main -----------------------------------------------------------------------------------------
 
 
-WARN_DAYS = (30.0, 7.0, 1.0)    # before the server's certificate ends
+WARN_DAYS = (30.0, 7.0, 1.0)    # before the server's certificate expires
 
 
 def metrics_page(families: Iterable[Family]) -> Response:
@@ -6312,7 +6312,7 @@ def landing(_request: Request) -> Answer:
 
 
 class ServerCertificate:
-    """Rereads the server's certificate when its files change, and warns before it ends."""
+    """Reloads the server's certificate when its files change, and warns before it expires."""
 
     def __init__(self, proxy: Proxy, listener: Listener) -> None:
         self._proxy, self._listener = proxy, listener
@@ -6334,31 +6334,31 @@ class ServerCertificate:
             return 0
 
     def tick(self) -> None:
-        """Once a second: reread what has changed, as a whole or not at all."""
+        """Once a second: reload changed files, completely or not at all."""
         state = self._look()
         if self._watch.is_due(state):
             problems: list[str] = []
             try:
                 self._listener.set_tls(make_tls(self._proxy.settings))
                 self._warned, self.not_after = float("inf"), self._end()
-                log.info("the server certificate was reread")
-            except ConfigError as error:        # certificate and key may come one after the other
+                log.info("reloaded the server certificate")
+            except ConfigError as error:       # certificate and key may change one after the other
                 problems = error.problems
             self._watch.was_read(state, not problems)
             for problem in problems if problems != self._problems else ():
-                log.warning("the old certificate stays: %s", problem)
+                log.warning("keeping the old certificate: %s", problem)
             self._problems = problems
         left = (self.not_after - self._proxy.clock()) / 86400
         due = [days for days in WARN_DAYS if left <= days]
         if due and min(due) < self._warned:
             self._warned = min(due)
-            log.warning("the server certificate ends on %s: put a new one in its place",
+            log.warning("the server certificate expires on %s: replace it",
                         utc(self.not_after))
 
     def families(self) -> list[Family]:
         """For the admin side."""
         return [Family("cmon_proxy_server_certificate_expiry_timestamp_seconds", GAUGE,
-                       "End of the server's certificate.", [Sample((), self.not_after)])]
+                       "Expiry of the server's certificate.", [Sample((), self.not_after)])]
 
 
 class Place(NamedTuple):
@@ -6392,7 +6392,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
         registry.collect(ServerCertificate(proxy, proxy.listener).families)
     if place is not None:
         WorkerSide(proxy, registry, socket.socket(fileno=place.channel))
-        # later, so that one process alone says where the proxy listens
+        # later: only the first process logs where the proxy listens
         server.loop.call_soon(listen, socket.socket(fileno=place.listening))
         return server, proxy
     listen(parse_address(settings.listen))
@@ -6409,7 +6409,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
     register_process_metrics(registry, "proxy")
     listener = server.listen(parse_address(settings.listen), (), None, "main")
     server.loop.unwatch(listener.socket)
-    # the path as a word of its own: `-I` and `-s` leave the script's folder out or in as before
+    # the path as a separate argument: `-I` and `-s` keep their effect on the script's folder
     workers = Workers(server, settings.workers, listener.socket,
                       [*interpreter_command(), os.path.abspath(__file__), *arguments])
     registry.collect(workers.families)
@@ -6424,7 +6424,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
 
 
 def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
-    """What --check-config has loaded, and its warnings; raises ConfigError."""
+    """The lines and warnings of --check-config; raises ConfigError."""
     told: list[str] = []
     warnings: list[str] = []
     own, tls = settings.inventory, settings.tls
@@ -6438,7 +6438,7 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
             if own.snapshot is not None:
                 Snapshot(own.snapshot).check_folder()
         except (OSError, SnapshotError) as error:
-            warnings.append(f"inventory.snapshot: no snapshot can be kept: {error}")
+            warnings.append(f"inventory.snapshot: cannot keep a snapshot: {error}")
     try:
         shown = server_certificate(tls.certificate)
     except (OSError, CertificateError) as error:
@@ -6447,8 +6447,8 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
     told.append(f"{tls.certificate}: certificate for {', '.join(names) or shown.subject} until "
                 f"{utc(shown.not_after)}")
     if shown.not_after < now:
-        warnings.append(f"{tls.certificate}: ended on {utc(shown.not_after)}: clients will refuse "
-                        "it; put a new one in its place")
+        warnings.append(f"{tls.certificate}: expired on {utc(shown.not_after)}: clients refuse "
+                        "it; replace it")
     if not any(name.startswith("*.") for name in names):
         warnings.append(f"{tls.certificate}: has no name such as *.cmon.dc.example: clients can "
                         "use paths below /v1, but not UUID.SUFFIX as the host")
@@ -6456,9 +6456,9 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
-    parser = command_line("cmon_proxy.py", "Relays zones' metrics to the tenants who own them.")
+    parser = command_line("cmon_proxy.py", "Serves metrics of zones to the tenants who own them.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
     if arguments.config is None:

@@ -374,7 +374,7 @@ def test_check_config_says_what_it_has_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cert, private, said", [
     ("old_rsa", "rsa", "old_rsa.pem: has no name such as *.cmon.dc.example"),
-    ("old_expired", "rsa", "old_expired.pem: ended on 2019-01-01 00:00:00Z"),
+    ("old_expired", "rsa", "old_expired.pem: expired on 2019-01-01 00:00:00Z"),
 ])
 def test_check_config_warns_of_the_certificate(cert: str, private: str, said: str, tmp_path: Path
                                                ) -> None:

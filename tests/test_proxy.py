@@ -589,12 +589,12 @@ def test_the_server_certificate_is_reread(tmp_path: Path, agent: Agent) -> None:
                                  issuer=(TLS / "ca.pem").read_bytes(), days=5,
                                  signing_key=(TLS / "ca.key").read_bytes(), names=("localhost",))
         (tmp_path / "own.pem").write_text("not finished")
-        program.wait_for_log("the old certificate stays")
+        program.wait_for_log("keeping the old certificate")
         assert serial() == before
         (tmp_path / "own.pem").write_bytes(fresh)
-        program.wait_for_log("server certificate was reread")
+        program.wait_for_log("reloaded the server certificate")
         assert serial() != before
-        program.wait_for_log("the server certificate ends on")
+        program.wait_for_log("the server certificate expires on")
         assert "cmon_proxy_server_certificate_expiry_timestamp_seconds" in admin(program)
 
 

@@ -1132,7 +1132,7 @@ def test_check_config_says_that_no_snapshot_can_be_kept(tmp_path: Path) -> None:
     done = Program.proxy(proxy_config(tmp_path, inventory={**urls, "snapshot": "s"}),
                          "--check-config")
     assert done.wait() == 0
-    assert f"warning: inventory.snapshot: no snapshot can be kept: {tmp_path} can be" in done.log
+    assert f"warning: inventory.snapshot: cannot keep a snapshot: {tmp_path} can be" in done.log
     assert "inventory from http://127.0.0.1:1" in done.output
 
 
