@@ -518,7 +518,8 @@ def test_large_records_are_read_in_smaller_pages(cloud: Cloud) -> None:
 
 @pytest.mark.parametrize("pages, said", [
     ([{"a": 1}], "did not return a list"), ([[7]], "repeats or omits uuids"),
-    ([[{"uuid": WEB}], [{"uuid": WEB}]], "repeats or omits uuids"), ([[{"uuid": None}]], "repeats or omits uuids"),
+    ([[{"uuid": WEB}], [{"uuid": WEB}]], "repeats or omits uuids"),
+    ([[{"uuid": None}]], "repeats or omits uuids"),
     ([[{"uuid": WEB}], [{"uuid": DB}], [{"uuid": WEB}]], "repeats or omits uuids"),
 ], ids=str)
 def test_a_list_that_does_not_end_is_refused(pages: list[Any], said: str) -> None:
