@@ -26,6 +26,10 @@ Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
     client [kit]
     scraping and routes
     logging and settings [kit]
+    settings
+    capture
+    check
+    text files of zones
     main
 """
 from __future__ import annotations  # a SyntaxError here: this program needs Python 3.9 or later
@@ -7905,7 +7909,7 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
         stop_logging()
     return 0
 
-# --- main -----------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 PORT = 9163
 DEFAULT_COMMANDS = {
@@ -8077,6 +8081,8 @@ class Running:
         self._settings = settings
         self._scraper.use(settings)
 
+# --- capture --------------------------------------------------------------------------------------
+
 
 def capture(arguments: argparse.Namespace) -> int:
     """`cmon_agent.py capture FILE`: what the collectors read on this host, for --replay."""
@@ -8235,7 +8241,9 @@ def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
     return kept
 
 
-# -- check: is all there that the agent needs, and are its values those of `kstat -p`
+# --- check ----------------------------------------------------------------------------------------
+
+# Is all there that the agent needs, and are its values those of `kstat -p`?
 
 GOOD, BAD, NOTE = "ok", "FAIL", "note"
 CHECK_SECONDS = 55.0                        # for everything: an operator waits a minute
@@ -8800,6 +8808,7 @@ def check(arguments: argparse.Namespace) -> int:
               "attention; `check --json` makes a report to send")
     return 1 if bad else 0
 
+# --- text files of zones --------------------------------------------------------------------------
 
 TEXTFILES = ("var", "triton", "metrics")    # below the root of a zone
 TEXTFILE_BYTES = 256 << 10
@@ -8852,6 +8861,8 @@ def _textfile(folder: int, name: str, device: int) -> Any:
             return content.decode("utf-8", "replace")
         content += piece
     return [f"larger than {TEXTFILE_BYTES} bytes"]
+
+# --- main -----------------------------------------------------------------------------------------
 
 
 def print_address(arguments: argparse.Namespace) -> int:
