@@ -881,7 +881,7 @@ class Commands:
         began = self._now()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))     # until ignored
         try:
-            os.stat(argv[0])                # the shell would say it in words of its own
+            os.stat(argv[0])                # the shell would print a message of its own
             process = subprocess.Popen(
                 [*self.DEAF, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, start_new_session=True, cwd="/",
@@ -1179,7 +1179,7 @@ class Reader:
 
 
 class Job(NamedTuple):
-    """Work for a reader's thread, and who is told. It may run twice, when a thread is given up."""
+    """Work for a reader's thread, with its callback. May run twice, if a thread is given up."""
     work: Callable[[Reader], Any]
     done: Callable[[Any], None]             # with the result, a KstatError or NoSuchZone
 
@@ -2969,7 +2969,7 @@ NTP = (                         # by the words of iostats, kerninfo, monstats, s
     counter("ntp_uptime_seconds", "uptime", WORD_SECONDS, "Seconds since ntpd started."),
 )
 
-# -- what is said of metrics
+# -- metadata of metrics
 
 def _source(metric: Metric, table: Table | None) -> str:
     if metric.source:
@@ -3496,7 +3496,7 @@ def is_core(vm: Any) -> bool:
 # -- collectors: each is a row, and what is no kstat has a function that brings a part of a page
 
 class Brought(NamedTuple):
-    """What others wrote, before its names are compared with those of others on the page."""
+    """Foreign text, before its names are checked against the rest of the page."""
     families: Sequence[Foreign]
     problems: Sequence[str] = ()
     ttl: float | None = None                # the lifetime that it asks for
@@ -6128,7 +6128,7 @@ class Client:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a connection failed, in words for people."""
+    """Why a connection failed, in readable form."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -6145,8 +6145,8 @@ def reason_of(error: Exception) -> str:
 
 PREPARED_SECONDS = 0.5          # how long a whole answer is sent again: its ages are that exact
 WATCH_SECONDS = 0.1             # how often readers of kstats are looked at while they work
-LEAST_LIFETIME = 1.0            # seconds; who asks more often gets the same samples
-INTERVAL_SHARE = 0.8            # of the interval at which one asker comes, so that each finds news
+LEAST_LIFETIME = 1.0            # seconds; more frequent scrapes get the same samples
+INTERVAL_SHARE = 0.8            # of the scrape interval, so that each scrape gets new samples
 STALE_SECONDS = 300.0           # last values older than this and three lifetimes are left out
 UNKNOWN_SECONDS = 1.0           # how long a zone that is not there is not looked for again
 NEW_DATASET_SECONDS = 30.0      # a zone that an older zfs list does not have asks for a new one
@@ -6179,7 +6179,7 @@ class Cell:
         self.found: Part | Mapping[str, Part] | None = None     # by zone, where it is shared
         self.at = 0.0                           # when it came …
         self.seconds = "0.0"                    # … and how long that took, as the page has it
-        self.names = NO_NAMES                   # of what others wrote: theirs on the page
+        self.names = NO_NAMES                   # of foreign text: its part of the page
         self.why = ""                           # why the last attempt failed; "": it did not
         self.tried = 0.0                        # when that was
         self.breaker: Breaker | None = None
@@ -6235,9 +6235,9 @@ class Page:
         """What is at work in one piece with a cell."""
         return self.kstats if cell in self.kstats else (cell,)
 
-    def seen(self, asker: str, now: float) -> None:
+    def seen(self, client: str, now: float) -> None:
         """Note that somebody asks, and how often."""
-        last = self.asked.get(asker)
+        last = self.asked.get(client)
         self.used = now
         if last is None:
             if len(self.asked) >= 16:
@@ -6245,12 +6245,12 @@ class Page:
                               if seen[1] < math.inf and now - seen[0] <= 4 * seen[1] + 5}
                 if len(self.asked) >= 16:
                     self.asked.clear()
-            self.asked[asker] = (now, math.inf)
-        elif now - last[0] > 0.05:              # less is one asker on two connections
-            self.asked[asker] = (now, now - last[0])
+            self.asked[client] = (now, math.inf)
+        elif now - last[0] > 0.05:              # less is one client on two connections
+            self.asked[client] = (now, now - last[0])
 
     def interval(self, now: float) -> float:
-        """The shortest interval at which one asker comes now; inf when none came twice."""
+        """The shortest scrape interval of a client; inf when none has scraped twice."""
         return min((interval for last, interval in self.asked.values()
                     if now - last <= 4 * interval + 5), default=math.inf)
 
@@ -6605,7 +6605,7 @@ class Scraper:
             self._rereading = self._commands.submit(read)
 
     def tell(self, source: str, problems: Sequence[str]) -> None:
-        """Count problems of what others wrote, and log each of them once."""
+        """Count problems in foreign text, and log each once."""
         if problems:
             self.problems.add(len(problems), source)
         for problem in problems:
@@ -6616,12 +6616,12 @@ class Scraper:
 
     # asking for a page
 
-    def ask(self, zone: str, core: bool | None, asker: str, deadline: float
+    def ask(self, zone: str, core: bool | None, client: str, deadline: float
             ) -> Answer | Deferred:
         """The page of a zone, or NODE's: at once, or later. `core`: whether the zone's own ports
         are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
-        page = self._asked(zone, core, asker, now)
+        page = self._asked(zone, core, client, now)
         self.inherited.asked += 1
         if page.prepared is not None and now < page.until:
             self.inherited.ready += 1
@@ -6643,7 +6643,7 @@ class Scraper:
         now = self.server.now()
         return self._awaited(self._asked(zone, None, "all zones", now), now, deadline)
 
-    def _asked(self, zone: str, core: bool | None, asker: str, now: float) -> Page:
+    def _asked(self, zone: str, core: bool | None, client: str, now: float) -> Page:
         if core is None:
             core = self._is_core(zone)
         page = self._pages.get((zone, core))
@@ -6651,7 +6651,7 @@ class Scraper:
             if self._unknown.get(zone, 0.0) > now:
                 raise self._no_zone(zone)
             page = self._pages[(zone, core)] = Page(zone, core, now)
-        page.seen(asker, now)
+        page.seen(client, now)
         return page
 
     def _awaited(self, page: Page, now: float, deadline: float) -> Deferred | None:
@@ -6779,7 +6779,7 @@ class Scraper:
         self.submit(Job(work, done))
 
     def _begin(self, cell: Cell, page: Page, now: float) -> None:
-        """Have a pool run a collector's function; whatever happens there, it is told."""
+        """Run a collector's function in a pool and report any outcome."""
         collector = cell.collector
         assert collector.collect is not None
         task = Task(self.host, page.zone, collector.timeout, self.pool, self._wait_for,
@@ -6870,7 +6870,7 @@ class Scraper:
         self._count(cell, "ok")
 
     def _admitted(self, cell: Cell, page: Page, brought: Brought) -> Part:
-        """What others brought, less the names that another of them has on this page."""
+        """Foreign metrics, without names that another source has on this page."""
         name = cell.collector.name
         taken = {taken: other.collector.name for other in page.cells if other is not cell
                  for taken in other.names}
@@ -7262,7 +7262,7 @@ def _exported(labels: str, name: str) -> str:
                             f'{fresh}="{pair[2]}"', labels)
 
 
-# -- what is said over HTTP
+# -- HTTP answers
 
 HEALTHY = "Container Monitor agent is healthy."
 OUR_NAMES = {node: frozenset(row["name"] + suffix for row in metadata() if row["scope"] == scope
@@ -7401,7 +7401,7 @@ def read_opts(word: str) -> bool:
 
 
 def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> Response:
-    """What the agent does, for people: zones with their ages, what is broken, the budget."""
+    """The status page: zones with their ages, failures, the budget."""
     escape, now = html.escape, scraper.server.now()
     vms, governor = scraper.host.vms.vms, scraper.governor
     rows: list[str] = []
@@ -7475,7 +7475,7 @@ class BunyanFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for each record: what others wrote ends no line and moves no cursor."""
+    """A line for each record; control characters are escaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line; a traceback follows on lines of its own."""
@@ -8573,7 +8573,7 @@ def check_guests(node: Examined) -> Iterator[Finding]:
 
 
 def check_caps(node: Examined) -> Iterator[Finding]:
-    """Whether "no cap" is said in a form that is known."""
+    """Whether "no cap" is reported in a known form."""
     memory = parse_sysinfo(node.sysinfo).memory_bytes
     rows = ((MEMCAP, "physcap", CAP.convert, 16 * memory or 2 ** 62),
             (MEMCAP, "swapcap", CAP.convert, 64 * memory or 2 ** 62),
