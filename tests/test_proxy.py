@@ -526,11 +526,11 @@ def test_quota_in_two_steps(folder: Path, agent: Agent) -> None:
     ({"inventory": {}}, "inventory: needs file, or vmapi, cnapi and mahi"),
     ({"inventory": {"vmapi": "http://x"}}, "missing: cnapi, mahi"),
     ({"inventory": {"file": "a", "vmapi": "http://x", "cnapi": "http://x", "mahi": "http://x"}},
-     "inventory: either file"),
+     "inventory: set either file"),
     ({"inventory": {"vmapi": "ftp://x", "cnapi": "http://x", "mahi": "http://x"}}, "is not a URL"),
     ({"listen": "nowhere"}, "listen"), ({"admin_listen": "x:y"}, "admin_listen"),
     ({"tls": {"certificate": str(TLS / "server.pem"), "key": str(TLS / "server.key"),
-              "client_auth": "ca"}}, "client_ca: goes with"),
+              "client_auth": "ca"}}, "client_ca: required with"),
     ({"quota": {"over_quota": "maybe"}}, "quota.over_quota: must be one of"),
     ({"workers": 0}, "workers: must be at least 1"),
 ], ids=lambda value: str(value)[:40])

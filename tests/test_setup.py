@@ -530,7 +530,7 @@ def server_certificate_that_has_ended(site: Site, flags: Flags, tmp: Path) -> No
     flags["--url"] = f"https://localhost:{port}"
 
 
-@fault("discovery", "says 401: no key of account alice .*\nNext: add the SSH key to the account")
+@fault("discovery", "says 401: account alice has no key .*\nNext: add the SSH key to the account")
 def key_that_is_not_on_the_account(site: Site, flags: Flags, tmp: Path) -> None:
     site.credentials("alice", site.stranger, "stranger")
     act_as(site, flags, "stranger")
@@ -552,7 +552,7 @@ def unknown_container(site: Site, flags: Flags, tmp: Path) -> str:
     return "wbe01"
 
 
-@fault("scrape", "says 503: the compute node .* is not answering")
+@fault("scrape", "says 503: compute node .* has not answered")
 def silent_node(site: Site, flags: Flags, tmp: Path) -> None:
     port = site.start_proxy("silent-node", ("127.0.0.1", free_port()))
     flags["--url"] = f"https://localhost:{port}"

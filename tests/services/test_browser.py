@@ -139,7 +139,7 @@ def test_a_certificate_that_is_no_longer_good_is_named_on_the_page(served: DataC
         served.write_inventory()
         page.wait_for("!document.querySelector('#banner').hidden")
         said = page.value("document.querySelector('#banner').textContent")
-        assert "The proxy refuses this browser: no key of account alice" in said
+        assert "The proxy refuses this browser: account alice has no key" in said
         asked = page.requests
         assert page.value("new Promise(done => setTimeout(() => done(true), 3000))")
         assert page.requests <= asked + 4, "those in flight, and then it rests"

@@ -25,15 +25,15 @@ SHOWN = [
     ("new style, run out", "new_expired", "client", 401, "ended on 2019"),
     ("new style, not yet begun", "new_future", "client", 401, "begins on 2110"),
     ("new style, signed with SHA-1", "new_sha1", "client", 401, "SHA1"),
-    ("old style, a key that is not on the account", "old_other", "other", 401, "no key of account"),
+    ("old style, a key that is not on the account", "old_other", "other", 401, "has no key that matches"),
     ("old style, says one key and was signed by another", "old_forged", "rsa", 401, "no key of"),
     ("new style, names one key and was signed by another", "new_wrong_issuer", "client", 401,
-     "no key of account"),
+     "has no key that matches"),
     ("new style, signed by a key that is not on the account", "new_other", "client", 401, "no key"),
-    ("new style, another account's name", "new_bob", "client", 401, "no key of account bob"),
+    ("new style, another account's name", "new_bob", "client", 401, "account bob has no key"),
     ("new style, an issuer that is no fingerprint", "no_fingerprint", "client", 401, "fingerprint"),
-    ("made for docker", "docker", "client", 401, "no key of account"),
-    ("of an ordinary CA", "ca_client", "client", 401, "no key of account"),
+    ("made for docker", "docker", "client", 401, "has no key that matches"),
+    ("of an ordinary CA", "ca_client", "client", 401, "has no key that matches"),
     ("none", "", "", 401, "no client certificate"),
 ]
 
@@ -97,7 +97,7 @@ def test_key_that_is_removed_while_a_connection_is_open_is_refused_on_the_next_r
         served.write_inventory()
         refused = wait_until(lambda: (lambda answer: answer if answer.status != 200 else None)(
             connection.request("/v1/discover", host)), "the refusal on the open connection")
-        assert refused.status == 401 and "no key of account alice" in refused.text
+        assert refused.status == 401 and "account alice has no key" in refused.text
         assert served.get("/v1/discover").status == 401
         assert served.get("/v1/discover", "bob").status == 200
         alice["keys"] = keys
