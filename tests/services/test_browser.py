@@ -157,7 +157,7 @@ def test_a_certificate_that_ends_while_the_page_is_open_is_named(served: DataCen
     served.credentials["alice"] = Credentials(short, key)
     page = Session(Browser(served, "alice"), f"https://{SERVICE}:{served.address[1]}/")
     try:    # a browser that starts slowly has the same words instead of the page
-        page.wait_for("document.body.textContent.includes('the client certificate ended on 2')")
+        page.wait_for("document.body.textContent.includes('the client certificate expired on 2')")
         assert page.faults == []
     finally:
         page.close()
