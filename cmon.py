@@ -1653,7 +1653,7 @@ def sparks() -> tuple[str, str]:
         return PLAIN_SPARKS, "v^"
 
 
-class Asker:
+class Poller:
     """Asks in the background, AT_ONCE at a time; `answers` has what came, and `wake` is called."""
 
     def __init__(self, proxy: Proxy, groups: str, wake: Callable[[], None]) -> None:
@@ -1684,16 +1684,16 @@ class Asker:
 class Rounds:
     """Keeps a Top fresh: the fleet page once a round, then the pages that are due."""
 
-    def __init__(self, top: Top, asker: Asker) -> None:
-        self.top, self.asker = top, asker
+    def __init__(self, top: Top, poller: Poller) -> None:
+        self.top, self.poller = top, poller
         self.next = -math.inf               # monotonic; when the next round begins
         self.asked = 0                      # answers that have not come
         self._fleet = False                 # its page is on its way
 
     def work(self, now: float) -> None:
         """Take what has come; begin a round when it is time."""
-        while not self.asker.answers.empty():
-            row, answer = self.asker.answers.get()
+        while not self.poller.answers.empty():
+            row, answer = self.poller.answers.get()
             self.asked -= 1
             if row is not None:
                 self.top.take_page(answer, row.uuid)
@@ -1715,7 +1715,7 @@ class Rounds:
 
     def _ask(self, row: Row | None) -> None:
         self.asked += 1
-        self.asker.ask(row)
+        self.poller.ask(row)
 
 
 class Terminal:
@@ -1801,7 +1801,7 @@ def top(arguments: argparse.Namespace) -> int:
         return top_once(state, proxy, arguments.groups)
     state.take_fleet(Figures(Page(time.time(), "", "the proxy", proxy.fleet(arguments.groups))))
     with Terminal() as terminal:
-        rounds = Rounds(state, Asker(proxy, arguments.groups, terminal.wake))
+        rounds = Rounds(state, Poller(proxy, arguments.groups, terminal.wake))
         return top_loop(state, terminal, rounds.work, time.time)
 
 
@@ -1830,13 +1830,13 @@ def top_loop(state: Top, terminal: Terminal, work: Callable[[float], None],
 def top_once(state: Top, proxy: Proxy, groups: str) -> int:
     """One table, from two scrapes of each container."""
     state.take_fleet(Figures(Page(time.time(), "", "the proxy", proxy.fleet(groups))))
-    asker = Asker(proxy, groups, lambda: None)
+    poller = Poller(proxy, groups, lambda: None)
     for scrape in range(2):
         due = [row for row in state.rows.values() if row.state == "running"]
         for row in due:
-            asker.ask(row)
+            poller.ask(row)
         for _ in due:
-            row_or_fleet, answer = asker.answers.get()
+            row_or_fleet, answer = poller.answers.get()
             assert row_or_fleet is not None
             row_or_fleet.take(answer)
         if due and not scrape:

@@ -4,9 +4,9 @@
 #   sh tests/run.sh [pytest arguments]
 #
 # All tests as CI runs them, on a fresh machine too. As root on Debian it installs what they need;
-# elsewhere what is missing is skipped and said. Every CPython from 3.9 to 3.13 that is found has
-# its turn: the newest with everything and coverage, the oldest with all but the tests against other
-# servers, those between with the tests that start no process. With arguments: only the newest, only those tests, no coverage.
+# elsewhere it lists what it skips. Each CPython from 3.9 to 3.13 that is found has its turn: the
+# newest with all tests and coverage, the oldest with all but the tests against other servers, those
+# between with the tests that start no process. With arguments: the newest, only those tests.
 set -eu
 cd "$(dirname "$0")/.."
 ROOT=$(pwd)
