@@ -456,8 +456,9 @@ class Session:
         return result["result"].get("value")
 
     def wait_for(self, expression: str) -> Any:
-        """Wait until it is true."""
-        return wait_until(lambda: self.value(expression), expression, 90)
+        """Wait until it is true; while a page loads, what it asks for may not be there."""
+        guarded = f"(() => {{ try {{ return {expression} }} catch (error) {{ return false }} }})()"
+        return wait_until(lambda: self.value(guarded), expression, 90)
 
     def close(self) -> None:
         """End the browser."""
