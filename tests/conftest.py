@@ -105,3 +105,16 @@ def start() -> Iterator[Callable[[Program], Program]]:
 def recorded_node() -> dict[str, Any]:
     """examples/node.json."""
     return node()
+
+
+@pytest.fixture()
+def keep() -> Iterator[Callable[[Any], Any]]:
+    """Closes what a test opens."""
+    kept: list[Any] = []
+
+    def add(one: Any) -> Any:
+        kept.append(one)
+        return one
+    yield add
+    for one in kept:
+        one.close()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -22,19 +21,6 @@ from support import ROOT, Program, http_get, wait_until
 from cmon_forwarder import offset_of, read_targets, retry_after, DiscoveryError
 
 Keep = Callable[[Any], Any]
-
-
-@pytest.fixture()
-def keep() -> Iterator[Keep]:
-    """Closes what a test opens."""
-    kept: list[Any] = []
-
-    def add(one: Any) -> Any:
-        kept.append(one)
-        return one
-    yield add
-    for one in kept:
-        one.close()
 
 
 def run(config: Path, *flags: str) -> "subprocess.CompletedProcess[str]":

@@ -7,7 +7,6 @@ import socket
 import ssl
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -22,18 +21,6 @@ from cmon_forwarder import (
     Delivery, Later, Never, SinkSettings, TooLarge, encode, transport_of, with_defaults)
 
 Keep = Callable[[Any], Any]
-
-
-@pytest.fixture()
-def keep() -> Iterator[Keep]:
-    kept: list[Any] = []
-
-    def add(one: Any) -> Any:
-        kept.append(one)
-        return one
-    yield add
-    for one in kept:
-        one.close()
 
 
 def sink(type: str, **more: Any) -> SinkSettings:
