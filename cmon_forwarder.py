@@ -507,6 +507,13 @@ class Reply(NamedTuple):
     problem: str = ""
 
 
+def raise_error_of(connection: socket.socket) -> None:
+    """Raise what the system has found out about a connection, if anything."""
+    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
 Finish = Callable[[Reply], None]
 IDLE_SECONDS = 60.0         # kept connections to the proxy that are not used are closed then
 
@@ -558,9 +565,7 @@ class Link:
         self.fetcher.loop.watch(self.socket, events, self.ready)
 
     def _connected(self) -> None:
-        error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            raise OSError(error, os.strerror(error))
+        raise_error_of(self.socket)
         context = self.fetcher.context
         if context is None:
             self.send(self.fetch)
@@ -2174,8 +2179,8 @@ class StreamTransport:
     """A connection for each delivery, TCP or TLS.
 
     These protocols have no answer. So we end our side and wait until the sink ends its own, which
-    it does once it has read all: what it had not read when it died comes back as a reset, and the
-    delivery is tried again.
+    it does once it has read all. A sink that dies with bytes unread, or before they arrive, resets
+    the connection, and the delivery is tried again.
     """
 
     def __init__(self, sink: SinkSettings) -> None:
@@ -2184,7 +2189,9 @@ class StreamTransport:
         self._context = client_context(sink.cert, sink.key, sink.ca) \
             if sink.transport == "tls" else None
         self._frame = SINKS[sink.type].stream
-        self._silent = False                # it does not end its side, and we have said so
+        # Whether it ends its side after ours. Once it has, silence is a failure; before that,
+        # it may be a sink that never does.
+        self._confirms: bool | None = None
 
     def _connect(self, deadline: float) -> socket.socket:
         plain = socket.create_connection(self.address, _left(deadline))
@@ -2203,17 +2210,22 @@ class StreamTransport:
         shown_address = "%s:%d" % self.address
         try:
             with self._connect(deadline) as connection:
-                connection.settimeout(_left(deadline))
-                connection.sendall(self._frame(records))
-                if self._silent:            # it will not tell this time either
-                    deadline = min(deadline, time.monotonic() + SILENT_SECONDS)
-                if not self._confirmed(connection, deadline):
-                    if not self._silent:
-                        log.warning("%s does not end connections that we have ended: deliveries "
-                                    "to it are not confirmed", shown_address)
-                    self._silent = True
+                try:
+                    connection.settimeout(_left(deadline))
+                    connection.sendall(self._frame(records))
+                    if self._confirms is False:
+                        deadline = min(deadline, time.monotonic() + SILENT_SECONDS)
+                    confirmed = self._confirmed(connection, deadline)
+                except OSError:             # a reset: no sink takes half a line for a whole one
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                          struct.pack("ii", 1, 0))
+                    raise
         except (OSError, ValueError) as error:
             raise Later(f"{shown_address}: {reason_of(error)}", records) from None
+        if not confirmed and self._confirms is None:
+            log.warning("%s does not end connections that we have ended: deliveries to it are not "
+                        "confirmed", shown_address)
+        self._confirms = confirmed
 
     def _confirmed(self, connection: socket.socket, deadline: float) -> bool:
         """Whether the sink has read all; False when it does not tell. Raises OSError."""
@@ -2221,21 +2233,31 @@ class StreamTransport:
             if isinstance(connection, ssl.SSLSocket):
                 connection.settimeout(_left(deadline))
                 try:
-                    connection = connection.unwrap()
-                except ssl.SSLError:        # it closed without a word of TLS
-                    return True
+                    connection.unwrap()
+                except ssl.SSLEOFError:     # without close_notify: the end of TCP decides
+                    pass
+                except ssl.SSLError as error:       # an alert; with TLS 1.3 it may follow the data
+                    if error.reason != "APPLICATION_DATA_AFTER_CLOSE_NOTIFY":
+                        raise
             connection.shutdown(socket.SHUT_WR)
             while True:
                 connection.settimeout(_left(deadline))
                 if not connection.recv(READ_SIZE):
+                    break
+            while True:                     # if it ended first, a reset may be on its way
+                raise_error_of(connection)
+                if not unacknowledged(connection):
                     return True
+                _left(deadline)
+                time.sleep(0.01)
         except socket.timeout:
-            if unacknowledged(connection):
+            if self._confirms or unacknowledged(connection):
                 raise socket.timeout("timed out") from None
             return False
         except OSError as error:
-            if error.errno == errno.ENOTCONN:       # it ended first
-                return True
+            if error.errno == errno.ENOTCONN:       # shutdown() after a reset
+                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) \
+                    from None
             raise
 
     def check(self) -> None:
@@ -2326,9 +2348,7 @@ def _heard(connection: socket.socket, seconds: float) -> None:
     poll = select.poll()                # select() fails beyond 1,024 descriptors
     poll.register(connection, select.POLLIN)
     poll.poll(seconds * 1000)
-    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
+    raise_error_of(connection)
 
 
 class FileTransport:

@@ -2,9 +2,12 @@
 """How the forwarder delivers to each kind of sink: heads, framing, what counts as accepted."""
 from __future__ import annotations
 
+import dataclasses
 import json
+import select
 import socket
 import ssl
+import struct
 import threading
 import zlib
 from pathlib import Path
@@ -166,6 +169,79 @@ def test_a_stream_that_was_not_read_whole_is_sent_again(keep: Keep, mode: str) -
         transport.send([b"x" * 1000] * 20_000)
 
 
+class Ending(LineSink):
+    """Closes each connection at its start, or resets it after the first byte."""
+
+    def serve(self, accepted: socket.socket) -> None:
+        if self.mode == "reset":
+            accepted.recv(1)
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("mode", ["reset", "closed"])
+def test_a_sink_that_ended_before_it_had_read_all_did_not_accept(
+        keep: Keep, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = keep(Ending())
+    server.mode = mode
+    transport = keep(transport_of(sink("graphite", address=server.text)))
+    ended = []
+
+    class Connection(socket.socket):
+        def sendall(self, content: Any, flags: int = 0) -> None:
+            poll = select.poll()
+            poll.register(self, select.POLLRDHUP)
+            if mode == "reset":             # after the data, before we end our side
+                super().sendall(content)
+            ended.append(poll.poll(10_000))
+            if mode == "closed":
+                super().sendall(content)
+
+    def connect(_deadline: float) -> socket.socket:
+        connection = Connection()
+        connection.connect(server.address)
+        return connection
+    monkeypatch.setattr(transport, "_connect", connect)
+    with pytest.raises(Later, match="connection reset by peer|broken pipe"):
+        transport.send([b"x"])
+    assert ended[0]
+
+
+def test_half_a_line_never_looks_like_a_whole_one(keep: Keep) -> None:
+    """What a failed delivery leaves is cut by a reset, which no sink takes for an end."""
+    ends: list[Any] = []
+    go = threading.Event()
+
+    class Late(LineSink):
+        def serve(self, accepted: socket.socket) -> None:
+            go.wait(10)
+            try:
+                while accepted.recv(65536):
+                    pass
+                ends.append("end")
+            except ConnectionResetError:
+                ends.append("reset")
+    server = keep(Late())
+    transport = keep(transport_of(sink("graphite", address=server.text, timeout=0.5)))
+    with pytest.raises(Later, match="timed out"):
+        transport.send([b"x" * 1000] * 20_000)
+    go.set()
+    wait_until(lambda: ends == ["reset"])
+
+
+def test_a_sink_that_confirms_is_not_believed_when_it_is_silent(keep: Keep) -> None:
+    """Its process hangs: what the machine has taken would be lost with it."""
+    server = keep(LineSink())
+    transport = keep(transport_of(sink("graphite", address=server.text)))
+    transport.send([b"a"])
+    patient, server.mode = transport.sink, "mute"
+    transport.sink = dataclasses.replace(patient, timeout=0.2)
+    with pytest.raises(Later, match="timed out"):
+        transport.send([b"b"])
+    transport.sink, server.mode = patient, "all"
+    transport.send([b"b"])
+    assert server.lines() == ["a", "b", "b"]
+
+
 def test_nobody_there(keep: Keep) -> None:
     for where in (sink("graphite", address="127.0.0.1:1"), sink("statsd", address="127.0.0.1:1"),
                   sink("graphite", address="no.such.host.invalid:1"),
@@ -180,11 +256,16 @@ def tls_sink(keep: Keep) -> Any:
     """Ends each connection with or without a word of TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(TLS / "server.pem", TLS / "server.key")
+    context.load_verify_locations(TLS / "ca.pem")
 
     class Tls(LineSink):
         def serve(self, accepted: socket.socket) -> None:
+            if self.mode == "strict":
+                context.verify_mode = ssl.CERT_REQUIRED
             with context.wrap_socket(accepted, server_side=True) as wrapped:
                 content = b""
+                if self.mode == "chatty":
+                    wrapped.sendall(b"welcome")
                 for piece in iter(lambda: wrapped.recv(65536), b""):
                     content += piece
                     if self.mode == "reset":
@@ -198,7 +279,7 @@ def tls_sink(keep: Keep) -> Any:
     return keep(Tls())
 
 
-@pytest.mark.parametrize("mode", ["polite", "rude"])
+@pytest.mark.parametrize("mode", ["polite", "rude", "chatty"])
 def test_tls_is_confirmed_however_it_ends(tls_sink: Any, mode: str) -> None:
     tls_sink.mode = mode
     transport = transport_of(sink("syslog", transport="tls", ca=TLS / "ca.pem",
@@ -217,6 +298,15 @@ def test_tls_that_is_reset_or_not_trusted_is_tried_again(tls_sink: Any) -> None:
         transport_of(sink("syslog", transport="tls", address=trusted.address)).send([b"x"])
     with pytest.raises(ConfigError, match="no.pem"):
         transport_of(sink("syslog", transport="tls", ca=Path("no.pem"), address="x:1"))
+
+
+def test_a_client_certificate_that_is_refused_after_the_data_is_no_success(tls_sink: Any) -> None:
+    """With TLS 1.3 the client has sent all before the server's alert comes."""
+    tls_sink.mode = "strict"
+    transport = transport_of(sink("syslog", transport="tls", ca=TLS / "ca.pem",
+                                  address=f"localhost:{tls_sink.address[1]}"))
+    with pytest.raises(Later, match="certificate required|connection reset|broken pipe"):
+        transport.send([b"hello"])
 
 
 # --- datagrams ------------------------------------------------------------------------------------
