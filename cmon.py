@@ -487,8 +487,12 @@ class Painter:
     def raw(self, page: Page) -> None:
         """A page as it came; on a terminal, with nothing in it that would drive the terminal."""
         if self._in_place or sys.stdout.isatty():
-            self.lines(["".join(char if char.isprintable() else "?" for char in line)
-                        for line in page.body.decode("utf-8", "replace").splitlines()])
+            lines = ["".join(char if char.isprintable() else "?" for char in line)
+                     for line in page.body.decode("utf-8", "replace").splitlines()]
+            if self._in_place:      # there is room for the samples at most
+                lines = [clipped(line, screen_width()) for line in lines
+                         if not line.startswith("#")]
+            self.lines(lines)
         else:
             sys.stdout.buffer.write(page.body)      # whatever the locale
             sys.stdout.flush()
@@ -883,7 +887,7 @@ class Column(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A table with a row for each value of some labels."""
+    """A table with a row for each value of some labels; its last columns are dropped first."""
     labels: tuple[str, ...]
     columns: tuple[Column, ...]
 
@@ -891,12 +895,12 @@ class Layout(NamedTuple):
 NET = (
     Layout(("interface", "nic_tag"), (
         Column("IN", "rate(net_agg_bytes_in)"), Column("OUT", "rate(net_agg_bytes_out)"),
-        Column("PKTS IN", "rate(net_agg_packets_in)"),
-        Column("PKTS OUT", "rate(net_agg_packets_out)"),
         Column("DROPS IN", "rate(net_drops_in_total)"),
         Column("DROPS OUT", "rate(net_drops_out_total)"),
         Column("ERRS IN", "rate(net_errors_in_total)"),
         Column("ERRS OUT", "rate(net_errors_out_total)"),
+        Column("PKTS IN", "rate(net_agg_packets_in)"),
+        Column("PKTS OUT", "rate(net_agg_packets_out)"),
         Column("UP", "net_link_up"), Column("SPEED", "net_speed_bytes_per_second"))),
     Layout(("link",), (
         Column("IN", "rate(link_bytes_in_total)"), Column("OUT", "rate(link_bytes_out_total)"),
@@ -910,12 +914,12 @@ DISK = (
     Layout((), (
         Column("READ", "rate(vfs_bytes_read_count)"),
         Column("WRITTEN", "rate(vfs_bytes_written_count)"),
-        Column("READS", "rate(vfs_read_operation_count)"),
-        Column("WRITES", "rate(vfs_write_operation_count)"),
         Column("BUSY", "rate(vfs_run_time_count)", "share of ns"),
         Column("WAITING", "rate(vfs_wait_length_time_count)", "sum of ns"),
         Column(">10MS", 'rate(vfs_slow_operations_total{over="10ms"})'),
-        Column(">1S", 'rate(vfs_slow_operations_total{over="1s"})'))),
+        Column(">1S", 'rate(vfs_slow_operations_total{over="1s"})'),
+        Column("READS", "rate(vfs_read_operation_count)"),
+        Column("WRITES", "rate(vfs_write_operation_count)"))),
     Layout((), (
         Column("USED", "zfs_used"), Column("AVAILABLE", "zfs_available"),
         Column("QUOTA", "zfs_quota"), Column("SHARE", "zfs_used/zfs_quota"),
@@ -923,9 +927,9 @@ DISK = (
     Layout(("device",), (
         Column("READ", "rate(disk_read_bytes_total)"),
         Column("WRITTEN", "rate(disk_written_bytes_total)"),
-        Column("READS", "rate(disk_reads_total)"), Column("WRITES", "rate(disk_writes_total)"),
         Column("BUSY", "rate(disk_busy_seconds_total)", "share"),
-        Column("WAITING", "rate(disk_wait_length_seconds_total)", "count"))),
+        Column("WAITING", "rate(disk_wait_length_seconds_total)", "count"),
+        Column("READS", "rate(disk_reads_total)"), Column("WRITES", "rate(disk_writes_total)"))),
     Layout(("pool",), (
         Column("SIZE", "zpool_size_bytes"), Column("USED", "zpool_allocated_bytes"),
         Column("SHARE", "zpool_allocated_bytes/zpool_size_bytes"),
@@ -961,7 +965,7 @@ def caps_lines(figures: Figures, width: int) -> list[str]:
                      amount(row["used"], unit), amount(row["share"], "share"),
                      amount(row["highest"], unit), amount(row["above_seconds"], "seconds")))
     return fitted(("RESOURCE", "CAP", "USED", "SHARE", "HIGHEST", "ABOVE"), rows, width,
-                  drop=("HIGHEST", "CAP")) if rows else []
+                  drop=("HIGHEST", "ABOVE", "CAP")) if rows else []
 
 
 def use_rows(figures: Figures) -> list[dict[str, Any]]:
@@ -1054,9 +1058,15 @@ def layout_lines(layouts: Sequence[Layout], figures: Figures, width: int) -> lis
         rows = [(*map(printable, key),
                  *(amount(value, unit) for value, unit in zip(values, units)))
                 for key, values in found]
-        lines += [""] * bool(lines) + fitted(
-            header, rows, width, left=len(layout.labels),
-            drop=("NIC TAG", *(column.title for column in reversed(layout.columns[2:]))))
+        left = len(layout.labels)
+        turned = [*zip(header, *rows)]
+        upright = aligned(turned[0], turned[1:], range(1, len(rows) + 1))
+        lines += [""] * bool(lines)
+        if max(map(cells_of, aligned(header, rows))) > width >= max(map(cells_of, upright)):
+            lines += upright            # narrow: a line for each column, and none is lost
+        else:
+            lines += fitted(header, rows, width, left=left, drop=("NIC TAG", *(
+                column.title for column in reversed(layout.columns[2:]))))
     return lines
 
 
@@ -1344,7 +1354,10 @@ KEY_NAMES = {"\x1b[A": "up", "\x1bOA": "up", "k": "up", "\x1b[B": "down", "\x1bO
              "j": "down", "\x1b[5~": "page up", "\x1b[6~": "page down", "\x1b[D": "<",
              "\x1bOD": "<", "\x1b[C": ">", "\x1bOC": ">", "\r": "enter", "\n": "enter",
              "u": "enter", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
-TOP_HELP = "q quit  < > sort  r reverse  / filter  space pause  enter USE"
+TOP_HELP = ("q quit  < > sort  r reverse  / filter  space pause  enter USE",
+            "q quit <> sort r / filter space enter")        # where that is too wide
+DETAIL_HELP = ("q back  arrows, page up, page down scroll  space pause", "q back  j k scroll  space")
+FILTER_HELP = ("enter keeps the filter  escape clears it", "enter keep  escape clear")
 
 
 class TopColumn(NamedTuple):
@@ -1382,7 +1395,8 @@ TOP_COLUMNS = (
                                        "rate(vfs_bytes_written_count)")),
 )
 TOP_TITLES = ("NAME", *(column.title for column in TOP_COLUMNS), "WORST", "AGE")
-TOP_DROP = ("CPU", "MEM", "AGE", "DISK", "NET", "WORST")    # in this order where it is narrow
+# In this order where it is narrow; what rows are sorted by stays, so `>` shows each in turn.
+TOP_DROP = ("CPU", "MEM", "AGE", "DISK", "NET", "MEM%", "WORST")
 
 
 class Row:
@@ -1581,7 +1595,7 @@ class Top:
                   row.state_words(), seconds_words(row.age(now))] for row in rows]
         mark = sparks()[1][self.reverse] if marked else ""
         titles = [title + mark * (title == self.sort) for title in TOP_TITLES]
-        drop = [titles[TOP_TITLES.index(title)] for title in TOP_DROP]
+        drop = [titles[TOP_TITLES.index(title)] for title in TOP_DROP if title != self.sort]
         blank = [["-"] * len(titles)]
         for room, words in ((width - 4 - LEAST_SPARK, drop[:2]), (width - 2, drop)):
             lines = fitted(titles, cells or blank, room, words, plain=True)
@@ -1601,8 +1615,8 @@ class Top:
         visible = self.visible(now)
         count = f"{len(visible)} of {len(self.rows)}" if self.filter else str(len(self.rows))
         when = time.strftime("%H:%M:%S", time.localtime(now))
-        title = f"cmon top  {when}  {count} containers  every {self.interval:g} s"
-        title += "  PAUSED" if self.paused else ""
+        title = (f"cmon top  {'PAUSED  ' * self.paused}{when}  {count} containers  "
+                 f"every {self.interval:g} s")
         note = f"/{self.filter}_" if self.typing else self.failure or self.behind or (
             f"filter: {self.filter}" if self.filter else "")
         head = [emphasis(clipped(title, width)), coloured(clipped(note, width), 33)]
@@ -1617,7 +1631,8 @@ class Top:
             body = self._list(visible, width, height - 3, now)
         lines = [*head, *body]
         lines += [""] * (height - 1 - len(lines))
-        return [*lines[:height - 1], clipped(TOP_HELP, width)]
+        long, short = FILTER_HELP if self.typing else DETAIL_HELP if self.detail else TOP_HELP
+        return [*lines[:height - 1], clipped(long if cells_of(long) <= width else short, width)]
 
     def _list(self, visible: Sequence[Row], width: int, height: int, now: float) -> list[str]:
         room = max(height - 1, 1)

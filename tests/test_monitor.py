@@ -468,3 +468,14 @@ def test_replay_on_a_terminal_fits_it(recording: Path, web01: Container, monitor
     assert len(screens) == 2
     for line in screens[-1].splitlines():
         assert len(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line)) <= 40
+
+
+def test_a_raw_page_in_place_fits_the_terminal(recording: Path, web01: Container,
+                                               monitor: Any) -> None:
+    monitor("web01", "--record", recording, "--watch", "0.05", "--count", "2")
+    seen = on_terminal(["monitor", "--replay", str(recording), "--watch", "--speed", "1000"],
+                       columns=40)
+    for one in re.split(r"\x1b\[2J\x1b\[H|\x1b\[H", seen)[1:]:
+        lines = re.sub(r"\x1b\[[0-9;]*[KJ]", "", one).strip("\n").split("\n")
+        assert max(map(cmon.cells_of, lines)) <= 40 and len(lines) < 25
+        assert "# HELP" not in one

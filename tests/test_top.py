@@ -156,6 +156,24 @@ def test_one_containers_use_is_scrolled_and_left() -> None:
     assert top.ended
 
 
+@pytest.mark.parametrize("title", cmon.TOP_TITLES)
+def test_a_narrow_screen_shows_the_column_that_rows_are_sorted_by(title: str) -> None:
+    top = state((WEB01, "web01", "running"), sort=title)
+    top.take_page(page((GOLDEN / "node-web01.prom").read_text()), WEB01)
+    assert title + "▼" in top.screen(40, 10, 1000.0)[2]
+
+
+def test_a_narrow_screen_says_what_keys_do_and_that_it_is_paused() -> None:
+    top = state(*many(300))
+    top.keys(" ", 1000.0, 10)
+    lines = top.screen(40, 10, 1000.0)
+    assert "PAUSED" in lines[0] and lines[-1].startswith("q quit") and "enter" in lines[-1]
+    for keys, words in (("/", "escape clear"), ("\x1b\r", "q back")):
+        top.keys(keys, 1000.0, 10)
+        last = top.screen(40, 10, 1000.0)[-1]
+        assert words in last and not last.endswith("…")
+
+
 @pytest.mark.parametrize("width", range(1, 60, 7))
 @pytest.mark.parametrize("height", [1, 2, 3, 5])
 def test_a_tiny_terminal_is_no_error(width: int, height: int) -> None:
