@@ -1356,7 +1356,8 @@ KEY_NAMES = {"\x1b[A": "up", "\x1bOA": "up", "k": "up", "\x1b[B": "down", "\x1bO
              "u": "enter", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
 TOP_HELP = ("q quit  < > sort  r reverse  / filter  space pause  enter USE",
             "q quit <> sort r / filter space enter")        # where that is too wide
-DETAIL_HELP = ("q back  arrows, page up, page down scroll  space pause", "q back  j k scroll  space")
+DETAIL_HELP = ("q back  arrows, page up, page down scroll  space pause",
+               "q back  j k scroll  space")
 FILTER_HELP = ("enter keeps the filter  escape clears it", "enter keep  escape clear")
 
 
@@ -3162,6 +3163,7 @@ LOOPBACK = "127.0.0.1"
 SUFFIX = "demo.localhost"       # OpenSSL takes no wildcard right below a top-level name
 SILENT_NODE = "5a5a5a5a-0008-4000-8000-00000000cafe"
 SILENT_VM = "5a5a5a5a-0008-4000-8000-000000000001"
+DEMO_DAYS = 90                  # of its certificates: longer than what alerts ask for
 START_SECONDS = 30.0            # for a child to listen: a small machine may compile for ten
 STOP_SECONDS = 5.0
 
@@ -3336,12 +3338,12 @@ class Demo:
         from cmon_proxy import (
             CMON_PURPOSE, make_certificate, make_key, public_key, ssh_public_key)
         ca_key, server_key = make_key(), make_key()
-        ca = make_certificate(ca_key, "Container Monitor demo CA", days=30, is_ca=True)
+        ca = make_certificate(ca_key, "Container Monitor demo CA", days=DEMO_DAYS, is_ca=True)
         names = ("localhost", SUFFIX, f"*.{SUFFIX}", LOOPBACK)
         self._write("ca.pem", ca)
         self._write("server-key.pem", server_key)
         self._write("server-cert.pem", make_certificate(
-            server_key, "localhost", issuer=ca, signing_key=ca_key, names=names, days=30,
+            server_key, "localhost", issuer=ca, signing_key=ca_key, names=names, days=DEMO_DAYS,
             purposes=["serverAuth"]))
         for account in self.inventory["accounts"]:
             login = account["login"]
@@ -3352,7 +3354,7 @@ class Demo:
             issuer = "MD5:" + base64.b64encode(digest).decode().rstrip("=")
             self._write(f"{login}-key.pem", key)
             self._write(f"{login}-cert.pem", make_certificate(
-                key, login, issuer=issuer, signing_key=account_key, days=30,
+                key, login, issuer=issuer, signing_key=account_key, days=DEMO_DAYS,
                 purposes=["clientAuth", CMON_PURPOSE]))
 
 
