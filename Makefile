@@ -27,7 +27,7 @@ golden:		## rewrite tests/golden from the captures; then read the diff
 bench:		## print the measurements (minutes; best on an idle machine)
 	for bench in server agent proxy forwarder; do $(PYTHON) bench/$$bench.py || exit 1; done
 
-docs:		## rewrite docs/ and the tables of the README from the code
+docs:		## rewrite the generated docs and dashboards from the code
 	$(PYTHON) tests/make_docs.py
 
 demo:		## a compute node, a proxy and a tenant on this machine, until Ctrl-C
