@@ -58,9 +58,11 @@ environment() {     # environment 3.9 PATH: a Python that has pytest and coverag
         if "$2" -m venv "$ENVS/$1" >&2 &&
                 "$ENVS/$1/bin/python" -m pip -q --disable-pip-version-check install pytest \
                     'coverage>=7.10' >&2; then
-            # Measures every process that a test starts with this Python, `python -I` too.
+            # Measures every process that a test starts with this Python, `python -I` too. Where
+            # nothing is measured, a process does not pay for the import.
             packages=$("$ENVS/$1/bin/python" -c 'import site; print(site.getsitepackages()[0])')
-            echo 'import coverage; coverage.process_startup()' >"$packages/cmon_coverage.pth"
+            echo 'import os; os.getenv("COVERAGE_PROCESS_START") and' \
+                '__import__("coverage").process_startup()' >"$packages/cmon_coverage.pth"
         elif "$2" -c 'import pytest' 2>/dev/null; then
             echo "$2"
             return
