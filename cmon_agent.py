@@ -236,25 +236,24 @@ class Deferred:
 
     `finish` may be called from any thread, the first call wins. When the deadline (monotonic
     seconds) passes first, the server sends what `expired` returns. `on_cancel` is called in the
-    server's thread when the client disconnects.
+    server's thread when the client disconnects. Both get this object: neither needs to refer to it.
     """
-    __slots__ = ("deadline", "expired", "on_cancel", "_answer", "_deliver", "_lock")
+    __slots__ = ("deadline", "expired", "on_cancel", "answer", "_deliver", "_lock")
 
-    def __init__(self, deadline: float, expired: Callable[[], Answer]) -> None:
-        self.deadline = deadline
-        self.expired = expired
-        self.on_cancel: Callable[[], None] | None = None
-        self._answer: Answer | None = None
+    def __init__(self, deadline: float, expired: Callable[[Any], Answer],
+                 on_cancel: Callable[[Any], None] | None = None) -> None:
+        self.deadline, self.expired, self.on_cancel = deadline, expired, on_cancel
+        self.answer: Answer | None = None   # once there is one
         self._deliver: Callable[[Answer], None] | None = None
-        self._lock = threading.Lock()       # _answer and _deliver; the loop and one finisher
+        self._lock = threading.Lock()       # answer and _deliver; the loop and one finisher
 
     def finish(self, answer: Answer) -> None:
         """Set the answer; later calls are ignored."""
         with self._lock:
-            if self._answer is not None:
+            if self.answer is not None:
                 return
-            self._answer = answer
-            # dropped: what delivers refers to this object, and a cycle waits for the collector
+            self.answer = answer
+            # dropped: it refers to this object, and only the garbage collector ends a cycle
             deliver, self._deliver = self._deliver, None
         if deliver is not None:
             deliver(answer)
@@ -263,14 +262,17 @@ class Deferred:
         """For the server: call `deliver` once, immediately if the answer is already there."""
         with self._lock:
             self._deliver = deliver
-            answer = self._answer
+            answer = self.answer
         if answer is not None:
             deliver(answer)
 
-    @property
-    def answer(self) -> Answer | None:
-        """The answer, or None while there is none."""
-        return self._answer
+    def expire(self) -> None:
+        """For the server: the deadline has passed; answer with what there is."""
+        try:
+            answer = self.expired(self)
+        except Refused as refusal:
+            answer = refusal.answer()
+        self.finish(answer)
 
 
 Handler = Callable[..., Union[Answer, Deferred]]
@@ -4575,6 +4577,8 @@ _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](
                      rb"[!-~\x80-\xff])?)?)[ \t]*\r\n")
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_NO_GZIP = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 
 
 def _header_fields(head: bytes, start: int, count: int) -> dict[str, str]:
@@ -4606,7 +4610,7 @@ def _takes_gzip(accept_encoding: str) -> bool:
     for item in accept_encoding.lower().split(","):
         coding, _, parameter = item.partition(";")
         if coding.strip() in ("gzip", "x-gzip"):
-            return not re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", parameter)
+            return not _NO_GZIP.fullmatch(parameter)
     return False
 
 
@@ -4660,7 +4664,7 @@ def _body_length(headers: Mapping[str, str], limits: Limits) -> int:
         raise Refused(411, "a request body needs a Content-Length")
     if length is None:
         return 0
-    if not re.fullmatch(r"[0-9]{1,18}", length):
+    if not _LENGTH.fullmatch(length):
         raise Refused(400, "bad request: Content-Length is not a number")
     if int(length) > limits.body_bytes:
         raise Refused(413, f"the request body is larger than {limits.body_bytes} bytes")
@@ -5223,11 +5227,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """When a parked answer's deadline has passed, send what there is."""
         deferred = self._deferred
         if deferred is not None and now >= deferred.deadline:
-            try:
-                answer = deferred.expired()
-            except Refused as refusal:
-                answer = refusal.answer()
-            deferred.finish(answer)
+            deferred.expire()
 
     def _deferred_done(self, deferred: Deferred, answer: Answer) -> None:
         if self._deferred is deferred:
@@ -5386,7 +5386,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if self.server.forget(self):
             self._wait_for(0)
             if deferred is not None and deferred.on_cancel is not None:
-                deferred.on_cancel()
+                deferred.on_cancel(deferred)
             if isinstance(self.connection, ssl.SSLSocket) and self._state != HANDSHAKE:
                 try:
                     self.connection.unwrap()   # sends close_notify, does not wait for theirs
@@ -5913,7 +5913,7 @@ class AnswerReader:
         elif length is None:
             self.keep_alive = False
             self._next = self._read_to_end
-        elif not re.fullmatch(r"[0-9]{1,18}", length):
+        elif not _LENGTH.fullmatch(length):
             raise ClientError(f"the answer's length {length[:40]!r} is not a number")
         else:
             self._expect(int(length))
@@ -6659,7 +6659,7 @@ class Scraper:
         awaited = self._collect(page, now)
         if not awaited:
             return None
-        later = Deferred(deadline, lambda: self._partial(page, later))
+        later = Deferred(deadline, lambda later: self._partial(page, later))
         if not page.waiting:
             page.waiting_since = now
         page.waiting[later] = awaited
@@ -7333,7 +7333,7 @@ class Agent:
         """The metrics of all running zones."""
         server = self.scraper.server
         deadline = scrape_deadline(request, server.now())
-        later = Deferred(deadline, lambda: text(
+        later = Deferred(deadline, lambda _: text(
             503, "collecting all zones takes longer than this scrape may: raise scrape_timeout",
             ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
 
@@ -7362,7 +7362,7 @@ class Agent:
 
     def ready(self, _request: Request) -> Deferred:
         """Whether kstats can be read."""
-        later = Deferred(self.scraper.server.now() + 5.0, lambda: text(
+        later = Deferred(self.scraper.server.now() + 5.0, lambda _: text(
             503, "not ready: kstats are not read in time", ("X-Cmon-Error", "not_ready")))
 
         def read(result: Any) -> None:
@@ -7375,7 +7375,7 @@ class Agent:
     def overview(self, _request: Request) -> Deferred:
         """A page for people."""
         scraper = self.scraper
-        later = Deferred(scraper.server.now() + 5.0, lambda: text(
+        later = Deferred(scraper.server.now() + 5.0, lambda _: text(
             503, "the zones cannot be listed in time", ("X-Cmon-Error", "not_collected")))
 
         def listed(result: Any) -> None:

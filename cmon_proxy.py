@@ -33,6 +33,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import functools
 import gc
 import hashlib
 import html
@@ -1116,13 +1117,9 @@ def key_id_of(name: str) -> str | None:
     """The MD5 fingerprint that an issuer's name spells, with colons; None for other names."""
     match = _MD5_BASE64.fullmatch(name)
     if match is not None:
-        digest = base64.b64decode(match.group(1) + "==").hex()
-    else:
-        match = _MD5_HEX.fullmatch(name)
-        if match is None:
-            return None
-        digest = match.group(1).replace(":", "").lower()
-    return ":".join(digest[at:at + 2] for at in range(0, 32, 2))
+        return base64.b64decode(match.group(1) + "==").hex(":")
+    match = _MD5_HEX.fullmatch(name)
+    return bytes.fromhex(match.group(1).replace(":", "")).hex(":") if match is not None else None
 
 
 class AuthorizedKey(NamedTuple):
@@ -1445,6 +1442,7 @@ class Inventory:
         self.confirmed = now()                  # when the source last confirmed it
         self.confirmed_at = time.time()
         self.max_age = float("inf")             # older inventories serve no pages
+        self.manta_owner = ""                   # the account whose zones' Manta roles are groups
         self.changed: list[Callable[[Vm | None, Vm | None], None]] = []
 
     def target(self, uuid: str) -> Vm | Node | None:
@@ -1560,7 +1558,7 @@ class Directory:
     """Accounts by login, all in memory."""
 
     def __init__(self) -> None:
-        self.accounts: dict[str, Account] = {}
+        self.by_login: Mapping[str, Account] = {}
         self._ready = False
 
     def find(self, login: str, _address: str = "") -> Account | None:
@@ -1568,16 +1566,15 @@ class Directory:
         is loaded: until then no login is unknown."""
         if not self._ready:
             raise refused("inventory_not_ready")
-        return self.accounts.get(login)
+        return self.by_login.get(login)
 
     def recall(self, login: str, default: Account) -> Account | None:
         """The account as it is known now, without waiting; `default` where nothing is known."""
-        return self.accounts.get(login) if self._ready else default
+        return self.by_login.get(login) if self._ready else default
 
-    def replace(self, accounts: dict[str, Account]) -> None:
+    def replace(self, accounts: Mapping[str, Account]) -> None:
         """Replace all accounts."""
-        self.accounts = accounts
-        self._ready = True
+        self.by_login, self._ready = accounts, True
 
 
 def merged(known: Mapping[str, Account], accounts: Mapping[str, Account]) -> dict[str, Account]:
@@ -1876,22 +1873,21 @@ class FileSource:
     unreadable, the inventory ages until it is no longer trusted.
     """
 
-    def __init__(self, path: Path, agent_port: int, inventory: Inventory, directory: Directory,
-                 server: Server) -> None:
+    def __init__(self, path: Path, agent_port: int, inventory: Inventory, server: Server) -> None:
         self._path, self._port = path, agent_port
-        self._inventory, self._directory, self._server = inventory, directory, server
+        self._inventory, self._server = inventory, server
+        self.accounts = Directory()
         self._watch = FileWatch(server.now)
         # a separate thread: removing a key must not wait for large answers
         self._pool = Pool("inventory", 1, 1)
         self._reading = False
         self.problems: list[str] = []
         self.warnings: tuple[str, ...] = ()
-        self.manta_owner = ""
         self._good_at = 0.0                     # last successful reload, since the epoch
 
     def start(self) -> None:
         """Read the file, then check it every second."""
-        self._read(self._watch.look(self._path), self._directory.accounts)
+        self._read(self._watch.look(self._path), self.accounts.by_login)
         self._server.loop.every(1.0, self.tick)
 
     def tick(self) -> None:
@@ -1901,7 +1897,7 @@ class FileSource:
             self._inventory.confirm()           # the loaded file is valid until it changes
             self._tell([])
         elif not self._reading and self._watch.is_due(state):
-            self._reading = self._pool.submit(self._read, state, self._directory.accounts)
+            self._reading = self._pool.submit(self._read, state, self.accounts.by_login)
 
     def _read(self, state: object, known: Mapping[str, Account]) -> None:
         """Runs in the pool: parsing 10,000 VMs takes a tenth of a second."""
@@ -1925,8 +1921,8 @@ class FileSource:
             return
         self._good_at = time.time()
         manta = found.accounts.get("poseidon")
-        self.manta_owner = manta.uuid if manta is not None else ""
-        self._directory.replace(found.accounts)
+        self._inventory.manta_owner = manta.uuid if manta is not None else ""
+        self.accounts.replace(found.accounts)
         self._inventory.replace(found.vms, found.owned)
         self._inventory.replace_nodes(found.nodes)
         self._inventory.confirm()
@@ -2328,6 +2324,10 @@ def _network(address: str) -> str:
         return address
 
 
+def _accounts_unreachable(_: object) -> Answer:
+    return refused("accounts_unreachable").answer()
+
+
 class Accounts:
     """Accounts by login, read from mahi on demand and cached briefly.
 
@@ -2373,8 +2373,7 @@ class Accounts:
                 if age >= FRESH_ACCOUNT_SECONDS:
                     self._ask(login, address)
                 return None
-        later = Deferred(now + 2 * ACCOUNT_TIMEOUT,
-                         lambda: refused("accounts_unreachable").answer())
+        later = Deferred(now + 2 * ACCOUNT_TIMEOUT, _accounts_unreachable)
         if not self._ask(login, address):
             raise refused("accounts_unreachable")
         self._asking[login].append(later)
@@ -2706,7 +2705,6 @@ class VmReader:
         self._due = loop.now() + 5.0                # the feed reports changes earlier
         self._short = 0                             # consecutive lists that were much too short
         self.follows = False                        # changes are announced
-        self.manta_owner = ""
         self.bootstraps = self.events = self.fetched = 0
         self.problem = ""
 
@@ -2777,7 +2775,7 @@ class VmReader:
         self._due = now + interval * (0.8 + 0.4 * self._random())
         self._complete = self._began
         if found.manta_owner is not None:
-            self.manta_owner = found.manta_owner
+            self._inventory.manta_owner = found.manta_owner
         if self._inventory.ready or self.bootstraps:
             self._inventory.merge(found.vms)
         else:
@@ -2958,11 +2956,6 @@ class TritonSource:
         self._saved_at = 0.0                # last write of the snapshot, since the epoch
         self._unsaved = ""                  # the error of the last write
 
-    @property
-    def manta_owner(self) -> str:
-        """The account whose zones' Manta roles are groups."""
-        return self.vms.manta_owner
-
     def start(self) -> None:
         """Load the snapshot, then start reading."""
         self._restore()
@@ -2991,7 +2984,7 @@ class TritonSource:
         if age > self._inventory.max_age:
             log.warning("ignoring the snapshot: it is %d seconds old", age)
             return
-        self.vms.manta_owner = saved.manta_owner
+        self._inventory.manta_owner = saved.manta_owner
         self._inventory.replace(*by_owner(saved.vms))
         self._inventory.replace_nodes({node.uuid: node for node in saved.nodes})
         self._inventory.confirm(age)
@@ -3023,7 +3016,7 @@ class TritonSource:
         inventory = self._inventory
         if inventory.ready and not self._writing:
             saved = Saved(tuple(inventory.vms.values()), tuple(inventory.nodes.values()),
-                          self.manta_owner, self.accounts.kept(), inventory.confirmed_at)
+                          inventory.manta_owner, self.accounts.kept(), inventory.confirmed_at)
             self._writing = self._writer.submit(self._write, saved)
 
     def _write(self, saved: Saved) -> None:
@@ -3104,21 +3097,18 @@ class QuotaLimits(NamedTuple):
 
 def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> QuotaLimits:
     """An account's limits; each of N replicas admits an N-th, so their sum stays within them."""
-    own = settings.accounts.get(login) or AccountQuota()
-
-    def pick(mine: float | None, general: float) -> float:
-        return general if mine is None else mine
-
-    per_minute = pick(own.per_minute, settings.per_minute)
-    burst = pick(own.burst, settings.burst)
-    hard = max(pick(own.hard_per_minute, settings.hard_per_minute), per_minute)
+    exception = settings.accounts.get(login, AccountQuota())
+    limits = {**vars(settings), **{name: value for name, value in vars(exception).items()
+                                   if value is not None}}
+    per_minute, burst = limits["per_minute"], limits["burst"]
+    hard = max(limits["hard_per_minute"], per_minute)
     # the hard burst is larger in proportion: otherwise both would be used up together
     hard_burst = burst * (hard / per_minute if per_minute > 0 else 1.0)
     share = settings.replicas
     return QuotaLimits(per_minute, per_minute / 60 / share, max(burst / share, 1.0),
                        hard / 60 / share, max(hard_burst / share, 1.0),
-                       own.over_quota or settings.over_quota,
-                       own.exempt or (operator and settings.exempt_operators))
+                       limits["over_quota"],
+                       exception.exempt or (operator and settings.exempt_operators))
 
 
 class QuotaBucket:
@@ -3365,14 +3355,12 @@ def read_head(reader: AnswerReader) -> AgentHead:
     if coding not in ("", "identity", "gzip", "x-gzip"):
         raise ClientError(f"it sent content coding {coding[:40]!r}, which was not requested")
     partial = reader.headers.get("x-cmon-partial", "")
-    length = reader.headers.get("content-length", "")
-    plain = (reader.status == 200 and reader.keep_alive and "transfer-encoding" not in
-             reader.headers and re.fullmatch("[0-9]{1,9}", length) and int(length) <= MAX_PAGE)
-    packed = coding in ("gzip", "x-gzip")
     partial = partial if _PARTIAL.fullmatch(partial) else ""
-    if not plain:
+    packed = coding in ("gzip", "x-gzip")
+    if reader.status != 200 or not reader.keep_alive or "transfer-encoding" in reader.headers:
         return AgentHead(-1, packed, partial)
-    return AgentHead(int(length), packed, partial, page_lines(packed, partial, int(length)))
+    length = int(reader.headers["content-length"])      # checked by the reader, as is MAX_PAGE
+    return AgentHead(length, packed, partial, page_lines(packed, partial, length))
 
 
 class Job:
@@ -3415,7 +3403,7 @@ class UpstreamConnection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connecting = True
         self.socket.connect_ex(upstream.address)    # an error shows when it becomes writable
-        upstream.all.server.loop.watch(self.socket, selectors.EVENT_WRITE, self.ready)
+        upstream.all.server.loop.register(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
         """The selector's call."""
@@ -3446,7 +3434,7 @@ class UpstreamConnection:
             self.upstream.unreachable(self, os.strerror(error).lower())
             return
         self.connecting = False
-        self.upstream.all.server.loop.watch(self.socket, selectors.EVENT_READ, self.ready)
+        self.upstream.all.server.loop.register(self.socket, selectors.EVENT_READ, self)
         if self.job is not None:                # one without a job has been closed
             self.send(self.job)
 
@@ -4099,22 +4087,16 @@ class Caller(NamedTuple):
         return self.grant.identity.header + self.bucket.header()
 
 
-class Waiter:
+class Waiter(Deferred):
     """A client waiting for an answer, authorized again before it is sent."""
-    __slots__ = ("later", "caller", "target")
+    __slots__ = ("caller", "target")
 
     def __init__(self, caller: Caller, target: Vm | Node | None, deadline: float,
-                 expired: Callable[[Waiter], Answer], gone: Callable[[Waiter], None]) -> None:
+                 work: Relay | Build) -> None:
+        super().__init__(deadline, work.expired, work.gone)
         self.caller = caller
         self.target = target            # the subject of the answer; None: several
-        self.later = Deferred(deadline, lambda: expired(self))
-        self.later.on_cancel = lambda: gone(self)
-
-    def finish(self, answer: Answer) -> None:
-        """Send the answer. Dropping `later` avoids a reference cycle."""
-        later = self.later
-        del self.later
-        later.finish(answer)
+        work.waiters.append(self)
 
 
 class Relay:
@@ -4126,11 +4108,7 @@ class Relay:
         self.pages, self.key, self.target, self.node = pages, key, target, node
         self.core, self.packed = core, packed
         self.waiters: list[Waiter] = []
-        self.job = Job(wire, deadline, self.done, owner)
-
-    def done(self, reply: Reply | None, refusal: Refused | None) -> None:
-        """Called by the upstream with an answer or an error."""
-        self.pages.relayed(self, reply, refusal)
+        self.job = Job(wire, deadline, functools.partial(pages.relayed, self), owner)
 
     def expired(self, waiter: Waiter) -> Answer:
         """A waiter's deadline has passed."""
@@ -4169,7 +4147,7 @@ class Pages:
         uuid = uuid.lower()
         proxy, inventory = self._proxy, self._proxy.inventory
         target = inventory.target(uuid)
-        if target is None or not may_see(caller.grant, target, proxy.manta_owner):
+        if target is None or not may_see(caller.grant, target, inventory.manta_owner):
             raise refused("no_such_target")
         now = proxy.server.now()
         refusal = inventory.refusal
@@ -4219,24 +4197,20 @@ class Pages:
         if relay is not None and relay.target is target:
             self.shared += 1
             relay.job.deadline = max(relay.job.deadline, deadline)
-            waiter = Waiter(caller, target, deadline, relay.expired, relay.gone)
-            relay.waiters.append(waiter)
-            return waiter.later
+            return Waiter(caller, target, deadline, relay)
         upstream = self._proxy.upstreams.to(node)
-        relay = Relay(self, key, target, node, core, request.gzip,
-                      relay_head(target, upstream.host, core, request.gzip, given), deadline,
-                      caller.account.uuid)
-        self.relays[key] = relay
-        waiter = Waiter(caller, target, deadline, relay.expired, relay.gone)
-        relay.waiters.append(waiter)
-        later = waiter.later                # the answer may be ready when `ask` returns
+        relay = self.relays[key] = Relay(
+            self, key, target, node, core, request.gzip,
+            relay_head(target, upstream.host, core, request.gzip, given), deadline,
+            caller.grant.account.uuid)
+        waiter = Waiter(caller, target, deadline, relay)
         try:
             upstream.ask(relay.job)
         except Refused:
             self.forget(relay)
             self.scrapes.note(target, "unreachable")
             raise
-        return later
+        return waiter
 
     def _time_given(self, word: str, request: Request) -> float:
         """The agent's timeout, from the request's header; raises Refused."""
@@ -4339,6 +4313,10 @@ class Build(NamedTuple):
     started: float
     waiters: list[Waiter]
 
+    def expired(self, _waiter: Waiter) -> Answer:
+        """A waiter's deadline has passed."""
+        return refused("too_busy").answer()
+
     def gone(self, waiter: Waiter) -> None:
         """A client no longer waits."""
         if waiter in self.waiters:
@@ -4387,13 +4365,10 @@ class Builder:
             return with_headers(built.status, built.whole, caller.header())
         known = self._building.get((key, version))
         build = known or self._queue(key, version, make, packed, caller.account.uuid)
-        waiter = Waiter(caller, target, self._proxy.server.now() + BUILD_SECONDS,
-                        lambda waiter: refused("too_busy").answer(), build.gone)
-        build.waiters.append(waiter)
-        later = waiter.later
+        waiter = Waiter(caller, target, self._proxy.server.now() + BUILD_SECONDS, build)
         if known is None and len(self._queues[build.account]) == 1:
             self._begin(build.account)
-        return later
+        return waiter
 
     def _queue(self, key: tuple[object, ...], version: object, make: Callable[[], Response],
                packed: bool, account: str) -> Build:
@@ -4452,6 +4427,7 @@ class Builder:
                 waiter.finish(refusal.answer())
             else:
                 waiter.finish(with_headers(built.status, built.whole, waiter.caller.header()))
+        build.waiters.clear()               # they refer to it
 
     def _keep(self, key: object, built: Built) -> None:
         if built.version is not None and built.status == 200:
@@ -4505,7 +4481,7 @@ class Discovery:
     def _view(self, caller: Caller, selection: Selection) -> View:
         proxy = self._proxy
         return View(caller.grant, selection, list(proxy.inventory.owned.get(
-            caller.account.uuid, {}).values()), proxy.manta_owner,
+            caller.account.uuid, {}).values()), proxy.inventory.manta_owner,
             proxy.settings.discover_include_stopped)
 
     def _containers(self, kind: str, request: Request, caller: Caller, address: str,
@@ -4659,8 +4635,7 @@ class Proxy:
         self.settings, self.server, self.clock = settings, server, clock
         self.inventory = Inventory(server.now)
         self.inventory.max_age = settings.inventory.max_age     # fixed until a restart
-        self.directory: Any = Directory()
-        self.source: Any = None
+        self.directory: Directory | Accounts = Directory()
         self.quotas = Quotas(settings.quota, server.now)
         self.upstreams = Upstreams(server, registry, settings.agent, random)
         self.policy = Policy()
@@ -4691,10 +4666,7 @@ class Proxy:
         if self.listener is not None:
             self.listener.heads.clear()     # their routes depend on host_prefix
 
-    @property
-    def manta_owner(self) -> str:
-        """The account whose zones' Manta roles are groups."""
-        return str(self.source.manta_owner) if self.source is not None else ""
+
 
     def routes(self) -> tuple[Route, ...]:
         """The routes for tenants."""
@@ -4735,14 +4707,9 @@ class Proxy:
 
     def _entered(self, action: Action, kind: str) -> Action:
         """A handler for authenticated clients; `kind` is one of COSTS."""
-        cost = COSTS[kind]
+        return functools.partial(self.enter, action, COSTS[kind])
 
-        def handler(request: Request, *args: str) -> Answer | Deferred:
-            return self.enter(action, cost, request, args)
-        return handler
-
-    def enter(self, action: Action, cost: Cost, request: Request, args: Sequence[str]
-              ) -> Answer | Deferred:
+    def enter(self, action: Action, cost: Cost, request: Request, *args: str) -> Answer | Deferred:
         """Authenticate and charge the quota; runs on every request. Raises Refused."""
         peer = request.peer
         identity = peer.identity
@@ -4753,7 +4720,8 @@ class Proxy:
             raise identity.refusal.with_traceback(None)
         account = self.directory.find(identity.login, peer.address)
         if isinstance(account, Deferred):          # being looked up; returns here
-            return self._after(account, action, cost, request, args)
+            return self._after(account, Route("GET", "", functools.partial(
+                self.enter, action, cost)), request, args)
         peer.known = False
         granted = grant(identity, account, self.policy, self.clock())
         peer.known = True
@@ -4768,23 +4736,23 @@ class Proxy:
             raise refused("inventory_not_ready")
         return action(request, Caller(granted, bucket, verdict == OVER), *args)
 
-    def _after(self, found: Deferred, action: Action, cost: Cost, request: Request,
-               args: Sequence[str]) -> Deferred:
+    @staticmethod
+    def _after(account: Deferred, again: Route, request: Request, args: Sequence[str]) -> Deferred:
         """Continue when an account has been looked up."""
-        outer = Deferred(found.deadline, lambda: refused("accounts_unreachable").answer())
-        again = Route("GET", "", lambda request: self.enter(action, cost, request, args))
+        outer = Deferred(account.deadline, _accounts_unreachable)
 
         def go_on(answer: Answer) -> None:
             if outer.answer is not None:
                 return
-            result = call(again, request, ()) if answer.status == 200 else answer
+            result = call(again, request, args) if answer.status == 200 else answer
             if isinstance(result, Deferred):
-                outer.deadline, outer.expired = result.deadline, result.expired
-                outer.on_cancel = result.on_cancel
+                expired, cancel = result.expired, result.on_cancel
+                outer.deadline, outer.expired = result.deadline, lambda _: expired(result)
+                outer.on_cancel = cancel and (lambda _: cancel(result))
                 result.attach(outer.finish)
             else:
                 outer.finish(result)
-        found.attach(go_on)
+        account.attach(go_on)
         return outer
 
     def check_again(self, waiter: Waiter) -> None:
@@ -4799,9 +4767,9 @@ class Proxy:
             raise refused("too_busy")       # its access has changed: let it ask again
         if target is None:
             return
-        current = self.inventory.target(target.uuid)
-        if current is not target and not (may_see(granted, current, self.manta_owner)
-                                          and may_see(granted, target, self.manta_owner)):
+        current, manta = self.inventory.target(target.uuid), self.inventory.manta_owner
+        if current is not target and not (may_see(granted, current, manta)
+                                          and may_see(granted, target, manta)):
             raise refused("no_such_target")
 
     def ping(self, _request: Request) -> Answer:
@@ -6206,15 +6174,15 @@ class Workers:
         serial, waiting = self._serial, set(self._workers)
         found: list[list[Family]] = [own]
 
-        def page() -> Response:
+        def page(_: object) -> Response:
             self._asked.pop(serial, None)
             return make(summed(found))
         later = Deferred(self._server.now() + METRICS_SECONDS, page)
-        self._asked[serial] = (waiting, found, lambda: later.finish(page()))
+        self._asked[serial] = (waiting, found, later.expire)
         for worker in self._workers.values():
             worker.channel.say({"ask": serial})
         if not waiting:
-            later.finish(page())
+            later.expire()
         return later
 
     def families(self) -> list[Family]:
@@ -6375,16 +6343,15 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
     server = Server("proxy", registry)
     register_process_metrics(registry, "proxy")
     proxy = Proxy(settings, server, registry, random.random)
+    source: FileSource | TritonSource
     if settings.inventory.file is not None:
-        proxy.source = FileSource(settings.inventory.file, settings.agent.port, proxy.inventory,
-                                  proxy.directory, server)
+        source = FileSource(settings.inventory.file, settings.agent.port, proxy.inventory, server)
     else:
-        proxy.source = TritonSource(settings, proxy, random.random,
-                                    place is None or place.number == 0)
-        proxy.directory = proxy.source.accounts
-        registry.caches.extend(proxy.source.accounts.caches)
-    registry.collect(proxy.source.families)
-    proxy.source.start()
+        source = TritonSource(settings, proxy, random.random, place is None or place.number == 0)
+        registry.caches.extend(source.accounts.caches)
+    proxy.directory = source.accounts
+    registry.collect(source.families)
+    source.start()
 
     def listen(address: tuple[str, int] | socket.socket) -> None:
         proxy.listener = server.listen(address, proxy.routes(), context, "main", proxy.by_host,

@@ -164,14 +164,15 @@ class Served:
             self.inside.release()
             assert self.go.wait(20)
             later.finish(text(200, "done"))
-        later = Deferred(time.monotonic() + 30, lambda: text(503, "too late"))
+        later = Deferred(time.monotonic() + 30, lambda _: text(503, "too late"))
         if not self.server.spawn(work):
             raise Refused(503, "too busy")
         return later
 
     def later(self, request: Request) -> Deferred:
-        later = Deferred(scrape_deadline(request, time.monotonic()), lambda: text(503, "too late"))
-        later.on_cancel = self.cancelled.set
+        later = Deferred(scrape_deadline(request, time.monotonic()),
+                         lambda _: text(503, "too late"))
+        later.on_cancel = lambda _: self.cancelled.set()
         self.laters.append(later)
         self.inside.release()
         return later

@@ -178,9 +178,10 @@ class Desk:
         self.folder, self.path = folder, folder / "inventory.json"
         write_inventory(folder, inventory("10.0.0.1"))
         self.server = Server("proxy", Registry(), now=lambda: self.at)
-        self.inventory, self.directory = Inventory(self.server.now), Directory()
+        self.inventory = Inventory(self.server.now)
         self.inventory.max_age = 100.0
-        self.source = FileSource(self.path, 9163, self.inventory, self.directory, self.server)
+        self.source = FileSource(self.path, 9163, self.inventory, self.server)
+        self.directory = self.source.accounts
         self.source._pool = self  # type: ignore[assignment]
         self.reads = 0
         self.jobs: list[Any] = []

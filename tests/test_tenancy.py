@@ -77,11 +77,11 @@ class World:
 
     def page(self, request: Request, number: str) -> Any:
         """As the route of a page does."""
-        return self.proxy.enter(self.proxy.pages.page, COSTS["page"], request, (number,))
+        return self.proxy.enter(self.proxy.pages.page, COSTS["page"], request, number)
 
     def list(self, request: Request) -> Any:
         """As the route of discovery does."""
-        return self.proxy.enter(self.proxy.discovery.containers, COSTS["list"], request, ())
+        return self.proxy.enter(self.proxy.discovery.containers, COSTS["list"], request)
 
     @staticmethod
     def peer(der: bytes) -> Peer:
@@ -233,7 +233,7 @@ def test_nobody_joins_a_relay_that_everybody_has_left() -> None:
     assert len(world.agents.jobs) == 1
     for later in (left, joined):
         assert later.on_cancel is not None and not world.agents.jobs[0].given_up
-        later.on_cancel()
+        later.on_cancel(later)
     assert world.agents.jobs[0].given_up      # the port may drop it without a word
     fresh = ask()
     assert len(world.agents.jobs) == 2
@@ -253,7 +253,7 @@ def test_a_deadline_that_passes_leaves_the_others_waiting() -> None:
     request = Request("GET", "", "", {}, {}, b"", "cmon.test", False, True, world.peers[0][0])
     first, second = (world.page(request, number) for _ in range(2))
     assert isinstance(first, Deferred) and isinstance(second, Deferred)
-    assert first.expired().status == 504 and not world.agents.jobs[0].given_up
+    assert first.expired(first).status == 504 and not world.agents.jobs[0].given_up
     world.agents.jobs[0].finish(Reply(200, b"page"), None)
     assert first.answer is None and second.answer is not None
     world.close()

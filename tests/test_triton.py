@@ -422,7 +422,7 @@ def inside(cloud: Cloud, monkeypatch: Any) -> Iterator[Any]:
     server = Server("proxy", Registry())
     proxy = Proxy(settings, server, Registry(), random.random)
     source = TritonSource(settings, proxy, random.random)
-    proxy.source = source
+
     loop = threading.Thread(target=server.serve_forever)
     loop.start()
     server.loop.call_soon(source.start)
