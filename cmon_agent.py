@@ -4567,14 +4567,16 @@ class Limits:
     stranger_share: float = 0.25    # of all connections, for strangers from one address
     write_seconds: float = 30.0     # for a client to read its answer
     handshake_seconds: float = 10.0
+    empty_reads: int = 100          # in a row: TLS records without data cost the peer nothing
     workers: int = 8                # threads for handlers that may block
     handshakes: int = 2             # threads for TLS handshakes
     grace_seconds: float = 10.0     # at shutdown, for requests in flight
 
 
 _LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")
-_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*"
-                     rb"[!-~\x80-\xff])?)?)[ \t]*\r\n")
+# blanks before a value are matched in one place only: two would take quadratic time
+_HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*(?:([!-~\x80-\xff](?:[\t -~\x80-\xff]*"
+                     rb"[!-~\x80-\xff])?)[ \t]*)?\r\n")
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _NO_GZIP = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
@@ -4594,7 +4596,7 @@ def _header_fields(head: bytes, start: int, count: int) -> dict[str, str]:
         position = match.end()
         # interned: the heads that are kept differ little
         name = sys.intern(match.group(1).decode("ascii").lower())
-        value = sys.intern(match.group(2).decode("latin-1"))
+        value = sys.intern((match.group(2) or b"").decode("latin-1"))
         if name in headers:
             if name in ("host", "content-length", "transfer-encoding"):
                 raise Refused(400, f"bad request: more than one {name} header")
@@ -5083,7 +5085,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
     __slots__ = ("request", "client_address", "server", "connection", "peer", "stranger",
                  "_listener", "_buffer", "_state", "_since", "_head", "_rest", "_keep", "_events",
-                 "_deferred", "_end")
+                 "_deferred", "_end", "_empty")
     server: Server
 
     def setup(self) -> None:
@@ -5107,6 +5109,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._events = 0                # what the selector waits for
         self._deferred: Deferred | None = None
         self._end = False               # the client has closed its side
+        self._empty = 0                 # reads in a row that brought nothing
 
     def handle(self) -> None:
         """Begin, with the handshake if there is TLS."""
@@ -5134,10 +5137,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             received = self.connection.recv(READ_SIZE)
         except _AGAIN:
+            self._empty += 1
+            if self._empty > self.server.limits.empty_reads:
+                self.server.refused("empty_reads")
+                self.close()
             return
         except OSError:
             self.close()
             return
+        self._empty = 0
         if self._state == IDLE and not self._buffer:
             found = self._listener.heads.get(received)
             if found is not None:
@@ -5273,15 +5281,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif self._keep and not self._end:
             self._rest = b""
             self._state = IDLE
-            self._wait_for(selectors.EVENT_READ)
-            if self._buffer:                # pipelined: in its turn
+            if self._buffer:                # pipelined: in its turn, and before more is read
+                self._wait_for(0)
                 self._enter(READING)
                 self.server.loop.call_soon(self._again)
+            else:
+                self._wait_for(selectors.EVENT_READ)
         else:
             self.close()
 
     def _again(self) -> None:
-        if self._state == READING:
+        if self._state == READING and self in self.server.connections:
+            self._wait_for(selectors.EVENT_READ)
             self.parse()
 
     # life

@@ -86,7 +86,8 @@ class TlsSettings:
     certificate: Path = setting(dataclasses.MISSING, "PEM file: the server's certificate and chain")
     key: Path = setting(dataclasses.MISSING, "PEM file: its private key")
     client_auth: str = setting(
-        "account-keys", "account-keys: by the account's SSH keys; ca: by a certificate authority",
+        "account-keys", "account-keys: by the account's SSH keys; ca: by a certificate authority; "
+        "change it with a restart",
         one_of("account-keys", "ca"))
     client_ca: Path | None = setting(None, "PEM file: the CA of client certificates, for ca")
     allow_sha1: bool = setting(False, "accept client certificates signed with SHA-1")
@@ -342,6 +343,7 @@ _NID_EKU = 126
 _NID_RSA, _NID_EC, _NID_ED25519 = 6, 408, 1087
 _CURVES = {415: "nistp256", 715: "nistp384", 716: "nistp521"}
 _UTF8, _UNCOMPRESSED, _CTRL_SESSION_CACHE, _CTRL_MAX_CERT_LIST = 0x1000, 4, 44, 51
+_CTRL_CLEAR_MODE, _MODE_AUTO_RETRY = 78, 4
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _S, _Z = ctypes.c_char_p, ctypes.c_size_t
@@ -404,6 +406,7 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("SSL_CTX_get_verify_mode", _I, (_P,)), ("SSL_CTX_get_options", ctypes.c_uint64, (_P,)),
     ("SSL_CTX_set_cert_verify_callback", None, (_P, _P, _P)),
     ("SSL_CTX_set_ciphersuites", _I, (_P, _S)), ("SSL_CTX_ctrl", _L, (_P, _I, _L, _P)),
+    ("SSL_ctrl", _L, (_P, _I, _L, _P)),
 )
 
 
@@ -996,11 +999,12 @@ def _context_pointer(context: ssl.SSLContext) -> int:
     return pointer
 
 
-def forget_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> None:
-    """After a handshake, free the certificates a client sent besides its own: they are unused.
+def after_handshake(tls: ssl.SSLSocket | ssl.SSLObject) -> None:
+    """Bound what a client can cost after its handshake; OSError closes the connection.
 
-    Parsed names take ten times their size, for the life of the connection. OSError if the client's
-    own certificate exceeds the limit; the connection is then closed.
+    Free the certificates a client sent besides its own: parsed names take ten times their size, for
+    the life of the connection. One record a read: `ssl` has OpenSSL read on behind records without
+    data, such as key updates, and a client that sends them fast would never let a read return.
     """
     inner = getattr(tls, "_sslobj")
     # PySSLSocket of Modules/_ssl.c, 3.9 to 3.13: head, socket, SSL, context
@@ -1008,6 +1012,7 @@ def forget_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> None:
     if context != id(tls.context) or not pointer:
         raise OSError("the TLS connection of this Python is not laid out as expected")
     library = _library()
+    library.SSL_ctrl(pointer, _CTRL_CLEAR_MODE, _MODE_AUTO_RETRY, None)
     chain = library.SSL_get_peer_cert_chain(pointer)
     while chain and library.OPENSSL_sk_num(chain) > 0:
         library.X509_free(library.OPENSSL_sk_pop(chain))
@@ -1042,9 +1047,28 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
             except ssl.SSLWantReadError:
                 pass
         if not waiting:
-            forget_chain(ends[1])
+            after_handshake(ends[1])
             return ends[1].getpeercert(True)
     raise OSError("the handshake does not complete")
+
+
+def _any_server() -> ssl.SSLContext:
+    """The context of a client for `_handshake`."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_mode = ssl.CERT_NONE
+    return client
+
+
+def handshake_hook(context: ssl.SSLContext, by_ca: bool
+                   ) -> Callable[[ssl.SSLSocket], None] | None:
+    """`after_handshake`; None where this Python does not allow it and a CA makes do without."""
+    try:
+        if by_ca:
+            _handshake(context, _any_server())
+    except OSError:
+        return None
+    return after_handshake
 
 
 def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
@@ -1056,9 +1080,7 @@ def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str
     with open(cert_file, encoding="utf-8", errors="replace") as file:
         own = first_certificate(file.read())
     for shown in (own, None):
-        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        client.check_hostname = False
-        client.verify_mode = ssl.CERT_NONE
+        client = _any_server()
         if shown is not None:
             client.load_cert_chain(cert_file, key_file)
         try:
@@ -6355,7 +6377,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
 
     def listen(address: tuple[str, int] | socket.socket) -> None:
         proxy.listener = server.listen(address, proxy.routes(), context, "main", proxy.by_host,
-                                       None if proxy.policy.by_ca else forget_chain)
+                                       handshake_hook(context, proxy.policy.by_ca))
         registry.collect(ServerCertificate(proxy, proxy.listener).families)
     if place is not None:
         WorkerSide(proxy, registry, socket.socket(fileno=place.channel))
@@ -6422,6 +6444,20 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
     return told, warnings
 
 
+# By the old way of authentication a connection may have shown a certificate that the new one would
+# have refused in the handshake.
+FIXED = ("listen", "admin_listen", "inventory", "workers")
+FIXED_TLS = ("client_auth", "client_ca")
+
+
+def keep_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
+    """The new settings but for those that need a restart, and which of these have changed."""
+    kept = dataclasses.replace(new, tls=dataclasses.replace(
+        new.tls, **{name: getattr(old.tls, name) for name in FIXED_TLS}))
+    return kept, [name for name in FIXED if getattr(old, name) != getattr(new, name)] + [
+        f"tls.{name}" for name in FIXED_TLS if getattr(old.tls, name) != getattr(new.tls, name)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -6467,10 +6503,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for workers in groups:
             workers.hang_up()
         for proxy in running:
-            old = proxy.settings
-            if (old.listen, old.admin_listen, old.inventory, old.workers) != (
-                    settings.listen, settings.admin_listen, settings.inventory, settings.workers):
-                log.warning("listen, admin_listen, inventory and workers need a restart")
+            settings, fixed = keep_fixed(proxy.settings, settings)
+            if fixed:
+                log.warning("%s: changes need a restart", ", ".join(fixed))
             context = make_tls(settings)
             if proxy.listener is not None:
                 proxy.listener.set_tls(context)

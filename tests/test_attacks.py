@@ -18,12 +18,13 @@ from typing import Any, Callable
 import pytest
 
 import cmon_proxy
-from agents import NODE_1, Agent, inventory, proxy, proxy_config, uuid, vm, write_inventory
+from agents import (
+    NODE_1, TLS, Agent, client_tls, inventory, proxy, proxy_config, uuid, vm, write_inventory)
 from cmon_agent import Deferred, Peer, Refused, Request, respond, wire
 from cmon_proxy import (
     Account, AuthorizedKey, Certificates, Copy, Quotas, QuotaSettings, Reply,
     Saved, Snapshot, Vm, by_owner, first_certificate, make_certificate, make_key, vm_of)
-from support import ROOT, Program, wait_until
+from support import ROOT, Connection, Program, wait_until
 from test_proxy import code, connect, get, page
 from test_relay import Running
 from test_tenancy import World
@@ -502,6 +503,28 @@ def test_new_settings_hold_for_requests_that_were_seen_before(tmp_path: Path) ->
         assert code(ask()) == "unknown_host"
         assert connection.request("/v1/discover", {"Host": "metrics.test"}).status == 200
     agent.close()
+
+
+def test_a_certificate_that_no_ca_has_signed_stays_refused_when_a_ca_comes(tmp_path: Path) -> None:
+    """A connection made without a CA keeps a certificate that nobody has verified."""
+    key = make_key()
+    (tmp_path / "mallory.key").write_bytes(key)
+    (tmp_path / "mallory.pem").write_bytes(make_certificate(key, "alice"))
+    tls = client_tls()
+    tls.load_cert_chain(tmp_path / "mallory.pem", tmp_path / "mallory.key")
+    write_inventory(tmp_path, inventory("127.0.0.1:1"))
+    path = proxy_config(tmp_path)
+    with Program.proxy(path) as program, Connection(program.address, tls) as connection:
+        def ask() -> Any:
+            return connection.request("/v1/discover", {"Host": "cmon.test"})
+        assert code(ask()) == "unknown_key"
+        settings = json.loads(path.read_text())
+        settings["tls"] |= {"client_auth": "ca", "client_ca": str(TLS / "ca.pem")}
+        path.write_text(json.dumps(settings))
+        program.signal(signal.SIGHUP)
+        program.wait_for_log("tls.client_auth, tls.client_ca: changes need a restart")
+        program.wait_for_log("settings were reread")
+        assert code(ask()) == "unknown_key"
 
 
 # a node that lies

@@ -2,6 +2,9 @@
 """The server: routing without sockets, then raw connections, honest, slow and hostile."""
 from __future__ import annotations
 
+import _ssl
+import ctypes
+import dataclasses
 import gzip
 import http.server
 import os
@@ -19,10 +22,10 @@ import pytest
 from support import Connection, http_get, samples, wait_until
 
 from cmon_agent import (
-    PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Server,
-    parse_head, prepare, render, respond, scrape_deadline, text, wire)
+    PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Router,
+    Server, _header_fields, parse_head, prepare, render, respond, scrape_deadline, text, wire)
 from cmon_proxy import (
-    ask_for_any_certificate, check_any_certificate, forget_chain, make_certificate, make_key,
+    after_handshake, ask_for_any_certificate, check_any_certificate, make_certificate, make_key,
     server_context)
 
 BIG = b"# a comment that repeats itself\n" * 400
@@ -290,6 +293,27 @@ def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
         lines = [b"GET /v1/%d/metrics HTTP/1.1\r\nHost: a\r\n\r\n" % n for n in range(200)]
         connection.send(b"".join(lines))
         assert [connection.answer().text for _ in lines] == [f"{n}\n" for n in range(200)]
+
+
+def test_pipelined_requests_are_not_read_before_their_turn(served: Served) -> None:
+    held = []
+    served.listener.router = Router([Route("GET", "/", lambda request: text(200, str(held.append(
+        max(len(one._buffer) for one in list(served.server.connections))))))])
+    line = b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 1500 + b"\r\n\r\n"
+    with Connection(served.address) as connection:
+        sender = threading.Thread(target=connection.send, args=(line * 400,))
+        sender.start()
+        assert [connection.answer().status for _ in range(400)] == [200] * 400
+        sender.join(20)
+    assert len(held) == 400 and max(held) < 3 * 16384
+
+
+def test_a_header_line_takes_linear_time() -> None:
+    for value in (b" " * 400_000 + b"\1", b"a" + b" " * 400_000 + b"\1", b"a " * 200_000 + b"\1"):
+        began = time.process_time()
+        with pytest.raises(Refused, match="not a header line"):
+            _header_fields(b"X:" + value + b"\r\n\r\n", 0, 9)
+        assert time.process_time() - began < 10     # 0.02; in quadratic time 80
 
 
 def test_a_request_behind_a_parked_one_waits_its_turn(served: Served) -> None:
@@ -667,8 +691,8 @@ def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome:
     chains: list[int] = []
 
     def look(tls: ssl.SSLSocket) -> None:
-        forget_chain(tls)
-        forget_chain(tls)               # nothing is left, nothing is freed twice
+        after_handshake(tls)
+        after_handshake(tls)               # nothing is left, nothing is freed twice
         chains.append(len(tls.getpeercert(True) or b""))
     listener = server.listen(("127.0.0.1", 0), PLAIN, context, on_handshake=look)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -681,6 +705,37 @@ def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome:
     assert (status == 200) is welcome is bool(chains)
     assert http_get(listener.address, "/", tls=client(pems), server_name="localhost").status == 200
     server.shutdown()
+
+
+def key_updates(connection: Connection, count: int) -> None:
+    """So many TLS records without data."""
+    library = ctypes.CDLL(_ssl.__file__)
+    library.SSL_key_update.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    library.SSL_do_handshake.argtypes = [ctypes.c_void_p]
+    inner = connection.socket._sslobj
+    _, pointer = (ctypes.c_void_p * 2).from_address(id(inner) + object.__basicsize__)
+    for _ in range(count):
+        assert library.SSL_key_update(pointer, 0) == 1
+        if library.SSL_do_handshake(pointer) != 1:
+            raise ConnectionError
+
+
+def test_a_client_that_sends_records_without_data_for_ever_is_ended(pems: Path) -> None:
+    """OpenSSL would read on behind them as long as more come, and the loop with it."""
+    context = server_context(str(pems / "localhost.pem"), str(pems / "localhost.key"))
+    secure = Served(context, dataclasses.replace(LIMITS, empty_reads=40))
+    secure.listener.on_handshake = after_handshake
+    with Connection(secure.address, client(pems), "localhost") as connection:
+        for _ in range(3):
+            key_updates(connection, 30)
+            assert connection.request("/page").body == BIG
+        with pytest.raises(OSError):
+            key_updates(connection, 60)
+            connection.request("/page")
+    with Connection(secure.address, client(pems), "localhost") as connection:
+        own = samples(connection.request("/own").text)
+    assert own['cmon_agent_http_limit_refusals_total{limit="empty_reads"}'] == 1
+    secure.server.shutdown()
 
 
 def test_the_limit_follows_the_descriptors_that_there_are(pems: Path) -> None:
