@@ -39,6 +39,7 @@ import atexit
 import base64
 import bisect
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -835,6 +836,8 @@ REOPEN_SECONDS = 10.0           # between two attempts to see what was created b
 REBUILD_SHARE = 20              # an index that took 1 s of CPU is not renewed within 20 s
 FORCED_SHARE = 4                # … not even for a zone that is asked for and not there
 MAX_OUTPUT = 8 << 20            # bytes of a command: a zfs list of 10,000 datasets is 2 MB
+POLL_SECONDS = 0.1              # how soon it shows that a command has ended with its output open …
+LEFT_BEHIND_SECONDS = 0.5       # … and how long its children may still write to it
 SYSINFO_MEMBERS = (             # what a capture keeps; boot parameters may hold secrets
     "Live Image", "System Type", "Boot Time", "Datacenter Name", "UUID", "Hostname",
     "Admin NIC Tag", "Admin IP", "CN Agent IP", "CPU Count", "MiB of Memory", "Zpool",
@@ -900,7 +903,9 @@ class Commands:
         finally:
             with self._lock:
                 self._running.discard(process)
-            self._end(process)
+            _kill_group(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)           # a moment is enough for all that can be killed
         if process.poll() is None:
             with self._lock:
                 self._hanging[key] = (process, began)
@@ -923,27 +928,29 @@ class Commands:
         """Kill what runs: without us nobody would do it at its deadline."""
         with self._lock:
             for process in self._running:
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):
-                    continue
+                _kill_group(process)
 
     def _read(self, process: subprocess.Popen[bytes], end: float, limit: int
               ) -> tuple[bytes, bytes, str]:
-        """Both outputs, until they are closed, too long or too late."""
+        """Both outputs, until they are closed, too long or too late. Of a process that has ended
+        what comes soon: a child that it leaves behind may hold them open for ever."""
         assert process.stdout is not None and process.stderr is not None
         pieces: dict[int, list[bytes]] = {}
-        size = 0
+        size, last = 0, math.inf
         with selectors.DefaultSelector() as selector:
             for pipe in (process.stdout, process.stderr):
                 os.set_blocking(pipe.fileno(), False)
                 selector.register(pipe, selectors.EVENT_READ)
                 pieces[pipe.fileno()] = []
             while selector.get_map():
-                left = end - self._now()
-                if left <= 0:
+                now = self._now()
+                if last == math.inf and process.poll() is not None:
+                    last = min(now + LEFT_BEHIND_SECONDS, end)
+                if now >= last:
+                    break
+                if now >= end:
                     return b"", b"", "does not end in time"
-                for key, _ in selector.select(left):
+                for key, _ in selector.select(min(end - now, last - now, POLL_SECONDS)):
                     piece = os.read(key.fd, 65536)
                     if not piece:
                         selector.unregister(key.fileobj)
@@ -959,17 +966,11 @@ class Commands:
                           for pipe in (process.stdout, process.stderr))
         return stdout, stderr, ""
 
-    @staticmethod
-    def _end(process: subprocess.Popen[bytes]) -> None:
-        """Kill what is left of the group; a moment is enough for all that can be killed."""
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass                            # nothing is left of it
-        try:
-            process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            pass                            # `run` remembers it
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill all that is left of a command."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):      # nothing is left
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class Sysinfo(NamedTuple):
@@ -1581,7 +1582,6 @@ class Host:
     def __init__(self, settings: Settings) -> None:
         self.commands_of = dict(settings.commands)
         self._sysinfo_file = settings.sysinfo_file
-        self.zfs_columns = ZFS_COLUMNS      # those that this platform knows; of collect_zfs
         self._library = Libkstat(settings.libkstat)
         self._commands = Commands()
         self.vms = Vms(settings.vminfod)
@@ -1867,7 +1867,6 @@ class RecordedHost:
 
     def __init__(self, path: str, settings: Settings) -> None:
         self._recording, self.path = Recording(path), path
-        self.zfs_columns = ZFS_COLUMNS
         self.commands_of = dict(settings.commands)
         self.vms: Vms = RecordedVms(self._recording)
         self.page_size = 4096               # of x86, on which all of the platform runs
@@ -3042,12 +3041,11 @@ def _lines(output: str) -> list[str]:
     return output.split("\n", MAX_LINES)[:MAX_LINES]
 
 
-def zfs_command(columns: Sequence[str]) -> tuple[str, ...]:
-    """Arguments that ask for these columns of the datasets of all zones at once, less the pool's
-    name. Not of what is below: a tenant with a delegated dataset makes as many there as he likes.
-    """
+def zfs_command(columns: Sequence[str], pool: str) -> tuple[str, ...]:
+    """Arguments that ask for these columns of the datasets of all zones at once. Not of what is
+    below: a tenant with a delegated dataset makes as many there as he likes."""
     return ("list", "-Hp", "-t", "filesystem,volume", "-o", ",".join(("name", *columns)),
-            "-d", "1")
+            "-d", "1", pool)
 
 
 def parse_zfs_list(output: str, columns: Sequence[str] = ZFS_COLUMNS) -> dict[str, dict[str, str]]:
@@ -3504,7 +3502,14 @@ class Brought(NamedTuple):
     ttl: float | None = None                # the lifetime that it asks for
 
 
-Found = Union[Part, Mapping[str, Part], Brought]    # by zone, of a collector that is shared
+class Shared(NamedTuple):
+    """The parts of all zones."""
+    parts: Mapping[str, Part]
+    complete: bool                          # False: a zone that is missing may have values
+    problems: Sequence[str] = ()
+
+
+Found = Union[Part, Shared, Brought]
 
 
 class Task(NamedTuple):
@@ -3525,26 +3530,32 @@ def collect_alloc(task: Task) -> Found:
     return part_of(alloc_families(read, task.host.page_size))
 
 
-def unknown_column(output: Output, columns: Sequence[str]) -> str | None:
-    """The property that a `zfs list` has refused, if that was its trouble."""
-    return next((name for name in columns if output.status and re.search(
-        rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)), None)
+def list_datasets(run: Callable[[Sequence[str]], Output], pool: str
+                  ) -> tuple[Output, tuple[str, ...]]:
+    """`zfs list` of all zones with the columns that this platform knows, and which these are."""
+    columns = ZFS_COLUMNS
+    while True:
+        output = run(zfs_command(columns, pool))
+        refused = [name for name in columns if output.status and not output.stdout
+                   and re.search(rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)]
+        if not refused:
+            return output, columns
+        columns = tuple([name for name in columns if name not in refused])
 
 
 def collect_zfs(task: Task) -> Found:
-    """One `zfs list` for all zones; a column that an old platform lacks is asked for once."""
-    host = task.host
-    output = host.run("zfs", (*zfs_command(host.zfs_columns), task.pool), task.timeout)
-    while output.status and not output.stdout:
-        unknown = unknown_column(output, host.zfs_columns)
-        if unknown is None:
-            raise CollectError(f"zfs list: {_last_line(output)}")
-        log.warning("this zfs has no property %s", unknown)
-        host.zfs_columns = tuple(name for name in host.zfs_columns if name != unknown)
-        output = host.run("zfs", (*zfs_command(host.zfs_columns), task.pool), task.timeout)
-    return {name[len(task.pool) + 1:]: zfs_part(words) for name, words
-            in parse_zfs_list(output.stdout, host.zfs_columns).items()
-            if name.startswith(task.pool + "/")}
+    """One `zfs list` for all zones. A dataset that cannot be read makes it fail and leaves the
+    others on the list."""
+    output, columns = list_datasets(
+        lambda arguments: task.host.run("zfs", arguments, task.timeout), task.pool)
+    problem = f"zfs list: {_last_line(output)}"
+    if output.status and not output.stdout:
+        raise CollectError(problem)
+    parts = {name[len(task.pool) + 1:]: zfs_part(words) for name, words
+             in parse_zfs_list(output.stdout, columns).items() if name.startswith(task.pool + "/")}
+    return Shared(parts, not output.status, [
+        *(f"this zfs has no property {name}" for name in ZFS_COLUMNS if name not in columns),
+        *([problem] if output.status else [])])
 
 
 def collect_zpool(task: Task) -> Found:
@@ -6173,7 +6184,7 @@ class NotYet(CollectError):
 
 
 # What comes back of a piece of work for one collector; None: it was left out
-Result = Union[Part, Mapping[str, Part], Brought, Exception, None]
+Result = Union[Part, Shared, Brought, Exception, None]
 
 
 NO_NAMES: AbstractSet[str] = frozenset()        # one object for all cells
@@ -6187,7 +6198,7 @@ class Cell:
 
     def __init__(self, collector: Collector) -> None:
         self.collector = collector              # with the lifetime and timeout of the settings
-        self.found: Part | Mapping[str, Part] | None = None     # by zone, where it is shared
+        self.found: Part | Shared | None = None
         self.at = 0.0                           # when it came …
         self.seconds = "0.0"                    # … and how long that took, as the page has it
         self.names = NO_NAMES                   # of foreign text: its part of the page
@@ -6526,8 +6537,8 @@ class Scraper:
         self._kinds: dict[tuple[Any, ...], tuple[tuple[Collector, ...], tuple[str, ...]]] = {}
         add = registry.counter
         self._collections: dict[tuple[str, str], int] = {}      # by collector and result
-        self.problems = add("cmon_agent_input_problems_total", "Lines and families of plugins, "
-                            "text files and core zones that were left out.", "source")
+        self.problems = add("cmon_agent_input_problems_total", "What was left out of plugins, text "
+                            "files, core zones and zfs list.", "source")
         self._parts = KstatParts(host, server.now, add(
             "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
             "scope"))
@@ -6746,9 +6757,10 @@ class Scraper:
 
     @staticmethod
     def _is_older(cell: Cell, page: Page, now: float) -> bool:
-        """Whether a list for all zones was made before a zone that is not on it came."""
-        return cell.collector.shared and isinstance(cell.found, dict) \
-            and page.zone not in cell.found and cell.at < page.since \
+        """Whether a list that lacks this zone is incomplete, or was made before the zone came."""
+        found = cell.found
+        return isinstance(found, Shared) and page.zone not in found.parts \
+            and (not found.complete or cell.at < page.since) \
             and now - cell.at > NEW_DATASET_SECONDS
 
     # what work brings
@@ -6870,10 +6882,12 @@ class Scraper:
         for later in waiting:
             later.finish(self._no_zone(page.zone).answer())
 
-    def _take(self, cell: Cell, pages: Sequence[Page],
-              result: Part | Mapping[str, Part] | Brought, where: str) -> None:
+    def _take(self, cell: Cell, pages: Sequence[Page], result: Part | Shared | Brought, where: str
+              ) -> None:
         if isinstance(result, Brought):
             result = self._admitted(cell, pages[0], result)
+        elif isinstance(result, Shared):
+            self.tell(cell.collector.name, result.problems)
         if cell.why:
             log.info("%s of %s works again", cell.collector.name, where)
             cell.mend()
@@ -7008,7 +7022,9 @@ class Scraper:
             return None
         if isinstance(found, Part):
             return found
-        return None if self._is_older(cell, page, now) else found.get(page.zone, NOTHING)
+        if self._is_older(cell, page, now):
+            return None
+        return found.parts.get(page.zone, NOTHING if found.complete else None)
 
     # what pages consist of
 
@@ -8163,7 +8179,6 @@ class RecordingHost:
     def __init__(self, host: Host | RecordedHost) -> None:
         self._host = host
         self.vms, self.page_size = host.vms, host.page_size
-        self.zfs_columns = ZFS_COLUMNS
         self.commands: dict[str, dict[str, Any]] = {}
 
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:

@@ -85,7 +85,7 @@ class Recorded:
             or one.ref.module == "vmm" and one.ref.instance == machine])
         parts = [agent.zone_part(one, found, context) for one in agent.ZONE_COLLECTORS]
         datasets = agent.parse_zfs_list(self.commands["zfs " + " ".join(
-            (*agent.zfs_command(agent.ZFS_COLUMNS), "zones"))])
+            agent.zfs_command(agent.ZFS_COLUMNS, "zones"))])
         return families_of([*parts, agent.zfs_part(datasets[f"zones/{line.name}"]), TIME])
 
     def node(self) -> list[Family]:

@@ -634,6 +634,39 @@ printf 'zones/%s\\t100\\t200\\t300\\t131072\\t400\\t1.50\\t500\\t600\\t700\\t800
     one.agent.wait_for_log("this zfs has no property refcompressratio")
 
 
+def test_a_column_that_zfs_refused_once_is_asked_for_again(machine: MakeMachine) -> None:
+    """The platform may be a new one, and whatever was wrong may be over."""
+    one = machine(start=False)
+    desk = Desk(one.config)
+    works = (one.commands / "zfs").read_text()
+    one.script("zfs", "#!/bin/sh\ncase $* in *quota*) echo \"bad property list: invalid property "
+               f"'quota'\" >&2; exit 2;; esac\nprintf 'zones/{WEB01}' ; printf '\\t1%.0s' "
+               "1 2 3 4 5 6 7 8 9 10; echo\n")
+    before = desk.page(f"/v1/{WEB01}/metrics")
+    assert not down(before) and "\nzfs_used 1\n" in before and "zfs_quota" not in before
+    one.script("zfs", works)
+    desk.pass_by(310.0, 1.0)
+    assert "\nzfs_quota " in desk.page(f"/v1/{WEB01}/metrics")
+    desk.close()
+
+
+def test_a_zone_that_a_failing_zfs_list_leaves_out_is_not_said_to_have_no_dataset(
+        machine: MakeMachine) -> None:
+    one = machine(start=False)
+    desk = Desk(one.config)
+    works = (one.commands / "zfs").read_text()
+    one.script("zfs", works.replace("exit 0", "").replace("#!/bin/sh\n", "#!/bin/sh\n(\n", 1)
+               + f") | grep -v {LB01}\necho 'zones/{LB01}: I/O error' >&2\nexit 1\n")
+    assert not down(desk.page(f"/v1/{WEB01}/metrics")), "what was listed counts"
+    page = desk.page(f"/v1/{LB01}/metrics")
+    assert down(page) == {"zfs"} and value(page, "zfs_metrics_available_boolean") == 0
+    one.script("zfs", works)
+    desk.pass_by(31.0, 1.0)
+    page = desk.page(f"/v1/{LB01}/metrics")
+    assert not down(page) and value(page, "zfs_metrics_available_boolean") == 1
+    desk.close()
+
+
 def test_a_command_that_cannot_be_killed_is_not_started_again(
         desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits in the kernel for a dead disk: thousands of scrapes start nothing beside it."""
