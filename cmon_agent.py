@@ -1672,12 +1672,11 @@ class Course(NamedTuple):
 
     @classmethod
     def of(cls, points: Sequence[Sequence[float]]) -> Course:
-        """From [seconds, value] pairs; raises ValueError."""
-        times = tuple(float(point[0]) for point in points)
-        values = tuple(float(point[1]) for point in points)
+        """From [seconds, value] pairs; raises ConfigError, TypeError or ValueError."""
+        times, values = zip(*((float(seconds), float(value)) for seconds, value in points))
         if len(times) < 2 or times[0] != 0 or list(times) != sorted(set(times)) or not all(
                 map(math.isfinite, times + values)):
-            raise ValueError("the times of a load's points must ascend from 0")
+            raise ConfigError("the times of its points do not ascend from 0")
         sums = [0.0]
         for index in range(1, len(times)):
             sums.append(sums[-1] + (values[index] + values[index - 1]) / 2
@@ -1706,51 +1705,69 @@ class Recording:
     def __init__(self, path: str, now: Callable[[], float] = time.monotonic) -> None:
         content = read_json(path)
         self._now, self._began = now, now()
+        self._where = ""                    # of what is being read, for messages
         try:
-            self.host = content["host"]
-            if content["format"] != 1:
-                raise ValueError(f"format {content['format']!r} is not known, only 1")
-            frames = content["frames"]
-            first = float(frames[0]["at"])
-            if not all(math.isfinite(float(frame["at"])) for frame in frames):
-                raise ValueError("the time of a frame is not a number")
-            self.frames = [self._frame(frame, first) for frame in frames]
-            self._load: dict[str, dict[str, Course]] = {}
-            for row in content.get("load", ()):
-                key = f"{row['module']}:{row['instance']}:{row['name']}"
-                self._load.setdefault(key, {})[str(row["member"])] = Course.of(row["points"])
-            self._keys = [dict(self._keyed(frame)) for frame in self.frames if self._load]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError
-                ) as error:
-            raise ConfigError(f"{path}: not a capture of `cmon_agent.py capture`: "
-                              + (f"{error} is missing" if isinstance(error, KeyError) else
-                                 str(error))) from None
-        starts = [frame.at for frame in self.frames]
-        if starts != sorted(set(starts)):
-            raise ConfigError(f"{path}: the frames' times do not ascend")
-        self._starts = starts
+            self._read(content)
+        except KeyError as error:
+            problem = f"{error} is missing"
+        except ConfigError as error:
+            problem = str(error)
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            problem = "a value is not what a capture has there"
+        else:
+            problem = ""
+        if problem:
+            raise ConfigError(f"{path}: {self._where}{problem}; `cmon_agent.py capture FILE` "
+                              "writes captures")
+        starts = self._starts = [frame.at for frame in self.frames]
         gap = starts[-1] / (len(starts) - 1) if len(starts) > 1 else 1.0
         self._period = starts[-1] + gap
         self._stretch = self._period / starts[-1] if starts[-1] else 0.0
-        self.moved = time.time() - first
-        self._ends = [{key: kstat for key, kstat in self._keyed(frame)}
-                      for frame in (self.frames[0], self.frames[-1])]
+        self._ends = [dict(self._keyed(frame)) for frame in (self.frames[0], self.frames[-1])]
 
-    @staticmethod
-    def _frame(frame: Mapping[str, Any], first: float) -> _Frame:
-        index = Index()
+    def _read(self, content: Any) -> None:
+        """Take a capture's JSON, `_where` by `_where`."""
+        if content["format"] != 1:
+            raise ConfigError(f"format {content['format']!r} is not known, only 1")
+        self.host = content["host"]
+        self.frames: list[_Frame] = []
+        first = 0.0
+        for number_, frame in enumerate(content["frames"]):
+            self._where = f"frames[{number_}]: "
+            at = float(frame["at"])
+            first = first if number_ else at
+            if not math.isfinite(at) or self.frames and at - first <= self.frames[-1].at:
+                raise ConfigError(f"its time, {at!r}, is not after that of the frame before")
+            self.frames.append(self._frame(frame, at - first))
+        self._where = ""
+        if not self.frames:
+            raise ConfigError("there are no frames")
+        self.moved = time.time() - first
+        self._load: dict[str, dict[str, Course]] = {}
+        for number_, row in enumerate(content.get("load", ())):
+            self._where = f"load[{number_}]: "
+            key = f"{row['module']}:{row['instance']}:{row['name']}"
+            self._load.setdefault(key, {})[str(row["member"])] = Course.of(row["points"])
+        self._keys = [dict(self._keyed(frame)) for frame in self.frames if self._load]
+
+    def _frame(self, frame: Mapping[str, Any], at: float) -> _Frame:
+        index, where = Index(), self._where[:-2]
         kstats: list[RecordedKstat] = []
         for record in frame["kstats"]:
+            self._where = f"{where}.kstats[{len(kstats)}]: "
             ref = Ref(str(record["module"]), int(record["instance"]), str(record["name"])
                          [:KSTAT_STRLEN - 1], str(record["class"]), int(record["type"]),
                          int(record["crtime"]), len(kstats))
             kstats.append(RecordedKstat(ref, int(record["snaptime"]), dict(record["data"])))
             index.count += 1
             index.place(ref)
-        commands = {argv: Output(int(output["status"]), str(output["stdout"]),
-                                 str(output["stderr"]))
-                    for argv, output in frame["commands"].items()}
-        return _Frame(float(frame["at"]) - first, index, kstats, commands, list(frame["vms"]))
+        commands: dict[str, Output] = {}
+        for argv, output in frame["commands"].items():
+            self._where = f"{where}.commands[{argv!r}]: "
+            commands[argv] = Output(int(output["status"]), str(output["stdout"]),
+                                    str(output["stderr"]))
+        self._where = f"{where}: "
+        return _Frame(at, index, kstats, commands, list(frame["vms"]))
 
     @staticmethod
     def _keyed(frame: _Frame) -> Iterator[tuple[tuple[str, int], RecordedKstat]]:
@@ -6214,6 +6231,11 @@ class Cell:
         """Whether a breaker keeps it from being tried."""
         return self.breaker is not None and self.breaker.open
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has nothing yet although nothing has failed (NotYet)."""
+        return self.why != "" and self.breaker is None
+
     def mend(self) -> None:
         """What failed may be mended: forget that it did."""
         self.why, self.breaker = "", None
@@ -7005,7 +7027,11 @@ class Scraper:
             values += (1 if template else 0, 1 if cell.at < since else 0, cell.seconds)
             ages.append(age)
         values += (int(self.host.time() * 1000), 1, 0, 0.0)
-        shown = page_template(page.names, tuple(templates)) % (*values, *ages, 0.0, *ups, 1)
+        reasons: list[Any] = ups
+        if 0 in ups:        # why, as a comment below it: a label would make it another series
+            reasons = [f"0\n# {cell.collector.name}: {''.join(filter(str.isprintable, cell.why))}"
+                       if cell.waits else up for cell, up in zip(page.cells, ups)]
+        shown = page_template(page.names, tuple(templates)) % (*values, *ages, 0.0, *reasons, 1)
         if page.zone == NODE:
             shown += render(self.inherited.families(
                 sum(cell.found is not None for cell in self.all_cells())))
@@ -7267,7 +7293,7 @@ def join_pages(pages: Mapping[str, str]) -> str:
                 head = line
             elif line.startswith("# TYPE "):    # of several descriptions, the first
                 _, lines = families.setdefault(line.split(" ", 3)[2], (f"{head}\n{line}\n", []))
-            elif line:
+            elif line and line[0] != "#":
                 name, brace, rest = line.partition("{")
                 if brace:
                     lines.append(f"{name}{{{label},{_exported(rest, 'zonename')}")
@@ -8276,6 +8302,7 @@ CHECK_SECONDS = 55.0                        # for everything: an operator waits 
 READS_A_TABLE = 3                           # kstats of one kind that are read and compared
 ORIGINAL = "svc:/smartdc/agent/cmon-agent:default"
 OURS = ("svc:/site/cmon-agent-setup:default", "svc:/site/cmon-agent:default")
+PRIVILEGES = "basic,!file_link_any,!proc_info"      # of the service, as its manifest has them
 # What need not be there, and what it means when it is not.
 ABSENT = {"cpucaps_zone_*": "no zone has a CPU cap, or no zone runs",
           "vcpu*": "no bhyve zone runs",
@@ -8283,7 +8310,8 @@ ABSENT = {"cpucaps_zone_*": "no zone has a CPU cap, or no zone runs",
           "swapresv_zone_*": "no zone runs"}
 ABSENT_MODULES = {"zfs_metaslab_group": "this platform does not count them"}
 
-Finding = tuple[str, str]                   # GOOD, BAD or NOTE, and what was found
+# GOOD, BAD or NOTE, and what was found; what to do, where the check's own advice does not fit
+Finding = Union[tuple[str, str], tuple[str, str, str]]
 
 
 class Header(NamedTuple):
@@ -8414,7 +8442,8 @@ def check_user(node: Examined) -> Iterator[Finding]:
         try:
             entry = pwd.getpwnam(wanted)
         except KeyError:
-            yield BAD, f"there is no user {wanted!r}: the rest is checked as root"
+            yield BAD, f"there is no user {wanted!r}: the rest is checked as root", \
+                "give --user the user in the service's manifest"
             return
         "x".encode("idna")              # a codec that is loaded late, and may not be readable then
         os.setgroups([])
@@ -8426,6 +8455,10 @@ def check_user(node: Examined) -> Iterator[Finding]:
         name = str(os.geteuid())
     yield (GOOD if name == wanted else NOTE), f"{name}, where the service runs as {wanted}"
     try:
+        if name == wanted != "root":        # which has more than a service of its own would
+            output = node.run("ppriv", "-s", f"A={PRIVILEGES}", str(os.getpid()))
+            if output.status:
+                yield NOTE, f"all privileges of {name} stay: ppriv: {_last_line(output)}"
         sets = dict(line.strip().split(": ", 1) for line in node.run(
             "ppriv", str(os.getpid())).stdout.splitlines() if ": " in line)
         yield NOTE, f"effective privileges {sets.get('E', '?')}, limit {sets.get('L', '?')}"
@@ -8670,20 +8703,16 @@ def _first_line(output: Output) -> str:
 def check_commands(node: Examined) -> Iterator[Finding]:
     """Each command of a page: exit status, columns, form."""
     pool = node.settings.pool or parse_sysinfo(node.sysinfo).pool or "zones"
-    columns = ZFS_COLUMNS
-    output = node.run("zfs", *zfs_command(columns), pool)
-    unknown = unknown_column(output, columns)
-    while unknown is not None:
-        yield NOTE, f"zfs list: this platform has no property {unknown}"
-        columns = tuple(name for name in columns if name != unknown)
-        output = node.run("zfs", *zfs_command(columns), pool)
-        unknown = unknown_column(output, columns)
+    output, columns = list_datasets(lambda arguments: node.run("zfs", *arguments), pool)
+    for name in ZFS_COLUMNS:
+        if name not in columns:
+            yield NOTE, f"zfs list: this platform has no property {name}"
     datasets = parse_zfs_list(output.stdout, columns)
-    own = [zone.name for zone in node.zones if f"{pool}/{zone.name}" not in datasets]
+    missing = [zone.name for zone in node.zones if f"{pool}/{zone.name}" not in datasets]
     if output.status or not datasets:
         yield BAD, f"zfs list: {_last_line(output)}"
-    elif own:
-        yield BAD, f"zfs list: no dataset {pool}/ZONE of {', '.join(own[:3])}: is it in " \
+    elif missing:
+        yield BAD, f"zfs list: no dataset {pool}/ZONE of {', '.join(missing[:3])}: is it in " \
             "another pool?"
     else:
         yield GOOD, f"zfs list: {len(datasets)} datasets, {_first_line(output)}"
@@ -8808,19 +8837,20 @@ def check(arguments: argparse.Namespace) -> int:
     logging.getLogger().addHandler(logging.NullHandler())
     rows: list[dict[str, str]] = []
 
-    def tell(item: Item, status: str, found: str) -> None:
+    def tell(item: Item, status: str, found: str, todo: str = "") -> None:
+        todo = (todo or item.todo) if status == BAD else ""
         rows.append({"check": item.name, "status": status, "found": found,
-                     **({"todo": item.todo} if status == BAD else {})})
+                     **({"todo": todo} if todo else {})})
         if not arguments.json:
-            print(f"{status:4} {item.name}: {found}" + (
-                f"\n     -> {item.todo}" if status == BAD else ""), flush=True)
+            print(f"{status:4} {item.name}: {found}" + (f"\n     -> {todo}" if todo else ""),
+                  flush=True)
     for item in CHECKS:
         try:
             if node.late:
                 tell(item, BAD, "not looked at: the minute is over")
                 continue
-            for status, found in item.look(node):
-                tell(item, status, found)
+            for finding in item.look(node):
+                tell(item, *finding)
         except (KstatError, LibraryError, CommandError, CollectError, ConfigError, OSError,
                 ValueError, RecursionError) as error:
             tell(item, BAD, str(error) or type(error).__name__)

@@ -5182,6 +5182,7 @@ const parse = text => {
   for (const line of text.split('\n')) {
     if (line.startsWith('#')) {
       const [, word, name, kind] = line.split(' ', 4);
+      if (word !== 'TYPE' && word !== 'HELP') continue;
       const family = found[name] || (found[name] = {sum: 0, least: Infinity, count: 0, own: []});
       if (word === 'TYPE') family.kind = kind;
       if (word === 'HELP') family.help = line.slice(8 + name.length);

@@ -491,7 +491,7 @@ def test_a_load_that_makes_no_sense_is_refused(points: Any, tmp_path: Path) -> N
     path = tmp_path / "capture.json"
     path.write_text(json.dumps({**node(), "load": [
         {"module": "caps", "instance": 1, "name": "x", "member": "usage", "points": points}]}))
-    with pytest.raises(agent.ConfigError, match="not a capture"):
+    with pytest.raises(agent.ConfigError, match=r"load\[0\]: .*writes captures"):
         agent.Recording(str(path), Clock())
 
 
@@ -502,22 +502,47 @@ def test_a_replay_has_the_time_of_now(replay: Program) -> None:
     assert found["boot_time_seconds"] < time.time()
 
 
+def frame_with(**changed: Any) -> str:
+    """A capture of one frame."""
+    frame = {"at": 1, "kstats": [], "commands": {}, "vms": [], **changed}
+    return json.dumps({"format": 1, "host": {}, "frames": [frame]})
+
+
+def kstat_with(**changed: Any) -> str:
+    """A capture of two kstats, the second one with this."""
+    good = {"module": "m", "instance": 0, "name": "x", "class": "", "type": 1, "crtime": 0,
+            "snaptime": 0, "data": {}}
+    return frame_with(kstats=[good, {**good, **changed}])
+
+
+def load_with(*points: Any) -> str:
+    """A capture with a load."""
+    row = {"module": "m", "instance": 0, "name": "x", "member": "y", "points": points}
+    return json.dumps({**json.loads(frame_with()), "load": [row]})
+
+
+WRONG = "a value is not what a capture has there"
 BAD_CAPTURES = {
-    "": "not JSON", "[]": "not a capture", "{}": "not a capture", '{"host": {}}': "not a capture",
+    "": "not JSON", "[]": WRONG, "{}": "'format' is missing", '{"format": 1}': "'host' is missing",
     '{"format": 2, "host": {}, "frames": []}': "format 2 is not known",
-    '{"format": 1, "host": {}, "frames": []}': "not a capture",
-    '{"format": 1, "host": {}, "frames": [{"at": "x"}]}': "not a capture",
-    '{"format": 1, "host": {}, "frames": [7]}': "not a capture",
-    '{"format": 1, "host": {}, "frames": [{"at": 1e400, "kstats": [], "commands": {}, "vms": []}]}':
-        "the time of a frame",
-    '{"format": 1, "host": {}, "frames": [{"at": "nan", "kstats": [], "commands": {}, "vms": []}]}':
-        "the time of a frame",
-    '{"format": 1, "host": {}, "frames": [{"at": 1, "kstats": [{"module": "m", "instance": 1e400, '
-    '"name": "x", "class": "", "type": 1, "crtime": 0}]}]}': "not a capture",
-    '{"format": 1, "host": {}, "frames": [{"at": 1, "kstats": [{}], "commands": {}, "vms": []}]}':
-        "not a capture",
+    '{"format": 1, "host": {}, "frames": []}': "there are no frames",
+    '{"format": 1, "host": {}, "frames": [7]}': f"frames[0]: {WRONG}",
+    frame_with(at="x"): f"frames[0]: {WRONG}",
+    frame_with(at="nan"): "frames[0]: its time, nan, is not after",
+    frame_with().replace('"at": 1', '"at": 1e400'): "frames[0]: its time, inf, is not after",
+    frame_with(vms=7): f"frames[0]: {WRONG}",
+    frame_with(commands={"zfs list": {"status": 0}}):
+        "frames[0].commands['zfs list']: 'stdout' is missing",
+    frame_with(kstats=[{}]): "frames[0].kstats[0]: 'module' is missing",
+    kstat_with(instance="x"): f"frames[0].kstats[1]: {WRONG}",
+    kstat_with(data=[1]): f"frames[0].kstats[1]: {WRONG}",
+    kstat_with(data=["abc"]): f"frames[0].kstats[1]: {WRONG}",
+    kstat_with(instance=7).replace("7", "1e400"): f"frames[0].kstats[1]: {WRONG}",
+    load_with(): f"load[0]: {WRONG}", load_with([0], [1, 2]): f"load[0]: {WRONG}",
+    load_with([0, 1], [0, 2]): "load[0]: the times of its points do not ascend",
     '{"format": 1, "host": {}, "frames": [{"at": 2, "kstats": [], "commands": {}, "vms": []}, '
-    '{"at": 1, "kstats": [], "commands": {}, "vms": []}]}': "times do not ascend",
+    '{"at": 1, "kstats": [], "commands": {}, "vms": []}]}':
+        "frames[1]: its time, 1.0, is not after",
 }
 
 
@@ -527,8 +552,9 @@ def test_a_bad_capture_is_one_line_and_no_start(tmp_path: Path, content: str) ->
     path.write_text(content)
     done = run("--replay", path, "--listen", "127.0.0.1:0")
     assert done.returncode == 2 and done.stdout == ""
-    assert BAD_CAPTURES[content] in done.stderr and str(path) in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"cmon_agent: {path}: {BAD_CAPTURES[content]}")
+    assert done.stderr.count("\n") == 1 and (
+        BAD_CAPTURES[content] == "not JSON" or "; `cmon_agent.py capture FILE` " in done.stderr)
 
 
 def test_a_capture_of_a_node_where_nothing_runs_serves(tmp_path: Path) -> None:

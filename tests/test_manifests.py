@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from support import ROOT, Program, http_get, samples
 
+import cmon_agent
+
 MANIFESTS = sorted(path.name for path in (ROOT / "smf").glob("*.xml"))
 SERVICES = {"site/cmon-agent-setup": "container-monitor-agent.xml",
             "site/cmon-agent": "container-monitor-agent.xml",
@@ -92,6 +94,8 @@ def test_daemon_has_no_more_than_the_basic_privileges(name: str, user: str) -> N
         assert words[0] == "basic"
         assert all(word.startswith("!") and word[1:] in BASIC for word in words[1:])
         assert "!proc_fork" not in words and "!proc_exec" not in words     # startd needs a shell
+        if name == "site/cmon-agent":
+            assert credential.get(which) == cmon_agent.PRIVILEGES, "`check` looks with these"
 
 
 def test_only_the_setup_is_root_and_it_ends() -> None:

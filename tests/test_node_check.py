@@ -442,14 +442,25 @@ def test_root_becomes_the_services_user_and_says_what_that_one_cannot_read(
     if os.geteuid():
         pytest.skip("only root can become somebody else")
     one = node()
-    assert one.check(user="nobody-at-all").bad() == [
+    stranger = one.check(user="nobody-at-all")
+    assert stranger.bad() == [
         "user: there is no user 'nobody-at-all': the rest is checked as root"]
+    assert [row["todo"] for row in stranger.findings if "todo" in row] == [
+        "give --user the user in the service's manifest"]
     public = Path(tempfile.mkdtemp())
     try:
         public.chmod(0o755)
         program, config = public / "cmon_agent.py", public / "agent.json"
         shutil.copy(ROOT / "cmon_agent.py", program)
-        shutil.copy(one.machine.config, config)
+        asked, ppriv = public / "asked", public / "ppriv"
+        ppriv.write_text(f"#!/bin/sh\necho $* >> {asked}\n[ $1 = -s ] && exec >&2\n"
+                         f"echo '{PPRIV}'\n[ $1 != -s ]\n")
+        ppriv.chmod(0o755)
+        asked.touch()
+        asked.chmod(0o666)
+        content = json.loads(one.machine.config.read_text())
+        content["commands"]["ppriv"] = str(ppriv)
+        config.write_text(json.dumps(content))
         config.chmod(0o600)
         done = subprocess.run([sys.executable, "-I", str(program), "check", "--json", "--config",
                                str(config), "--user", "nobody"], stdout=subprocess.PIPE, text=True)
@@ -457,6 +468,10 @@ def test_root_becomes_the_services_user_and_says_what_that_one_cannot_read(
         assert found.of("sysinfo")[0][0] == "ok", "still as root"
         assert ("ok", "nobody, where the service runs as nobody") in found.of("user")
         assert f"user: {config} is not readable for nobody" in found.bad()
+        assert [words.split()[:2] for words in asked.read_text().splitlines()][0] == [
+            "-s", f"A={agent.PRIVILEGES}"], "less than what basic users have, as in the manifest"
+        assert any(text.startswith("all privileges of nobody stay: ppriv: ")
+                   for _, text in found.of("user")), "the stand-in refuses it"
         assert any(text.startswith("libkstat: cannot use ") for text in found.bad()), \
             "the folder of the tests is root's"
     finally:

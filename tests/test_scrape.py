@@ -1166,7 +1166,11 @@ def test_links_wait_for_a_vminfod_that_does_not_know_their_zone_yet_but_not_for_
     one: Any = desk(kstats=node_kstats())
     one.host.vms.absent, one.host.vms.answered = False, True
     path = f"/v1/{LB01}/metrics"
-    assert down(one.page(path)) == {"link"}
+    page = one.page(path)
+    assert down(page) == {"link"}
+    assert '\ncmon_collector_up{collector="link"} 0\n' \
+        "# link: vminfod has not told of this zone's NICs yet\n" in page
+    assert agent_module.parse(page) and "vminfod" not in agent_module.join_pages({LB01: page})
     one.pass_by(50.0)
     assert down(one.page(path)) == {"link"}
     one.pass_by(45.0)
