@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: MPL-2.0
 """Writes examples/dashboards/*.json, for Grafana 9 and later, from the tables below: `make docs`.
 
-fleet       all containers of an account: who uses what, who is silent and why; for tenants
+fleet       all containers of an account: what each uses, which are silent and why; for tenants
 container   one container: utilisation, saturation and errors of each resource; for tenants
 node        a compute node, and its agent; for operators
 proxy       a proxy: accounts, nodes, quotas; for operators
 
-Each row is a panel: title, width of 24, unit of Grafana, what is drawn (expression and legend), and
-more. Nothing but the metrics themselves is needed, so they work without the recording rules.
+Each row is a panel: title, width (of 24), Grafana's unit, the queries (expression and legend), and
+options. The queries use the metrics themselves, so the dashboards work without the recording rules.
 """
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ BYTES, RATE, SHARE, TIME, COUNT, EACH = ("bytes", "Bps", "percentunit", "s", "sh
 
 
 class Panel(NamedTuple):
-    """One panel; without targets a row's title."""
+    """One panel; one without targets is the title of a row."""
     title: str
     width: int = 12
     unit: str = COUNT
     targets: tuple[tuple[str, str], ...] = ()
     kind: str = "timeseries"
     description: str = ""
-    link: str = ""                  # the dashboard that its alias leads to
+    link: str = ""                  # the dashboard that a click on a series opens
 
 
 def row(title: str) -> Panel:
-    """What follows belongs together."""
+    """The title above the panels that follow."""
     return Panel(title, 24, kind="row")
 
 
 def c(name: str, more: str = "") -> str:
-    """A metric of the chosen containers or nodes."""
+    """A metric of the selected containers or nodes."""
     return name + '{alias=~"$alias"' + ("," + more if more else "") + "}"
 
 
 def per_second(name: str, more: str = "") -> str:
-    """A counter of theirs as a rate."""
+    """A counter of the selected containers or nodes, as a rate."""
     return f"rate({c(name, more)}[$__rate_interval])"
 
 
 def by_alias(expression: str) -> str:
-    """The sum over NICs, disks, …"""
+    """The sum over all NICs, disks, …, for each alias."""
     return f"sum by (alias) ({expression})"
 
 
@@ -56,21 +56,21 @@ JOIN = " * on (instance) group_left (alias) cmon_instance_info"
 CPU = f"({per_second('cpu_user_usage')} + {per_second('cpu_sys_usage')}) / 1e9"
 
 FLEET = (
-    Panel("Containers that run", 4, COUNT, (
+    Panel("Running", 4, COUNT, (
         ('sum(cmon_instance_state{state="running"})', ""),), "stat"),
     Panel("Stopped", 4, COUNT, (('sum(cmon_instance_state{state="stopped"})', ""),), "stat"),
-    Panel("Compute node silent", 4, COUNT, (
+    Panel("On a silent compute node", 4, COUNT, (
         ("count(cmon_instance_node_reachable == 0) or vector(0)", ""),), "stat"),
     Panel("Not scraped", 4, COUNT, (('count(up{job="containers"} == 0) or vector(0)', ""),),
           "stat"),
     Panel("Quota used", 4, SHARE, (("max(cmon_quota_used)", ""),), "stat",
-          "of the burst; above 1, pages are old copies"),
-    Panel("Certificate ends in", 4, TIME, (
+          "Used part of the burst. At 1 the proxy answers with old copies or refuses."),
+    Panel("Certificate expires in", 4, TIME, (
         ("min(cmon_client_certificate_expiry_timestamp_seconds) - time()", ""),), "stat"),
-    Panel("Share of the CPU cap", 12, SHARE, ((
+    Panel("CPU, share of the cap", 12, SHARE, ((
         f"{c('cpucap_cur_usage_percentage')} / {c('cpucap_limit_percentage')}", "{{alias}}"),),
         link="container"),
-    Panel("Share of the memory cap", 12, SHARE, (
+    Panel("Memory, share of the cap", 12, SHARE, (
         (f"{c('mem_agg_usage')} / {c('mem_limit')}", "{{alias}}"),), link="container"),
     Panel("CPUs in use", 12, COUNT, ((CPU, "{{alias}}"),), link="container"),
     Panel("Memory in use", 12, BYTES, ((c("mem_agg_usage"), "{{alias}}"),), link="container"),
@@ -78,10 +78,10 @@ FLEET = (
         (by_alias(per_second("net_agg_bytes_in")), "{{alias}}"),), link="container"),
     Panel("Network sent", 12, RATE, (
         (by_alias(per_second("net_agg_bytes_out")), "{{alias}}"),), link="container"),
-    Panel("Share of the disk quota", 12, SHARE, ((
+    Panel("Disk space, share of the quota", 12, SHARE, ((
         f"{c('zfs_used')} / ({c('zfs_used')} + {c('zfs_available')})", "{{alias}}"),),
         link="container"),
-    Panel("Worst share of a cap", 12, SHARE, ((
+    Panel("Closest to a cap", 12, SHARE, ((
         "topk(10, max by (alias) ("
         f"{c('cpucap_cur_usage_percentage')} / {c('cpucap_limit_percentage')}"
         f" or {c('mem_agg_usage')} / {c('mem_limit')}"
@@ -91,41 +91,43 @@ FLEET = (
         "(cmon_instance_node_reachable == 0)" + JOIN, "{{alias}}: its compute node is silent"), (
         '(cmon_instance_state{state!="running"} == 1)' + JOIN, "{{alias}}: {{state}}"), (
         '(cmon_instance_last_scrape_result{result!="ok"} == 1)' + JOIN, "{{alias}}: {{result}}")),
-        description="why a container has no figures"),
+        description="Why a container has no metrics."),
 )
 CONTAINER = (
     row("CPU"),
-    Panel("CPUs in use, and the cap", 8, COUNT, (
+    Panel("CPUs in use and cap", 8, COUNT, (
         (f"{per_second('cpu_user_usage')} / 1e9", "{{alias}} user"),
         (f"{per_second('cpu_sys_usage')} / 1e9", "{{alias}} kernel"),
-        (f"{c('cpucap_limit_percentage')} / 100", "{{alias}} cap")), description="1 is one CPU"),
-    Panel("CPUs waited for", 8, COUNT, (
+        (f"{c('cpucap_limit_percentage')} / 100", "{{alias}} cap")),
+        description="1 means one CPU."),
+    Panel("Waiting for CPU", 8, COUNT, (
         (f"{per_second('cpu_wait_time')} / 1e9", "{{alias}}"),),
-        description="CPUs that threads wanted and did not get"),
+        description="Threads that wait for a CPU, on average."),
     Panel("Threads", 8, COUNT, (
         (c("load_average"), "{{alias}} load average"),
         (c("cpucap_waiting_threads_count"), "{{alias}} held back by the cap")),
-        description="runnable threads: not CPUs"),
-    Panel("Virtual CPUs by what they do", 8, COUNT, (
+        description="Runnable threads, not CPUs."),
+    Panel("Virtual CPUs by state", 8, COUNT, (
         ("sum by (alias, state) (" + per_second("vcpu_seconds_total") + ")",
-         "{{alias}} {{state}}"),), description="of virtual machines; 1 is one virtual CPU"),
-    Panel("Seconds at the cap", 8, SHARE, (
+         "{{alias}} {{state}}"),),
+        description="Only for virtual machines; 1 means one virtual CPU."),
+    Panel("Time above the CPU cap", 8, SHARE, (
         (per_second("cpucap_above_seconds_total"), "{{alias}}"),),
-        description="share of the time"),
+        description="Share of the time."),
     row("Memory"),
-    Panel("Resident memory, and the cap", 8, BYTES, (
+    Panel("Resident memory and cap", 8, BYTES, (
         (c("mem_agg_usage"), "{{alias}}"), (c("mem_limit"), "{{alias}} cap"))),
-    Panel("Swap, and the cap", 8, BYTES, (
+    Panel("Swap and cap", 8, BYTES, (
         (c("mem_swap"), "{{alias}} used"),
         (c("mem_swap_reserved_bytes"), "{{alias}} reserved"),
         (c("mem_swap_limit"), "{{alias}} cap"))),
-    Panel("Paging because of the cap", 8, EACH, (
+    Panel("Paging and throttling at the cap", 8, EACH, (
         (per_second("mem_anon_pages_in_total"), "{{alias}} pages in"),
         (per_second("mem_fault_throttles_total"), "{{alias}} faults delayed"),
         (per_second("mem_over_limit_total"), "{{alias}} times over the cap"))),
     Panel("Allocations refused", 8, EACH, (
         (per_second("mem_anon_alloc_fail"), "{{alias}}"),)),
-    Panel("Locked memory, and the cap", 8, BYTES, (
+    Panel("Locked memory and cap", 8, BYTES, (
         (c("mem_locked_bytes"), "{{alias}}"), (c("mem_locked_limit_bytes"), "{{alias}} cap"))),
     row("Network"),
     Panel("Traffic", 8, RATE, (
@@ -134,121 +136,123 @@ CONTAINER = (
     Panel("Packets", 8, "pps", (
         (per_second("net_agg_packets_in"), "{{alias}} {{interface}} received"),
         ("-" + per_second("net_agg_packets_out"), "{{alias}} {{interface}} sent"))),
-    Panel("Packets lost", 8, "pps", (
-        (per_second("net_drops_in_total"), "{{alias}} {{interface}} dropped on receipt"),
-        (per_second("net_drops_out_total"), "{{alias}} {{interface}} dropped on sending"),
-        (per_second("net_errors_in_total"), "{{alias}} {{interface}} broken on receipt"),
-        (per_second("net_errors_out_total"), "{{alias}} {{interface}} not sent"))),
+    Panel("Drops and errors", 8, "pps", (
+        (per_second("net_drops_in_total"), "{{alias}} {{interface}} inbound drops"),
+        (per_second("net_drops_out_total"), "{{alias}} {{interface}} outbound drops"),
+        (per_second("net_errors_in_total"), "{{alias}} {{interface}} inbound errors"),
+        (per_second("net_errors_out_total"), "{{alias}} {{interface}} outbound errors"))),
     Panel("TCP connections", 8, COUNT, (
         (c("tcp_current_established_connections_total"), "{{alias}} established"),)),
     Panel("TCP connections dropped", 8, EACH, (
-        (per_second("tcp_listen_drop_count"), "{{alias}} queue full"),
+        (per_second("tcp_listen_drop_count"), "{{alias}} listen queue full"),
         (per_second("tcp_listen_drop_Qzero_count"), "{{alias}} half-open queue full"),
         (per_second("tcp_failed_connection_attempt_count"), "{{alias}} attempts failed"))),
-    Panel("TCP segments sent again", 8, SHARE, (
+    Panel("TCP retransmissions", 8, SHARE, (
         (f"{per_second('tcp_retransmitted_segment_count')} / "
          f"{per_second('tcp_segments_out_total')}", "{{alias}}"),)),
     row("Files"),
     Panel("Reads and writes", 8, RATE, (
         (per_second("vfs_bytes_read_count"), "{{alias}} read"),
         ("-" + per_second("vfs_bytes_written_count"), "{{alias}} written"))),
-    Panel("Time at work", 8, SHARE, (
+    Panel("Busy", 8, SHARE, (
         (f"{per_second('vfs_run_time_count')} / 1e9", "{{alias}}"),)),
     Panel("Slow operations", 8, EACH, (
         (per_second("vfs_slow_operations_total"), "{{alias}} over {{over}}"),)),
-    Panel("Disk space, and the quota", 8, BYTES, (
+    Panel("Disk space and quota", 8, BYTES, (
         (c("zfs_used"), "{{alias}} used"), (c("zfs_quota"), "{{alias}} quota"))),
     Panel("Delayed by the I/O throttle", 8, SHARE, (
         (per_second("vfs_delay_seconds_total"), "{{alias}}"),)),
     row("Processes"),
-    Panel("Processes, and the cap", 8, COUNT, (
+    Panel("Processes and cap", 8, COUNT, (
         (c("proc_processes"), "{{alias}}"), (c("proc_processes_limit"), "{{alias}} cap"))),
-    Panel("Processes that could not start", 8, EACH, (
+    Panel("Failed forks and mappings", 8, EACH, (
         (per_second("proc_fork_failures_total"), "{{alias}} {{reason}}"),
         (per_second("proc_map_failures_total"), "{{alias}} mappings"))),
-    Panel("Age of the figures", 8, TIME, (
+    Panel("Age of samples", 8, TIME, (
         (f"max by (alias, collector) ({c('cmon_sample_age_seconds')})",
          "{{alias}} {{collector}}"),)),
 )
 NODE = (
     row("CPU"),
-    Panel("CPUs by what they do", 8, COUNT, (
+    Panel("CPUs by mode", 8, COUNT, (
         (by_alias(per_second("cpu_user_seconds_total")), "{{alias}} user"),
         (by_alias(per_second("cpu_kernel_seconds_total")), "{{alias}} kernel"),
         (by_alias(per_second("cpu_interrupt_seconds_total")), "{{alias}} interrupts"),
         (f"sum by (alias) ({c('cpu_info_cpus')})", "{{alias}} CPUs")),
-        description="1 is one CPU"),
+        description="1 means one CPU."),
     Panel("Threads", 8, COUNT, (
         (c("load_average", 'job=~"$job"'), "{{alias}} load average"),),
-        description="runnable threads: not CPUs"),
+        description="Runnable threads, not CPUs."),
     Panel("CPUs by state", 8, COUNT, ((c("cpu_info_cpus"), "{{alias}} {{state}}"),)),
     row("Memory"),
     Panel("Memory", 8, BYTES, (
-        (c("memory_total_bytes"), "{{alias}} in all"), (c("memory_free_bytes"), "{{alias}} free"),
+        (c("memory_total_bytes"), "{{alias}} total"), (c("memory_free_bytes"), "{{alias}} free"),
         (c("memory_kernel_bytes"), "{{alias}} kernel"),
         (c("arcstats_size_bytes"), "{{alias}} ARC"))),
-    Panel("Short of memory", 8, EACH, (
+    Panel("Memory pressure", 8, EACH, (
         (per_second("memory_low_scans_total"), "{{alias}} scans"),
-        (per_second("memory_throttles_total"), "{{alias}} allocations held back"))),
+        (per_second("memory_throttles_total"), "{{alias}} allocations delayed"))),
     Panel("Swap", 8, BYTES, (
         (c("swap_available_bytes"), "{{alias}} available"),
         (c("swap_reserved_bytes"), "{{alias}} reserved"))),
     row("Disks"),
-    Panel("Time at work", 8, SHARE, (
+    Panel("Busy", 8, SHARE, (
         (per_second("disk_busy_seconds_total"), "{{alias}} {{device}}"),)),
-    Panel("Operations that wait", 8, COUNT, (
+    Panel("Waiting operations", 8, COUNT, (
         (per_second("disk_wait_length_seconds_total"), "{{alias}} {{device}}"),),
-        description="mean length of the queue"),
+        description="Mean length of the queue."),
     Panel("Reads and writes", 8, RATE, (
         (per_second("disk_read_bytes_total"), "{{alias}} {{device}} read"),
         ("-" + per_second("disk_written_bytes_total"), "{{alias}} {{device}} written"))),
-    Panel("Pool filled", 8, SHARE, (
+    Panel("Pool space used", 8, SHARE, (
         (f"{c('zpool_allocated_bytes')} / {c('zpool_size_bytes')}", "{{alias}} {{pool}}"),)),
-    Panel("Pool fragmented", 8, "percent", (
+    Panel("Pool fragmentation", 8, "percent", (
         (c("zpool_fragmentation_percent"), "{{alias}} {{pool}}"),)),
     Panel("Pool health", 8, COUNT, ((c("zpool_health_status"), "{{alias}} {{pool}}"),),
-          description="0 is online; everything else needs a look at `zpool status`"),
+          description="0 is online; for any other value see `zpool status`."),
     row("Network"),
     Panel("Traffic", 8, RATE, (
         (per_second("link_bytes_in_total"), "{{alias}} {{link}} received"),
         ("-" + per_second("link_bytes_out_total"), "{{alias}} {{link}} sent"))),
-    Panel("Packets lost", 8, "pps", (
-        (per_second("link_drops_in_total"), "{{alias}} {{link}} dropped on receipt"),
-        (per_second("link_drops_out_total"), "{{alias}} {{link}} dropped on sending"),
-        (per_second("link_errors_in_total"), "{{alias}} {{link}} broken on receipt"),
-        (per_second("link_errors_out_total"), "{{alias}} {{link}} not sent"))),
-    Panel("Offset of the clock", 8, TIME, ((c("ntp_pll_offset_seconds"), "{{alias}}"),)),
-    row("What is sold"),
-    Panel("CPU caps of its zones, and CPUs", 8, COUNT, (
-        (c("alloc_cpu_caps_cpus"), "{{alias}} sold"), (c("alloc_cpus"), "{{alias}} there"))),
-    Panel("Memory caps of its zones, and memory", 8, BYTES, (
+    Panel("Drops and errors", 8, "pps", (
+        (per_second("link_drops_in_total"), "{{alias}} {{link}} inbound drops"),
+        (per_second("link_drops_out_total"), "{{alias}} {{link}} outbound drops"),
+        (per_second("link_errors_in_total"), "{{alias}} {{link}} inbound errors"),
+        (per_second("link_errors_out_total"), "{{alias}} {{link}} outbound errors"))),
+    Panel("Clock offset", 8, TIME, ((c("ntp_pll_offset_seconds"), "{{alias}}"),)),
+    row("Sold to zones"),
+    Panel("CPU sold and available", 8, COUNT, (
+        (c("alloc_cpu_caps_cpus"), "{{alias}} sold"), (c("alloc_cpus"), "{{alias}} available")),
+        description="Sold: the sum of the zones' CPU caps."),
+    Panel("Memory sold and available", 8, BYTES, (
         (c("alloc_memory_caps_bytes"), "{{alias}} sold"),
-        (c("alloc_memory_bytes"), "{{alias}} there"))),
+        (c("alloc_memory_bytes"), "{{alias}} available")),
+        description="Sold: the sum of the zones' memory caps."),
     Panel("Zones by state", 8, COUNT, ((c("zones_in_state"), "{{alias}} {{state}}"),)),
     row("The agent"),
-    Panel("CPU of the agent, and its budget", 8, SHARE, (
+    Panel("Agent CPU and budget", 8, SHARE, (
         ("cmon_agent_cpu_usage_ratio", "{{instance}}"),
-        ("cmon_agent_cpu_budget_ratio", "{{instance}} budget")), description="of one CPU"),
-    Panel("Lifetimes stretched by", 8, COUNT, (
+        ("cmon_agent_cpu_budget_ratio", "{{instance}} budget")), description="Share of one CPU."),
+    Panel("Lifetime stretch", 8, COUNT, (
         ("cmon_agent_lifetime_stretch_ratio", "{{instance}}"),),
-        description="above 1 the agent is over its budget and renews figures less often"),
-    Panel("Memory of the agent", 8, BYTES, (
+        description="Above 1 the agent is over its budget and renews samples less often."),
+    Panel("Agent memory", 8, BYTES, (
         ("process_resident_memory_bytes * on (instance, job) cmon_agent_build_info",
          "{{instance}}"),)),
 )
 PROXY = (
-    Panel("Inventory", 4, COUNT, (("min(cmon_proxy_inventory_ready)", ""),), "stat",
-          "1: a whole inventory has been in"),
-    Panel("Age of the inventory", 4, TIME, (("max(cmon_proxy_inventory_age_seconds)", ""),),
+    Panel("Inventory ready", 4, COUNT, (("min(cmon_proxy_inventory_ready)", ""),), "stat",
+          "1 means that the proxy has loaded a complete inventory."),
+    Panel("Inventory age", 4, TIME, (("max(cmon_proxy_inventory_age_seconds)", ""),),
           "stat"),
     Panel("Containers", 4, COUNT, (("max(sum by (instance) (cmon_proxy_inventory_vms))", ""),),
           "stat"),
     Panel("Compute nodes", 4, COUNT, (("max(cmon_proxy_inventory_nodes)", ""),), "stat"),
-    Panel("Nodes that do not answer", 4, COUNT, (
+    Panel("Silent nodes", 4, COUNT, (
         ("count(min by (node) (cmon_proxy_node_up) == 0) or vector(0)", ""),), "stat"),
-    Panel("Own certificate ends in", 4, TIME, ((
+    Panel("Server certificate expires in", 4, TIME, ((
         "min(cmon_proxy_server_certificate_expiry_timestamp_seconds) - time()", ""),), "stat"),
-    Panel("Pages by what became of them", 12, "reqps", (
+    Panel("Relayed pages by result", 12, "reqps", (
         ("sum by (result) (rate(cmon_proxy_relays_total[$__rate_interval]))", "{{result}}"),)),
     Panel("Requests by account", 12, "reqps", (
         ("topk(10, sum by (account) (rate(cmon_proxy_account_requests_total[$__rate_interval])))",
@@ -259,20 +263,20 @@ PROXY = (
     Panel("CPU by account", 12, SHARE, (
         ("topk(10, sum by (account) "
          "(rate(cmon_proxy_account_cpu_seconds_total[$__rate_interval])))", "{{account}}"),),
-        description="of one CPU"),
-    Panel("Requests under way to nodes", 12, COUNT, (
+        description="Share of one CPU."),
+    Panel("Requests to nodes in flight", 12, COUNT, (
         ("topk(10, sum by (node) (cmon_proxy_node_in_flight))", "{{node}}"),
         ("topk(10, sum by (node) (cmon_proxy_node_waiting))", "{{node}} waiting"))),
     Panel("Connections by state", 12, COUNT, (
         ("sum by (state) (cmon_proxy_http_connections)", "{{state}}"),)),
-    Panel("CPU of the proxy", 12, SHARE, (
+    Panel("Proxy CPU", 12, SHARE, (
         ("rate(process_cpu_seconds_total[$__rate_interval]) * on (instance, job) "
-         "cmon_proxy_build_info", "{{instance}}"),), description="of one CPU"),
-    Panel("Memory of the proxy", 12, BYTES, (
+         "cmon_proxy_build_info", "{{instance}}"),), description="Share of one CPU."),
+    Panel("Proxy memory", 12, BYTES, (
         ("process_resident_memory_bytes * on (instance, job) cmon_proxy_build_info",
          "{{instance}}"),)),
 )
-# name, title, what fills the variable alias (none: ""), panels
+# name, title, query for the variable alias ("": no such variable), panels
 DASHBOARDS = (
     ("fleet", "Containers: fleet", "label_values(mem_agg_usage, alias)", FLEET),
     ("container", "Containers: one container", "label_values(mem_agg_usage, alias)", CONTAINER),
@@ -282,12 +286,12 @@ DASHBOARDS = (
 
 
 def uid(name: str) -> str:
-    """What links to a dashboard; the same everywhere."""
+    """The ID that links to a dashboard use; the same in every Grafana."""
     return f"cmon-{name}"
 
 
 def panel(number: int, wanted: Panel, x: int, y: int) -> dict[str, Any]:
-    """A panel as Grafana has it."""
+    """A panel as Grafana's JSON."""
     height = {"row": 1, "stat": 4}.get(wanted.kind, 8)
     made: dict[str, Any] = {"id": number, "type": wanted.kind, "title": wanted.title,
                             "gridPos": {"x": x, "y": y, "w": wanted.width, "h": height}}
@@ -299,7 +303,7 @@ def panel(number: int, wanted: Panel, x: int, y: int) -> dict[str, Any]:
         made["options"] = {"legend": {"displayMode": "list", "placement": "bottom"},
                            "tooltip": {"mode": "multi"}}
     if not any(expression.startswith("-") for expression, _ in wanted.targets) \
-            and wanted.title != "Offset of the clock":
+            and wanted.title != "Clock offset":
         defaults["min"] = 0
     if wanted.unit == SHARE and wanted.kind == "bargauge":
         defaults["max"] = 1
@@ -316,7 +320,7 @@ def panel(number: int, wanted: Panel, x: int, y: int) -> dict[str, Any]:
 
 
 def variable(name: str, query: str, label: str) -> dict[str, Any]:
-    """A choice above the panels, filled by a query."""
+    """A drop-down list above the panels, filled by a query."""
     return {"name": name, "type": "query", "label": label, "datasource": SOURCE, "query": query,
             "refresh": 2, "sort": 1, "includeAll": True, "multi": True, "allValue": ".*"}
 

@@ -328,3 +328,10 @@ def test_alerts_name_the_alias() -> None:
         rule = text.partition(f"alert: {alert}\n")[2].partition("- alert:")[0]
         summary = re.search(r"summary: (.*)", rule)
         assert summary is not None and ("$labels.alias" in summary.group(1)) == bool(alias), alert
+
+
+def test_alerts_say_what_to_do() -> None:
+    """Each has a description: the likely cause, and the next step."""
+    text = (EXAMPLES / "rules.yml").read_text()
+    assert [alert for alert in ALERTS if not re.search(r"description: .{40,}", text.partition(
+        f"alert: {alert}\n")[2].partition("- alert:")[0])] == []
