@@ -5864,6 +5864,8 @@ def page_table(titles: Iterable[str], rows: Iterable[str]) -> str:
 
 MAX_BODY = 16 << 20             # bytes of an answer that our clients accept
 MAX_HEAD = 65536
+MOST_PARTS = 1000               # chunks and such of an answer, and one more for so many bytes
+LEAST_PART = 16
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n")
 _CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~]*)?\r\n")
 
@@ -5888,23 +5890,25 @@ class AnswerReader:
         self._head_request = head_request
         self._max_body = max_body
         self._buffer = b""
-        self._body: list[bytes] = []
+        self._at = 0                        # what comes before it in the buffer has been read
+        self._body = bytearray()
         self._size = 0
+        self._parts = 0                     # answers before this one, chunks, trailer lines
         self._left: int | None = None    # bytes of the body, or of this chunk, that are missing
         self._next: Callable[[], bool] = self._read_head
 
     @property
     def body(self) -> bytes:
         """The body, chunks joined."""
-        return self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        return bytes(self._body)
 
     def feed(self, received: bytes) -> bool:
         """Take received bytes; True when the answer is complete. Raises ClientError."""
         self.begun = self.begun or bool(received)
-        self._buffer = self._buffer + received if self._buffer else received
+        self._buffer, self._at = self._buffer[self._at:] + received, 0
         while not self.done and self._next():
             pass
-        if self.done and self._buffer:
+        if self.done and self._at < len(self._buffer):
             raise ClientError("the answer is longer than its Content-Length")
         return self.done
 
@@ -5918,13 +5922,19 @@ class AnswerReader:
         raise ClientError("the connection was closed in the middle of the answer" if self.begun
                           else "the connection was closed without an answer")
 
+    def _count(self) -> None:
+        """Small parts cost the sender less than us."""
+        self._parts += 1
+        if self._parts > MOST_PARTS + self._size // LEAST_PART:
+            raise ClientError("the answer is in too many parts")
+
     def _read_head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n") + 4
-        if end < 4 or end > MAX_HEAD:
-            if len(self._buffer) > MAX_HEAD:
+        end = self._buffer.find(b"\r\n\r\n", self._at) + 4
+        if end < 4 or end - self._at > MAX_HEAD:
+            if len(self._buffer) - self._at > MAX_HEAD:
                 raise ClientError(f"the answer's head is larger than {MAX_HEAD} bytes")
             return False
-        head, self._buffer = self._buffer[:end], self._buffer[end:]
+        head, self._at = self._buffer[self._at:end], end
         line = _STATUS.match(head)
         if line is None:
             raise ClientError(f"the answer is not HTTP: {head[:40]!r}")
@@ -5934,6 +5944,7 @@ class AnswerReader:
             raise ClientError(f"the answer is not HTTP: {error}") from None
         self.status = int(line.group(2))
         if self.status < 200:               # 100 Continue and its like come before the answer
+            self._count()
             return True
         words = self.headers.get("connection", "").lower()
         self.keep_alive = "close" not in words and (line.group(1) == b"1" or "keep-alive" in words)
@@ -5964,53 +5975,59 @@ class AnswerReader:
             raise TooLarge(f"the answer is larger than {self._max_body} bytes")
         self._left = size
 
+    def _take(self, most: int) -> int:
+        """Move at most so many bytes to the body."""
+        size = min(most, len(self._buffer) - self._at)
+        self._body += memoryview(self._buffer)[self._at:self._at + size]
+        self._at += size
+        return size
+
     def _read_sized(self) -> bool:
         assert self._left is not None
-        piece, self._buffer = self._buffer[:self._left], self._buffer[self._left:]
-        if piece:
-            self._body.append(piece)
-            self._left -= len(piece)
+        self._left -= self._take(self._left)
         self.done = self._left == 0
         return self.done
 
     def _read_to_end(self) -> bool:
-        if self._buffer:
-            self._expect(len(self._buffer))
-            self._body.append(self._buffer)
-            self._buffer = b""
+        size = len(self._buffer) - self._at
+        self._expect(size)
+        self._take(size)
         return False
 
     def _read_chunk_size(self) -> bool:
-        match = _CHUNK.match(self._buffer)
+        match = _CHUNK.match(self._buffer, self._at)
         if match is None:
-            if len(self._buffer) > 256 or b"\n" in self._buffer:
+            if len(self._buffer) - self._at > 256 or self._buffer.find(b"\n", self._at) >= 0:
                 raise ClientError("the answer's chunks are broken")
             return False
-        self._buffer = self._buffer[match.end():]
+        self._at = match.end()
         size = int(match.group(1), 16)
         self._expect(size)
+        self._count()
         self._next = self._read_chunk if size else self._read_trailer
         return True
 
     def _read_chunk(self) -> bool:
         assert self._left is not None
-        if len(self._buffer) < self._left + 2:
+        self._left -= self._take(self._left)
+        end = self._buffer[self._at:self._at + 2]
+        if self._left or len(end) < 2:
             return False
-        if self._buffer[self._left:self._left + 2] != b"\r\n":
+        if end != b"\r\n":
             raise ClientError("the answer's chunks are broken")
-        self._body.append(self._buffer[:self._left])
-        self._buffer = self._buffer[self._left + 2:]
+        self._at += 2
         self._next = self._read_chunk_size
         return True
 
     def _read_trailer(self) -> bool:
-        line, found, rest = self._buffer.partition(b"\r\n")
-        if not found:
-            if len(line) > MAX_HEAD:
+        end = self._buffer.find(b"\r\n", self._at)
+        if end < 0:
+            if len(self._buffer) - self._at > MAX_HEAD:
                 raise ClientError("the answer's trailer is too large")
             return False
-        self._buffer = rest
-        self.done = not line
+        self._count()
+        self.done = end == self._at
+        self._at = end + 2
         return True
 
 

@@ -45,6 +45,11 @@ BROKEN = [
      "chunks are broken"),
     ("a chunk without end", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nabc",
      "chunks are broken"),
+    ("chunks of a byte", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+     + b"0001\r\nx\r\n" * 2000, "too many parts|larger than 1000"),
+    ("trailers for ever", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+     + b"a\r\n" * 2000, "too many parts"),
+    ("100 Continue for ever", b"HTTP/1.1 100 Continue\r\n\r\n" * 2000, "too many parts"),
     ("another coding", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n", "is unknown"),
     ("chunks and a length", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 1"
      b"\r\n\r\n", "is unknown"),
@@ -84,6 +89,21 @@ def test_an_answer_is_read(raw: bytes, body: bytes, kept: bool,
 def test_a_broken_answer_is_told(raw: bytes, problem: str) -> None:
     with pytest.raises(ClientError, match=problem):
         read(raw, at_once)
+
+
+def test_small_chunks_are_bounded_and_ordinary_ones_are_not() -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    piece = b"%x\r\n" % 64 + b"x" * 64 + b"\r\n"
+    assert len(read_all(head + piece * 20_000 + b"0\r\n\r\n").body) == 64 * 20_000
+    with pytest.raises(ClientError, match="too many parts"):
+        read_all(head + b"2\r\nxy\r\n" * 20_000 + b"0\r\n\r\n")
+
+
+def read_all(raw: bytes) -> AnswerReader:
+    reader = AnswerReader()
+    for at in range(0, len(raw), 65536):
+        reader.feed(raw[at:at + 65536])
+    return reader
 
 
 def test_an_answer_to_head_has_no_body() -> None:
