@@ -4594,6 +4594,7 @@ class Limits:
     stranger_seconds: float = 10.0  # idle over TLS, and not let in by the application
     stranger_share: float = 0.25    # of all connections, for strangers from one address
     write_seconds: float = 30.0     # for a client to read its answer
+    unsent_bytes: int = 128 << 20   # of all answers that clients have not read yet
     handshake_seconds: float = 10.0
     empty_reads: int = 100          # in a row: TLS records without data cost the peer nothing
     workers: int = 8                # threads for handlers that may block
@@ -5113,7 +5114,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
     __slots__ = ("request", "client_address", "server", "connection", "peer", "stranger",
                  "_listener", "_buffer", "_state", "_since", "_head", "_rest", "_keep", "_events",
-                 "_deferred", "_end", "_empty")
+                 "_deferred", "_end", "_empty", "_wanted")
     server: Server
 
     def setup(self) -> None:
@@ -5138,6 +5139,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._deferred: Deferred | None = None
         self._end = False               # the client has closed its side
         self._empty = 0                 # reads in a row that brought nothing
+        self._wanted = 0                # bytes of a request whose head is complete
 
     def handle(self) -> None:
         """Begin, with the handshake if there is TLS."""
@@ -5214,6 +5216,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _take(self) -> tuple[_Head, Request] | None:
         """Take one request from the buffer; None while it is incomplete; raises Refused."""
         limits = self.server.limits
+        if len(self._buffer) < self._wanted:    # the head is not parsed again for each byte
+            return None
         end = self._buffer.find(b"\r\n\r\n") + 4
         if end < 4 or end > limits.head_bytes:
             if len(self._buffer) > limits.head_bytes:
@@ -5231,7 +5235,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             fields = parse_head(raw, limits)
             length = _body_length(fields[4], limits)
             body = self._buffer[end:end + length]
-            if len(body) < length:
+            self._wanted = end + length if len(body) < length else 0
+            if self._wanted:
                 if not body and fields[4].get("expect", "").lower() == "100-continue":
                     self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
                 return None
@@ -5306,7 +5311,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if self._state != WRITING:
                 self._enter(WRITING)
                 self._wait_for(selectors.EVENT_WRITE)
-        elif self._keep and not self._end:
+                self.server.holds(self, len(whole))
+            return
+        if self._state == WRITING:
+            self.server.released(self)
+        if self._keep and not self._end:
             self._rest = b""
             self._state = IDLE
             if self._buffer:                # pipelined: in its turn, and before more is read
@@ -5475,6 +5484,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._sweeping = False                      # whether the other timer is set
         self._drained = False           # no connection is waiting to be accepted
         self._scarce = False            # descriptors have run out since the last sweep
+        self._unsent: dict[Connection, int] = {}    # bytes of answers, oldest first
+        self._unsent_bytes = 0                      # their sum
         self._program = program
         self.reload = Reload(True, time.time())
         self._registry = registry
@@ -5665,7 +5676,29 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.let_in(connection)
         self._timed.discard(connection)
         self._parked.pop(connection, None)
+        self.released(connection)
         return known
+
+    def holds(self, connection: Connection, size: int) -> None:
+        """Its client reads slowly. When too much is held, the address that holds most of it loses
+        its oldest answers: those of others are not its to lose."""
+        self._unsent[connection] = size
+        self._unsent_bytes += size
+        if self._unsent_bytes <= self.limits.unsent_bytes:
+            return
+        by_address: dict[str, int] = collections.defaultdict(int)
+        for one, held in self._unsent.items():
+            by_address[one.peer.address] += held
+        worst = max(by_address, key=by_address.__getitem__)
+        for one in [one for one in self._unsent if one.peer.address == worst]:
+            self.refused("unsent_bytes")
+            one.close()
+            if self._unsent_bytes < self.limits.unsent_bytes * 7 // 8:  # not for each answer
+                return
+
+    def released(self, connection: Connection) -> None:
+        """Its answer is sent, or it is closed."""
+        self._unsent_bytes -= self._unsent.pop(connection, 0)
 
     def shake(self, connection: Connection) -> None:
         """Take the next step of a handshake in a worker."""
@@ -5771,6 +5804,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                    labelled("state", dict(zip(STATE_NAMES, states)))),
             Family(f"{prefix}_strangers", GAUGE, "TLS connections whose client is not authorized.",
                    [Sample((), sum(map(len, self._strangers.values())))]),
+            Family(f"{prefix}_unsent_bytes", GAUGE, "Size of the answers that clients have not "
+                   "read yet.", [Sample((), self._unsent_bytes)]),
             Family(f"{prefix}_connections_limit", GAUGE, "Limit of open connections.",
                    [Sample((), self.most_connections())]),
             Family(f"{prefix}_connections_accepted_total", COUNTER, "Connections accepted.",

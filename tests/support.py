@@ -267,8 +267,8 @@ class Connection:
     """A kept connection, plain or TLS, on which requests are written as the test says."""
 
     def __init__(self, address: Address, tls: Any = None, server_name: str | None = None,
-                 timeout: float = PATIENCE) -> None:
-        raw = socket.create_connection(address, timeout)
+                 timeout: float = PATIENCE, source: Address | None = None) -> None:
+        raw = socket.create_connection(address, timeout, source)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = tls.wrap_socket(raw, server_hostname=server_name) if tls else raw
         self.address = address

@@ -21,6 +21,7 @@ from typing import Any, Callable
 import pytest
 from support import Connection, http_get, samples, wait_until
 
+import cmon_agent
 from cmon_agent import (
     PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Router,
     Server, _header_fields, parse_head, prepare, render, respond, scrape_deadline, text, wire)
@@ -133,6 +134,10 @@ def test_a_prepared_answer_is_what_would_be_sent_anyway() -> None:
 LIMITS = Limits(connections=40, head_bytes=2000, header_count=20, body_bytes=100, workers=2,
                 head_seconds=0.3, idle_seconds=30.0, write_seconds=0.5, handshake_seconds=0.3,
                 grace_seconds=5.0, stranger_share=1.0)
+
+
+UNSENT = "cmon_agent_http_unsent_bytes"
+SHED = 'cmon_agent_http_limit_refusals_total{limit="unsent_bytes"}'
 
 
 class Served:
@@ -308,6 +313,22 @@ def test_pipelined_requests_are_not_read_before_their_turn(served: Served) -> No
     assert len(held) == 400 and max(held) < 3 * 16384
 
 
+def test_a_head_is_not_parsed_for_each_byte_of_its_body(served: Served, monkeypatch: Any) -> None:
+    parsed: list[bytes] = []
+    monkeypatch.setattr(cmon_agent, "parse_head",
+                        lambda head, limits: parsed.append(head) or parse_head(head, limits))
+    head = b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"
+    with Connection(served.address) as connection:
+        for _ in range(2):
+            connection.send(head)
+            for count in range(9):
+                wait_until(lambda: [len(one._buffer) for one in list(served.server.connections)]
+                           == [len(head) + count])
+                connection.send(b"x")
+            assert connection.answer().body == b"x" * 9
+    assert parsed == [head] * 4         # at the head's end, and at the body's
+
+
 def test_a_header_line_takes_linear_time() -> None:
     for value in (b" " * 400_000 + b"\1", b"a" + b" " * 400_000 + b"\1", b"a " * 200_000 + b"\1"):
         began = time.process_time()
@@ -404,6 +425,27 @@ LIMITED = [
     ("a head that does not end", b"GET / HT", "head_seconds", 408),
     ("an answer that nobody reads", b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n", "write_seconds", 0),
 ]
+
+
+def test_who_leaves_most_unread_loses_it_first(served: Served) -> None:
+    served.server.limits = dataclasses.replace(LIMITS, write_seconds=60.0, unsent_bytes=100 << 20)
+    clients: list[Connection] = []
+    with Connection(served.address) as quick:
+        assert len(quick.request("/large").body) == 30_000_000 and served.own()[UNSENT] == 0
+    for address in ("127.0.0.5", *["127.0.0.6"] * 6):
+        connection = Connection(served.address, source=(address, 0))
+        connection.send(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        clients.append(connection)
+        wait_until(lambda: served.own()[UNSENT] + served.own().get(SHED, 0) * 30e6 >=
+                   len(clients) * 30e6)
+    assert served.own()[UNSENT] < 100 << 20 and served.own()[SHED] >= 3
+    assert len(clients[0].answer().body) == 30_000_000          # the oldest, of somebody else
+    assert len(clients[-1].answer().body) == 30_000_000
+    with pytest.raises(OSError):
+        clients[1].answer()
+    for connection in clients:
+        connection.close()
+    wait_until(lambda: served.own()[UNSENT] == 0)
 
 
 @pytest.mark.parametrize("raw, limit, status", [row[1:] for row in LIMITED],
