@@ -4932,7 +4932,7 @@ def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance:
 {machines}</tbody></table>
 """
     own = "".join([f"<li>{html.escape(name)}: {html.escape(value)}</li>" for name, value in proxy])
-    own = own and f'<h3>This proxy</h3>\n<ul class="facts">{own}</ul>\n'
+    own = own and f'<h3>This proxy</h3>\n<ul class="facts" id="proxy">{own}</ul>\n'
     return framed(f"""<main><h2 tabindex="-1">Containers</h2>
 <div id="summary" role="status" class="{"bad" if silent else ""}">{known}</div>
 <form hidden>
@@ -5015,6 +5015,7 @@ def _use_table(scope: str) -> str:
 def _details(data: str, name: str, facts: Sequence[str], scope: str, uuid: str, rest: str) -> str:
     """The <main> that a container's and a compute node's page have in common."""
     return f"""<main data-scope="{scope}"{data}{_data(name=name)}>
+<p><a href="/">All containers</a></p>
 <h2 tabindex="-1">{html.escape(name)}</h2>
 <ul class="facts"><li>{"</li><li>".join(map(html.escape, facts))}</li></ul>
 <div id="summary" role="status">Live figures need JavaScript.
@@ -5084,6 +5085,7 @@ def compact(source: str) -> str:
 
 
 PAGE_CSS = r"""
+h2:focus { outline: none; }
 pre { background: var(--card); border: 1px solid var(--line); padding: .7rem; overflow-x: auto; }
 [hidden] { display: none !important; }
 .banner, #summary { border-left: 4px solid var(--line); background: var(--card);
@@ -5324,7 +5326,7 @@ const targets = new Map();
 class Target {
   constructor(uuid, scope) {
     Object.assign(this, {uuid, scope, name: '', points: [], caps: {}, seen: new Map(), lost: 0,
-      row: null, visible: false, asked: 0, retry: 0, waiting: false, page: null, at: 0, age: 0,
+      row: null, visible: false, asked: 0, retry: 0, waiting: false, page: null, at: 0, clock: 0,
       look: null, refusal: '', refusalLevel: 0, partial: ''});
   }
 
@@ -5339,9 +5341,14 @@ class Target {
 
   take(text, partial) {
     const page = parse(text), now = Date.now(), before = this.page;
-    const age = page.cmon_sample_age_seconds &&
-      page.cmon_sample_age_seconds.own.find(([labels]) => labels.includes(DATED[this.scope]));
-    const at = now - (age ? age[1] * 1000 : 0);
+    const age = name => {
+      const found = page.cmon_sample_age_seconds &&
+        page.cmon_sample_age_seconds.own.find(([labels]) => labels.includes(name));
+      return found ? found[1] * 1000 : 0;
+    };
+    const at = now - age(DATED[this.scope]), told = page.time_of_day;
+    // The node's clock when the counters were read: answers take their time, and rates must not.
+    const clock = told && told.count ? told.sum + age('"time"') - age(DATED[this.scope]) : at;
     this.refusal = '';
     this.silent = '';
     this.partial = partial;
@@ -5351,7 +5358,9 @@ class Target {
       this.look = new Look(page, this.look && this.look.before, this.look && this.look.elapsed);
       return;
     }
-    const look = new Look(page, before, (at - this.at) / 1000);
+    const ours = at - this.at, theirs = clock - this.clock;     // unless its clock was set
+    const elapsed = theirs > 0 && Math.abs(theirs - ours) < 5000 + ours / 2 ? theirs : ours;
+    const look = new Look(page, before, elapsed / 1000);
     const point = {at};
     for (const [name, series] of Object.entries(SERIES[this.scope])) {
       point[name] = series.of(look);
@@ -5360,7 +5369,7 @@ class Target {
     this.points.push(point);
     while (this.points[0].at < now - HOUR) this.points.shift();
     for (const name of LOST) this.lost += look.more(name) || 0;
-    Object.assign(this, {page, look, at});
+    Object.assign(this, {page, look, at, clock});
     for (const use of rules.use[this.scope] || []) {
       const cells = judge(use, look);
       for (const cell of CELLS)
@@ -5678,7 +5687,7 @@ const paintOne = target => {
 const onScreen = new IntersectionObserver(entries => {
   for (const entry of entries) {
     const target = targets.get(entry.target.dataset.uuid);
-    if (!target) continue;
+    if (!target || shown.uuid) continue;    // its row has left with the list
     target.visible = entry.isIntersecting;
     if (target.visible) paint(target);
   }
@@ -5829,6 +5838,10 @@ const renew = async first => {
     const more = page.querySelector('a[rel=next]');
     for (const row of page.querySelectorAll('tr[data-uuid]')) present.add(row.dataset.uuid);
     if (page !== document) adopt(page.querySelector('main'), true);
+    for (const facts of path === home ? ['header .facts', '#proxy'] : []) {
+      const old = document.querySelector(facts), now = page.querySelector(facts);
+      if (old && now && old !== now) old.replaceWith(now);
+    }
     rows = present.size;
     if (more && rows < MOST_ROWS) { path = more.getAttribute('href'); continue; }
     whole = !more;

@@ -82,6 +82,19 @@ NAMES = ("[...document.querySelectorAll('table[data-scope=zone] tbody tr')]"
          ".filter(row => !row.hidden).map(row => row.cells[0].textContent)")
 
 
+# Half a CPU by the node's clock, answered at once and late in turn.
+SLOW_ANSWERS = r"""void (window.answers = 0, window.real = fetch, window.fetch = async () => {
+    const number = ++answers;
+    await new Promise(done => setTimeout(done, number % 2 * 900));
+    return new Response(`# TYPE time_of_day counter
+time_of_day ${1e12 + number * 2000}
+# TYPE cpu_user_usage counter
+cpu_user_usage ${number * 1e9}
+# TYPE cpu_sys_usage counter
+cpu_sys_usage 0\n`);
+})"""
+
+
 def test_a_person_sorts_filters_opens_and_comes_back(served: DataCenter) -> None:
     """And the proxy goes away and comes back; no fault of the script, within what it declares."""
     page = Session(Browser(served, "alice"), f"https://{SERVICE}:{served.address[1]}/")
@@ -114,6 +127,12 @@ def test_a_person_sorts_filters_opens_and_comes_back(served: DataCenter) -> None
         page.wait_for("document.querySelectorAll('.verdict.good').length > 3")
         assert page.value("document.querySelectorAll('figure svg').length") == 8
         assert page.value("document.querySelector('#missing').textContent")
+        # asked every two seconds; an answer that takes its time does not change a rate
+        page.value(SLOW_ANSWERS)
+        page.wait_for("window.answers > 5")
+        said = page.value("document.querySelector('figure svg').getAttribute('aria-label')")
+        assert re.match("CPU of web01: 50 %; from 50 % to ", said)
+        page.value("void (window.fetch = window.real)")
         page.value("history.back()")
         page.wait_for("location.pathname === '/' && document.querySelector('.rows') !== null")
         assert sorted(page.value(NAMES)) == ["web01", "web02"], "the filter is kept"
