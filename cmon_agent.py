@@ -7999,9 +7999,12 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
             for problem in error.problems:
                 log.error("the old settings stay: %s", problem)
 
+    def hangup() -> None:
+        server.loop.call_soon(on_hangup)
+        server.loop.wake()              # this is the loop's thread, but it may be in select()
+
     handlers: dict[int, Callable[[], None]] = {
-        signal.SIGTERM: server.stop, signal.SIGINT: server.stop,
-        signal.SIGHUP: lambda: server.loop.call_soon(on_hangup)}
+        signal.SIGTERM: server.stop, signal.SIGINT: server.stop, signal.SIGHUP: hangup}
     for number_of_signal, handler in handlers.items():
         signal.signal(number_of_signal, lambda *_, handler=handler: handler())
     for listener in server.listeners:
