@@ -15,16 +15,18 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from nodes import missing_stand_ins  # noqa: E402  (it needs the path)
+import warm  # noqa: E402  (it needs the path)
 from support import Kernel, Program, build_libkstat, node  # noqa: E402  (it needs the path)
 
 # Where this is set, all that tests need has been installed: a skip is then a hole in the net.
 NO_SKIPS = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A shell lets what runs in its background ignore SIGINT, and so would all that we start."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.add_cleanup(warm.install())
 
 
 def pytest_sessionstart() -> None:

@@ -9,6 +9,8 @@ import math
 import mmap
 import os
 import re
+import select
+import shlex
 import shutil
 import signal
 import socket
@@ -21,6 +23,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
+
+import warm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,7 +50,7 @@ def wait_until(predicate: Callable[[], T], what: str = "", timeout: float = PATI
         if time.monotonic() > end:
             raise AssertionError(f"{what or predicate}: not within {timeout} s, last: {value!r}")
         time.sleep(pause)
-        pause = min(pause * 1.5, 0.1)
+        pause = min(pause * 1.3, 0.05)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -85,8 +89,7 @@ class Program:
     def agent(cls, *arguments: str | Path, listen: str = "127.0.0.1:0",
               **more: Any) -> Program:
         """The agent, isolated and imported as its manifest does it, at a free port."""
-        return cls(sys.executable, "-I", "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]; "
-                   "import cmon_agent; sys.exit(cmon_agent.main())", "--log-format", "text",
+        return cls(sys.executable, "-I", "-c", warm.AGENT, "--log-format", "text",
                    "--listen", listen, *arguments, **more)
 
     @classmethod
@@ -142,19 +145,18 @@ class Program:
                      timeout: float = PATIENCE) -> list[re.Match[str]]:
         """Waits until `pattern` has matched so many lines of stderr; gives the matches."""
         expression = re.compile(pattern)
-
-        def found() -> list[re.Match[str]]:
-            with self._more:
-                return [hit for hit in map(expression.search, self._lines) if hit]
-
-        def enough() -> bool:
+        hits: list[re.Match[str]] = []
+        seen, end = 0, time.monotonic() + timeout
+        while True:
             ended = self.process.poll() is not None
             if ended:
                 self._join()
-            return ended or len(found()) >= times
-        with contextlib.suppress(AssertionError):
-            wait_until(enough, timeout=timeout)
-        hits = found()
+            with self._more:
+                hits += filter(None, map(expression.search, self._lines[seen:]))
+                seen = len(self._lines)
+                if len(hits) >= times or ended or time.monotonic() > end:
+                    break
+                self._more.wait(0.1)
         if len(hits) < times:
             raise AssertionError(f"no {pattern!r} in the log of {' '.join(self.command)[:300]} "
                                  f"(status {self.process.poll()}):\n{self.log}\n{self.output}")
@@ -177,6 +179,13 @@ class Program:
     def wait(self, timeout: float = PATIENCE) -> int:
         """Its exit status, once it has ended by itself."""
         try:
+            if hasattr(os, "pidfd_open") and self.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    ends = os.pidfd_open(self.process.pid)  # Popen.wait() looks every 50 ms
+                    waits = select.poll()                   # descriptors beyond 1,024, too
+                    waits.register(ends, select.POLLIN)
+                    waits.poll(timeout * 1000)
+                    os.close(ends)
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
@@ -450,48 +459,37 @@ class Kernel:
         self._stats.close()
 
 
-class StandIns:
-    """Programs that print what a capture has recorded, by their arguments."""
-
-    def __init__(self, folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> None:
-        self.folder = folder
-        self.programs: dict[str, str] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for line in commands:
-            self.programs[Path(line.split(" ")[0]).name] = ""
-        for name in self.programs:
-            script = folder / name
-            script.write_text(f"""#!/bin/sh
-# prints what the capture has for these arguments
-answer="{folder}/{name}.$(printf '%s' "$*" | cksum | tr -c '0-9\\n' _)"
-[ -f "$answer.out" ] || {{ echo "{name}: nothing recorded for $*" >&2; exit 2; }}
-cat "$answer.err" >&2; cat "$answer.out"; exit "$(cat "$answer.status")"
-""")
-            script.chmod(0o755)
-            self.programs[name] = str(script)
-        for line, result in commands.items():
-            program, _, arguments = line.partition(" ")
-            self.answer(Path(program).name, arguments, **result)
-
-    def answer(self, name: str, arguments: str, status: int = 0, stdout: str = "",
-               stderr: str = "") -> None:
-        """What it prints from now on for these arguments."""
-        summed = subprocess.run(["cksum"], input=arguments.encode(), check=True,
-                                stdout=subprocess.PIPE).stdout.decode()
-        base = f"{name}.{re.sub('[^0-9]', '_', summed.rstrip())}"
-        (self.folder / f"{base}.out").write_text(stdout)
-        (self.folder / f"{base}.err").write_text(stderr)
-        (self.folder / f"{base}.status").write_text(str(status))
+def stand_ins(folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Programs that print what a capture has recorded, by their arguments; where each is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases: dict[str, str] = {}
+    for number, (line, result) in enumerate(commands.items()):
+        program, _, arguments = line.partition(" ")
+        name = Path(program).name
+        shown = ""
+        for stream, to in (("stdout", ""), ("stderr", " >&2")):
+            if result.get(stream):
+                path = folder / f"{name}.{number}.{stream}"
+                path.write_text(result[stream])
+                shown += f"cat {shlex.quote(str(path))}{to}; "
+        cases[name] = cases.get(name, "") + \
+            f"{shlex.quote(arguments)}) {shown}exit {result.get('status', 0)};;\n"
+    for name, known in cases.items():
+        script = folder / name
+        script.write_text(f'#!/bin/sh\ncase "$*" in\n{known}esac\n'
+                          f'echo "{name}: nothing recorded for $*" >&2; exit 2\n')
+        script.chmod(0o755)
+    return {name: str(folder / name) for name in cases}
 
 
 def agent_config(folder: Path, kernel: Kernel, recorded: Mapping[str, Mapping[str, Any]],
                  **settings: Any) -> Path:
     """A configuration of the agent: that kernel, those commands, no vminfod, no CPU budget."""
-    programs = StandIns(folder / "commands", recorded)
+    programs = stand_ins(folder / "commands", recorded)
     nowhere = str(folder / "nothing-here")
     path = folder / "agent.json"
     path.write_text(json.dumps({
-        "libkstat": str(kernel.library), "commands": programs.programs, "cpu_budget": None,
+        "libkstat": str(kernel.library), "commands": programs, "cpu_budget": None,
         "vminfod": f"http://127.0.0.1:{free_port()}", "sysinfo_file": nowhere,
         "plugin_dirs": {"gz": nowhere, "vm": nowhere}, **settings}))
     return path
