@@ -1579,13 +1579,15 @@ class Host:
     """The machine that the agent runs on; nothing else reads the system."""
     recorded = False
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, vms: Vms | None = None,
+                 open_kstats: Callable[[], Handle | RecordedHandle] | None = None) -> None:
         self.commands_of = dict(settings.commands)
         self._sysinfo_file = settings.sysinfo_file
-        self._library = Libkstat(settings.libkstat)
         self._commands = Commands()
-        self.vms = Vms(settings.vminfod)
+        self.vms = vms or Vms(settings.vminfod)
         self.page_size = resource.getpagesize()
+        # a kstat handle, for one thread; raises KstatError
+        self.open_kstats = open_kstats or functools.partial(Handle, Libkstat(settings.libkstat))
 
     def start(self) -> None:
         """Begin to follow what changes by itself."""
@@ -1596,22 +1598,13 @@ class Host:
         self.vms.stop()
         self._commands.kill()
 
-    def open_kstats(self) -> Handle:
-        """A kstat handle, for one thread; raises KstatError."""
-        return Handle(self._library)
-
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
         """One of the commands of the settings; raises CommandError."""
         return self._commands.run(name, [self.commands_of[name], *arguments], timeout)
 
-    def run_plugin(self, path: str, argument: str, timeout: float, limit: int) -> Output:
-        """An operator's plugin; raises CommandError."""
-        return self._commands.run(f"{path} {argument}", [path, argument], timeout, limit)
-
-    def run_self(self, command: str, argument: str, timeout: float) -> Output:
-        """A part of this program that needs a process of its own; raises CommandError."""
-        return self._commands.run(f"{command} {argument}", [
-            sys.executable, "-I", "-S", os.path.abspath(__file__), command, argument], timeout)
+    def run_program(self, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
+        """An operator's plugin, or a part of this program; raises CommandError."""
+        return self._commands.run(" ".join(argv), argv, timeout, limit)
 
     @property
     def hanging_commands(self) -> int:
@@ -1865,38 +1858,20 @@ class RecordedHandle:
         return self._recording.kstat(ref, self._at[1], self._at[0])
 
 
-class RecordedVms(Vms):
-    """The VMs of a recorded node."""
-
-    def __init__(self, recording: Recording) -> None:
-        super().__init__("")
-        self.replace(recording.frames[0].vms)
-        self.absent = not self.vms          # recorded where there was no vminfod
-
-    def start(self) -> None:
-        """They are there."""
-
-
-class RecordedHost:
-    """A capture in place of a machine; the same methods as `Host`."""
+class RecordedHost(Host):
+    """A capture in place of a machine."""
     recorded = True
-    hanging_commands = 0
 
     def __init__(self, path: str, settings: Settings) -> None:
         self._recording, self.path = Recording(path), path
-        self.commands_of = dict(settings.commands)
-        self.vms: Vms = RecordedVms(self._recording)
+        vms = Vms(settings.vminfod)
+        vms.replace(self._recording.frames[0].vms)
+        vms.absent = not vms.vms            # recorded where there was no vminfod
+        super().__init__(settings, vms, functools.partial(RecordedHandle, self._recording))
         self.page_size = 4096               # of x86, on which all of the platform runs
 
     def start(self) -> None:
-        """Nothing to begin."""
-
-    def stop(self) -> None:
-        """Nothing to end."""
-
-    def open_kstats(self) -> RecordedHandle:
-        """A handle."""
-        return RecordedHandle(self._recording)
+        """Nothing changes by itself."""
 
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
         """What the command said then; raises CommandError when it was not recorded."""
@@ -1908,17 +1883,9 @@ class RecordedHost:
             raise CommandError(f"{argv}: is not in the capture")
         return output
 
-    def run_plugin(self, path: str, argument: str, timeout: float, limit: int) -> Output:
-        """Plugins are of the machine, not of the capture."""
-        raise CommandError(f"{path}: plugins do not run in a replay")
-
-    def run_self(self, command: str, argument: str, timeout: float) -> Output:
-        """There are no zones to look into."""
-        raise CommandError(f"{command}: not in a replay")
-
-    def time(self) -> float:
-        """Now: the capture's time is moved."""
-        return time.time()
+    def run_program(self, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
+        """There are no zones to look into, and plugins are of the machine."""
+        raise CommandError(f"{argv[0]}: does not run in a replay")
 
     def raw_sysinfo(self) -> Any:
         """What sysinfo said then."""
@@ -3532,12 +3499,17 @@ Found = Union[Part, Shared, Brought]
 class Task(NamedTuple):
     """What a collector's function is given. It runs in a thread of a pool, and all that comes back
     is what it returns, or the reason why there is nothing: CollectError and its like."""
-    host: Host | RecordedHost | RecordingHost
+    host: Host
+    run: Callable[[str, Sequence[str], float], Output]  # the host's; a capture keeps what it says
     zone: str                               # or NODE
     timeout: float                          # of each command
     pool: str                               # where the datasets of zones are
     read: Callable[[Callable[[Reader], Any]], Any]      # has kstats read
     now: Callable[[], float]
+
+    def command(self, name: str, *arguments: str) -> Output:
+        """One of the commands of the settings; raises CommandError."""
+        return self.run(name, arguments, self.timeout)
 
 
 def collect_alloc(task: Task) -> Found:
@@ -3547,12 +3519,11 @@ def collect_alloc(task: Task) -> Found:
     return part_of(alloc_families(read, task.host.page_size))
 
 
-def list_datasets(run: Callable[[Sequence[str]], Output], pool: str
-                  ) -> tuple[Output, tuple[str, ...]]:
+def list_datasets(run: Callable[..., Output], pool: str) -> tuple[Output, tuple[str, ...]]:
     """`zfs list` of all zones with the columns that this platform knows, and which these are."""
     columns = ZFS_COLUMNS
     while True:
-        output = run(zfs_command(columns, pool))
+        output = run("zfs", *zfs_command(columns, pool))
         refused = [name for name in columns if output.status and not output.stdout
                    and re.search(rf"\b(bad|invalid)\b.*\b{name}\b", output.stderr)]
         if not refused:
@@ -3563,8 +3534,7 @@ def list_datasets(run: Callable[[Sequence[str]], Output], pool: str
 def collect_zfs(task: Task) -> Found:
     """One `zfs list` for all zones. A dataset that cannot be read makes it fail and leaves the
     others on the list."""
-    output, columns = list_datasets(
-        lambda arguments: task.host.run("zfs", arguments, task.timeout), task.pool)
+    output, columns = list_datasets(task.command, task.pool)
     problem = f"zfs list: {_last_line(output)}"
     if output.status and not output.stdout:
         raise CollectError(problem)
@@ -3577,7 +3547,7 @@ def collect_zfs(task: Task) -> Found:
 
 def collect_zpool(task: Task) -> Found:
     """The pools, with the kstats of their metaslab groups."""
-    output = task.host.run("zpool", ZPOOL_COMMAND, task.timeout)
+    output = task.command("zpool", *ZPOOL_COMMAND)
     if output.status:
         raise CollectError(f"zpool list: {_last_line(output)}")
     groups = task.read(lambda reader: read_tables(reader, METASLAB))
@@ -3586,13 +3556,12 @@ def collect_zpool(task: Task) -> Found:
 
 def collect_ntp(task: Task) -> Found:
     """ntpd's figures, or chrony's where ntpq is absent."""
-    run = task.host.run
     try:
-        peers = run("ntpq", APEERS_COMMAND, task.timeout)
+        peers = task.command("ntpq", *APEERS_COMMAND)
     except CommandError as error:
         try:
-            tracking = run("chronyc", TRACKING_COMMAND, task.timeout)
-            sources = run("chronyc", SOURCES_COMMAND, task.timeout)
+            tracking = task.command("chronyc", *TRACKING_COMMAND)
+            sources = task.command("chronyc", *SOURCES_COMMAND)
         except CommandError:
             raise CollectError(str(error)) from None
         return part_of(chrony_families(tracking.stdout, sources.stdout))
@@ -3600,13 +3569,13 @@ def collect_ntp(task: Task) -> Found:
         raise CollectError(f"ntpq: {_last_line(peers)}")
     found = parse_apeers(peers.stdout)
     peer = system_peer(found)
-    details = run("ntpq", NTP_COMMAND + (("-c", f"readvar {peer}") if peer else ()), task.timeout)
+    details = task.command("ntpq", *NTP_COMMAND, *(("-c", f"readvar {peer}") if peer else ()))
     return ntp_part(found, parse_ntp_details(details.stdout))
 
 
 def collect_zones(task: Task) -> Found:
     """How many zones are in which state."""
-    output = task.host.run("zoneadm", ZONEADM_COMMAND, task.timeout)
+    output = task.command("zoneadm", *ZONEADM_COMMAND)
     if output.status:
         raise CollectError(f"zoneadm list: {_last_line(output)}")
     zones = parse_zoneadm(output.stdout)
@@ -3647,7 +3616,8 @@ def collect_textfiles(task: Task) -> Found:
     """What a tenant leaves in files, read by a process of its own: its file system may hang."""
     zone, vm = task.zone, task.host.vms.vms.get(task.zone)
     root = (vm.zonepath if vm is not None and vm.zonepath else f"/{task.pool}/{zone}") + "/root"
-    output = task.host.run_self("textfiles", root, task.timeout)
+    output = task.host.run_program((sys.executable, "-I", "-S", os.path.abspath(__file__),
+                                    "textfiles", root), task.timeout)
     if output.status:
         raise CollectError(f"text files of {zone}: {_last_line(output)}")
     families: list[Family] = []
@@ -3665,8 +3635,8 @@ def collect_textfiles(task: Task) -> Found:
 
 def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found:
     """What an operator's program prints; `others`: how names of other plugins begin."""
-    output = task.host.run_plugin(plugin.path, "global" if task.zone == NODE else task.zone,
-                                  task.timeout, PLUGIN_OUTPUT)
+    output = task.host.run_program((plugin.path, "global" if task.zone == NODE else task.zone),
+                                   task.timeout, PLUGIN_OUTPUT)
     if output.stderr:
         log.debug("%s: %s", plugin.path, output.stderr[:1000])
     if output.status:
@@ -6521,8 +6491,7 @@ class KstatParts:
     """From raw kstats to parts of pages, in readers' threads, one after the other. What they have
     to remember for that is here, and nobody else touches it."""
 
-    def __init__(self, host: Host | RecordedHost, now: Callable[[], float], booked: Counter
-                 ) -> None:
+    def __init__(self, host: Host, now: Callable[[], float], booked: Counter) -> None:
         self._host, self._now, self._booked = host, now, booked
         # Boots of zones: labels of their links, None for links that go without.
         self._labels: dict[tuple[str, int], Mapping[str, tuple[str, str]] | None] = {}
@@ -6588,7 +6557,7 @@ class Scraper:
     """All pages, and the work that fills them. Belongs to the loop's thread: others run what
     `submit` and pools are given, and hand over what they bring by `call_soon`."""
 
-    def __init__(self, settings: Settings, host: Host | RecordedHost, server: Server,
+    def __init__(self, settings: Settings, host: Host, server: Server,
                  registry: Registry, sysinfo: Sysinfo) -> None:
         self.settings, self.host, self.server = settings, host, server
         self.kstats = KstatThreads(host.open_kstats)
@@ -6879,8 +6848,8 @@ class Scraper:
         """Run a collector's function in a pool and report any outcome."""
         collector = cell.collector
         assert collector.collect is not None
-        task = Task(self.host, page.zone, collector.timeout, self.pool, self._wait_for,
-                    self.server.now)
+        task = Task(self.host, self.host.run, page.zone, collector.timeout, self.pool,
+                    self._wait_for, self.server.now)
 
         def work() -> None:
             result: Result
@@ -8102,7 +8071,7 @@ def load_agent(arguments: argparse.Namespace) -> Settings:
                                plugin_dirs={**DEFAULT_PLUGIN_DIRS, **loaded.plugin_dirs})
 
 
-def make_host(arguments: argparse.Namespace, settings: Settings) -> Host | RecordedHost:
+def make_host(arguments: argparse.Namespace, settings: Settings) -> Host:
     """The machine, or the capture in its place; raises ConfigError."""
     if arguments.replay is not None:
         return RecordedHost(arguments.replay, settings)
@@ -8112,8 +8081,7 @@ def make_host(arguments: argparse.Namespace, settings: Settings) -> Host | Recor
         raise ConfigError(str(error)) from None
 
 
-def address_of(settings: Settings, host: Host | RecordedHost, sysinfo: Sysinfo,
-               problem: str) -> tuple[str, int]:
+def address_of(settings: Settings, host: Host, sysinfo: Sysinfo, problem: str) -> tuple[str, int]:
     """Where to listen; raises ConfigError when nobody says, on the platform itself."""
     if settings.listen is not None:
         return parse_address(settings.listen)
@@ -8125,7 +8093,7 @@ def address_of(settings: Settings, host: Host | RecordedHost, sysinfo: Sysinfo,
     return "127.0.0.1", PORT
 
 
-def read_sysinfo(host: Host | RecordedHost) -> tuple[Sysinfo, str]:
+def read_sysinfo(host: Host) -> tuple[Sysinfo, str]:
     """What is known of the node, and why not more."""
     try:
         return parse_sysinfo(host.raw_sysinfo()), ""
@@ -8192,7 +8160,7 @@ class Running:
 # --- capture --------------------------------------------------------------------------------------
 
 
-def capture(arguments: argparse.Namespace) -> int:
+def capture(arguments: argparse.Namespace, settings: Settings) -> int:
     """`cmon_agent.py capture FILE`: what the collectors read on this host, for --replay."""
     output = sys.stdout
     try:
@@ -8203,7 +8171,6 @@ def capture(arguments: argparse.Namespace) -> int:
         complain("cmon_agent", [f"cannot write {arguments.file}: {error.strerror or error}"])
         return 1
     try:
-        settings = load_agent(arguments)
         host = make_host(arguments, settings)
         frames = []
         for number in range(arguments.frames):
@@ -8222,9 +8189,6 @@ def capture(arguments: argparse.Namespace) -> int:
             output.truncate()
         output.write(spread(content))
         output.flush()
-    except ConfigError as error:
-        complain("cmon_agent", error.problems)
-        return EXIT_USAGE
     except (KstatError, OSError) as error:
         complain("cmon_agent", [f"cannot capture: {getattr(error, 'strerror', None) or error}"])
         return 1
@@ -8253,54 +8217,32 @@ def spread(content: Any) -> str:
     return lines(content, 4) + "\n"
 
 
-class RecordingHost:
-    """A host that keeps what commands say: a capture is what the collectors have asked it."""
-    recorded = True                         # the addresses of zones are left alone
-
-    def __init__(self, host: Host | RecordedHost) -> None:
-        self._host = host
-        self.vms, self.page_size = host.vms, host.page_size
-        self.commands: dict[str, dict[str, Any]] = {}
-
-    def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
-        """One of the commands of the settings; raises CommandError."""
-        try:
-            output = self._host.run(name, arguments, timeout)
-        except CommandError as error:
-            complain("cmon_agent", [f"{error}; the capture goes without"])
-            raise
-        self.commands[" ".join((DEFAULT_COMMANDS[name], *arguments))] = output._asdict()
-        return output
-
-    def run_plugin(self, path: str, argument: str, timeout: float, limit: int) -> Output:
-        """Plugins are of the machine, not of the capture."""
-        return self._host.run_plugin(path, argument, timeout, limit)
-
-    def run_self(self, command: str, argument: str, timeout: float) -> Output:
-        """What tenants leave in their zones stays there."""
-        return self._host.run_self(command, argument, timeout)
-
-
-def capture_frame(host: Host | RecordedHost, settings: Settings) -> dict[str, Any]:
-    """One frame of a capture; raises KstatError."""
+def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
+    """One frame of a capture: kstats, and what collectors ask of commands; raises KstatError."""
     kstats = [{"module": ref.module, "instance": ref.instance, "name": ref.name, "type": ref.type,
                "crtime": ref.crtime, "snaptime": kstat.snaptime, "data": kstat.data,
                "class": ref.klass} for ref, kstat in _captured_kstats(host)]
-    sysinfo, _ = read_sysinfo(host)
-    recording = RecordingHost(host)
-    task = Task(recording, NODE, 30.0, settings.pool or sysinfo.pool or "zones",
-                lambda work: {}, time.monotonic)
+    commands: dict[str, dict[str, Any]] = {}
+
+    def run(name: str, arguments: Sequence[str], timeout: float) -> Output:
+        try:
+            output = host.run(name, arguments, timeout)
+        except CommandError as error:
+            complain("cmon_agent", [f"{error}; the capture goes without"])
+            raise
+        commands[" ".join((DEFAULT_COMMANDS[name], *arguments))] = output._asdict()
+        return output
+    pool = settings.pool or read_sysinfo(host)[0].pool or "zones"
+    task = Task(host, run, NODE, 30.0, pool, lambda work: {}, time.monotonic)
     for collector in (*ZONE_COLLECTORS, *NODE_COLLECTORS):
         if collector.collect is not None and not collector.foreign:
-            try:
-                collector.collect(task)
-            except (CommandError, CollectError):
-                continue                    # the capture shows what the command said
-    return {"at": host.time(), "kstats": kstats, "commands": recording.commands,
+            with contextlib.suppress(CommandError, CollectError):
+                collector.collect(task)     # what fails shows in what the command said
+    return {"at": host.time(), "kstats": kstats, "commands": commands,
             "vms": _captured_vms(settings) if not host.recorded else []}
 
 
-def _captured_kstats(host: Host | RecordedHost) -> list[tuple[Ref, Kstat]]:
+def _captured_kstats(host: Host) -> list[tuple[Ref, Kstat]]:
     """All kstats that the collectors read; one that blocks is left out, as when serving."""
     def work(reader: Reader) -> list[tuple[Ref, Kstat]]:
         index, read = reader.index, []
@@ -8374,7 +8316,6 @@ class Header(NamedTuple):
     module: str
     instance: int
     name: str
-    klass: str
     type: int
 
 
@@ -8383,12 +8324,11 @@ class Examined:
 
     def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
         self.arguments, self.settings = arguments, settings
-        self.host: Host | None = None
         self.sysinfo: Any = {}
         self.headers: list[Header] = []
         self.zones: list[ZoneLine] = []
         self.commands = Commands()
-        self._readers: KstatThreads | None = None
+        self.readers: KstatThreads | None = None
         self._end = time.monotonic() + CHECK_SECONDS
 
     def left(self, most: float = 10.0) -> float:
@@ -8402,21 +8342,26 @@ class Examined:
 
     def run(self, name: str, *arguments: str) -> Output:
         """A command of the settings; raises CommandError."""
-        return self.commands.run(name, [self.settings.commands[name], *arguments], self.left())
+        return self.commands.run(name, [self.settings.commands[name], *arguments],
+                                 self.left(30.0 if name == "sysinfo" else 10.0))
 
     def job(self, work: Callable[[Reader], Any]) -> Any:
         """Have a reader of kstats do it; raises KstatError."""
-        if self.host is None:
+        if self.readers is None:
             raise KstatError("kstats cannot be read: see libkstat")
-        if self._readers is None:
-            self._readers = KstatThreads(self.host.open_kstats)
-        return kstat_job(self._readers, work, self.left())
+        return kstat_job(self.readers, work, self.left(CHECK_SECONDS))
 
-    def close(self) -> None:
-        """Let go of what is open."""
-        self.commands.kill()
-        if self._readers is not None:
-            self._readers.close()
+    @property
+    def pool(self) -> str:
+        """The pool of the zones."""
+        return self.settings.pool or parse_sysinfo(self.sysinfo).pool or "zones"
+
+    def address(self) -> tuple[str, int] | None:
+        """Where the agent will listen, if that is known."""
+        if self.settings.listen is not None:
+            return parse_address(self.settings.listen)
+        host = admin_address(self.sysinfo)
+        return (host, PORT) if host else None
 
 
 def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: float = math.inf
@@ -8425,50 +8370,50 @@ def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: flo
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     readers.submit(Job(work, done.put))
     end = time.monotonic() + timeout
-    result: Any = KstatError("reading kstats takes too long")
     while time.monotonic() < end:
         try:
             result = done.get(timeout=0.1)
-            break
         except queue.Empty:
             readers.watch()
-    if isinstance(result, Exception):
-        raise result
-    return result
+            continue
+        if isinstance(result, Exception):
+            raise result
+        return result
+    raise KstatError("reading kstats takes too long")
 
 
 def check_sysinfo(node: Examined) -> Iterator[Finding]:
     """As root from the command, else what the set-up service left."""
-    twice: list[str] = []
+    keys = collections.Counter[str]()
 
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice.extend(key for key, count in collections.Counter(key for key, _ in found).items()
-                     if count > 1)
-        return dict(found)
+    def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys.update(key for key, count in collections.Counter(key for key, _ in pairs).items()
+                    if count > 1)
+        return dict(pairs)
     if os.geteuid() == 0:
-        output = node.commands.run("sysinfo", [node.settings.commands["sysinfo"], "-f"],
-                                   node.left(30.0))
+        output = node.run("sysinfo", "-f")
         if output.status:
             raise CommandError(f"sysinfo -f: {_last_line(output)}")
-        text_ = output.stdout
+        content = output.stdout
     else:
         try:
-            text_ = Path(node.settings.sysinfo_file).read_text("utf-8", "replace")
+            content = Path(node.settings.sysinfo_file).read_text("utf-8", "replace")
         except OSError as error:
             yield NOTE, f"{node.settings.sysinfo_file}: {(error.strerror or str(error)).lower()}" \
                 "; root can run sysinfo"
             return
-    node.sysinfo = json.loads(text_, object_pairs_hook=pairs)
-    info, address = parse_sysinfo(node.sysinfo), admin_address(node.sysinfo)
-    for key in sorted(set(twice)):
+    node.sysinfo = json.loads(content, object_pairs_hook=counted)
+    sysinfo = parse_sysinfo(node.sysinfo)
+    for key in sorted(keys):
         yield NOTE, f"the key {key!r} is duplicated, the last one counts"
-    if address is None and node.settings.listen is None:
+    if node.address() is None:
         yield BAD, "no address on the admin network, and no listen in the settings"
     missing = [name for name, value in (
-        ("UUID", info.uuid), ("Hostname", info.hostname), ("Zpool", info.pool or
-                                                           node.settings.pool)) if not value]
-    yield (NOTE if missing else GOOD), f"admin address {address}, pool {info.pool or '?'}, " \
-        f"{info.cpus} CPUs" + (f"; without {', '.join(missing)}" if missing else "")
+        ("UUID", sysinfo.uuid), ("Hostname", sysinfo.hostname),
+        ("Zpool", sysinfo.pool or node.settings.pool)) if not value]
+    yield (NOTE if missing else GOOD), f"admin address {sysinfo.admin_ip or None}, pool " \
+        f"{sysinfo.pool or '?'}, {sysinfo.cpus} CPUs" + (
+            f"; without {', '.join(missing)}" if missing else "")
 
 
 def check_services(node: Examined) -> Iterator[Finding]:
@@ -8478,16 +8423,14 @@ def check_services(node: Examined) -> Iterator[Finding]:
         raise CommandError(f"svcs: {_last_line(output)}")
     states = {words[1]: words[0].rstrip("*") for words in map(str.split, output.stdout.splitlines())
               if len(words) == 2}
+    status = {"maintenance": BAD, "degraded": BAD, "not imported yet": NOTE}
     for fmri in OURS:
-        state = states.get(fmri)
-        if state is None:
-            yield NOTE, f"{fmri} is not imported yet"
-        else:
-            yield (BAD if state in ("maintenance", "degraded") else GOOD), f"{fmri} is {state}"
+        state = states.get(fmri, "not imported yet")
+        yield status.get(state, GOOD), f"{fmri} is {state}"
     state = states.get(ORIGINAL, "absent")
-    port = PORT if node.settings.listen is None else parse_address(node.settings.listen)[1]
-    yield (BAD if state == "online" and port == PORT else NOTE), \
-        f"the original agent is {state}" + (f", and has port {PORT}" if state == "online" else "")
+    taken = state == "online" and (node.address() or ("", PORT))[1] == PORT
+    yield (BAD if taken else NOTE), f"the original agent is {state}" + (
+        f", and has port {PORT}" if state == "online" else "")
 
 
 def check_user(node: Examined) -> Iterator[Finding]:
@@ -8540,14 +8483,14 @@ def check_libkstat(node: Examined) -> Iterator[Finding]:
     kids: list[int] = []
     address = control.contents.kc_chain
     while address and len(kids) < 1_000_000:
-        (_crtime, following, kid, module, _resv, instance, name, kind, klass,
+        (_crtime, following, kid, module, _resv, instance, name, kind, _class,
          _flags) = HEADER.unpack_from(ctypes.string_at(address, HEADER.size))
         kids.append(kid)
-        node.headers.append(Header(_text(module), instance, _text(name), _text(klass), kind))
+        node.headers.append(Header(_text(module), instance, _text(name), kind))
         address = following
     chain_id = control.contents.kc_chain_id
     library.close(control)
-    node.host = Host(node.settings)
+    node.readers = KstatThreads(functools.partial(Handle, library))
     if not node.headers or chain_id <= 0 or kids != sorted(set(kids)) or any(
             not header.module or not header.name or header.type > TIMER for header in node.headers):
         yield BAD, f"the chain does not make sense: {len(kids)} headers, id {chain_id}; this " \
@@ -8581,15 +8524,6 @@ def _chosen_refs(reader: Reader) -> dict[Table, list[Ref]]:
     return refs
 
 
-def _read_again(reader: Reader, table: Table, ref: Ref) -> dict[str, Any]:
-    """A kstat by what it is called: the reader may be another one by now, with other addresses."""
-    zone_id = None if table.zone is None else table.zone(ref)
-    for one in reader.index.modules.get(ref.module, ()) if zone_id is None else \
-            reader.index.zones.get(zone_id, ()):
-        if (one.module, one.instance, one.name) == (ref.module, ref.instance, ref.name):
-            return reader.read(one).data
-    raise KstatError(f"{ref}: it has just gone", vanished=True)
-
 
 def _same(before: Any, said: str, after: Any) -> bool:
     """Whether `kstat -p`, run between two reads of ours, says what they say."""
@@ -8606,12 +8540,17 @@ def _same(before: Any, said: str, after: Any) -> bool:
 
 def check_kstats(node: Examined) -> Iterator[Finding]:
     """Each table: are its kstats there, with its members, and with the values of `kstat -p`."""
-    found = node.job(_chosen_refs)
+    # one job, which begins again with a new handle when a read blocks
+    yield from node.job(lambda reader: list(_check_tables(node, reader)))
+
+
+def _check_tables(node: Examined, reader: Reader) -> Iterator[Finding]:
+    chosen = _chosen_refs(reader)
     compared = values = 0
-    tool = ""
+    problem = ""                            # why kstat -p cannot be asked
     for table in dict.fromkeys(ZONE_TABLES + NODE_TABLES):
         what = f"{table.module}:*:{table.names}"
-        refs = found.get(table, [])
+        refs = chosen.get(table, [])
         if not refs:
             why = ABSENT.get(table.names) or ABSENT_MODULES.get(table.module)
             yield (NOTE if why else BAD), f"{what}: none" + (f": {why}" if why else "")
@@ -8623,45 +8562,38 @@ def check_kstats(node: Examined) -> Iterator[Finding]:
         missing: set[str] = set()
         for ref in refs[:READS_A_TABLE]:
             try:
-                data, wrong, tool = _compare(node, table, ref, tool)
+                data = reader.read(ref).data
+                wrong = [] if problem else _differing(node, reader, ref)
             except KstatError as error:
                 if not error.vanished:
                     yield BAD, str(error)
                 continue
+            except CommandError as error:
+                problem, wrong = str(error), []
             if wrong:
                 yield BAD, f"{what}: kstat -p says otherwise of {', '.join(wrong[:3])}"
-            elif not tool:
+            elif not problem:
                 compared, values = compared + 1, values + len(data)
             missing |= {row.member for row in table.metrics} - set(data)
         yield (NOTE if missing else GOOD), f"{what}: {len(refs)}" + (
             f", without {', '.join(sorted(missing))}" if missing else "")
-    if tool:
-        yield BAD, f"values were not compared: {tool}"
-        return
-    yield (GOOD if compared else BAD), f"{values} values of {compared} kstats are those of kstat -p"
+    yield (GOOD if compared and not problem else BAD), (
+        f"values were not compared: {problem}" if problem else
+        f"{values} values of {compared} kstats are those of kstat -p")
 
 
-def _compare(node: Examined, table: Table, ref: Ref, tool: str
-             ) -> tuple[dict[str, Any], list[str], str]:
-    """A kstat's members, those of which `kstat -p` says something else, and why it cannot be
-    asked, if `tool` says so already. What moves to and fro may differ once, not three times."""
-    def read() -> dict[str, Any]:
-        data: dict[str, Any] = node.job(lambda reader: _read_again(reader, table, ref))
-        return data
-    if tool:
-        return read(), [], tool
+def _differing(node: Examined, reader: Reader, ref: Ref) -> list[str]:
+    """Members of which `kstat -p` says something else; raises CommandError, KstatError. What moves
+    to and fro may differ once, not three times."""
     which = ("-c", "disk") if ref.module == "disk" else ("-m", ref.module)
     begin = f":{ref.instance}:{ref.name}:"
     wrong: list[str] = []
     for _ in range(3):
-        before = read()
-        try:
-            output = node.run("kstat", "-p", *which, "-i", str(ref.instance), "-n", ref.name)
-        except CommandError as error:
-            return before, [], str(error)
+        before = reader.read(ref).data
+        output = node.run("kstat", "-p", *which, "-i", str(ref.instance), "-n", ref.name)
         if output.status > 1:
-            return before, [], f"kstat -p: {_last_line(output)}"
-        after = read()
+            raise CommandError(f"kstat -p: {_last_line(output)}")
+        after = reader.read(ref).data
         said = {line.partition("\t")[0].partition(begin)[2]: line.partition("\t")[2]
                 for line in output.stdout.splitlines()}
         wrong = [f"{ref}:{member} ({said.get(member, 'nothing')}, not {value!r})"
@@ -8669,7 +8601,7 @@ def _compare(node: Examined, table: Table, ref: Ref, tool: str
                  if member not in said or not _same(value, said[member], after.get(member, value))]
         if not wrong:
             break
-    return before, wrong, ""
+    return wrong
 
 
 def check_guests(node: Examined) -> Iterator[Finding]:
@@ -8757,17 +8689,16 @@ def _first_line(output: Output) -> str:
 
 def check_commands(node: Examined) -> Iterator[Finding]:
     """Each command of a page: exit status, columns, form."""
-    pool = node.settings.pool or parse_sysinfo(node.sysinfo).pool or "zones"
-    output, columns = list_datasets(lambda arguments: node.run("zfs", *arguments), pool)
+    output, columns = list_datasets(node.run, node.pool)
     for name in ZFS_COLUMNS:
         if name not in columns:
             yield NOTE, f"zfs list: this platform has no property {name}"
     datasets = parse_zfs_list(output.stdout, columns)
-    missing = [zone.name for zone in node.zones if f"{pool}/{zone.name}" not in datasets]
+    missing = [zone.name for zone in node.zones if f"{node.pool}/{zone.name}" not in datasets]
     if output.status or not datasets:
         yield BAD, f"zfs list: {_last_line(output)}"
     elif missing:
-        yield BAD, f"zfs list: no dataset {pool}/ZONE of {', '.join(missing[:3])}: is it in " \
+        yield BAD, f"zfs list: no dataset {node.pool}/ZONE of {', '.join(missing[:3])}: is it in " \
             "another pool?"
     else:
         yield GOOD, f"zfs list: {len(datasets)} datasets, {_first_line(output)}"
@@ -8819,12 +8750,11 @@ def check_vminfod(node: Examined) -> Iterator[Finding]:
 
 def check_port(node: Examined) -> Iterator[Finding]:
     """Whether the address can be listened on."""
-    listen = node.settings.listen
-    address = admin_address(node.sysinfo) if listen is None else None
-    if listen is None and address is None:
+    address = node.address()
+    if address is None:
         yield NOTE, "not tried: the address is not known"
         return
-    host, port = parse_address(listen) if listen is not None else (str(address), PORT)
+    host, port = address
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host
@@ -8882,13 +8812,9 @@ CHECKS = (                                  # in this order: the first two want 
 )
 
 
-def check(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace, settings: Settings) -> int:
     """`cmon_agent.py check`: what the agent will find on this machine; changes nothing."""
-    try:
-        node = Examined(arguments, load_agent(arguments))
-    except ConfigError as error:
-        complain("cmon_agent", error.problems)
-        return EXIT_USAGE
+    node = Examined(arguments, settings)
     logging.getLogger().addHandler(logging.NullHandler())
     rows: list[dict[str, str]] = []
 
@@ -8909,7 +8835,7 @@ def check(arguments: argparse.Namespace) -> int:
         except (KstatError, LibraryError, CommandError, CollectError, ConfigError, OSError,
                 ValueError, RecursionError) as error:
             tell(item, BAD, str(error) or type(error).__name__)
-    node.close()
+    node.commands.kill()
     bad = sum(row["status"] == BAD for row in rows)
     if arguments.json:
         print(json.dumps({"format": 1, "version": __version__, "python": sys.version.split()[0],
@@ -8976,13 +8902,8 @@ def _textfile(folder: int, name: str, device: int) -> Any:
 # --- main -----------------------------------------------------------------------------------------
 
 
-def print_address(arguments: argparse.Namespace) -> int:
+def print_address(arguments: argparse.Namespace, settings: Settings) -> int:
     """`cmon_agent.py address FILE`, for the set-up service: where the agent will listen."""
-    try:
-        settings = load_agent(arguments)
-    except ConfigError as error:
-        complain("cmon_agent", error.problems)
-        return EXIT_USAGE
     try:
         address = settings.listen or admin_address(read_sysinfo_file(arguments.file))
         if address is None:
@@ -8994,79 +8915,77 @@ def print_address(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def agent_command_line() -> argparse.ArgumentParser:
-    """The agent's flags."""
-    parser = command_line("cmon_agent.py", "Serve the metrics of this compute node and its zones; "
-                          "`cmon_agent.py capture FILE` writes what --replay serves.")
-    parser.add_argument("--replay", metavar="CAPTURE", help="serve a capture instead of this host")
-    parser.add_argument("--libkstat", metavar="PATH", help="the library that kstats are read with")
-    return parser
+class Command(NamedTuple):
+    """A command of the agent beside serving: what does it, what it is for, its flags."""
+    run: Callable[[argparse.Namespace, Settings], int]
+    description: str
+    flags: tuple[tuple[str, Mapping[str, Any]], ...]
 
 
-def capture_command_line() -> argparse.ArgumentParser:
-    """The flags of `capture`."""
-    parser = CommandLine(
-        prog="cmon_agent.py capture", allow_abbrev=False,
-        description="Write what the collectors read on this host, for --replay and bug reports.")
-    add = parser.add_argument
-    add("file", metavar="FILE", help="file to write; - is standard output")
-    add("--frames", type=within(int, 1, 100, "a number from 1 to 100"), default=2,
-        metavar="N", help="how often to read everything (2)")
-    add("--interval", type=within(float, 0.001, 86400, "a number of seconds, at most 86400"),
-        default=5.0, metavar="SECONDS", help="between two frames (5)")
-    add("--config", metavar="FILE", help="settings as JSON")
-    add("--libkstat", metavar="PATH", help="the library that kstats are read with")
-    parser.set_defaults(listen=None, log_level=None, log_format=None, replay=None)
-    return parser
-
-
-def check_command_line() -> argparse.ArgumentParser:
-    """The flags of `check`."""
-    parser = CommandLine(
-        prog="cmon_agent.py check", allow_abbrev=False,
-        description="Check in the global zone that all is there that the agent needs, and that its "
+CONFIG = ("--config", {"metavar": "FILE", "help": "settings as JSON"})
+LIBKSTAT = ("--libkstat", {"metavar": "PATH", "help": "the library that kstats are read with"})
+COMMANDS = {
+    "capture": Command(
+        capture, "Write what the collectors read on this host, for --replay and bug reports.", (
+            ("file", {"metavar": "FILE", "help": "file to write; - is standard output"}),
+            ("--frames", {
+                "type": within(int, 1, 100, "a number from 1 to 100"), "default": 2,
+                "metavar": "N", "help": "how often to read everything (2)"}),
+            ("--interval", {
+                "type": within(float, 0.001, 86400, "a number of seconds, at most 86400"),
+                "default": 5.0, "metavar": "SECONDS", "help": "between two frames (5)"}),
+            CONFIG, LIBKSTAT)),
+    "check": Command(
+        check, "Check in the global zone that all is there that the agent needs, and that its "
         "values are those of `kstat -p`. Changes nothing; takes a minute at most. Exit 1: "
-        "something needs attention.")
-    add = parser.add_argument
-    add("--config", metavar="FILE", help="settings as JSON")
-    add("--json", action="store_true", help="a report to send, instead of lines")
-    add("--user", default="noaccess", metavar="NAME",
-        help="whom the service runs as; root becomes this user (noaccess)")
-    add("--libkstat", metavar="PATH", help="the library that kstats are read with")
-    parser.set_defaults(listen=None, log_level=None, log_format=None)
+        "something needs attention.", (
+            CONFIG,
+            ("--json", {"action": "store_true", "help": "a report to send, instead of lines"}),
+            ("--user", {
+                "default": "noaccess", "metavar": "NAME",
+                "help": "whom the service runs as; root becomes this user (noaccess)"}),
+            LIBKSTAT)),
+    "address": Command(
+        print_address, "Print where the agent would listen; exit 1 while there is no address.", (
+            ("file", {"metavar": "FILE", "help": "what `sysinfo -f` printed"}), CONFIG)),
+}
+
+
+def agent_command_line(command: str = "") -> argparse.ArgumentParser:
+    """The agent's flags, or those of one of its commands."""
+    if command:
+        parser: argparse.ArgumentParser = CommandLine(
+            prog=f"cmon_agent.py {command}", allow_abbrev=False,
+            description=COMMANDS[command].description)
+        parser.set_defaults(listen=None, libkstat=None, log_level=None, log_format=None,
+                            replay=None)
+        flags = COMMANDS[command].flags
+    else:
+        parser = command_line("cmon_agent.py", "Serve the metrics of this compute node and its "
+                              "zones; `cmon_agent.py capture FILE` writes what --replay serves.")
+        flags = (("--replay", {"metavar": "CAPTURE", "help":
+                               "serve a capture instead of this host"}), LIBKSTAT)
+    for name, options in flags:
+        parser.add_argument(name, **options)
     return parser
-
-
-def address_command_line() -> argparse.ArgumentParser:
-    """The flags of `address`."""
-    parser = CommandLine(
-        prog="cmon_agent.py address", allow_abbrev=False,
-        description="Print where the agent would listen; exit 1 while there is no address.")
-    parser.add_argument("file", metavar="FILE", help="what `sysinfo -f` printed")
-    parser.add_argument("--config", metavar="FILE", help="settings as JSON")
-    parser.set_defaults(listen=None, log_level=None, log_format=None, libkstat=None)
-    return parser
-
-
-# Argument 1 is this file, 2 the descriptor of its compiled code, which becomes a module. One line,
-# and the name first, since `ps` and `pgrep -f` of the platform see 80 characters.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The agent, or one of its commands; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["capture"]:
-        return capture(capture_command_line().parse_args(words[1:]))
-    if words[:1] == ["check"]:
-        return check(check_command_line().parse_args(words[1:]))
-    if words[:1] == ["address"]:
-        return print_address(address_command_line().parse_args(words[1:]))
     if words[:1] == ["textfiles"] and len(words) == 2:      # for the agent itself
         try:
             return read_textfiles(words[1])
         except OSError as error:
             complain("cmon_agent", [f"{words[1]}: {(error.strerror or str(error)).lower()}"])
             return 1
+    if words[:1] and words[0] in COMMANDS:
+        arguments = agent_command_line(words[0]).parse_args(words[1:])
+        try:
+            return COMMANDS[words[0]].run(arguments, load_agent(arguments))
+        except ConfigError as error:
+            complain("cmon_agent", error.problems)
+            return EXIT_USAGE
     arguments = agent_command_line().parse_args(words)
     running = Running(arguments)
     return run_daemon("agent", arguments, running.load, running.start, running.reload,

@@ -160,8 +160,8 @@ def missing_stand_ins() -> list[str]:
     for collector in (*agent.ZONE_COLLECTORS, *agent.NODE_COLLECTORS):
         if collector.collect is not None and not collector.foreign:
             try:
-                collector.collect(agent.Task(host, agent.NODE, 1.0, "zones", lambda work: {},
-                                             time.monotonic))
+                collector.collect(agent.Task(host, host.run, agent.NODE, 1.0, "zones",
+                                             lambda work: {}, time.monotonic))
             except (agent.CommandError, agent.CollectError) as error:
                 missing.append(f"{collector.name}: {error}")
     return missing

@@ -8,6 +8,7 @@ from typing import Any, Sequence
 
 import pytest
 from nodes import placed
+from support import NODE
 
 import cmon_agent as agent
 from cmon_agent import CollectError, Family, Kstat, KstatError, NodeContext, Part, ZoneContext
@@ -511,12 +512,10 @@ bad line
 
 @pytest.mark.parametrize("output", ["", "-:broken\n", "zoneadm: cannot tell\n"])
 def test_zoneadm_without_a_zone_is_a_failure(output: str) -> None:
-    class Said:
-        def run(self, *_: Any) -> agent.Output:
-            return agent.Output(0, output, "")
+    host = agent.RecordedHost(str(NODE), agent.Settings())
     with pytest.raises(CollectError, match="zoneadm list"):
-        agent.collect_zones(agent.Task(Said(), agent.NODE, 1.0, "zones",  # type: ignore[arg-type]
-                                       lambda work: {}, lambda: 0.0))
+        agent.collect_zones(agent.Task(host, lambda *_: agent.Output(0, output, ""), agent.NODE,
+                                       1.0, "zones", lambda work: {}, lambda: 0.0))
 
 
 def test_zoneadm() -> None:

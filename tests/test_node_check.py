@@ -110,7 +110,8 @@ class Node:
 
     def port(self) -> list[agent.Finding]:
         """What the check of the port alone finds."""
-        arguments = agent.check_command_line().parse_args(["--config", str(self.machine.config)])
+        arguments = agent.agent_command_line("check").parse_args(
+            ["--config", str(self.machine.config)])
         return list(agent.check_port(agent.Examined(arguments, agent.load_agent(arguments))))
 
 
@@ -483,7 +484,7 @@ def test_who_is_not_root_is_told_what_only_root_sees(
     """The file of the set-up service is read instead of sysinfo, if it is there."""
     one = node()
     monkeypatch.setattr(os, "geteuid", lambda: 65534)
-    arguments = agent.check_command_line().parse_args(["--config", str(one.machine.config)])
+    arguments = agent.agent_command_line("check").parse_args(["--config", str(one.machine.config)])
 
     def found(look: Callable[[agent.Examined], Iterator[agent.Finding]]) -> list[agent.Finding]:
         return list(look(agent.Examined(arguments, agent.load_agent(arguments))))
@@ -507,7 +508,7 @@ def test_a_minute_is_the_most_that_it_takes(node: MakeNode, monkeypatch: pytest.
                                             capsys: pytest.CaptureFixture[str]) -> None:
     one = node()
     monkeypatch.setattr(agent, "CHECK_SECONDS", 0.0)
-    arguments = agent.check_command_line().parse_args(["--config", str(one.machine.config)])
-    assert agent.check(arguments) == 1
+    arguments = agent.agent_command_line("check").parse_args(["--config", str(one.machine.config)])
+    assert agent.check(arguments, agent.load_agent(arguments)) == 1
     said = capsys.readouterr().out
     assert said.count("not looked at: the minute is over") == len(agent.CHECKS)
