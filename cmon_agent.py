@@ -63,6 +63,7 @@ import queue
 import random
 import re
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -6126,8 +6127,15 @@ class Client:
 
     def _take(self, origin: _Origin) -> socket.socket | None:
         with self._lock:
-            connections = self._idle.get(origin)
-            return connections.pop() if connections else None
+            connections = self._idle.get(origin, [])
+            while connections:
+                connection = connections.pop()
+                poll = select.poll()        # select() fails beyond 1,024 descriptors
+                poll.register(connection, select.POLLIN)
+                if not poll.poll(0):
+                    return connection
+                connection.close()          # the server has closed it while it was idle
+        return None
 
     def _connect(self, origin: _Origin, deadline: float) -> socket.socket:
         address = self._resolve.get(origin.host, (origin.host.strip("[]"), origin.port))

@@ -174,10 +174,11 @@ def test_a_kept_connection_that_was_closed_is_replaced(client: Client) -> None:
 
 
 def test_a_post_is_never_sent_twice(client: Client) -> None:
-    server = Scripted([OK], [OK])
+    server = Scripted([OK, b""], [OK])
     assert client.request("POST", server.url, body=b"1").status == 200
-    with pytest.raises(ClientError):
+    with pytest.raises(ClientError, match="without an answer"):
         client.request("POST", server.url, body=b"2")
+    assert len(server.requests) == 2
 
 
 def test_the_deadline_is_for_the_whole_exchange(client: Client) -> None:
