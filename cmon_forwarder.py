@@ -50,7 +50,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
@@ -147,6 +147,9 @@ def problems_of(settings: Settings) -> list[str]:
     def check(wrong: object, message: str) -> None:
         if wrong:
             problems.append(message)
+    for name, value in dataclasses.asdict(settings).items():
+        check(re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False, default=str)),
+              f"{name}: is not Unicode")
     check(not re.fullmatch(r"https?://[^/?#]+/?", settings.proxy.url)
           or not is_url(settings.proxy.url), "proxy.url: must be https://HOST:PORT")
     check((settings.proxy.cert is None) != (settings.proxy.key is None),
@@ -162,8 +165,6 @@ def problems_of(settings: Settings) -> list[str]:
     for name in settings.labels:
         check(not valid_label_name(name), f"labels: {name!r} is no name of a label")
         check(name in OWN_LABELS, f"labels: {name} is the container's")
-        check(re.search("[\ud800-\udfff]", settings.labels[name]),
-              f"labels.{name}: is not Unicode")
     for name in ("include", "exclude"):
         for pattern in getattr(settings, name):
             check(Pattern.read(pattern) is None,
@@ -195,7 +196,9 @@ def problems_of_sink(sink: SinkSettings) -> list[str]:
                             f"{', '.join(sorted(taken))}")
     problems += [f".{key}: is missing" for key in row.required if getattr(sink, key) is None]
     if sink.url is not None and not is_url(sink.url):
-        problems.append(".url: must be an http or https URL")
+        problems.append(".url: must be an http or https URL, without user and password")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]*", sink.prefix or ""):
+        problems.append(f".prefix: {sink.prefix!r} has more than letters, digits, _, - and .")
     for key, words in (("form", row.forms), ("transport", row.transports)):
         if words and getattr(sink, key) not in (None, *words):
             problems.append(f".{key}: must be one of {', '.join(words)}")
@@ -217,6 +220,7 @@ def is_url(value: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(value)
         return (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+                and "@" not in parts.netloc     # no password from there would be sent
                 and re.fullmatch(r"[!-~]+", value) is not None)
     except ValueError:
         return False
@@ -295,7 +299,8 @@ def read_targets(body: bytes, static: Mapping[str, str]) -> dict[str, Target]:
             raise DiscoveryError("a target has no instance or no __metrics_path__")
         alias = labels.get("__meta_triton_machine_alias") or instance
         targets[instance] = Target(instance, alias, path, (
-            ("alias", alias), ("instance", instance), *static.items()))
+            ("alias", alias), ("instance", instance),
+            *((name, value) for name, value in static.items() if value)))
     return targets
 
 # --- scraping -------------------------------------------------------------------------------------
@@ -347,6 +352,21 @@ class Pattern(NamedTuple):
             fnmatch.fnmatchcase(labels.get(label, ""), glob) for label, glob in self.labels)
 
 
+def exported(labels: Labels, reserved: Container[str]) -> Labels:
+    """Labels with `exported_` before names that are reserved, here or by Prometheus (`__…`)."""
+    if not any(name in reserved or name.startswith("__") for name, _ in labels):
+        return labels
+    taken = {name for name, _ in labels}
+    found = []
+    for name, value in labels:
+        if name in reserved or name.startswith("__"):
+            while name in reserved or name in taken or name.startswith("__"):
+                name = f"exported_{name}"
+            taken.add(name)
+        found.append((name, value))
+    return tuple(found)
+
+
 class Selector:
     """Which samples go on, and under which name, as the settings say."""
 
@@ -356,6 +376,7 @@ class Selector:
         self.rename = dict(settings.rename)
         self.reserved = frozenset((*OWN_LABELS, *settings.labels))
         self.own = {series: self.series(series) for series in MADE_HERE}
+        self.own_names = {(series.name, series.labels) for series in self.own.values()}
         # patterns on labels of the target cannot be decided once for all targets
         self.by_target = any(name in self.reserved for pattern in (*self.include, *self.exclude)
                              for name, _ in pattern.labels)
@@ -374,8 +395,7 @@ class Selector:
 
     def series(self, series: Series) -> Series:
         """As it goes on: a label that is the target's by name becomes `exported_…`."""
-        labels = tuple([(f"exported_{name}" if name in self.reserved else name, value)
-                        for name, value in series.labels if value])
+        labels = exported(tuple([label for label in series.labels if label[1]]), self.reserved)
         return Series(self.rename.get(series.name, series.name), labels, series.counter)
 
     def points(self, target: Target, points: Sequence[tuple[Series, Series, Number]]
@@ -484,8 +504,11 @@ class PageReader:
         counter = kind == COUNTER or kind in (HISTOGRAM, SUMMARY) and name.endswith(
             SUFFIXES[kind])
         bare = Series(name, labels, counter)
-        takes = self.selector.by_target or self.selector.takes(name, dict(labels))
-        return bare, self.selector.series(bare) if takes else None
+        if not (self.selector.by_target or self.selector.takes(name, dict(labels))):
+            return bare, None
+        series = self.selector.series(bare)
+        # a page's own `up` must not be there beside ours
+        return bare, None if (series.name, series.labels) in self.selector.own_names else series
 
     def _slow(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
         points = []
@@ -520,13 +543,16 @@ IDLE_SECONDS = 60.0         # kept connections to the proxy that are not used ar
 
 class Fetch:
     """One GET: its deadline starts when a connection is free for it."""
-    __slots__ = ("path", "timeout", "finish", "done", "began", "again", "max_body")
+    __slots__ = ("path", "timeout", "finish", "done", "began", "started", "again", "tried",
+                 "max_body")
 
-    def __init__(self, path: str, timeout: float, finish: Finish, max_body: int) -> None:
+    def __init__(self, path: str, timeout: float, finish: Finish, max_body: int,
+                 began: Callable[[], None] | None) -> None:
         self.path, self.timeout, self.finish, self.max_body = path, timeout, finish, max_body
-        self.done = False
-        self.began: Callable[[], None] | None = None
+        self.began = began
+        self.started = self.done = False
         self.again = False                  # it was lost on a kept connection, and sent again
+        self.tried: tuple[Any, ...] = ()    # addresses that could not be reached for it
 
 
 class Link:
@@ -534,6 +560,8 @@ class Link:
 
     def __init__(self, fetcher: Fetcher, address: Any, family: int, fetch: Fetch) -> None:
         self.fetcher, self.fetch = fetcher, fetch
+        self.address = address
+        self.connected = False
         self.used = False                   # it has carried an answer
         self.idle_since = 0.0
         self.generation = fetcher.generation
@@ -566,6 +594,7 @@ class Link:
 
     def _connected(self) -> None:
         raise_error_of(self.socket)
+        self.connected = True
         context = self.fetcher.context
         if context is None:
             self.send(self.fetch)
@@ -641,13 +670,15 @@ class Fetcher:
         self._idle: list[Link] = []
         self._queue: collections.deque[Fetch] = collections.deque()
         self._flying: dict[Fetch, Link] = {}
-        self._addresses: list[tuple[int, Any]] = []
+        self._addresses: collections.deque[tuple[int, Any]] = collections.deque()   # by turns
+        self._dead: set[Any] = set()        # addresses that could not be reached lately
         self._resolving = False
-        self._turn = 0
+        self._patience = 0.0                # seconds that a request waits for a connection
         self.generation = 0                 # of settings; connections of an older one are not kept
         self.host, self.port, self.context, self.most = "", 0, context, 1
         self.use(settings, context)
         loop.every(IDLE_SECONDS / 4, self._close_idle)
+        loop.every(IDLE_SECONDS, self._dead.clear)
 
     def use(self, settings: Settings, context: ssl.SSLContext | None) -> None:
         """Follow new settings; requests under way end as they began."""
@@ -658,12 +689,13 @@ class Fetcher:
         shown = f"[{self.host}]" if ":" in self.host else self.host
         self._host_line = shown if parts.port is None else f"{shown}:{self.port}"
         self.most = settings.max_in_flight
+        self._patience = settings.interval
         self.generation += 1
         for link in self._idle:
             link.close()
             self.links.discard(link)
         self._idle.clear()
-        self._addresses = []
+        self._addresses.clear()
         self.resolve()
 
     @property
@@ -692,7 +724,7 @@ class Fetcher:
             self.resolve()
             return
         if found:
-            self._addresses = found
+            self._addresses = collections.deque(found)
         elif not self._addresses:
             for fetch in list(self._queue):
                 self._end(fetch, Reply(0, b"", f"{host}: {problem}"))
@@ -702,9 +734,9 @@ class Fetcher:
     def fetch(self, path: str, timeout: float, finish: Finish, max_body: int,
               began: Callable[[], None] | None = None) -> None:
         """Get a page; `began` is called when its time starts, `finish` once, with the outcome."""
-        fetch = Fetch(path, timeout, finish, max_body)
-        fetch.began = began
+        fetch = Fetch(path, timeout, finish, max_body, began)
         self._queue.append(fetch)
+        self.loop.call_later(self._patience, self._give_up, fetch)
         if not self._addresses:
             self.resolve()
         self._start_next()
@@ -719,18 +751,28 @@ class Fetcher:
     def _start_next(self) -> None:
         while self._queue and self._addresses and len(self._flying) < self.most:
             fetch = self._queue.popleft()
-            self.loop.call_later(fetch.timeout, self._expire, fetch)
-            if fetch.began is not None:
-                fetch.began()
-            self._start(fetch, self._idle.pop() if self._idle else None)
+            if fetch.done:
+                continue
+            if not fetch.started:
+                fetch.started = True
+                self.loop.call_later(fetch.timeout, self._expire, fetch)
+                if fetch.began is not None:
+                    fetch.began()
+            link = self._idle.pop() if self._idle else None
+            if link is None:
+                self._connect(fetch)
+            else:
+                self._flying[fetch] = link
+                link.send(fetch)
 
-    def _start(self, fetch: Fetch, link: Link | None) -> None:
-        if link is not None:
-            self._flying[fetch] = link
-            link.send(fetch)
+    def _connect(self, fetch: Fetch) -> None:
+        untried = [one for one in self._addresses if one[1] not in fetch.tried]
+        if not untried:                     # the settings have just changed
+            self._queue.appendleft(fetch)
+            self.resolve()
             return
-        self._turn += 1
-        family, address = self._addresses[self._turn % len(self._addresses)]
+        family, address = min(untried, key=lambda one: one[1] in self._dead)
+        self._addresses.rotate(-1)
         try:
             fresh = Link(self, address, family, fetch)
         except OSError as error:            # out of descriptors
@@ -741,9 +783,18 @@ class Fetcher:
 
     def _expire(self, fetch: Fetch) -> None:
         link = self._flying.get(fetch)
-        if not fetch.done and link is not None:
-            self._drop(link)
+        if not fetch.done:
+            if link is not None:
+                if not link.connected:
+                    self._dead.add(link.address)
+                self._drop(link)
             self._end(fetch, Reply(0, b"", "timed out"))
+
+    def _give_up(self, fetch: Fetch) -> None:
+        if not fetch.started:
+            self._end(fetch, Reply(0, b"", "no connection was free in time"))
+        while self._queue and self._queue[0].done:
+            self._queue.popleft()
 
     def _drop(self, link: Link) -> None:
         link.close()
@@ -752,15 +803,21 @@ class Fetcher:
             self._idle.remove(link)
 
     def lost(self, link: Link, problem: str) -> None:
-        """A connection failed; a request lost on a reused one is retried once."""
+        """A connection failed: try the next address; once more when it was a reused one."""
         fetch = link.fetch
-        again = link.used and not link.begun and not fetch.again
         self._drop(link)
         if self._flying.get(fetch) is not link:
             return
+        if not link.connected:
+            self._dead.add(link.address)
+            fetch.tried += (link.address,)
+            again = any(address not in fetch.tried for _, address in self._addresses)
+        else:
+            again = link.used and not link.begun and not fetch.again
+            fetch.again, fetch.tried = True, ()
         if again:
-            fetch.again = True
-            self._start(fetch, None)
+            del self._flying[fetch]
+            self._connect(fetch)
             return
         self.resolve()                      # it may have moved
         self._end(fetch, Reply(0, b"", problem))
@@ -1060,7 +1117,9 @@ class Scraper:
 
     def counters(self) -> dict[str, dict[str, Number]]:
         """Values of counters, to go on from after a restart."""
-        return {**self.baseline, **{
+        waiting = {instance: values for instance, values in self.baseline.items()
+                   if instance in self.targets or not self.ready}       # the others are gone
+        return {**waiting, **{
             instance: {series.name + label_text(series.labels): value
                        for series, value in state.values.items()}
             for instance, state in self.targets.items() if state.values}}
@@ -1090,6 +1149,7 @@ def unprintable(word: str, odd: re.Pattern[str]) -> str:
 
 # InfluxDB: https://docs.influxdata.com/influxdb/v1/write_protocols/line_protocol_reference/
 
+_INFLUX_RESERVED = frozenset(("time", "_time", "_field", "_measurement"))
 # Nothing escapes a line end, and a backslash before one of `,= ` or at the end is an escape itself.
 _INFLUX_ODD = re.compile(r"[\n\r\0]|\\(?=[\\,= ]|$)")
 _INFLUX_ESCAPE = re.compile(r"([,= ])")
@@ -1098,7 +1158,7 @@ _INFLUX_ESCAPE = re.compile(r"([,= ])")
 @functools.lru_cache(REMEMBERED)
 def _influx_tags(labels: Labels) -> str:
     return "".join([f",{name}=" + _INFLUX_ESCAPE.sub(r"\\\1", unprintable(value, _INFLUX_ODD))
-                    for name, value in labels if value])
+                    for name, value in exported(labels, _INFLUX_RESERVED)])
 
 
 def influx_value(value: Number, unsigned: bool) -> str | None:
@@ -1136,8 +1196,8 @@ _DOTTED_ODD = re.compile(r"[^A-Za-z0-9_-]")
 
 @functools.lru_cache(REMEMBERED)
 def _graphite_tags(labels: Labels) -> str:
-    return "".join([f";{name}={unprintable(value, _GRAPHITE_ODD)}" for name, value in labels
-                    if value])
+    return "".join([f";{name}={unprintable(value, _GRAPHITE_ODD)}"
+                    for name, value in exported(labels, ("name",))])    # carbon's for the metric
 
 
 @functools.lru_cache(REMEMBERED)
@@ -1183,7 +1243,8 @@ def statsd_records(sink: SinkSettings, scrape: Scrape) -> Records:
     prefix = "cmon" if sink.prefix is None else sink.prefix
     for series, value in scrape.points:
         if sink.tags:
-            name = f"{prefix}.{series.name}" if prefix else series.name
+            name = dotted(series.name)
+            name = f"{prefix}.{name}" if prefix else name
             end = tags + ("," + _statsd_tags(series.labels) if series.labels else "")
         else:
             name, end = _path(sink, scrape, series), ""
@@ -1208,9 +1269,8 @@ _SD_ESCAPE = re.compile(r'(["\\\]])')
 @functools.lru_cache(REMEMBERED)
 def _syslog_parameters(labels: Labels) -> str:
     # name and value are the sample's; names have 32 characters at the most
-    return "".join([" {}=\"{}\"".format((f"exported_{name}" if name in ("name", "value") else name
-                                         )[:32], _SD_ESCAPE.sub(r"\\\1", value))
-                    for name, value in labels if value])
+    return "".join([f' {name[:32]}="' + _SD_ESCAPE.sub(r"\\\1", value) + '"'
+                    for name, value in exported(labels, ("name", "value"))])
 
 
 def utc(milliseconds: int) -> str:
@@ -1242,8 +1302,8 @@ _GELF_RESERVED = frozenset(("id", "value"))     # `_id` is refused by the format
 
 @functools.lru_cache(REMEMBERED)
 def _gelf_fields(labels: Labels) -> str:
-    return "".join([', "_{}": {}'.format(f"exported_{name}" if name in _GELF_RESERVED else name,
-                                         json.dumps(value)) for name, value in labels])
+    return "".join([f', "_{name}": {json.dumps(value)}'
+                    for name, value in exported(labels, _GELF_RESERVED)])
 
 
 def gelf_records(_sink: SinkSettings, scrape: Scrape) -> Records:
@@ -1355,7 +1415,7 @@ def _pb_label(name: str, value: str) -> bytes:
 
 def time_series(labels: Iterable[tuple[str, str]], value: bytes, at: int) -> bytes:
     """One series with one sample, as a field of the request; labels are sorted."""
-    content = b"".join([_pb_label(name, text) for name, text in sorted(labels) if text])
+    content = b"".join([_pb_label(name, text) for name, text in sorted(labels)])
     return field(1, content + field(2, b"\x09" + value + b"\x10" + varint(at)))
 
 
@@ -1644,6 +1704,7 @@ class Batch(NamedTuple):
     records: Records
     oldest: float                           # when the first was scraped, seconds since 1970
     end: tuple[int, int]                    # segment and offset behind it
+    unwritten: int                          # samples of it that a full disk did not take
 
 
 class _Segment:
@@ -1944,14 +2005,16 @@ class Spool:
             self._head = (segment.number, offset)
             if offset < segment.size:
                 break
+        unwritten = 0
         while self._memory and not is_full() and not self._on_disk():
             entry, samples, _ = self._memory.popleft()
             self._memory_bytes -= len(entry)
             records += self._split(entry[ENTRY.size:])
             size += len(entry)
+            unwritten += samples
         self._find_head()
         self._peek()
-        return Batch(records, oldest, self._head)
+        return Batch(records, oldest, self._head, unwritten)
 
     def _on_disk(self) -> bool:
         """Whether a segment has something that has not been taken."""
@@ -2049,6 +2112,8 @@ class Spool:
             self._to_disk()
             while self._memory:
                 self._forget("disk full")
+            if self._held is not None:
+                self._drop(self._held.unwritten, "disk full")
             self._end_writer()
             self._end_reader()
             os.close(self._cursor)
@@ -2064,7 +2129,7 @@ class Spool:
             kept = sorted(folder.glob("*.records"))
             sizes = [path.stat().st_size for path in kept]
             while len(kept) > REFUSED_FILES or sum(sizes) > REFUSED_BYTES:
-                kept[0].with_suffix(".reason").unlink()
+                kept[0].with_suffix(".reason").unlink(missing_ok=True)
                 kept.pop(0).unlink()
                 sizes.pop(0)
         except OSError as error:
@@ -2297,10 +2362,11 @@ class DatagramTransport:
         self.sink = sink
         self.address = parse_address(sink.address or "")
         self._packets = SINKS[sink.type].packets
+        self._turn = 0                      # which of its addresses; another after a failure
 
     def _connect(self) -> socket.socket:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            *self.address, type=socket.SOCK_DGRAM)[0]
+        found = socket.getaddrinfo(*self.address, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, address = found[self._turn % len(found)]
         connection = socket.socket(family, kind, protocol)
         try:
             connection.connect(address)
@@ -2313,13 +2379,12 @@ class DatagramTransport:
     def send(self, records: Sequence[bytes]) -> None:
         """Deliver, or raise Later or Never."""
         done = sure = 0                     # records sent; and those that nothing spoke against
-        too_large: Records = []
+        count = 0
         try:
             with self._connect() as connection:
                 for place, (datagrams, count) in enumerate(self._packets(records)):
                     if not datagrams or max(map(len, datagrams)) > MAX_DATAGRAM:
-                        too_large += records[done:done + count]
-                        datagrams = []
+                        raise OSError(errno.EMSGSIZE, "")
                     for datagram in datagrams:
                         connection.send(datagram)
                     done += count
@@ -2328,12 +2393,11 @@ class DatagramTransport:
                         sure = done
                 _heard(connection, REFUSAL_PAUSE)
         except OSError as error:
-            if error.errno == errno.EMSGSIZE:       # this system's limit is lower
-                raise Never("larger than a datagram", records[done:done + 1],
-                            records[done + 1:]) from None
+            if error.errno == errno.EMSGSIZE:       # this system's limit may be lower
+                raise Never("larger than a datagram", records[done:done + count],
+                            records[done + count:]) from None
+            self._turn += 1
             raise Later("%s:%d: %s" % (*self.address, reason_of(error)), records[sure:]) from None
-        if too_large:
-            raise Never(f"larger than a datagram of {MAX_DATAGRAM} bytes", too_large)
 
     def check(self) -> None:
         """Its name resolves, and it can be routed; nothing more can be known."""
@@ -2349,6 +2413,9 @@ def _heard(connection: socket.socket, seconds: float) -> None:
     poll.register(connection, select.POLLIN)
     poll.poll(seconds * 1000)
     raise_error_of(connection)
+
+
+TORN = b'{"name": "'                # how a sample of ours begins
 
 
 class FileTransport:
@@ -2372,6 +2439,9 @@ class FileTransport:
             if newline >= 0:
                 break
         if end < size:
+            if not TORN.startswith(os.pread(file, len(TORN), end)):
+                os.close(file)
+                raise OSError(errno.EINVAL, "its last line has no end, and is not a sample")
             os.ftruncate(file, end)
         return file
 
@@ -2459,6 +2529,7 @@ class Delivery:
         # counted by the thread, read by the server's
         self.sent = self.refused = self.failures = 0
         self.problem = ""                   # why nothing is delivered just now
+        self._refusing = ""                 # why the last delivery was set aside
         self._thread = threading.Thread(target=self._run, name=f"sink-{name}", daemon=True)
 
     def start(self) -> None:
@@ -2514,6 +2585,9 @@ class Delivery:
         work: list[Records] = [records]
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE, self._random)
         while work:
+            self._news.clear()
+            if self._stop.is_set():
+                return False
             part = work.pop(0)
             left: Records = []
             try:
@@ -2545,13 +2619,10 @@ class Delivery:
                 backoff.reset()
             if left:
                 work.insert(0, left)
-            if work and self._stop.is_set():
-                return False
         return True
 
     def _follow(self, records: Records) -> None:
         """Settings have changed."""
-        self._news.clear()
         try:
             fresh = transport_of(self.sink)
         except ConfigError as error:        # a certificate has gone since they were read
@@ -2561,8 +2632,11 @@ class Delivery:
 
     def _refuse(self, records: Records, reason: str) -> None:
         self.refused += len(records)
-        log.error("sink %s refuses %d samples for good, they are in %s: %s", self.name,
-                  len(records), self.spool.folder / "refused", reason)
+        word = reason.partition(" ")[0]     # the status: not an error a second for the same
+        if word != self._refusing:
+            log.error("sink %s refuses %d samples for good, they are in %s: %s", self.name,
+                      len(records), self.spool.folder / "refused", reason)
+        self._refusing = word
         self.spool.set_aside(records, reason)
 
     def _fails(self, reason: str, waiting: int) -> None:
@@ -2575,7 +2649,7 @@ class Delivery:
     def _works(self) -> None:
         if self.problem:
             log.info("sink %s: delivers again", self.name)
-        self.problem = ""
+        self.problem = self._refusing = ""
 
 # --- main -----------------------------------------------------------------------------------------
 
@@ -2619,7 +2693,7 @@ class Forwarder:
 
     @staticmethod
     def _lock_spool(settings: Settings) -> int:
-        """One process a spool; raises ConfigError, SpoolError."""
+        """One process a spool; raises ConfigError."""
         folder = spool_of(settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -2638,27 +2712,31 @@ class Forwarder:
             self.server.loop.guarded(delivery.give, (scrape,))      # each by itself
 
     def _use_sinks(self, settings: Settings, once: bool = False) -> None:
-        """Start new sinks, stop old ones, restart those that changed."""
+        """Start new sinks, stop old ones; raises ConfigError before it changes anything."""
+        fresh: dict[str, Delivery] = {}
+        for name, sink in settings.sinks.items():
+            if name not in self.deliveries:
+                if name in self._leaving:
+                    self._leaving.pop(name).join(0.0)
+                if once:
+                    sink = dataclasses.replace(sink, batch_age=0.0)
+                try:
+                    fresh[name] = Delivery(name, sink, spool_of(settings), settings.spool_bytes)
+                except SpoolError as error:
+                    for delivery in fresh.values():
+                        delivery.spool.close()
+                    raise ConfigError(str(error)) from None
         for name, delivery in list(self.deliveries.items()):
-            if name not in settings.sinks:
+            if name in settings.sinks:
+                delivery.use(settings.sinks[name], settings.spool_bytes)
+            else:
                 delivery.stop()
                 self._leaving[name] = self.deliveries.pop(name)
-        for name, sink in settings.sinks.items():
-            known = self.deliveries.get(name)
-            if known is not None:
-                known.use(sink, settings.spool_bytes)
-                continue
-            if name in self._leaving:
-                self._leaving.pop(name).join(0.0)
-            if once:
-                sink = dataclasses.replace(sink, batch_age=0.0)
-            try:
-                delivery = Delivery(name, sink, spool_of(settings), settings.spool_bytes)
-            except SpoolError as error:
-                raise ConfigError(str(error)) from None
+        for name, delivery in fresh.items():
             self.deliveries[name] = delivery
-            if SINKS[sink.type].inexact:
-                log.info("sink %s (%s): %s", name, sink.type, SINKS[sink.type].inexact)
+            if SINKS[delivery.sink.type].inexact:
+                log.info("sink %s (%s): %s", name, delivery.sink.type,
+                         SINKS[delivery.sink.type].inexact)
             delivery.start()
         rows = [SINKS[sink.type] for sink in settings.sinks.values()]
         self.scraper.differences = any(row.differences for row in rows)

@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from agents import TLS, inventory, key, uuid, vm  # noqa: E402  (it needs the path)
 import cmon_agent  # noqa: E402
+import cmon_forwarder  # noqa: E402
 import cmon_proxy  # noqa: E402
 from cmon_agent import (  # noqa: E402
     AnswerReader, ClientError, ConfigError, ExpositionError, Limits, Peer, Refused, Request,
@@ -190,9 +191,17 @@ def settings_file(chance: random.Random) -> None:
     path = Path(_FOLDER.name) / "settings.json"
     good = chance.choice(SETTINGS)
     path.write_text(json.dumps(spoil(chance, json.loads(good.read_text()), chance.randrange(4))))
-    wanted: Any = cmon_agent.Settings if good.name.startswith("agent") else cmon_proxy.Settings
+    wanted: Any = {"agent": cmon_agent.Settings, "proxy": cmon_proxy.Settings,
+                   "forwarder": cmon_forwarder.Settings}[good.name.partition("-")[0]]
     try:
-        load_settings(wanted, str(path), {})
+        settings = load_settings(wanted, str(path), {})
+        if isinstance(settings, cmon_forwarder.Settings):
+            problems = cmon_forwarder.problems_of(settings)
+            assert all(line.isprintable() for line in problems)
+            if not problems:
+                cmon_forwarder.discovery_path(settings.groups, settings.shard).encode()
+                for sink in filter(lambda one: one.url, settings.sinks.values()):
+                    cmon_forwarder.post_url(cmon_forwarder.with_defaults(sink)).encode()
     except ConfigError as error:
         assert error.problems
         for line in error.problems:
@@ -339,7 +348,7 @@ def client_certificate(chance: random.Random) -> None:
         json.dumps(str(refusal), ensure_ascii=False).encode()
 
 
-SETTINGS = sorted(path for program in ("agent", "proxy")
+SETTINGS = sorted(path for program in ("agent", "proxy", "forwarder")
                   for path in (HERE / "settings").glob(f"{program}*.good.json"))
 PROPERTIES: dict[str, Property] = {
     "agent_answer": agent_answer,

@@ -381,9 +381,11 @@ def test_sighup_follows_settings_without_loss(tmp_path: Path, keep: Keep) -> Non
         wait_until(lambda: len(named(second.rows(), "hits_total")) > 5)
         wait_until(lambda: any(row["labels"].get("site") == "x" for row in second.rows()))
         wait_until((tmp_path / "new.log").exists)
+        (tmp_path / "spool" / "blocked").write_text("")
         for sinks, more, message in [
                 ({"h": {"type": "file", "path": "x"}}, {}, "another type or form"),
                 ({"h": {"type": "nope"}}, {}, "must be one of"),
+                ({"blocked": {"type": "file", "path": "x"}}, {}, "spool .*blocked"),
                 ({"h": {"type": "file", "path": "x"}}, {"spool": "elsewhere"}, "spool: cannot"),
                 ({"h": {"type": "http", "url": "https://x", "ca": "no.pem"}}, {}, "no.pem")]:
             config(sinks=sinks, **more)

@@ -67,6 +67,7 @@ STATSD, DOGSTATSD = sink("statsd"), sink("statsd", tags=True)
     (STATSD, (GAUGE, 5), "cmon.web01.mem_limit:5|g"),
     (STATSD, (GAUGE, -5), "cmon.web01.mem_limit:0|g\ncmon.web01.mem_limit:-5|g"),
     (STATSD, (GAUGE, math.nan), None),
+    (DOGSTATSD, (Series("job:g", ()), 5), f"cmon.job_g:5|g|#alias:web01,instance:{UUID}"),
     (DOGSTATSD, (Series("g", (("cpu", "0"),)), 5),
      f"cmon.g:5|g|#alias:web01,instance:{UUID},cpu:0"),
     (sink("syslog"), (NET, math.nan), f'<134>1 2023-11-14T22:13:20.123Z web01 cmon - metric '
@@ -186,6 +187,30 @@ def test_labels_that_a_format_keeps_for_itself_are_renamed() -> None:
     gelf = json.loads(texts(sink("gelf"), one)[0])
     assert (gelf["_exported_id"], gelf["_exported_value"], gelf["_name"]) == ("1", "2", "3")
     assert "_id" not in gelf and gelf["_value"] == 0
+    one = scrape((Series("m", (("name", "1"), ("time", "2"), ("exported_time", "3"))), 0))
+    assert ";exported_name=1;" in texts(sink("graphite"), one)[0]
+    assert ",exported_exported_time=2,exported_time=3 " in texts(INFLUX_1, one)[0]
+
+
+def test_no_label_takes_the_place_of_another() -> None:
+    """Twice the same name, or __name__: stores refuse the whole request for it."""
+    reader = PageReader(selector(labels={"exported_site": "x"}))
+    page = ('a{alias="1",exported_alias="2",exported_exported_alias="3"} 1\n'
+            'a{__name__="b",__x="c",site="d"} 2\na{exported_site="e"} 3\n')
+    assert [series.labels for _, series, _ in reader.read(page)[0]] == [
+        (("exported_exported_exported_alias", "1"), ("exported_alias", "2"),
+         ("exported_exported_alias", "3")),
+        (("exported___name__", "b"), ("exported___x", "c"), ("site", "d")),
+        (("exported_exported_site", "e"),)]
+
+
+def test_a_page_cannot_say_up_in_our_place() -> None:
+    reader = PageReader(selector())
+    page = 'up 7\nup{job="x"} 8\nscrape_samples_scraped 9\n# TYPE x untyped\nx 1 1700000000\n'
+    for _ in range(2):
+        points, count = reader.read(page)
+        assert [(series.name, value) for _, series, value in points] == [("up", 8), ("x", 1)]
+        assert count == 4
 
 
 # --- remote write ---------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Peer(Listening):
         self.bytes: dict[str, bytes] = {"/big": http(BIG), "/": http(b"ok"), "/hang": b""}
         self.ends: set[str] = set()
         self.paths: list[str] = []
+        self.read = read_request
         super().__init__()
 
     def serve(self, accepted: socket.socket) -> None:
@@ -42,7 +43,7 @@ class Peer(Listening):
             accepted = self.tls.wrap_socket(accepted, server_side=True)
         with accepted:
             reader = accepted.makefile("rb")
-            for request in iter(lambda: read_request(reader), None):
+            for request in iter(lambda: self.read(reader), None):
                 path = request[1]
                 self.paths.append(path)
                 if path == "/hang":
@@ -127,6 +128,60 @@ def test_a_request_that_met_a_closing_connection_is_made_again(peer: Peer, run: 
     peer.bytes["/gone"], peer.ends = b"", {"/gone"}
     assert run(fetcher, "/gone")[0].problem     # once more, and no more
     assert peer.paths.count("/gone") == 2
+    fetcher.close()
+
+
+def test_an_address_that_is_dead_costs_no_request(peer: Peer, run: Run,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """As localhost, which is ::1 too, or a name with an address that is out of order."""
+    dead = socket.socket()
+    dead.bind(("127.0.0.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
+        (socket.AF_INET, 0, 0, "", address) for address in (dead.getsockname(), peer.address)])
+    fetcher = fetcher_of(peer.text, most=4)
+    peer.ends = {"/"}
+    for _ in range(3):
+        assert run(fetcher, *["/"] * 4) == [Reply(200, b"ok")] * 4
+    peer.close()
+    assert [reply.problem for reply in run(fetcher, "/", "/")] == ["connection refused"] * 2
+    peer.open()
+    assert run(fetcher, "/") == [Reply(200, b"ok")]
+    fetcher.close()
+    dead.close()
+
+
+def test_requests_do_not_queue_for_longer_than_the_interval(peer: Peer, run: Run) -> None:
+    settings = Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={}, interval=0.2,
+                        max_in_flight=1)
+    fetcher = Fetcher(Loop(), settings, None)
+    replies = run(fetcher, "/hang", "/", "/", timeout=0.5)
+    assert [reply.problem for reply in replies] == [
+        "timed out", "no connection was free in time", "no connection was free in time"]
+    assert run(fetcher, "/") == [Reply(200, b"ok")]
+    fetcher.close()
+
+
+def test_a_request_that_is_lost_while_settings_change_is_made_again(peer: Peer, run: Run) -> None:
+    fetcher = fetcher_of(peer.text, most=1)
+    asked, changed = threading.Event(), threading.Event()
+
+    def read(reader: Any) -> Any:
+        request = read_request(reader)
+        if request is None or len(peer.paths) != 1 or changed.is_set():
+            return request
+        asked.set()                         # the second one, on a kept connection
+        fetcher.loop.call_soon(lambda: None)
+        changed.wait(10)
+        return None
+    peer.read = read
+    run(fetcher, "/")
+    replies: list[Reply] = []
+    fetcher.fetch("/", 10.0, replies.append, 1 << 20)
+    fetcher.loop.run(asked.is_set)
+    fetcher.use(Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={}), None)
+    changed.set()
+    fetcher.loop.run(lambda: bool(replies))
+    assert replies == [Reply(200, b"ok")]
     fetcher.close()
 
 
@@ -226,6 +281,17 @@ def test_series_end_and_counters_grow(peer: Peer) -> None:
         assert (delivered[-1].increases, list(delivered[-1].gone)) == (increases, gone)
         up = {series.name: value for series, value in delivered[-1].points}["up"]
         assert up == int(page is not None)
+    scraper.fetcher.close()
+
+
+def test_counters_of_containers_that_are_gone_are_not_remembered(peer: Peer) -> None:
+    settings = Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={})
+    scraper = Scraper(Loop(), settings, None, lambda _: None, Registry())
+    scraper.baseline = {"gone": {"c": 1}, "here": {"c": 2}}
+    scraper.targets["here"] = TargetState(Target("here", "a", "/x", ()))
+    assert scraper.counters() == scraper.baseline       # who is there is not known yet
+    scraper.ready = True
+    assert scraper.counters() == {"here": {"c": 2}}
     scraper.fetcher.close()
 
 

@@ -16,8 +16,8 @@ from forwarding import HttpSink, Source, drained, own, write_config
 from support import Program, wait_until
 
 from cmon_forwarder import (
-    ENTRY, MEMORY_BYTES, Batch, FileTransport, SinkSettings, Spool, read_counters, with_defaults,
-    write_counters)
+    ENTRY, MEMORY_BYTES, Batch, FileTransport, Later, SinkSettings, Spool, read_counters,
+    with_defaults, write_counters)
 
 STOP = threading.Event()
 
@@ -273,6 +273,17 @@ def test_refused_records_are_bounded(make: Any, tmp_path: Path, clock: Clock) ->
     assert newest.with_suffix(".reason").read_text() == "1 samples: 400 bad\n"
 
 
+def test_refused_records_whose_reason_is_gone_are_bounded_too(make: Any, tmp_path: Path,
+                                                              clock: Clock) -> None:
+    spool = make()
+    for number in range(105):
+        clock.now += 1
+        spool.set_aside([b"%d" % number], "400 bad")
+        for path in (tmp_path / "sink" / "refused").glob("*.reason"):
+            path.unlink()
+    assert len(list((tmp_path / "sink" / "refused").glob("*.records"))) == 100
+
+
 # --- disks ----------------------------------------------------------------------------------------
 
 @pytest.fixture()
@@ -314,6 +325,13 @@ def test_what_a_full_disk_does_not_take_waits_in_memory(make: Any, small_disk: P
     left = everything(spool)
     assert left == sorted(left) and left[-1] == 10 ** 6
     assert len(left) + sum(spool.dropped.values()) == MEMORY_BYTES // 1000 + 200
+    fill(other)
+    put(spool, *range(100), size=1000)
+    assert spool.take(1 << 30, 0.0, STOP) is not None
+    before = sum(spool.dropped.values())
+    lost = waiting(spool)
+    spool.close()                           # a batch that is under way, and on no disk
+    assert sum(spool.dropped.values()) - before == lost - waiting(make(folder=small_disk))
 
 
 def fill(path: Path) -> None:
@@ -398,8 +416,8 @@ def test_files_are_rotated_and_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before, after", [
-    (b"", b"new\n"), (b"a\n", b"a\nnew\n"), (b"a\nto", b"a\nnew\n"), (b"torn", b"new\n"),
-    (b"a\n" + b"x" * 200_000, b"a\nnew\n")])
+    (b"", b"new\n"), (b"a\n", b"a\nnew\n"), (b'a\n{"na', b"a\nnew\n"),
+    (b'{"name": "torn', b"new\n"), (b'a\n{"name": "' + b"x" * 200_000, b"a\nnew\n")])
 def test_a_line_that_a_crash_has_cut_off_is_taken_away(tmp_path: Path, before: bytes, after: bytes
                                                        ) -> None:
     path = tmp_path / "samples.log"
@@ -408,6 +426,15 @@ def test_a_line_that_a_crash_has_cut_off_is_taken_away(tmp_path: Path, before: b
     transport.send([b"new"])
     transport.close()
     assert path.read_bytes() == after
+
+
+def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    path.write_bytes(b"a\nno newline at its end")
+    transport = FileTransport(with_defaults(SinkSettings(type="file", path=path)))
+    with pytest.raises(Later, match="not a sample"):
+        transport.send([b"new"])
+    assert path.read_bytes() == b"a\nno newline at its end"
 
 
 # --- counters over a restart ----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import pytest
 from agents import TLS
-from forwarding import HttpSink, LineSink, UdpSink
+from forwarding import HttpSink, LineSink, UdpSink, read_request
 from support import wait_until
 from test_forwarder_encoders import GAUGE, UUID, scrape, unsnappy
 
@@ -100,6 +100,23 @@ def test_the_status_decides(keep: Keep, answer: Any, error: Any) -> None:
             transport.send([b"x"])
 
 
+def test_a_sink_that_closes_idle_connections_costs_no_failure(keep: Keep) -> None:
+    class Brief(HttpSink):
+        def serve(self, accepted: socket.socket) -> None:
+            self.seen.append(("", {}, read_request(accepted.makefile("rb"))[3]))
+            accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            accepted.close()
+            ended.set()
+    ended = threading.Event()
+    server = keep(Brief())
+    transport = keep(transport_of(sink("http", url=f"http://{server.text}")))
+    for body in (b"1", b"2", b"3"):
+        transport.send([body])
+        ended.wait(10)
+        ended.clear()
+    assert [body for _, _, body in server.seen] == [b"1\n", b"2\n", b"3\n"]
+
+
 def test_a_sink_that_says_nothing_costs_its_timeout(keep: Keep) -> None:
     server = keep(HttpSink())
     server.default = "hang"
@@ -119,7 +136,6 @@ def test_documents_of_elasticsearch_are_judged_one_by_one(keep: Keep, tmp_path: 
 
     class Elastic(HttpSink):
         def serve(self, accepted: socket.socket) -> None:
-            from forwarding import read_request
             reader = accepted.makefile("rb")
             for request in iter(lambda: read_request(reader), None):
                 requests.append(request[3].count(b"\n"))
@@ -341,7 +357,8 @@ def test_a_record_that_fits_no_datagram_is_set_aside_alone(keep: Keep) -> None:
     records = [b"a", b"b" * 65_508, b"c" * 65_507, b"d"]
     with pytest.raises(Never) as caught:
         transport_of(sink("statsd", address=server.text)).send(records)
-    assert caught.value.records == [records[1]]
+    assert (caught.value.records, caught.value.left) == ([records[1]], records[2:])
+    transport_of(sink("statsd", address=server.text)).send(caught.value.left)
     wait_until(lambda: len(server.datagrams) == 3)
     assert server.datagrams == [records[0], records[2], records[3]]
 
@@ -355,6 +372,22 @@ def test_a_listener_that_went_away_in_between_is_noticed(keep: Keep) -> None:
     server.open()
     transport.send([b"2"])
     wait_until(lambda: b"2" in server.datagrams)
+
+
+def test_the_next_address_of_a_name_is_tried(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As localhost, which is ::1 too."""
+    server = keep(UdpSink())
+    dead = keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    dead.bind(("127.0.0.1", 0))
+    gone = dead.getsockname()
+    dead.close()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
+        (socket.AF_INET, socket.SOCK_DGRAM, 0, "", address) for address in (gone, server.address)])
+    transport = transport_of(sink("statsd", address="localhost:1"))
+    with pytest.raises(Later):
+        transport.send([b"x"])
+    transport.send([b"x"])
+    wait_until(lambda: server.datagrams == [b"x"])
 
 
 def _refused(transport: Any) -> bool:
@@ -448,3 +481,38 @@ def test_pauses_grow_and_retry_after_is_obeyed(tmp_path: Path, keep: Keep,
     delivery.stop()
     delivery.join(10)
     assert pauses == [1.0, 2.0, 4.0, 7.05, 16.0]
+
+
+def test_settings_that_change_back_leave_the_pauses(tmp_path: Path, keep: Keep,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    server = keep(HttpSink())
+    server.answers = [500]
+    settings = SinkSettings(type="http", url=f"http://{server.text}", batch_age=0)
+    delivery = Delivery("h", settings, tmp_path, 1 << 20)
+    woken: list[bool] = []
+    monkeypatch.setattr(delivery._news, "wait",
+                        lambda _pause: woken.append(delivery._news.is_set()))
+    delivery.use(dataclasses.replace(settings, timeout=9.0), 1 << 20)
+    delivery.use(settings, 1 << 20)
+    delivery.give(scrape((GAUGE, 1)))
+    delivery.start()
+    wait_until(lambda: delivery.sent == 1)
+    delivery.stop()
+    delivery.join(10)
+    assert woken == [False]
+
+
+def test_a_sink_that_refuses_all_is_one_error_in_the_log(tmp_path: Path, keep: Keep,
+                                                         caplog: pytest.LogCaptureFixture) -> None:
+    server = keep(HttpSink())
+    server.default = 413
+    delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
+                        tmp_path, 1 << 20)
+    delivery.give(scrape(*[(GAUGE, number) for number in range(20)]))
+    with caplog.at_level("ERROR", "cmon"):
+        delivery.start()
+        wait_until(lambda: delivery.refused == 20)
+        delivery.stop()
+        delivery.join(10)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        f"sink h refuses 1 samples for good, they are in {tmp_path}/h/refused"]

@@ -7,6 +7,7 @@ order, and no line is left over. FILE stands for the file's path.
 """
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cmon_agent
+import cmon_forwarder
 import cmon_proxy
 import pytest
 from cmon_agent import (
@@ -45,7 +47,8 @@ def cases(kind: str) -> list[Any]:
 
 # --- the programs' files --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("program, path", cases("good"))
+@pytest.mark.parametrize("program, path", [case for case in cases("good")
+                                           if case.values[0] != "forwarder"])
 def test_good_file_loads(program: str, path: Path) -> None:
     done = check(program, path)
     assert done.returncode == 0 and all(
@@ -69,7 +72,21 @@ def given(content: dict[str, Any], prefix: str = "") -> set[str]:
         value, dict) else set()) for name, value in content.items()))
 
 
-@pytest.mark.parametrize("program", [cmon_agent, cmon_proxy])
+@pytest.mark.parametrize("path", [case.values[1] for case in cases("good")
+                                  if case.values[0] == "forwarder"])
+def test_good_file_of_the_forwarder_loads(path: Path) -> None:
+    """Apart from the others: its --check-config reaches the proxy and the sinks."""
+    settings = cmon_forwarder.load_forwarder(argparse.Namespace(
+        config=path, listen=None, log_level=None, log_format=None))
+    for name, row in cmon_forwarder.SINKS.items():
+        shown = set().union(*(sink for sink in json.loads(path.read_text())["sinks"].values()
+                              if sink["type"] == name))
+        assert shown >= {*row.required, *row.optional}
+    assert {form for sink in settings.sinks.values() if (form := sink.form)} >= {
+        "dotted", "lines", "elasticsearch", "splunk"}
+
+
+@pytest.mark.parametrize("program", [cmon_agent, cmon_proxy, cmon_forwarder])
 def test_each_setting_is_in_a_good_file(program: Any) -> None:
     name = program.__name__.partition("_")[2]
     files = CASES.glob(f"{name}-*.good.json")
