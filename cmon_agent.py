@@ -105,7 +105,7 @@ __all__ = [     # what the other programs import
     "JSON",
     "label_text", "Labels", "LEVELS", "Listener", "load_settings", "log", "Loop",
     "MAX_BODY", "MAX_JSON_BYTES", "metadata",
-    "Number", "number",
+    "network_of", "Number", "number",
     "one_of",
     "PAGE", "page_headers", "page_row", "page_table", "parse", "parse_address", "plain_page",
     "Pool", "prepare", "Prepared",
@@ -152,14 +152,14 @@ HTML = "text/html; charset=utf-8"
 
 class Peer:
     """The other end of a connection; lives as long as the connection."""
-    __slots__ = ("address", "certificate", "identity", "known", "listener")
+    __slots__ = ("address", "certificate", "identity", "group", "listener")
 
     def __init__(self, address: str, listener: str, certificate: bytes | None = None) -> None:
         self.address = address              # IP address in text
         self.listener = listener            # name of the listener that accepted it
         self.certificate = certificate      # DER, verified by the handshake; None without one
         self.identity: Any = None           # set by the application: who the certificate says it is
-        self.known = False                  # set by the application once the peer is authorized
+        self.group = ""                     # set by the application: who is authorized; "": nobody
 
 
 class Request(NamedTuple):
@@ -306,6 +306,12 @@ def is_ip(value: Any) -> bool:
         except (OSError, TypeError, ValueError):
             continue
     return False
+
+
+def network_of(address: str) -> str:
+    """The part of an IP address that one machine cannot choose."""
+    return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex() \
+        if ":" in address else address
 
 
 def admin_address(sysinfo: Any) -> str | None:
@@ -4563,7 +4569,8 @@ class Limits:
     head_seconds: float = 10.0      # from a request's first byte to its last
     idle_seconds: float = 360.0     # longer than the 300 s for which Prometheus keeps connections
     stranger_seconds: float = 10.0  # idle over TLS, and not let in by the application
-    stranger_share: float = 0.25    # of all connections, for strangers from one address
+    share: float = 0.25             # of all connections, for strangers from one address, and
+                                    # when there are no more, for each authorized group
     write_seconds: float = 30.0     # for a client to read its answer
     unsent_bytes: int = 128 << 20   # of all answers that clients have not read yet
     handshake_seconds: float = 10.0
@@ -5083,7 +5090,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     `setup` and `handle` are socketserver's hooks. The loop calls for each further step, so `handle`
     returns immediately and `finish` has nothing to do.
     """
-    __slots__ = ("request", "client_address", "server", "connection", "peer", "stranger",
+    __slots__ = ("request", "client_address", "server", "connection", "peer", "group",
                  "_listener", "_buffer", "_state", "_since", "_head", "_rest", "_keep", "_events",
                  "_deferred", "_end", "_empty", "_wanted")
     server: Server
@@ -5099,7 +5106,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.connection = listener.tls.wrap_socket(self.connection, server_side=True,
                                                        do_handshake_on_connect=False)
         self.peer = Peer(str(self.client_address), listener.name)
-        self.stranger = listener.tls is not None    # until the application lets the peer in
+        self.group = ""                 # as the peer's, when the last answer was sent
         self._buffer = b""              # of an incomplete request, or of the next one
         self._state = IDLE
         self._since = self.server.now()  # when this state began
@@ -5252,9 +5259,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if found is None:                   # closed meanwhile
             return
         self._head = None
-        if self.stranger and self.peer.known:
-            self.stranger = False
-            self.server.let_in(self)
+        if self.group != self.peer.group:
+            self.server.regroup(self)
         now = self.server.now()
         found.stats.count(answer.status, now - self._since)
         self._since = now
@@ -5355,7 +5361,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Close it when its state has lasted too long."""
         name = _STATE_LIMITS.get(self._state)
         if self._state == IDLE:
-            name = "stranger_seconds" if self.stranger else "idle_seconds"
+            name = "stranger_seconds" if self.is_stranger else "idle_seconds"
         if name and not self.is_working \
                 and now - self._since > getattr(self.server.limits, name):
             if name != "idle_seconds":
@@ -5376,6 +5382,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def since(self) -> float:
         """When its state began."""
         return self._since
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the application has not let its peer in. Without TLS nobody is a stranger."""
+        return not self.group and self._listener.tls is not None
 
     @property
     def is_working(self) -> bool:
@@ -5442,8 +5453,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.listeners: list[Listener] = []
         self.accepting: Listener        # the one that accepts right now
         self.connections: set[Connection] = set()
-        # Connections over TLS that the application has not let in, by address, oldest first.
+        # Connections over TLS, oldest first: those that the application has not let in, by network;
+        # the others by group.
         self._strangers: dict[str, dict[Connection, None]] = {}
+        self._groups: dict[str, dict[Connection, None]] = {}
         self._timed: set[Connection] = set()        # in a state with a limit of seconds
         self._parked: dict[Connection, float] = {}  # with a deferred answer -> its deadline
         self.stopping = False
@@ -5508,7 +5521,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self.service_actions()
             if self.stopping and end == math.inf:
                 end = self.now() + self.limits.grace_seconds
-                self._leave()
+                self._wind_up()
         self.server_close()
         self._done.set()
 
@@ -5535,7 +5548,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._shakers.close()
         self.loop.close()
 
-    def _leave(self) -> None:
+    def _wind_up(self) -> None:
         self._close_listeners()
         for connection in list(self.connections):
             connection.leave()
@@ -5582,8 +5595,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Enforce the limits on strangers from one address and on all connections."""
         most = self.most_connections()
-        if self.accepting.tls is not None and len(self._strangers.get(client_address, ())) >= \
-                max(most * self.limits.stranger_share, 1):
+        if self.accepting.tls is not None and len(self._strangers.get(
+                network_of(client_address), ())) >= max(most * self.limits.share, 1):
             self.refused("stranger_share")
             return False
         if len(self.connections) >= most:
@@ -5614,10 +5627,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             owner.close()
 
     def _make_room(self) -> bool:
-        """Close a few connections: the oldest strangers of the address that has most of them, or
-        without strangers the longest idle. Returns whether there is room."""
+        """Close a few connections: the longest inactive of a group that has more than its share,
+        the oldest strangers of the network that has most of them, or without strangers the longest
+        idle. Returns whether there is room."""
         count = 1 + len(self.connections) // 1024       # one search makes room for several
-        if self._strangers:
+        group = max(self._groups.values(), key=len, default={})
+        if len(group) > max(self.most_connections() * self.limits.share, 1):
+            victims = heapq.nsmallest(count, group, key=Connection.since)
+        elif self._strangers:
             crowd = max(self._strangers.values(), key=len)
             victims = [connection for connection in crowd if not connection.is_working][:count]
         else:
@@ -5631,20 +5648,30 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def joined(self, connection: Connection) -> None:
         """A connection has begun."""
         self.connections.add(connection)
-        if connection.stranger:
-            self._strangers.setdefault(connection.peer.address, {})[connection] = None
+        if connection.is_stranger:
+            self._strangers.setdefault(network_of(connection.peer.address), {})[connection] = None
 
-    def let_in(self, connection: Connection) -> None:
-        """Its peer has been authorized, or it is closed."""
-        others = self._strangers.get(connection.peer.address)
+    def regroup(self, connection: Connection) -> None:
+        """Its peer has been authorized, or is not any more."""
+        self._leave(connection)
+        connection.group = connection.peer.group
+        if connection.group:
+            self._groups.setdefault(connection.group, {})[connection] = None
+        else:
+            self.joined(connection)
+
+    def _leave(self, connection: Connection) -> None:
+        among, name = (self._groups, connection.group) if connection.group else (
+            self._strangers, network_of(connection.peer.address))
+        others = among.get(name)
         if others is not None and others.pop(connection, self) is None and not others:
-            del self._strangers[connection.peer.address]
+            del among[name]
 
     def forget(self, connection: Connection) -> bool:
         """Remove a closed connection; returns whether it was still open."""
         known = connection in self.connections
         self.connections.discard(connection)
-        self.let_in(connection)
+        self._leave(connection)
         self._timed.discard(connection)
         self._parked.pop(connection, None)
         self.released(connection)

@@ -70,9 +70,9 @@ try:
         USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
         ConfigError, Deferred, Family, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
         Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least, call,
-        command_line, complain, gunzip, http_date, is_address, is_ip, load_settings, log, one_of,
-        page_headers, parse_address, plain_page, prepare, read_json, register_process_metrics,
-        render, run_daemon, scrape_deadline, setting, text)
+        command_line, complain, gunzip, http_date, is_address, is_ip, load_settings, log,
+        network_of, one_of, page_headers, parse_address, plain_page, prepare, read_json,
+        register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
@@ -2338,14 +2338,6 @@ def _account_bytes(login: str, known: Known) -> int:
         600 + 2 * len(one.key.blob) + 2 * len(one.key.spki) for one in known.account.keys.values())
 
 
-def _network(address: str) -> str:
-    """The part of an address that one machine cannot change."""
-    try:
-        return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
-    except OSError:
-        return address
-
-
 def _accounts_unreachable(_: object) -> Answer:
     return refused("accounts_unreachable").answer()
 
@@ -2433,7 +2425,7 @@ class Accounts:
         return True
 
     def _may_look_up(self, address: str) -> bool:
-        now, network = self._loop.now(), _network(address)
+        now, network = self._loop.now(), network_of(address)
         left, at = self._lookups.get(network) or (LOOKUPS_BURST, now)
         left = min(left + (now - at) * LOOKUPS_PER_SECOND, LOOKUPS_BURST)
         if left < 1:
@@ -4744,9 +4736,9 @@ class Proxy:
         if isinstance(account, Deferred):          # being looked up; returns here
             return self._after(account, Route("GET", "", functools.partial(
                 self.enter, action, cost)), request, args)
-        peer.known = False
+        peer.group = ""
         granted = grant(identity, account, self.policy, self.clock())
-        peer.known = True
+        peer.group = granted.account.uuid
         bucket = self.quotas.of(granted.account)
         price = cost.base
         if cost.containers != math.inf:

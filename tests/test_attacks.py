@@ -442,6 +442,16 @@ def test_a_list_that_took_long_is_not_shown_when_containers_have_moved(house: An
     assert world.settled(later).status == 503
 
 
+def test_a_connection_is_of_the_account_that_it_was_last_let_in_as(house: Any) -> None:
+    world = house(1)
+    peers = [world.request("/", which=which).peer for which in (0, 1)]
+    for which in (0, 1):
+        assert world.ask("/v1/discover", which=which).status == 200
+    assert [peer.group for peer in peers] == [account.uuid for account, *_ in world.accounts[:2]]
+    without_key(world)
+    assert world.ask("/v1/discover").status == 401 and peers[0].group == ""
+
+
 def test_who_is_no_operator_any_more_gets_no_compute_node(house: Any) -> None:
     world = house(10)
     operator = world.accounts[1][0]

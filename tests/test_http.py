@@ -24,7 +24,8 @@ from support import Connection, http_get, samples, wait_until
 import cmon_agent
 from cmon_agent import (
     PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Router,
-    Server, _header_fields, parse_head, prepare, render, respond, scrape_deadline, text, wire)
+    Server, _header_fields, network_of, parse_head, prepare, render, respond, scrape_deadline, text,
+    wire)
 from cmon_proxy import (
     after_handshake, ask_for_any_certificate, check_any_certificate, make_certificate, make_key,
     server_context)
@@ -133,7 +134,7 @@ def test_a_prepared_answer_is_what_would_be_sent_anyway() -> None:
 
 LIMITS = Limits(connections=40, head_bytes=2000, header_count=20, body_bytes=100, workers=2,
                 head_seconds=0.3, idle_seconds=30.0, write_seconds=0.5, handshake_seconds=0.3,
-                grace_seconds=5.0, stranger_share=1.0)
+                grace_seconds=5.0, share=1.0)
 
 
 UNSENT = "cmon_agent_http_unsent_bytes"
@@ -626,7 +627,7 @@ def test_many_handshakes_at_once_keep_their_certificates_apart(secure: Served, p
 
 
 def letting_in(request: Request) -> Answer:
-    request.peer.known = True
+    request.peer.group = request.query.get("as", "somebody")
     return text(200, "come in")
 
 
@@ -659,7 +660,7 @@ def is_open(connection: Connection) -> bool:
 
 
 def test_at_the_limit_strangers_go_first_and_tenants_stay(crowded: Any, pems: Path) -> None:
-    server, address = crowded(connections=6, stranger_share=1.0)
+    server, address = crowded(connections=6, share=1.0)
     tls = client(pems, "alice")
     tenants = [Connection(address, tls, "localhost") for _ in range(3)]
     for tenant in tenants:
@@ -679,7 +680,7 @@ def test_at_the_limit_strangers_go_first_and_tenants_stay(crowded: Any, pems: Pa
 
 
 def test_where_all_are_tenants_the_longest_idle_one_makes_room(crowded: Any, pems: Path) -> None:
-    _, address = crowded(connections=3, stranger_share=1.0)
+    _, address = crowded(connections=3, share=1.0)
     tls = client(pems, "alice")
     tenants = [Connection(address, tls, "localhost") for _ in range(3)]
     for index in (0, 1, 2, 0):
@@ -689,6 +690,45 @@ def test_where_all_are_tenants_the_longest_idle_one_makes_room(crowded: Any, pem
     assert [is_open(one) for one in tenants] == [True, False, True]
     for tenant in tenants:
         tenant.close()
+
+
+def test_who_has_more_than_a_share_makes_room_before_strangers_and_others(
+        crowded: Any, pems: Path) -> None:
+    """Else an account with all connections would leave strangers one place, and each newcomer,
+    who is a stranger until the handshake is done, would push out the one before."""
+    _, address = crowded(connections=8, share=0.25)
+    tls = client(pems, "alice")
+
+    def enter(group: str, host: str = "127.0.0.1") -> Connection:
+        connection = Connection(address, tls, "localhost", source=(host, 0))
+        assert connection.request(f"/?as={group}").status == 200
+        return connection
+    other = enter("other")
+    greedy = [enter("greedy") for _ in range(7)]
+    silent = Connection(address, source=("127.0.0.9", 0))
+    late = enter("late", "127.0.0.8")
+    for connection in (other, late, *greedy[2:]):
+        assert connection.request("/who").status == 200
+    assert is_open(silent) and not is_open(greedy[0]) and not is_open(greedy[1])
+    for connection in (other, late, silent, *greedy):
+        connection.close()
+
+
+def test_who_is_not_let_in_any_more_is_a_stranger_again(crowded: Any, pems: Path) -> None:
+    server, address = crowded()
+    with Connection(address, client(pems, "alice"), "localhost") as connection:
+        for group, strangers in (("a", 0), ("b", 0), ("", 1), ("a", 0)):
+            assert connection.request(f"/?as={group}").status == 200
+            page = render(server._families())
+            assert f"cmon_agent_http_strangers {strangers}\n" in page
+            assert list(server._groups) == [group] * bool(group)
+    wait_until(lambda: not server._groups and not server.connections)
+
+
+def test_a_network_is_what_one_machine_cannot_choose() -> None:
+    assert network_of("192.0.2.1") == "192.0.2.1"
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:1") != network_of("2001:db9::1")
+    assert network_of("fe80::1%net0") == network_of("fe80::2")
 
 
 def test_one_address_holds_no_more_strangers_than_its_share(crowded: Any, pems: Path) -> None:
@@ -794,7 +834,7 @@ def test_the_limit_follows_the_descriptors_that_there_are(pems: Path) -> None:
 
 def test_out_of_descriptors_strangers_make_room(crowded: Any, pems: Path) -> None:
     """EMFILE although the limit is not reached: others of the process have taken them."""
-    server, address = crowded(connections=200, stranger_share=1.0)
+    server, address = crowded(connections=200, share=1.0)
     tls = client(pems, "alice")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with Connection(address, tls, "localhost") as tenant:
