@@ -44,6 +44,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import errno
 import functools
 import hashlib
@@ -54,7 +55,6 @@ import http.server
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import operator
 import os
@@ -93,8 +93,8 @@ __version__ = "1.1.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
     "Backoff", "BASE_CSS", "Breaker",
-    "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line", "CommandLine",
-    "complain",
+    "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line",
+    "command_settings", "CommandLine", "complain",
     "ConfigError", "COUNTER",
     "Deferred",
     "ExpositionError",
@@ -103,7 +103,7 @@ __all__ = [     # what the other programs import
     "HISTOGRAM", "HTML", "http_date",
     "is_address", "is_ip",
     "JSON",
-    "label_text", "Labels", "LEVELS", "Listener", "load_settings", "log", "Loop",
+    "label_text", "Labels", "LEVELS", "Listener", "log", "Loop",
     "MAX_BODY", "MAX_JSON_BYTES", "metadata",
     "network_of", "Number", "number",
     "one_of",
@@ -111,12 +111,11 @@ __all__ = [     # what the other programs import
     "Pool", "prepare", "Prepared",
     "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
     "render", "Request", "Response", "Route", "run_daemon",
-    "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "start_logging",
-    "stop_logging", "SUFFIXES", "SUMMARY",
+    "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "single",
+    "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
     "text", "TooLarge",
     "Use", "USE", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
     "valid_label_name", "valid_metric_name",
-    "within",
     "within",
 ]
 
@@ -142,6 +141,10 @@ class Family(NamedTuple):
     kind: str
     help: str
     samples: Sequence[Sample]
+
+def single(name: str, kind: str, help_text: str, value: Number | None) -> Family:
+    """A family with one sample, without labels; None: with none."""
+    return Family(name, kind, help_text, [] if value is None else [Sample((), value)])
 
 
 TEXT = "text/plain; charset=utf-8"
@@ -3944,7 +3947,7 @@ KINDS = frozenset((COUNTER, GAUGE, HISTOGRAM, SUMMARY, UNTYPED))
 SUFFIXES = {HISTOGRAM: ("_bucket", "_sum", "_count"), SUMMARY: ("_sum", "_count")}
 _VALUE = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?)")
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "+inf": math.inf, "-inf": -math.inf}
-_HEAD_LIMIT = 4096              # HELP and TYPE texts kept: all our tables, and some plugins'
+
 _MAX_DIGITS = 400               # longer numbers are refused: int() of a huge text takes seconds
 
 
@@ -3987,35 +3990,21 @@ def label_text(labels: Labels) -> str:
     return "{" + ",".join([f'{name}="{escape_label(value)}"' for name, value in labels]) + "}"
 
 
-_heads: dict[tuple[str, str, str], str] = {}    # (name, kind, help) -> their two lines
-
-
+@functools.lru_cache(maxsize=4096)      # all our tables, and some plugins'
 def _head(name: str, kind: str, help_text: str) -> str:
-    key = (name, kind, help_text)
-    head = _heads.get(key)
-    if head is None:
-        if not valid_metric_name(name) or kind not in KINDS:
-            raise ExpositionError(f"family {name!r} of type {kind!r} is not valid")
-        escaped = help_text.replace("\\", "\\\\").replace("\n", "\\n")
-        head = f"# HELP {name} {escaped}\n# TYPE {name} {kind}\n"
-        if len(_heads) >= _HEAD_LIMIT:          # only plugins can bring so many
-            _heads.clear()
-        _heads[key] = head
-    return head
-
-
-def _sample_lines(name: str, samples: Sequence[Sample]) -> str:
-    """The lines of a family's samples."""
-    if len(samples) == 1 and not samples[0].labels and not samples[0].suffix:
-        return f"{name} {number(samples[0].value)}\n"
-    return "".join([f"{name}{suffix}{label_text(labels)} {number(value)}\n"
-                    for labels, value, suffix in samples])
+    """The lines HELP and TYPE."""
+    if not valid_metric_name(name) or kind not in KINDS:
+        raise ExpositionError(f"family {name!r} of type {kind!r} is not valid")
+    escaped = help_text.replace("\\", "\\\\").replace("\n", "\\n")
+    return f"# HELP {name} {escaped}\n# TYPE {name} {kind}\n"
 
 
 def render(families: Iterable[Family]) -> str:
     """Families as a page, in their order; families without samples are left out."""
-    return "".join([_head(name, kind, help_text) + _sample_lines(name, samples)
-                    for name, kind, help_text, samples in families if samples])
+    return "".join([_head(name, kind, help_text) + "".join(
+        [f"{name}{suffix}{label_text(labels)} {number(value)}\n"
+         for labels, value, suffix in samples])
+        for name, kind, help_text, samples in families if samples])
 
 
 def _value(word: str) -> Number:
@@ -4093,11 +4082,16 @@ class _Parser:
         self.seen: set[tuple[str, str, Labels]] = set()
         self.max_samples = max_samples
 
-    def line(self, line: str) -> None:
-        if line.startswith("#"):
-            self._comment(line)
-        elif line.strip(" \t\r"):
-            self._add(*_sample(line.rstrip("\r")))
+    def read(self, page: str) -> Iterator[str]:
+        """Read all lines; the bad ones are described and left out."""
+        for index, line in enumerate(page.split("\n"), 1):
+            try:
+                if line.startswith("#"):
+                    self._comment(line)
+                elif line.strip(" \t\r"):
+                    self._add(*_sample(line.rstrip("\r")))
+            except ExpositionError as error:
+                yield f"line {index}: {error}"
 
     def _comment(self, line: str) -> None:
         words = line[1:].lstrip(" \t").split(None, 2)
@@ -4146,26 +4140,18 @@ class _Parser:
 
 def parse(page: str, *, max_samples: int = 100_000) -> list[Family]:
     """Parse a page into families; raises ExpositionError naming the first bad line."""
-    parser = _Parser(max_samples)
     if page and not page.endswith("\n"):
         raise ExpositionError("the last line has no newline: the page is truncated")
-    for index, line in enumerate(page.split("\n"), 1):
-        try:
-            parser.line(line)
-        except ExpositionError as error:
-            raise ExpositionError(f"line {index}: {error}") from None
+    parser = _Parser(max_samples)
+    for problem in parser.read(page):
+        raise ExpositionError(problem)
     return parser.families()
 
 
 def parse_lines(page: str, *, max_samples: int = 10_000) -> tuple[list[Family], list[str]]:
     """Parse what is valid of a page; a bad line is reported in the second list."""
     parser = _Parser(max_samples)
-    problems: list[str] = []
-    for index, line in enumerate(page.split("\n"), 1):
-        try:
-            parser.line(line)
-        except ExpositionError as error:
-            problems.append(f"line {index}: {error}")
+    problems = list(parser.read(page))
     return parser.families(), problems
 
 
@@ -4205,55 +4191,50 @@ def merge(families: Iterable[Family]) -> tuple[list[Family], list[str]]:
 class Counter:
     """A family of counters, one for each combination of label values."""
 
-    def __init__(self, name: str, help_text: str, label_names: Sequence[str], kind: str) -> None:
-        self.name, self.help, self.kind = name, help_text, kind
-        self.label_names = tuple(label_names)
-        self.values: dict[tuple[str, ...], Number] = {} if label_names else {(): 0}
-        self._lock = threading.Lock()       # values: any thread adds, the scrape copies
+    def __init__(self, name: str, help_text: str, label_names: Sequence[str]) -> None:
+        self.name, self.help, self.label_names = name, help_text, label_names
+        self._values: dict[tuple[str, ...], Number] = {} if label_names else {(): 0}
+        self._lock = threading.Lock()       # _values: any thread adds, the scrape copies
 
     def add(self, amount: Number = 1, *label_values: str) -> None:
         """Count `amount` more."""
         with self._lock:
-            self.values[label_values] = self.values.get(label_values, 0) + amount
-
-    def remove(self, *label_values: str) -> None:
-        """Forget one combination: its zone, node or account is gone."""
-        with self._lock:
-            self.values.pop(label_values, None)
+            self._values[label_values] = self._values.get(label_values, 0) + amount
 
     def family(self) -> Family:
         """As a family for a scrape."""
         with self._lock:
-            values = list(self.values.items())
-        return Family(self.name, self.kind, self.help, [
+            values = list(self._values.items())
+        return Family(self.name, COUNTER, self.help, [
             Sample(tuple(zip(self.label_names, labels)), value) for labels, value in values])
 
 
 class Histogram:
-    """Counts of observations by upper bound, with their sum; one series a label combination."""
+    """Counts of observations by upper bound, with their sum; one series a label combination.
+    Belongs to one thread."""
 
     def __init__(self, name: str, help_text: str, bounds: Sequence[float],
                  label_names: Sequence[str]) -> None:
-        self.name, self.help, self.bounds = name, help_text, tuple(bounds)
-        self.label_names = tuple(label_names)
+        self.name, self.help, self.bounds, self.label_names = name, help_text, bounds, label_names
         self._series: dict[tuple[str, ...], list[Number]] = {}
-        self._lock = threading.Lock()       # _series: any thread observes, the scrape copies
+
+    def series(self, *label_values: str) -> list[Number]:
+        """A count for each bound, one for +Inf, and the sum."""
+        series = self._series.get(label_values)
+        if series is None:
+            series = self._series[label_values] = [0] * (len(self.bounds) + 1) + [0.0]
+        return series
 
     def observe(self, value: float, *label_values: str) -> None:
         """Count one observation."""
-        with self._lock:
-            series = self._series.get(label_values)
-            if series is None:              # a count for each bound, one for +Inf, and the sum
-                series = self._series[label_values] = [0] * (len(self.bounds) + 1) + [0.0]
-            series[bisect.bisect_left(self.bounds, value)] += 1
-            series[-1] += value
+        series = self.series(*label_values)
+        series[bisect.bisect_left(self.bounds, value)] += 1
+        series[-1] += value
 
     def family(self) -> Family:
         """As a family for a scrape: cumulative buckets, sum and count."""
-        with self._lock:
-            copies = [(labels, list(series)) for labels, series in self._series.items()]
         samples: list[Sample] = []
-        for values, series in copies:
+        for values, series in self._series.items():
             labels = tuple(zip(self.label_names, values))
             total = 0
             for bound, count in zip([*map(number, self.bounds), "+Inf"], series):
@@ -4273,7 +4254,9 @@ class Registry:
 
     def counter(self, name: str, help_text: str, *label_names: str) -> Counter:
         """A new counter; its name ends in `_total`."""
-        return self._keep(Counter(name, help_text, label_names, COUNTER))
+        made = Counter(name, help_text, label_names)
+        self.collect(lambda: (made.family(),))
+        return made
 
     def collect(self, function: Callable[[], Iterable[Family]]) -> None:
         """Add a function that returns families at each scrape."""
@@ -4283,9 +4266,7 @@ class Registry:
         """All of them, now."""
         return [family for source in self._sources for family in source()]
 
-    def _keep(self, made: Counter) -> Counter:
-        self.collect(lambda: (made.family(),))
-        return made
+
 
 
 def _resident_bytes() -> int | None:
@@ -4321,9 +4302,6 @@ def register_process_metrics(registry: Registry, program: str) -> None:
     """The usual `process_…` families and `cmon_<program>_build_info`."""
     started = time.time()
 
-    def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
-        return Family(name, kind, help_text, [] if value is None else [Sample((), value)])
-
     def caches() -> Iterator[Family]:
         for name, kind, help_text, value in (
                 ("bytes", GAUGE, "Bytes held by a cache.", "bytes"),
@@ -4340,16 +4318,16 @@ def register_process_metrics(registry: Registry, program: str) -> None:
             Family(f"cmon_{program}_build_info", GAUGE, "Version of the program and of Python.",
                    [Sample((("version", __version__), ("python", version),
                             ("openssl", ssl.OPENSSL_VERSION)), 1)]),
-            one("process_cpu_seconds_total", COUNTER, "CPU time of the process in seconds, "
-                "without its children.", own.ru_utime + own.ru_stime),
-            one("process_start_time_seconds", GAUGE, "Start of the process, seconds since 1970.",
-                started),
-            one("process_resident_memory_bytes", GAUGE, "Resident memory in bytes.",
-                _resident_bytes()),
-            one("process_open_fds", GAUGE, "Open file descriptors.", _open_descriptors()),
-            one("process_max_fds", GAUGE, "Limit of open file descriptors.",
-                resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-            one("process_threads", GAUGE, "Threads of the process.", threading.active_count()),
+            single("process_cpu_seconds_total", COUNTER, "CPU time of the process in seconds, "
+                   "without its children.", own.ru_utime + own.ru_stime),
+            single("process_start_time_seconds", GAUGE, "Start of the process, seconds since 1970.",
+                   started),
+            single("process_resident_memory_bytes", GAUGE, "Resident memory in bytes.",
+                   _resident_bytes()),
+            single("process_open_fds", GAUGE, "Open file descriptors.", _open_descriptors()),
+            single("process_max_fds", GAUGE, "Limit of open file descriptors.",
+                   resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+            single("process_threads", GAUGE, "Threads of the process.", threading.active_count()),
             *caches(),
         ]
     registry.collect(families)
@@ -4451,7 +4429,6 @@ class Breaker:
         self._until = 0.0
         self.open = False
         self.reason = ""
-        self.since = 0.0                    # when it opened, on the clock `now`
 
     def allows(self) -> bool:
         """Whether to try now; while open, only one caller is allowed at the end of each wait."""
@@ -4471,11 +4448,9 @@ class Breaker:
         """The work failed; `reason` is shown to people."""
         self._count += 1
         self.reason = reason
-        if not self.open and self._count < self._failures:
-            return
-        if not self.open:
-            self.open, self.since = True, self._now()
-        self._until = self._now() + self._backoff.next()
+        if self.open or self._count >= self._failures:
+            self.open = True
+            self._until = self._now() + self._backoff.next()
 
     @property
     def retry_seconds(self) -> float:
@@ -4706,20 +4681,14 @@ def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float
 
 _phrases = {status: entry[0] for status, entry in
             http.server.BaseHTTPRequestHandler.responses.items()}
-_date = (0, "")                             # the second and its text; any thread may replace it
+@functools.lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 def http_date() -> str:
     """The time in the format of a Date header."""
-    global _date
-    second = int(time.time())
-    if _date[0] != second:
-        day = time.gmtime(second)
-        _date = (second, time.strftime("%%s, %d %%s %Y %H:%M:%S GMT", day) % (
-            ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[day.tm_wday],
-            ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-            [day.tm_mon - 1]))
-    return _date[1]
+    return _date(int(time.time()))
 
 
 def gzip(body: bytes) -> bytes:
@@ -4771,18 +4740,16 @@ def wire(answer: Answer, packed: bool = False, head_only: bool = False,
 
 class _Stats:
     """Counts of one route; the server's thread alone writes and reads them."""
-    __slots__ = ("route", "statuses", "buckets", "seconds")
+    __slots__ = ("statuses", "durations")
 
-    def __init__(self, route: str) -> None:
-        self.route = route
+    def __init__(self, durations: list[Number]) -> None:
         self.statuses: dict[int, int] = {}
-        self.buckets = [0] * (len(DURATIONS) + 1)
-        self.seconds = 0.0
+        self.durations = durations          # a series of a Histogram
 
     def count(self, status: int, seconds: float) -> None:
         self.statuses[status] = self.statuses.get(status, 0) + 1
-        self.buckets[bisect.bisect_left(DURATIONS, seconds)] += 1
-        self.seconds += seconds
+        self.durations[bisect.bisect_left(DURATIONS, seconds)] += 1
+        self.durations[-1] += seconds
 
 
 class _Head(NamedTuple):
@@ -4842,13 +4809,7 @@ def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferr
         return text(500, "internal error; see the log", ("X-Cmon-Error", "internal"))
 
 
-def respond(routes: Sequence[Route], request: Request) -> Answer | Deferred:
-    """Route and answer a request without a socket."""
-    try:
-        route, args = Router(routes).find(request)
-    except Refused as refusal:
-        return refusal.answer()
-    return call(route, request, args)
+
 
 
 class _Watch:
@@ -5026,16 +4987,14 @@ class Listener:
     def __init__(self, server: Server, listening: socket.socket, routes: Sequence[Route],
                  tls: ssl.SSLContext | None, name: str, fallback: Fallback | None,
                  on_handshake: Callable[[ssl.SSLSocket], None] | None) -> None:
-        self.server, self.socket, self.tls, self.name = server, listening, tls, name
+        self.server, self.socket, self.name = server, listening, name
+        self.tls = tls                      # of new connections
         self.on_handshake = on_handshake
         self.router = Router(routes, fallback)
         self.heads: Cache[bytes, _Head] = Cache(f"{name} request heads", HEADS_BYTES, _head_size)
         self.address: tuple[str, int] = listening.getsockname()[:2]
-        self._stats: dict[str, _Stats] = {}
 
-    def set_tls(self, context: ssl.SSLContext) -> None:
-        """Use this context for new connections."""
-        self.tls = context
+
 
     def ready(self, _mask: int) -> None:
         """Called by the loop: accept connections."""
@@ -5049,23 +5008,14 @@ class Listener:
             route, args = self.router.find(request)
         except Refused as refusal:
             route = Route(request.method, "none", _refusing(refusal))
-        stats = self.stats(route.pattern)
+        stats = self.server.stats(route.pattern)
         found = _Head(fields, route, args, stats, request.method == "GET" and request.keep,
                       request.gzip)
         if "content-length" not in request.headers:
             self.heads.put(raw, found)
         return found
 
-    def stats(self, route: str) -> _Stats:
-        """The counts of a route by its pattern."""
-        stats = self._stats.get(route)
-        if stats is None:
-            stats = self._stats[route] = _Stats(route)
-        return stats
 
-    def all_stats(self) -> list[_Stats]:
-        """The counts of all routes that were requested."""
-        return list(self._stats.values())
 
 
 # States of a connection, and what leads from one to the next:
@@ -5181,7 +5131,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             whole = self._take()
         except Refused as refusal:          # nothing that follows can be trusted
-            self._listener.stats("bad request").count(refusal.status, 0.0)
+            self.server.stats("bad request").count(refusal.status, 0.0)
             self._send(wire(refusal.answer(), close=True), keep=False)
         except _AGAIN:
             return
@@ -5476,6 +5426,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._refusals: dict[str, int] = {}
         self._handshakes: dict[str, int] = {}
         self._accepted = 0
+        self._stats: dict[str, _Stats] = {}         # by the route's pattern
+        self._durations = Histogram(
+            f"cmon_{program}_http_request_duration_seconds", "Seconds from a request's arrival to "
+            "its answer.", DURATIONS, ("route",))
         registry.collect(self._families)
         self.loop.every(5.0, self._sweep_idle)
 
@@ -5761,53 +5715,40 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # own metrics
 
+    def stats(self, route: str) -> _Stats:
+        """The counts of a route by its pattern."""
+        stats = self._stats.get(route)
+        if stats is None:
+            stats = self._stats[route] = _Stats(self._durations.series(route))
+        return stats
+
     def _families(self) -> list[Family]:
         config = f"cmon_{self._program}_config_last_reload_success"
         prefix = f"cmon_{self._program}_http"
-        stats = [stats for listener in self.listeners for stats in listener.all_stats()]
-        merged: dict[str, _Stats] = {}
-        for one in stats:
-            into = merged.setdefault(one.route, _Stats(one.route))
-            for status, count in one.statuses.items():
-                into.statuses[status] = into.statuses.get(status, 0) + count
-            into.buckets = [a + b for a, b in zip(into.buckets, one.buckets)]
-            into.seconds += one.seconds
-        reload = [
-            Family(f"{config}ful", GAUGE, "Whether the settings could be read the last time.",
-                   [Sample((), int(self.reload.good))]),
-            Family(f"{config}_timestamp_seconds", GAUGE, "When the settings were read.",
-                   [Sample((), self.reload.at)])]
-        requests = [Sample((("route", name), ("code", str(status))), count)
-                    for name, one in merged.items() for status, count in one.statuses.items()]
-        durations: list[Sample] = []
-        for name, one in merged.items():
-            total = 0
-            for bound, count in zip([*map(str, DURATIONS), "+Inf"], one.buckets):
-                total += count
-                durations.append(Sample((("route", name), ("le", bound)), total, "_bucket"))
-            durations.append(Sample((("route", name),), one.seconds, "_sum"))
-            durations.append(Sample((("route", name),), total, "_count"))
-        states = [0] * len(STATE_NAMES)
-        for connection in self.connections:
-            states[connection.state] += 1
+
+        states = collections.Counter(connection.state for connection in self.connections)
 
         def labelled(label: str, counts: Mapping[str, int]) -> list[Sample]:
             return [Sample(((label, key),), count) for key, count in counts.items()]
         return [
-            *reload,
-            Family(f"{prefix}_requests_total", COUNTER, "Requests answered.", requests),
-            Family(f"{prefix}_request_duration_seconds", HISTOGRAM, "Seconds from a request's "
-                   "arrival to its answer.", durations),
-            Family(f"{prefix}_connections", GAUGE, "Open connections by state.",
-                   labelled("state", dict(zip(STATE_NAMES, states)))),
-            Family(f"{prefix}_strangers", GAUGE, "TLS connections whose client is not authorized.",
-                   [Sample((), sum(map(len, self._strangers.values())))]),
-            Family(f"{prefix}_unsent_bytes", GAUGE, "Size of the answers that clients have not "
-                   "read yet.", [Sample((), self._unsent_bytes)]),
-            Family(f"{prefix}_connections_limit", GAUGE, "Limit of open connections.",
-                   [Sample((), self.most_connections())]),
-            Family(f"{prefix}_connections_accepted_total", COUNTER, "Connections accepted.",
-                   [Sample((), self._accepted)]),
+            single(f"{config}ful", GAUGE, "Whether the settings could be read the last time.",
+                   int(self.reload.good)),
+            single(f"{config}_timestamp_seconds", GAUGE, "When the settings were read.",
+                   self.reload.at),
+            Family(f"{prefix}_requests_total", COUNTER, "Requests answered.",
+                   [Sample((("route", route), ("code", str(status))), count) for route, stats in
+                    self._stats.items() for status, count in stats.statuses.items()]),
+            self._durations.family(),
+            Family(f"{prefix}_connections", GAUGE, "Open connections by state.", labelled(
+                "state", {name: states[state] for state, name in enumerate(STATE_NAMES)})),
+            single(f"{prefix}_strangers", GAUGE, "TLS connections whose client is not authorized.",
+                   sum(map(len, self._strangers.values()))),
+            single(f"{prefix}_unsent_bytes", GAUGE, "Size of the answers that clients have not "
+                   "read yet.", self._unsent_bytes),
+            single(f"{prefix}_connections_limit", GAUGE, "Limit of open connections.",
+                   self.most_connections()),
+            single(f"{prefix}_connections_accepted_total", COUNTER, "Connections accepted.",
+                   self._accepted),
             Family(f"{prefix}_limit_refusals_total", COUNTER, "What a limit has refused or closed.",
                    labelled("limit", self._refusals)),
             Family(f"{prefix}_tls_handshakes_total", COUNTER, "TLS handshakes by result.",
@@ -6090,6 +6031,9 @@ class _Origin(NamedTuple):
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
 
 class Client:
     """HTTP/1.1 for programs: keeps connections, one deadline for the whole exchange.
@@ -6113,8 +6057,8 @@ class Client:
         """Send a request and wait at most `timeout` seconds for the answer; raises ClientError."""
         origin, target = self._origin(url)
         deadline = self._now() + timeout
-        lines = {"Host": origin.host if origin.port in (80, 443) else
-                 f"{origin.host}:{origin.port}", "Accept-Encoding": "gzip", **(headers or {})}
+        lines = {"Host": origin.host if origin.port in (80, 443) else str(origin),
+                 "Accept-Encoding": "gzip", **(headers or {})}
         if body or method in ("POST", "PUT"):
             lines["Content-Length"] = str(len(body))
         head = "".join([f"{name}: {value}\r\n" for name, value in lines.items()])
@@ -6166,31 +6110,29 @@ class Client:
 
     def _connect(self, origin: _Origin, deadline: float) -> socket.socket:
         address = self._resolve.get(origin.host, (origin.host.strip("[]"), origin.port))
-        shown = f"{origin.host}:{origin.port}"
         try:
-            plain = socket.create_connection(address, self._left(deadline, shown))
+            plain = socket.create_connection(address, self._left(deadline, origin))
         except OSError as error:
-            raise ClientError(f"cannot reach {shown}: {reason_of(error)}") from None
+            raise ClientError(f"cannot reach {origin}: {reason_of(error)}") from None
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if origin.scheme == "http":
                 return plain
             context = self._tls if self._tls is not None else ssl.create_default_context()
-            plain.settimeout(self._left(deadline, shown))
+            plain.settimeout(self._left(deadline, origin))
             return context.wrap_socket(plain, server_hostname=origin.host.strip("[]"))
         except (OSError, ValueError) as error:
             plain.close()
-            raise ClientError(f"no TLS with {shown}: {reason_of(error)}") from None
+            raise ClientError(f"no TLS with {origin}: {reason_of(error)}") from None
 
     def _exchange(self, origin: _Origin, connection: socket.socket, whole: bytes,
                   reader: AnswerReader, deadline: float) -> ClientResponse:
-        shown = f"{origin.host}:{origin.port}"
         good = False
         try:
-            connection.settimeout(self._left(deadline, shown))
+            connection.settimeout(self._left(deadline, origin))
             connection.sendall(whole)
             while not reader.done:
-                connection.settimeout(self._left(deadline, shown))
+                connection.settimeout(self._left(deadline, origin))
                 received = connection.recv(65536)
                 if received:
                     reader.feed(received)
@@ -6198,9 +6140,9 @@ class Client:
                     reader.end()
             good = reader.keep_alive
         except ClientError as error:
-            raise type(error)(f"{shown}: {error}") from None
+            raise type(error)(f"{origin}: {error}") from None
         except OSError as error:
-            raise ClientError(f"cannot talk to {shown}: {reason_of(error)}") from None
+            raise ClientError(f"cannot talk to {origin}: {reason_of(error)}") from None
         finally:
             self._give_back(origin, connection, good)
         body = reader.body
@@ -6216,10 +6158,10 @@ class Client:
                 return
         connection.close()
 
-    def _left(self, deadline: float, shown: str) -> float:
+    def _left(self, deadline: float, origin: _Origin) -> float:
         left = deadline - self._now()
         if left <= 0:
-            raise ClientError(f"cannot reach {shown}: timed out")
+            raise ClientError(f"cannot reach {origin}: timed out")
         return left
 
 
@@ -7233,8 +7175,7 @@ class Scraper:
         now = self.server.now()
 
         def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
-            return Family(f"cmon_agent_{name}", kind, help_text,
-                          [] if value is None else [Sample((), value)])
+            return single(f"cmon_agent_{name}", kind, help_text, value)
         return [
             Family("cmon_agent_collections_total", COUNTER, "Collections by their result.", [
                 Sample((("collector", name), ("result", result)), count)
@@ -7663,7 +7604,7 @@ class ConfigError(ValueError):
         self.problems = list(problems)
 
 
-Check = Callable[[Any], Optional[str]]      # what is wrong with a value, in words, or None
+Check = Callable[[Any], Optional[str]]      # what is wrong with a value other than null, or None
 
 
 def setting(default: Any, help_text: str, check: Check | None = None) -> Any:
@@ -7678,7 +7619,7 @@ def setting(default: Any, help_text: str, check: Check | None = None) -> Any:
 
 def at_least(lowest: float) -> Check:
     """A check for numbers."""
-    return lambda value: None if value is None or value >= lowest else f"must be at least {lowest}"
+    return lambda value: None if value >= lowest else f"must be at least {lowest}"
 
 
 def one_of(*words: str) -> Check:
@@ -7822,19 +7763,30 @@ def load_settings(wanted: type[S], path: str | None, flags: Mapping[str, Any]) -
 
     Raises ConfigError with all problems, each with file and key. Flags that are None are not given.
     """
-    content: Any = {}
-    problems: list[str] = []
-    if path is not None:
-        content = read_json(path)
+    content = read_json(path) if path is not None else {}
     loader = _Loader(path or "settings", Path(path).resolve().parent if path else Path.cwd())
     given = {key: value for key, value in flags.items() if value is not None}
     if isinstance(content, dict):
         content, loader.flags = {**content, **given}, given.keys()
     loaded = loader.record(wanted, content, "")
-    problems += loader.problems
+    if loader.problems:
+        raise ConfigError(*loader.problems)
+    return typing.cast(S, loaded)
+
+
+def command_settings(wanted: type[S], arguments: argparse.Namespace,
+                     problems_of: Callable[[S], Iterable[str]] = lambda settings: ()) -> S:
+    """The settings of a command: the file of --config, with flags of a setting's name over it.
+
+    `problems_of` checks them against each other. Raises ConfigError.
+    """
+    flags = {field.name: getattr(arguments, field.name, None)
+             for field in dataclasses.fields(typing.cast(Any, wanted))}
+    settings = load_settings(wanted, arguments.config, flags)
+    problems = [f"{arguments.config}: {problem}" for problem in problems_of(settings)]
     if problems:
         raise ConfigError(*problems)
-    return typing.cast(S, loaded)
+    return settings
 
 
 def parse_address(value: str, default_port: int | None = None) -> tuple[str, int]:
@@ -8072,8 +8024,7 @@ def is_http(value: str) -> str | None:
 class Settings:
     """All settings of the agent."""
     listen: str | None = setting(
-        None, "address to serve on; null: the admin IP, port 9163", lambda value: None
-        if value is None else is_address(value))
+        None, "address to serve on; null: the admin IP, port 9163", is_address)
     libkstat: str = setting("libkstat.so.1", "the library that kstats are read with")
     commands: dict[str, str] = setting(
         DEFAULT_COMMANDS, "programs that are run", known_keys(DEFAULT_COMMANDS))
@@ -8099,9 +8050,7 @@ class Settings:
 
 def load_agent(arguments: argparse.Namespace) -> Settings:
     """Settings from the file and the flags; raises ConfigError."""
-    loaded = load_settings(Settings, arguments.config, {
-        "listen": arguments.listen, "libkstat": arguments.libkstat,
-        "log_level": arguments.log_level, "log_format": arguments.log_format})
+    loaded = command_settings(Settings, arguments)
     return dataclasses.replace(loaded, commands={**DEFAULT_COMMANDS, **loaded.commands},
                                plugin_dirs={**DEFAULT_PLUGIN_DIRS, **loaded.plugin_dirs})
 
@@ -8992,8 +8941,7 @@ def agent_command_line(command: str = "") -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = CommandLine(
             prog=f"cmon_agent.py {command}", allow_abbrev=False,
             description=COMMANDS[command].description)
-        parser.set_defaults(listen=None, libkstat=None, log_level=None, log_format=None,
-                            replay=None)
+        parser.set_defaults(replay=None)
         flags = COMMANDS[command].flags
     else:
         parser = command_line("cmon_agent.py", "Serve the metrics of this compute node and its "

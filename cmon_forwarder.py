@@ -64,8 +64,8 @@ try:
         Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
         Family, GAUGE, HISTOGRAM, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
         READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server,
-        __version__, at_least, command_line, complain, gunzip, gzip, is_address, label_text,
-        load_settings, log, number, one_of, page_row, page_table, parse, parse_address, plain_page,
+        __version__, at_least, command_line, command_settings, complain, gunzip, gzip, is_address,
+        label_text, log, number, one_of, page_row, page_table, parse, parse_address, plain_page,
         reason_of, register_process_metrics, render, run_daemon, setting, start_logging,
         stop_logging, text, valid_label_name, valid_metric_name)
 except ImportError as import_error:
@@ -2884,12 +2884,7 @@ def write_counters(path: Path, counters: Mapping[str, Mapping[str, Number]]) -> 
 
 def load_forwarder(arguments: argparse.Namespace) -> Settings:
     """The settings; raises ConfigError."""
-    settings = load_settings(Settings, arguments.config, {
-        "listen": arguments.listen, "log_level": arguments.log_level,
-        "log_format": arguments.log_format})
-    problems = [f"{arguments.config}: {problem}" for problem in problems_of(settings)]
-    if problems:
-        raise ConfigError(*problems)
+    settings = command_settings(Settings, arguments, problems_of)
     if settings.spool is None:
         settings = dataclasses.replace(
             settings, spool=Path(arguments.config).resolve().parent / "spool")

@@ -70,9 +70,9 @@ try:
         USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
         ConfigError, Deferred, Family, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
         Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least, call,
-        command_line, complain, gunzip, http_date, is_address, is_ip, load_settings, log,
+        command_line, command_settings, complain, gunzip, http_date, is_address, is_ip, log,
         network_of, one_of, page_headers, parse_address, plain_page, prepare, read_json,
-        register_process_metrics, render, run_daemon, scrape_deadline, setting, text)
+        register_process_metrics, render, run_daemon, scrape_deadline, setting, single, text)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
@@ -148,7 +148,7 @@ class Settings:
     inventory: InventorySettings = setting(dataclasses.MISSING, "accounts, nodes and containers")
     listen: str = setting("0.0.0.0:9163", "address for tenants", is_address)
     admin_listen: str | None = setting(
-        "127.0.0.1:8881", "address for the proxy's metrics, plain HTTP; null: none")
+        "127.0.0.1:8881", "address for the proxy's metrics, plain HTTP; null: none", is_address)
     host_prefix: str = setting(
         "cmon", "first label of the service's own name; empty: any name")
     agent: AgentSettings = setting(AgentSettings, "the agents on compute nodes")
@@ -177,12 +177,7 @@ def problems_of(settings: Settings) -> list[str]:
     for name, url in services.items():
         if url is not None and not re.fullmatch(r"https?://[^/?#\s]+/?", url):
             problems.append(f"inventory.{name}: {url!r} is not a URL like http://host:port")
-    for name, address in (("listen", settings.listen), ("admin_listen", settings.admin_listen)):
-        try:
-            if address is not None:
-                parse_address(address)
-        except ConfigError as error:
-            problems.append(f"{name}: {error}")
+
     if (tls.client_auth == "ca") != (tls.client_ca is not None):
         problems.append("tls.client_ca: required with client_auth \"ca\", and only with it")
         return problems
@@ -420,28 +415,23 @@ class _Tm(ctypes.Structure):
         ("rest", ctypes.c_byte * 96)]
 
 
-_openssl: ctypes.CDLL | None = None          # set once; a race only loads it twice
-
-
+@functools.lru_cache(maxsize=None)
 def _library() -> ctypes.CDLL:
     """The OpenSSL of this Python's `ssl`, all functions declared; OSError if unavailable."""
-    global _openssl
-    if _openssl is None:
-        import _ssl
-        path = getattr(_ssl, "__file__", None)  # built into the interpreter: its own symbols
-        library = ctypes.CDLL(path)
-        for name, result, arguments in _FUNCTIONS:
-            try:
-                function = getattr(library, name)
-            except AttributeError:
-                raise OSError(f"the {ssl.OPENSSL_VERSION} of this Python does not export {name}: "
-                              "install a Python that uses a shared OpenSSL 1.1.1 or 3") from None
-            function.restype, function.argtypes = result, arguments
-        version = library.OpenSSL_version(0).decode()
-        if version != ssl.OPENSSL_VERSION:
-            raise OSError(f"found {version}, but ssl uses {ssl.OPENSSL_VERSION}")
-        _openssl = library
-    return _openssl
+    import _ssl
+    path = getattr(_ssl, "__file__", None)      # built into the interpreter: its own symbols
+    library = ctypes.CDLL(path)
+    for name, result, arguments in _FUNCTIONS:
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise OSError(f"the {ssl.OPENSSL_VERSION} of this Python does not export {name}: "
+                          "install a Python that uses a shared OpenSSL 1.1.1 or 3") from None
+        function.restype, function.argtypes = result, arguments
+    version = library.OpenSSL_version(0).decode()
+    if version != ssl.OPENSSL_VERSION:
+        raise OSError(f"found {version}, but ssl uses {ssl.OPENSSL_VERSION}")
+    return library
 
 
 class _Scope:
@@ -477,32 +467,54 @@ class _Scope:
         reason = self.library.ERR_reason_error_string(code) if code else None
         return CertificateError(failure + (f" ({reason.decode()})" if reason else ""))
 
+    def new(self, kind: str) -> int:
+        """An empty object."""
+        return self.own(getattr(self.library, f"{kind}_new")(),
+                        getattr(self.library, f"{kind}_free"), kind)
+
+    def pkey(self, assign: Any, key: int, failure: str) -> int:
+        """An EVP_PKEY with this RSA or EC key in it."""
+        pkey = self.new("EVP_PKEY")
+        self.need(assign(pkey, key), failure)
+        return pkey
+
     def source(self, text: bytes) -> int:
         """A BIO that reads these bytes, which must outlive the scope."""
         return self.own(self.library.BIO_new_mem_buf(text, len(text)), self.library.BIO_free, "BIO")
 
+    def written(self, write: Callable[[int], int], failure: str) -> bytes:
+        """What a function writes to a BIO."""
+        library = self.library
+        sink = self.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
+        self.need(write(sink), failure)
+        text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
+        library.BIO_read(sink, text, len(text))
+        return text.raw
+
+    def decoded(self, decode: Any, free: Any, der: bytes, failure: str) -> int:
+        """What a d2i function makes of DER, which must have nothing after it."""
+        buffer = ctypes.create_string_buffer(der, len(der))
+        position = ctypes.c_void_p(ctypes.addressof(buffer))
+        pointer = self.own(decode(None, ctypes.byref(position), len(der)), free, failure)
+        if position.value != ctypes.addressof(buffer) + len(der):
+            raise CertificateError(f"{failure}: extra data after it")
+        return pointer
+
     def private_key(self, pem: bytes, passphrase: bytes = b"") -> int:
         # always pass a passphrase: without one OpenSSL prompts on the terminal
-        found = self.library.PEM_read_bio_PrivateKey(self.source(pem), None, None, passphrase)
-        return self.own(found, self.library.EVP_PKEY_free,
+        pkey = self.library.PEM_read_bio_PrivateKey(self.source(pem), None, None, passphrase)
+        return self.own(pkey, self.library.EVP_PKEY_free,
                         "not a PEM private key, or a wrong passphrase")
 
     def x509(self, der: bytes) -> int:
         if len(der) > _MAX_CERTIFICATE:
             raise CertificateError(f"a certificate of {len(der)} bytes is too long")
-        buffer = ctypes.create_string_buffer(der, len(der))
-        position = ctypes.c_void_p(ctypes.addressof(buffer))
-        found = self.own(self.library.d2i_X509(None, ctypes.byref(position), len(der)),
-                         self.library.X509_free, "not an X.509 certificate")
-        if position.value != ctypes.addressof(buffer) + len(der):
-            raise CertificateError("extra data after the certificate")
-        return found
+        return self.decoded(self.library.d2i_X509, self.library.X509_free, der,
+                            "not an X.509 certificate")
 
     def spki(self, der: bytes) -> int:
-        buffer = ctypes.create_string_buffer(der, len(der))
-        position = ctypes.c_void_p(ctypes.addressof(buffer))
-        return self.own(self.library.d2i_PUBKEY(None, ctypes.byref(position), len(der)),
-                        self.library.EVP_PKEY_free, "not a public key")
+        return self.decoded(self.library.d2i_PUBKEY, self.library.EVP_PKEY_free, der,
+                            "not a public key")
 
 
 def _der(encode: Any, pointer: int) -> bytes:
@@ -626,25 +638,21 @@ def _from_ssh(scope: _Scope, blob: bytes) -> int:
     fields = _ssh_fields(blob)
     kind = fields[0] if fields else b""
     if kind == b"ssh-rsa" and len(fields) == 3:
-        rsa = scope.own(library.RSA_new(), library.RSA_free, "RSA")
+        rsa = scope.new("RSA")
         exponent = library.BN_bin2bn(fields[1], len(fields[1]), None)
         modulus = library.BN_bin2bn(fields[2], len(fields[2]), None)
         if library.RSA_set0_key(rsa, modulus, exponent, None) != 1:     # else the RSA owns them
             library.BN_free(modulus)
             library.BN_free(exponent)
             raise scope.error("not an RSA key")
-        pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
-        scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
-        return pkey
+        return scope.pkey(library.EVP_PKEY_set1_RSA, rsa, "not an RSA key")
     for nid, curve in _CURVES.items():
         name = curve.encode()
         if kind == b"ecdsa-sha2-" + name and len(fields) == 3 and fields[1] == name:
             key = scope.own(library.EC_KEY_new_by_curve_name(nid), library.EC_KEY_free, "EC_KEY")
             scope.need(library.EC_KEY_oct2key(key, fields[2], len(fields[2]), None),
                        "an EC key whose point is not on its curve")
-            pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
-            scope.need(library.EVP_PKEY_set1_EC_KEY(pkey, key), "not an EC key")
-            return pkey
+            return scope.pkey(library.EVP_PKEY_set1_EC_KEY, key, "not an EC key")
     if kind == b"ssh-ed25519" and len(fields) == 2 and len(fields[1]) == 32:
         return scope.own(library.EVP_PKEY_new_raw_public_key(_NID_ED25519, None, fields[1], 32),
                          library.EVP_PKEY_free, "not an Ed25519 key")
@@ -662,8 +670,7 @@ def public_key(text: str) -> PublicKey:
             rsa = scope.own(
                 library.PEM_read_bio_RSAPublicKey(scope.source(source), None, None, b""),
                 library.RSA_free, "not a public key in PEM")
-            pkey = scope.own(library.EVP_PKEY_new(), library.EVP_PKEY_free, "EVP_PKEY")
-            scope.need(library.EVP_PKEY_set1_RSA(pkey, rsa), "not an RSA key")
+            pkey = scope.pkey(library.EVP_PKEY_set1_RSA, rsa, "not an RSA key")
         elif b"PRIVATE KEY-----" in source:
             raise CertificateError(
                 "a private key, which must stay with its owner: put the public key here "
@@ -679,8 +686,7 @@ def public_key(text: str) -> PublicKey:
                 blob = base64.b64decode(words[1], validate=True)
             except ValueError:
                 raise CertificateError("an OpenSSH line with invalid base64") from None
-            pkey = _from_ssh(scope, blob)
-            key = _described(scope, pkey)
+            key = _described(scope, _from_ssh(scope, blob))
             if words[0].decode("utf-8", "replace") != key.kind:
                 raise CertificateError(f"a key of type {key.kind} labelled as another type")
             return key
@@ -741,12 +747,12 @@ def _purposes(scope: _Scope, x509: int) -> tuple[str, ...]:
             raise CertificateError("an unreadable extended key usage")
         return ()
     scope.own(stack, library.EXTENDED_KEY_USAGE_free, "")
-    found: list[str] = []
+    oids: list[str] = []
     text = ctypes.create_string_buffer(256)
     for index in range(library.OPENSSL_sk_num(stack)):
         if library.OBJ_obj2txt(text, len(text), library.OPENSSL_sk_value(stack, index), 1) > 0:
-            found.append(text.value.decode("ascii", "replace"))
-    return tuple(found)
+            oids.append(text.value.decode("ascii", "replace"))
+    return tuple(oids)
 
 
 def certificate(der: bytes) -> Certificate:
@@ -775,25 +781,23 @@ def certificate(der: bytes) -> Certificate:
         )
 
 
-def names_of(found: Certificate) -> list[str]:
+def names_of(cert: Certificate) -> list[str]:
     """The host names and addresses of a certificate, as OpenSSL prints them."""
     with _Scope() as scope:
         library = scope.library
-        x509 = scope.x509(found.der)
+        x509 = scope.x509(cert.der)
         index = library.X509_get_ext_by_NID(x509, _NID_SAN, -1)
         if index < 0:
             return []
-        sink = scope.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
-        library.X509V3_EXT_print(sink, library.X509_get_ext(x509, index), 0, 0)
-        text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
-        library.BIO_read(sink, text, len(text))
-        return [name.partition(":")[2] for name in text.raw.decode("ascii", "replace").split(", ")]
+        text = scope.written(lambda sink: int(library.X509V3_EXT_print(
+            sink, library.X509_get_ext(x509, index), 0, 0)), "unreadable alternative names")
+        return [name.partition(":")[2] for name in text.decode("ascii", "replace").split(", ")]
 
 
-def signed_by(found: Certificate, key: PublicKey) -> bool:
+def signed_by(cert: Certificate, key: PublicKey) -> bool:
     """Whether OpenSSL verifies the certificate's signature with this key."""
     with _Scope() as scope:
-        return bool(scope.library.X509_verify(scope.x509(found.der), scope.spki(key.spki)) == 1)
+        return bool(scope.library.X509_verify(scope.x509(cert.der), scope.spki(key.spki)) == 1)
 
 
 def server_certificate(path: Path) -> Certificate:
@@ -835,13 +839,8 @@ def make_key(kind: str = "ec") -> bytes:
 
 
 def _pkcs8(scope: _Scope, pkey: int) -> bytes:
-    library = scope.library
-    sink = scope.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
-    scope.need(library.PEM_write_bio_PKCS8PrivateKey(sink, pkey, None, None, 0, None, None),
-               "cannot write a key")
-    text = ctypes.create_string_buffer(library.BIO_ctrl_pending(sink))
-    library.BIO_read(sink, text, len(text))
-    return text.raw
+    return scope.written(lambda sink: int(scope.library.PEM_write_bio_PKCS8PrivateKey(
+        sink, pkey, None, None, 0, None, None)), "cannot write a key")
 
 
 def plain_key(pem: bytes, passphrase: bytes = b"") -> bytes:
@@ -883,7 +882,7 @@ def _x509_signature(scope: _Scope, kind: str, blob: bytes) -> bytes:
     numbers = _ssh_fields(fields[1])
     if len(numbers) != 2:
         raise CertificateError("a malformed ECDSA signature")
-    made = scope.own(library.ECDSA_SIG_new(), library.ECDSA_SIG_free, "ECDSA_SIG")
+    made = scope.new("ECDSA_SIG")
     first, second = (library.BN_bin2bn(number, len(number), None) for number in numbers)
     scope.need(library.ECDSA_SIG_set0(made, first, second), "not an ECDSA signature")
     return _der(library.i2d_ECDSA_SIG, made)
@@ -918,7 +917,7 @@ def make_certificate(
     end = begin + days * 86400 if not_after is None else not_after
     with _Scope() as scope:
         library = scope.library
-        x509 = scope.own(library.X509_new(), library.X509_free, "X509")
+        x509 = scope.new("X509")
         pkey = scope.private_key(key_pem, b"" if signing_key else passphrase)
         if isinstance(signing_key, Signer):
             kind = signing_key.key.kind
@@ -1077,9 +1076,7 @@ def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str
     The server's certificate serves as the client's. OSError if it is not received, not requested,
     or if a client without certificate is rejected.
     """
-    with open(cert_file, encoding="utf-8", errors="replace") as file:
-        own = first_certificate(file.read())
-    for shown in (own, None):
+    for shown in (server_certificate(Path(cert_file)).der, None):
         client = _any_server()
         if shown is not None:
             client.load_cert_chain(cert_file, key_file)
@@ -1172,7 +1169,6 @@ class Grant(NamedTuple):
         return self.account.operator and self.groups is None
 
 
-
 def held(value: Any) -> int:
     """The size in bytes of a value with everything it references, for caches."""
     size = sys.getsizeof(value)
@@ -1254,7 +1250,6 @@ class Identity:
             self.key_id = cert.key.md5
         if not self.login:
             self.refusal = refused("bad_certificate", why="its subject has no common name")
-
 
     @property
     def wanted(self) -> str:
@@ -1969,12 +1964,12 @@ class FileSource:
     def families(self) -> list[Family]:
         """For the admin side."""
         return [
-            Family("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
-                   "to read the inventory file succeeded.", [Sample((), int(not self.problems))]),
-            Family("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
-                   "inventory file was last read with success.", [Sample((), self._good_at)]),
-            Family("cmon_proxy_inventory_warnings", GAUGE, "Probable mistakes in the "
-                   "inventory file; --check-config lists it.", [Sample((), len(self.warnings))]),
+            single("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
+                   "to read the inventory file succeeded.", int(not self.problems)),
+            single("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
+                   "inventory file was last read with success.", self._good_at),
+            single("cmon_proxy_inventory_warnings", GAUGE, "Probable mistakes in the inventory "
+                   "file; --check-config lists it.", len(self.warnings)),
         ]
 
 
@@ -3055,25 +3050,25 @@ class TritonSource:
         """For the admin side."""
         vms, accounts = self.vms, self.accounts
         return [
-            Family("cmon_proxy_changefeed_connected", GAUGE, "Whether the changefeed is connected.",
-                   [Sample((), int(vms.follows))]),
-            Family("cmon_proxy_changefeed_events_total", COUNTER, "Changes from the changefeed.",
-                   [Sample((), vms.events)]),
-            Family("cmon_proxy_inventory_bootstraps_total", COUNTER, "How often all containers "
-                   "were read.", [Sample((), vms.bootstraps)]),
-            Family("cmon_proxy_inventory_reads_total", COUNTER, "How often one container was read.",
-                   [Sample((), vms.fetched)]),
-            Family("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
-                   "to read the inventory succeeded.", [Sample((), int(not vms.problem))]),
-            Family("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
+            single("cmon_proxy_changefeed_connected", GAUGE, "Whether the changefeed is connected.",
+                   int(vms.follows)),
+            single("cmon_proxy_changefeed_events_total", COUNTER, "Changes from the changefeed.",
+                   vms.events),
+            single("cmon_proxy_inventory_bootstraps_total", COUNTER, "How often all containers "
+                   "were read.", vms.bootstraps),
+            single("cmon_proxy_inventory_reads_total", COUNTER, "How often one container was read.",
+                   vms.fetched),
+            single("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
+                   "to read the inventory succeeded.", int(not vms.problem)),
+            single("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
                    "inventory was last read with success.",
-                   [Sample((), self._inventory.confirmed_at if self._inventory.ready else 0)]),
-            Family("cmon_proxy_account_reads_total", COUNTER, "How often an account was read.",
-                   [Sample((), accounts.reads)]),
-            Family("cmon_proxy_account_lookups_refused_total", COUNTER, "Unknown logins that were "
-                   "not looked up, since too many were.", [Sample((), accounts.refused)]),
-            Family("cmon_proxy_snapshot_last_write_timestamp_seconds", GAUGE, "When the snapshot "
-                   "was last written; 0: never.", [Sample((), self._saved_at)]),
+                   self._inventory.confirmed_at if self._inventory.ready else 0),
+            single("cmon_proxy_account_reads_total", COUNTER, "How often an account was read.",
+                   accounts.reads),
+            single("cmon_proxy_account_lookups_refused_total", COUNTER, "Unknown logins that were "
+                   "not looked up, since too many were.", accounts.refused),
+            single("cmon_proxy_snapshot_last_write_timestamp_seconds", GAUGE, "When the snapshot "
+                   "was last written; 0: never.", self._saved_at),
             Family("cmon_proxy_service_errors_total", COUNTER, "Requests to a service of Triton "
                    "that failed.", [Sample((("service", one.name),), one.errors)
                                     for one in self._services]),
@@ -3869,10 +3864,10 @@ class Copy(NamedTuple):
             except ClientError:
                 return None
         more = render([
-            Family("cmon_quota_limited", GAUGE, "Whether this page is an old copy because the "
-                   "account is over its quota.", [Sample((), 1)]),
-            Family("cmon_page_age_seconds", GAUGE, "Age of this copy in the proxy; the sample "
-                   "ages in it are as of then.", [Sample((), age)])])
+            single("cmon_quota_limited", GAUGE, "Whether this page is an old copy because the "
+                   "account is over its quota.", 1),
+            single("cmon_page_age_seconds", GAUGE, "Age of this copy in the proxy; the sample ages "
+                   "in it are as of then.", age)])
         between = b"" if body.endswith(b"\n") else b"\n"
         return Response(200, body + between + more.encode(), PAGE, (("Age", str(age)), *NOSNIFF))
 
@@ -3887,7 +3882,7 @@ BUILD_SECONDS = 9.0             # until a list that is not ready is refused
 BUILD_STALE_SECONDS = 3.0       # lists that took longer are refused if the inventory has changed
 KEPT_ANSWERS_BYTES = 16 << 20   # of lists and old copies as they are sent
 KEPT_TIMEOUTS_BYTES = 64 << 10
-OWN_NAMES = frozenset(("localhost", ""))
+
 RESULTS = ("ok", "partial", "timeout", "unreachable", "quota", "refused")
 
 
@@ -4075,13 +4070,12 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
         Family("cmon_client_certificate_expiry_timestamp_seconds", GAUGE, "End of the client "
                "certificate that requested this page.",
                [] if cert is None else [Sample((("subject", cert.subject),), cert.not_after)]),
-        Family("cmon_quota_limit", GAUGE, "Requests a minute that the account may make; no sample: "
-               "no limit.", [] if limits.exempt else [Sample((), limits.per_minute)]),
-        Family("cmon_quota_used", GAUGE, "Used part of the burst, from 0 to 1.",
-               [] if limits.exempt else
-               [Sample((), round(1 - max(bucket.soft, 0) / limits.burst, 6))]),
-        Family("cmon_quota_limited", GAUGE, "Whether the account is over its quota now.",
-               [Sample((), int(bucket.limited))]),
+        single("cmon_quota_limit", GAUGE, "Requests a minute that the account may make; no sample: "
+               "no limit.", None if limits.exempt else limits.per_minute),
+        single("cmon_quota_used", GAUGE, "Used part of the burst, from 0 to 1.",
+               None if limits.exempt else round(1 - max(bucket.soft, 0) / limits.burst, 6)),
+        single("cmon_quota_limited", GAUGE, "Whether the account is over its quota now.",
+               int(bucket.limited)),
     ]
 
 
@@ -4278,10 +4272,10 @@ class Pages:
             Family("cmon_proxy_relays_total", COUNTER, "Requests for pages by outcome.",
                    [Sample((("result", name),), count)
                     for name, count in self.scrapes.results.items()]),
-            Family("cmon_proxy_relays_shared_total", COUNTER, "Requests that waited for the page "
-                   "of another request.", [Sample((), self.shared)]),
-            Family("cmon_proxy_relays_in_flight", GAUGE, "Pages being requested from agents.",
-                   [Sample((), len(self.relays))]),
+            single("cmon_proxy_relays_shared_total", COUNTER, "Requests that waited for the page "
+                   "of another request.", self.shared),
+            single("cmon_proxy_relays_in_flight", GAUGE, "Pages being requested from agents.",
+                   len(self.relays)),
         ]
 
 
@@ -4702,7 +4696,7 @@ class Proxy:
         )
 
     def by_host(self, request: Request) -> tuple[Route, tuple[str, ...]] | None:
-        """Routes that depend on the request's host name. Pure."""
+        """Routes that depend on the request's host name. Pure; raises Refused."""
         if request.path in ("/_ping", "/v1/_ping", "/-/healthy", "/-/ready"):
             return None
         label = request.host.partition(".")[0]
@@ -4712,9 +4706,9 @@ class Proxy:
             return Route("GET", "/metrics", self._entered(self.pages.page, "page")), (label,)
         prefix = self.settings.host_prefix
         if prefix and label != prefix and not _is_own_name(request.host):
-            return _refusing("unknown_host", host=request.host, prefix=prefix), ()
+            raise refused("unknown_host", host=request.host, prefix=prefix)
         if request.path == "/metrics":
-            return _refusing("no_own_page"), ()
+            raise refused("no_own_page")
         return None
 
     # authentication
@@ -4825,30 +4819,24 @@ class Proxy:
             states[vm.state] = states.get(vm.state, 0) + 1
         return [
             *self.pages.families(),
-            Family("cmon_proxy_inventory_ready", GAUGE, "Whether an inventory is loaded, recent "
-                   "enough to be trusted.", [Sample((), int(not self.inventory.refusal))]),
-            Family("cmon_proxy_inventory_age_seconds", GAUGE, "Time since the inventory was last "
-                   "confirmed by its source.", [Sample((), round(age, 3))]),
+            single("cmon_proxy_inventory_ready", GAUGE, "Whether an inventory is loaded, recent "
+                   "enough to be trusted.", int(not self.inventory.refusal)),
+            single("cmon_proxy_inventory_age_seconds", GAUGE, "Time since the inventory was last "
+                   "confirmed by its source.", round(age, 3)),
             Family("cmon_proxy_inventory_vms", GAUGE, "Known containers, by state.",
                    [Sample((("state", name),), count) for name, count in sorted(states.items())]),
-            Family("cmon_proxy_inventory_nodes", GAUGE, "Known compute nodes.",
-                   [Sample((), len(self.inventory.nodes))]),
+            single("cmon_proxy_inventory_nodes", GAUGE, "Known compute nodes.",
+                   len(self.inventory.nodes)),
             *self.upstreams.families(), *self.quotas.families(),
         ]
 
 
-def _refusing(code: str, **fields: Any) -> Route:
-    """A route that refuses."""
-    def refuse(_request: Request) -> Answer:
-        raise refused(code, **fields)
-    return Route("GET", "none", refuse)
+
 
 
 def _is_own_name(host: str) -> bool:
     """Whether the host is an address or this machine's name, never a container."""
-    if host in OWN_NAMES or host.startswith("["):
-        return True
-    return re.fullmatch(r"[0-9.]+", host) is not None
+    return host in ("localhost", "") or re.fullmatch(r"\[.*|[0-9.]+", host) is not None
 
 
 # --- page for people ------------------------------------------------------------------------------
@@ -6215,10 +6203,10 @@ class Workers:
 
     def families(self) -> list[Family]:
         """For the admin side."""
-        return [Family("cmon_proxy_workers", GAUGE, "Running worker processes.",
-                       [Sample((), len(self._workers))]),
-                Family("cmon_proxy_worker_restarts_total", COUNTER, "Workers that were replaced.",
-                       [Sample((), self.restarts)])]
+        return [single("cmon_proxy_workers", GAUGE, "Running worker processes.",
+                       len(self._workers)),
+                single("cmon_proxy_worker_restarts_total", COUNTER, "Workers that were replaced.",
+                       self.restarts)]
 
     def hang_up(self) -> None:
         """Make all workers reread their settings."""
@@ -6335,7 +6323,7 @@ class ServerCertificate:
         if self._watch.is_due(state):
             problems: list[str] = []
             try:
-                self._listener.set_tls(make_tls(self._proxy.settings))
+                self._listener.tls = make_tls(self._proxy.settings)
                 self._warned, self.not_after = float("inf"), self._end()
                 log.info("reloaded the server certificate")
             except ConfigError as error:       # certificate and key may change one after the other
@@ -6353,8 +6341,8 @@ class ServerCertificate:
 
     def families(self) -> list[Family]:
         """For the admin side."""
-        return [Family("cmon_proxy_server_certificate_expiry_timestamp_seconds", GAUGE,
-                       "Expiry of the server's certificate.", [Sample((), self.not_after)])]
+        return [single("cmon_proxy_server_certificate_expiry_timestamp_seconds", GAUGE, "Expiry of "
+                       "the server's certificate.", self.not_after)]
 
 
 class Place(NamedTuple):
@@ -6477,13 +6465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups: list[Workers] = []
 
     def load() -> Settings:
-        settings = load_settings(Settings, arguments.config, {
-            "listen": arguments.listen, "log_level": arguments.log_level,
-            "log_format": arguments.log_format})
-        problems = [f"{arguments.config}: {problem}" for problem in problems_of(settings)]
-        if problems:
-            raise ConfigError(*problems)
-        return settings
+        return command_settings(Settings, arguments, problems_of)
 
     def begin(settings: Settings) -> Server:
         if settings.workers > 1 and place is None:
@@ -6514,7 +6496,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log.warning("%s: changes need a restart", ", ".join(fixed))
             context = make_tls(settings)
             if proxy.listener is not None:
-                proxy.listener.set_tls(context)
+                proxy.listener.tls = context
             proxy.use(settings)
     try:
         return run_daemon("proxy", arguments, load, begin, reload, check)

@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 from support import (
     NODE, PATIENCE, Address, Answer, Kernel, Program, agent_config, http_get, node, read_answer,
-    wait_until)
+    respond, wait_until)
 
 import cmon_agent as agent
 
@@ -217,7 +217,7 @@ class Desk:
             fields["x-prometheus-scrape-timeout-seconds"] = repr(timeout)
         request = agent.Request(method, path, path, {}, fields, b"", "node", False, True,
                                 agent.Peer(address, "main"))
-        return agent.respond(self.routes, request)
+        return respond(self.routes, request)
 
     def answer(self, asked: Any) -> Answer:
         """The answer of what was asked, once it is there or its deadline has passed."""

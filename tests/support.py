@@ -61,6 +61,18 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
+# --- handlers without sockets ---------------------------------------------------------------------
+
+def respond(routes: Sequence[Any], request: Any) -> Any:
+    """Route a request and call its handler: the answer, or a Deferred."""
+    from cmon_agent import Refused, Router, call        # scripts import this module without them
+    try:
+        route, args = Router(routes).find(request)
+    except Refused as refusal:
+        return refusal.answer()
+    return call(route, request, args)
+
+
 # --- programs as processes ------------------------------------------------------------------------
 
 class Program:

@@ -20,11 +20,11 @@ import pytest
 import cmon_proxy
 from agents import (
     NODE_1, TLS, Agent, client_tls, inventory, proxy, proxy_config, uuid, vm, write_inventory)
-from cmon_agent import Deferred, Peer, Refused, Request, respond, wire
+from cmon_agent import Deferred, Peer, Refused, Request, wire
 from cmon_proxy import (
     Account, AuthorizedKey, Certificates, Copy, Quotas, QuotaSettings, Reply,
     Saved, Snapshot, Vm, by_owner, first_certificate, make_certificate, make_key, vm_of)
-from support import ROOT, Connection, Program, wait_until
+from support import ROOT, Connection, Program, respond, wait_until
 from test_proxy import code, connect, get, page
 from test_relay import Running
 from test_tenancy import World

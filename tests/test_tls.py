@@ -342,13 +342,13 @@ def test_the_wrong_interpreter_is_told_instead_of_crashing(monkeypatch: Any) -> 
             return 0
     with pytest.raises(OSError, match="not laid out"):
         cmon_proxy._context_pointer(Other(ssl.PROTOCOL_TLS_SERVER))
-    monkeypatch.setattr(cmon_proxy, "_openssl", None)
+    cmon_proxy._library.cache_clear()
     monkeypatch.setattr(cmon_proxy, "_FUNCTIONS", (("no_such_function", None, ()),))
     with pytest.raises(OSError, match="does not export no_such_function: install a Python"):
         make_key()
     context_of("server")                                # with a CA it still works
     monkeypatch.undo()
-    monkeypatch.setattr(cmon_proxy, "_openssl", None)
+    cmon_proxy._library.cache_clear()
     monkeypatch.setattr(ssl, "OPENSSL_VERSION", "OpenSSL 0.9.7")
     with pytest.raises(OSError, match="but ssl uses OpenSSL 0.9.7"):
         make_key()
