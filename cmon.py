@@ -594,6 +594,7 @@ class Figures:
         self.now = page.at if clock is None else quotient(clock, 1000) + self.ages.get("time", 0)
         self.taken = {"": self.now, **{collector: self.now - age
                                        for collector, age in self.ages.items()}}
+        self.compared = before is not None
         if before is not None:
             self._compare(before)
 
@@ -1153,6 +1154,9 @@ def monitor(arguments: argparse.Namespace) -> int:
     interval = arguments.watch or (RECORD_SECONDS if arguments.record else ONCE_SECONDS)
     pages = live_pages(proxy, container, interval)
     most = (arguments.count or math.inf) if going_on else 1
+    if arguments.record and most == math.inf:
+        print(f"cmon: recording {container.alias} every {interval:g} s to {arguments.record}, "
+              "until Ctrl-C", file=sys.stderr)
     return show_pages(arguments, table, pages, most)
 
 
@@ -1918,7 +1922,7 @@ DAYS_LEFT_LIMITS = f"{DAYS_LEFT},30:,7:"
 
 
 class Finding(NamedTuple):
-    """What came of one sample, or of one that is missing."""
+    """What came of one sample, or of one that is missing; no words: another finding tells it."""
     status: int
     words: str
     perfdata: str = ""
@@ -1940,9 +1944,9 @@ def report(findings: Sequence[Finding]) -> int:
     status = max((finding.status for finding in findings), key=GRAVITY.index)
     told = sorted((finding for finding in findings if finding.status != OK) if status != OK
                   else findings, key=lambda one: -GRAVITY.index(one.status))
-    words = [printable(finding.words) for finding in told[:MOST_PROBLEMS]]
-    if len(told) > MOST_PROBLEMS:
-        words.append(f"and {len(told) - MOST_PROBLEMS} more")
+    words = [printable(finding.words) for finding in told if finding.words]
+    if len(words) > MOST_PROBLEMS:
+        words[MOST_PROBLEMS:] = [f"and {len(words) - MOST_PROBLEMS} more"]
     line = f"CMON {STATUS_WORDS[status]}: " + ", ".join(words).replace("|", "/")
     line = clipped(line, LONGEST_OUTPUT // 4)
     data = ""
@@ -2043,6 +2047,15 @@ def check_page(figures: Figures, thresholds: Sequence[Threshold], who: str) -> l
                                     f"{uom(one.expression, figures)};"
                                     f"{one.warning.text if one.warning else ''};"
                                     f"{one.critical.text if one.critical else ''}"))
+        if len(found) > 1 and all(one.status(value) == OK for value in found.values()):
+            first = len(findings) - len(found)
+            least, most = (amount(value, unit_of(one.expression))
+                           for value in (min(found.values()), max(found.values())))
+            words = " ".join((*([who] if who else []), one.expression.text, "is", least,
+                              *([] if least == most else ["to", most]),
+                              f"({len(found)} samples)"))
+            findings[first:] = [finding._replace(words="") for finding in findings[first:]]
+            findings[first] = findings[first]._replace(words=words)
     return findings
 
 
@@ -2092,7 +2105,9 @@ def missing(expression: Expression, figures: Figures) -> str:
         if part.rate and part._replace(rate=False).of(figures):
             if figures.kinds.get(part.name) == GAUGE:
                 return f"{part.name} is a gauge: a rate is for counters"
-            return f"{expression.text} has no earlier reading yet: the next run has"
+            return f"{expression.text} " + (
+                "was not read again since the last run: the next one has two readings"
+                if figures.compared else "has no earlier reading yet: the next run has")
         return f"no sample of {expression.text}" if part is expression.over and \
             expression.under is None else f"no sample of {part.name}"
     return f"{expression.text} cannot be divided: by zero, or no sample with the same labels"
@@ -2718,6 +2733,7 @@ class Doctor:
 
     def server(self) -> str:
         """Its certificate is for this name, by a CA that we trust, and valid."""
+        from cmon_proxy import utc
         try:
             with self._connect() as raw, self.tls.wrap_socket(
                     raw, server_hostname=self.host) as connection:
@@ -2733,7 +2749,7 @@ class Doctor:
         except OSError as error:
             raise Broken(f"the proxy ends the handshake: {tls_words(error)}",
                          "ask the operator what the proxy's log says") from None
-        return f"valid until {shown.get('notAfter', '?')}"
+        return f"valid until {utc(ssl.cert_time_to_seconds(shown['notAfter']))}"
 
     def discovery(self) -> str:
         """The proxy knows the account."""
@@ -3110,8 +3126,9 @@ def setup(arguments: argparse.Namespace) -> int:
     status = doctor(arguments)
     quoted = shlex.quote(str(config))
     data = shlex.quote(str(folder / "data"))
-    print(f"\nStart Prometheus:\n\n    prometheus --config.file={quoted} "
-          f"--storage.tsdb.path={data}\n\nand Grafana, if there is one:\n\n"
+    print(f"\n{'Then start' if status else 'Start'} Prometheus:\n\n"
+          f"    prometheus --config.file={quoted} --storage.tsdb.path={data}\n\n"
+          "and Grafana, if there is one:\n\n"
           f"    GF_PATHS_PROVISIONING={shlex.quote(str(provisioning.resolve()))} grafana server")
     return status
 
@@ -3304,10 +3321,10 @@ class Demo:
                              str(self.folder / f"{login}-key.pem"), str(self.folder / "ca.pem"))
         return Proxy(f"https://localhost:{self.proxy_port}", tls, 10.0, (LOOPBACK, self.proxy_port))
 
-    def credentials(self, login: str, flags: Sequence[str]) -> str:
-        """Flags of a command that is to act as this account."""
+    def credentials(self, login: str, flags: Sequence[str], between: str = " ") -> str:
+        """Flags or variables of a command that is to act as this account."""
         files = ("ca.pem", f"{login}-cert.pem", f"{login}-key.pem")
-        return " ".join(f"{flag} {shlex.quote(str(self.folder / file))}"
+        return " ".join(f"{flag}{between}{shlex.quote(str(self.folder / file))}"
                         for flag, file in zip(flags, files))
 
     def curl(self, login: str, url: str, curl: str = "curl") -> str:
@@ -3492,6 +3509,11 @@ Each step below has just been done; its command repeats it from any shell.
     step("the same with our own command",
          f"{python} {shlex.quote(str(HERE / 'cmon.py'))} monitor {shlex.quote(mine['alias'])} "
          f"--url {base} {flags}", [])
+    variables = running.credentials(login, ("CMON_CA", "CMON_CERT", "CMON_KEY"), "=")
+    step("its other commands, without flags once a shell has these variables",
+         f"export CMON_URL={base} {variables}",
+         [f"{python} {shlex.quote(str(HERE / 'cmon.py'))} {words}" for words in (
+             "top", "doctor", "check --all")])
     step("and a Prometheus, if there is one; see http://127.0.0.1:9090/targets then",
          f"prometheus --config.file={shlex.quote(str(config))} "
          f"--storage.tsdb.path={shlex.quote(str(running.folder.parent / 'cmon-prometheus'))} "
@@ -3581,7 +3603,7 @@ def short_labels(sample: Sample) -> str:
 def wrapped(command: str) -> str:
     """A command over several lines, which a shell takes as they are."""
     lines = [""]
-    for unit in re.split(r" (?=--)|(?<!--url) (?=https?:)", command):
+    for unit in re.split(r" (?=--|CMON_)|(?<!--url) (?=https?:)", command):
         if not lines[-1] or len(lines[-1]) + len(unit) < 66:
             lines[-1] = f"{lines[-1]} {unit}".strip()
         else:
@@ -3966,9 +3988,26 @@ COMMANDS = (
 
 class Parser(CommandLine):
     """A parser whose errors a monitoring system understands, too."""
+    words: Sequence[str] = ()           # that it was given
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Keep the words: a misspelt flag explains why another is missing."""
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def unrecognized(self, words: Sequence[str]) -> str:
+        """What is wrong with words that mean nothing here."""
+        near = [flag for word in words for flag in difflib.get_close_matches(
+            word.partition("=")[0], self._option_string_actions, 1, 0.7)]
+        return "unrecognized arguments: " + " ".join(words) + (
+            f"; did you mean {' and '.join(near)}?" if near else "")
 
     def error(self, message: str) -> NoReturn:
         """A line on stderr and 2; for `check` on stdout and 3, since 2 is CRITICAL there."""
+        strange = [word for word in self.words if word.startswith("--")
+                   and word.partition("=")[0] not in (*self._option_string_actions, "--")]
+        if strange and "are required" in message:
+            message = self.unrecognized(strange)
         if self.prog.endswith(" check"):
             sys.exit(report([Finding(UNKNOWN, self.reworded(message))]))
         super().error(message)
@@ -4000,7 +4039,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")        # a locale without "…" is no reason to end
     arguments, rest = command_line().parse_known_args(argv)
     if rest:
-        arguments.parser.error("unrecognized arguments: " + " ".join(rest))
+        arguments.parser.error(arguments.parser.unrecognized(rest))
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()

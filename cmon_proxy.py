@@ -4907,7 +4907,7 @@ def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance:
     body = "".join([_row(row, now) for row in rows[first:first + ROWS_SHOWN]])
     machines = "".join([_node_row(node, up) for node, up in nodes])
     machines = machines and f"""<h3>Compute nodes</h3>
-<table class="rows" data-scope="node"><thead><tr><th>compute node</th>\
+<table class="rows" data-scope="node" aria-label="Compute nodes"><thead><tr><th>compute node</th>\
 <th class="static">agent</th></tr></thead><tbody>
 {machines}</tbody></table>
 """
@@ -4923,7 +4923,8 @@ def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance:
 <label>Sort by <select name="sort"></select></label>
 <label>Shown <output></output></label>
 <p class="dim">Charts: the last 15 minutes. Dashed: the limit.</p></form>
-<table class="rows" data-scope="zone"><thead><tr><th>container</th><th class="static">state</th>\
+<table class="rows" data-scope="zone" aria-label="Containers"><thead><tr><th>container</th>\
+<th class="static">state</th>\
 <th class="static">compute node</th><th class="static">last scrape</th></tr></thead><tbody>
 {body}</tbody></table>
 <p>{" · ".join(links)}</p>
@@ -4987,8 +4988,8 @@ def _use_table(scope: str) -> str:
         if getattr(use, cell) else "<td></td>"
         for cell in cells]) + "</tr>\n"
         for number, use in enumerate(use for use in USE if use.scope == scope)]
-    return ('<h3>Utilisation, saturation, errors</h3>\n<table class="use"><thead><tr><th></th>'
-            + "".join([f'<th scope="col">{cell}</th>' for cell in cells])
+    return ('<h3>Utilisation, saturation, errors</h3>\n<table class="use"><thead><tr>'
+            + "".join([f'<th scope="col">{cell}</th>' for cell in ("resource", *cells)])
             + f'</tr></thead><tbody>\n{"".join(rows)}</tbody></table>\n')
 
 
@@ -5065,7 +5066,7 @@ def compact(source: str) -> str:
 
 
 PAGE_CSS = r"""
-h2:focus { outline: none; }
+h2:focus { outline: none; } #summary a, p a { text-decoration: underline; }
 pre { background: var(--card); border: 1px solid var(--line); padding: .7rem; overflow-x: auto; }
 [hidden] { display: none !important; }
 .banner, #summary { border-left: 4px solid var(--line); background: var(--card);

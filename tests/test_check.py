@@ -108,7 +108,7 @@ def check(proxy: StandIn, files: Files, tmp_path: Path) -> Callable[..., Any]:  
     (["load,8:4"], 3, "CMON UNKNOWN: '8:4' is not a range: it begins above its end"),
     (["load,x"], 3, "CMON UNKNOWN: 'x' is not a range: 10, 10:, ~:10, 10:20 or @10:20"),
     (["load,1,2,3"], 3, None), (["load;1"], 3, None), ([""], 3, None),
-    ([], 0, "CMON OK: cmon_collector_up cpucap is 1, cmon_collector_up zfs is 1 | "
+    ([], 0, "CMON OK: cmon_collector_up is 1 (2 samples) | "
      "'cmon_collector_up cpucap'=1;1:; 'cmon_collector_up zfs'=1;1:;"),
 ], ids=str)
 def test_a_container(words: list[str], status: int, line: str | None, check: Any) -> None:
@@ -169,6 +169,7 @@ def test_a_page_that_does_not_come_is_unknown(answer: Answer, words: str, check:
 @pytest.mark.parametrize("arguments, words", [
     ([], "what is to be checked?"), (["--all", "--proxy"], "not allowed with argument"),
     (["web01", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["web01", "--certifcate"], "--certifcate; did you mean --certificate?"),
     (["web01", "load", "--timeout", "0"], "is not a number of seconds"),
     (["nobody"], "no container 'nobody'"), (["db"], "give the UUID"),
     (["--groups", "a,b"], "no container runs in a,b")])
@@ -269,6 +270,8 @@ def test_a_rate_is_taken_from_one_run_to_the_next(check: Any, tmp_path: Path) ->
     first = check("web01", DROPS)
     assert first == (3, "CMON UNKNOWN: rate(net_drops_in_total) has no earlier reading yet: "
                         "the next run has")
+    check.page(at(100, 1003, 3))
+    assert "was not read again since the last run" in check("web01", DROPS)[1]
     check.page(at(130, 1010))
     assert check("web01", DROPS) == (
         1, "CMON WARNING: rate(net_drops_in_total) is 3/s (outside 0:2) | "

@@ -610,6 +610,9 @@ def test_demo_prints_our_own_command(running: Running) -> None:
     done = paste(command)
     assert (done.returncode, done.stderr) == (0, "")
     assert parse(done.stdout)
+    export, = re.findall(r"(?m)^    (export (?:.*\\\n)*.*)$", running.program.output)
+    check, = re.findall(r"(?m)^    (\S.*cmon\.py check --all)$", running.program.output)
+    assert paste(f"{export}\n{check}").stdout.startswith("CMON OK: 5 containers, ")
 
 
 def test_demo_shows_a_tenant_only_its_own(running: Running) -> None:
