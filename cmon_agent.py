@@ -3718,6 +3718,7 @@ ZONE_TABLES, NODE_TABLES = (
     tuple([table for collector in collectors for table in collector.tables])
     for collectors in (ZONE_COLLECTORS, NODE_COLLECTORS))
 TABLES = (*ZONE_TABLES, GUESTS, *NODE_TABLES)
+PROOFS = frozenset(table.collector for table in ZONE_TABLES)
 WANTED = wanted_of(TABLES)      # what the index keeps of the chain
 
 
@@ -6181,6 +6182,7 @@ def reason_of(error: Exception) -> str:
 
 # --- scraping and routes --------------------------------------------------------------------------
 
+KSTATS = "kstats"               # the cell of all collectors that read them
 PREPARED_SECONDS = 0.5          # how long a whole answer is sent again: its ages are that exact
 WATCH_SECONDS = 0.1             # how often readers of kstats are looked at while they work
 LEAST_LIFETIME = 1.0            # seconds; more frequent scrapes get the same samples
@@ -6199,31 +6201,65 @@ class NotYet(CollectError):
     """A collector has nothing yet although nothing has failed: no breaker opens for it."""
 
 
-# What comes back of a piece of work for one collector; None: it was left out
-Result = Union[Part, Shared, Brought, Exception, None]
+class Form:
+    """Collectors whose values came together: their templates, and which values are whose. One
+    object for all that are alike: pages find their layout by it."""
+    __slots__ = ("names", "templates", "places", "size")
+
+    def __init__(self, names: tuple[str, ...], templates: tuple[str, ...],
+                 places: tuple[range, ...], size: int) -> None:
+        self.names, self.templates, self.places = names, templates, places
+        self.size = size                        # how many values there are
 
 
-NO_NAMES: AbstractSet[str] = frozenset()        # one object for all cells
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def form_of(names: tuple[str, ...], templates: tuple[str, ...]) -> Form:
+    """The form of the parts of these collectors, whose values are joined in this order."""
+    places: list[range] = []
+    size = 0
+    for template in templates:
+        count = template.replace("%%", "").count("%s")
+        places.append(range(size, size + count))
+        size += count or 1                      # the values of no template are an empty text
+    return Form(names, templates, tuple(places), size)
 
 
-class Cell:
-    """One collector of a page, or of all pages: what it has brought last, whether that fails now,
-    and whether it is at work. Belongs to the loop's thread."""
-    __slots__ = ("collector", "found", "at", "seconds", "names", "why", "tried", "breaker", "began",
-                 "late", "pages")
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def rest_of(form: Form, newer: Form) -> Form | None:
+    """What a form has and a newer one has not."""
+    kept = [place for place, name in enumerate(form.names) if name not in newer.names]
+    return Form(tuple([form.names[place] for place in kept]),
+                tuple([form.templates[place] for place in kept]),
+                tuple([form.places[place] for place in kept]), form.size) if kept else None
 
-    def __init__(self, collector: Collector) -> None:
-        self.collector = collector              # with the lifetime and timeout of the settings
-        self.found: Part | Shared | None = None
-        self.at = 0.0                           # when it came …
-        self.seconds = "0.0"                    # … and how long that took, as the page has it
-        self.names = NO_NAMES                   # of foreign text: its part of the page
-        self.why = ""                           # why the last attempt failed; "": it did not
-        self.tried = 0.0                        # when that was
-        self.breaker: Breaker | None = None
-        self.began: float | None = None         # it is at work since then …
-        self.late = False                       # … for too long: newcomers do not wait for it
-        self.pages: tuple[Page, ...] = ()       # … and these want to know when it ends
+
+class Came(NamedTuple):
+    """What a piece of work has brought: values of some collectors, errors of others."""
+    form: Form
+    values: str                                 # with BETWEEN between them
+    failed: Mapping[str, Exception]
+
+
+NO_FORM = form_of((), ())
+
+
+class Source(NamedTuple):
+    """Values on a page that came together."""
+    form: Form
+    values: str
+    at: float                                   # when they came …
+    seconds: str                                # … and how long that took, as the page has it
+    up: bool                                    # no later attempt has failed
+
+
+class Trouble:
+    """A collector that fails now."""
+    __slots__ = ("why", "tried", "breaker")
+
+    def __init__(self) -> None:
+        self.why = ""
+        self.tried = 0.0                        # when
+        self.breaker: Breaker | None = None     # None: it only has nothing yet
 
     @property
     def is_stopped(self) -> bool:
@@ -6231,33 +6267,68 @@ class Cell:
         return self.breaker is not None and self.breaker.open
 
     @property
-    def waits(self) -> bool:
-        """Whether it has nothing yet although nothing has failed (NotYet)."""
-        return self.why != "" and self.breaker is None
+    def note(self) -> str:
+        """For the page, where it has nothing yet although nothing has failed (NotYet)."""
+        return "" if self.breaker is not None else "".join(filter(str.isprintable, self.why))
+
+
+NO_NAMES: AbstractSet[str] = frozenset()        # one object for all cells
+
+
+class Cell:
+    """Collectors that do their work together, of a page or of all pages: what they have brought
+    last, which of them fail now, and whether they are at work. Belongs to the loop's thread."""
+    __slots__ = ("name", "collectors", "lifetime", "sources", "by_zone", "at", "seconds", "claims",
+                 "troubles", "began", "late", "pages")
+
+    def __init__(self, collectors: tuple[Collector, ...]) -> None:
+        self.use(collectors)
+        self.sources: tuple[Source, ...] = ()   # the newest first, others are of those that fail
+        self.by_zone = Shared({}, True)         # of a collector that is shared
+        self.at = -math.inf                     # when the newest came …
+        self.seconds = ""                       # … and how long that took, as the page has it
+        self.claims = NO_NAMES                  # of foreign text: its part of the page
+        self.troubles: dict[str, Trouble] = {}  # by collector
+        self.began: float | None = None         # they are at work since then …
+        self.late = False                       # … for too long: newcomers do not wait for them
+        self.pages: tuple[Page, ...] = ()       # … and these want to know when it ends
+
+    def use(self, collectors: tuple[Collector, ...]) -> None:
+        """These, with the lifetimes and timeouts of the settings."""
+        self.collectors = collectors            # one with a function, or all that read kstats
+        self.name = collectors[0].name if collectors[0].collect else KSTATS
+        self.lifetime = min([one.lifetime for one in collectors if one.tables or one.collect])
+
+    @property
+    def shared(self) -> bool:
+        """Whether the work is done for all zones."""
+        return self.collectors[0].shared
 
     def mend(self) -> None:
         """What failed may be mended: forget that it did."""
-        self.why, self.breaker = "", None
+        self.troubles.clear()
+
+    def forget(self) -> None:
+        """Collect it again."""
+        self.mend()
+        self.sources, self.at = (), -math.inf
 
 
 class Page:
     """One page: its collectors, and who waits for it. Belongs to the loop's thread."""
-    __slots__ = ("key", "zone", "core", "names", "cells", "kstats", "proofs", "leads", "generation",
-                 "waiting", "waiting_since", "prepared", "until", "asked", "used", "since",
-                 "checked")
+    __slots__ = ("key", "zone", "core", "names", "cells", "proof", "generation", "waiting",
+                 "waiting_since", "prepared", "until", "asked", "used", "since", "checked")
 
     def __init__(self, zone: str, core: bool, since: float) -> None:
         self.key = (zone, core)
         self.since = since                      # when it was asked for first
         self.zone, self.core = zone, core
-        self.names: tuple[str, ...] = ()        # of its collectors
-        self.cells: tuple[Cell, ...] = ()       # in page order
-        self.kstats: tuple[Cell, ...] = ()      # those that are read together
-        self.proofs: tuple[Cell, ...] = ()      # those that bring something only where a zone runs
-        self.leads: tuple[Cell, ...] = ()       # the first of `kstats`, and the others one by one
+        self.names: tuple[str, ...] = ()        # of its collectors, in page order
+        self.cells: tuple[Cell, ...] = ()
+        self.proof: Cell | None = None          # brings something only where the zone runs
         self.generation = -1
-        # Each waits for cells of its own, the first one in place of all of `kstats`: a client that
-        # came after a cell was found to be late does not wait for it.
+        # Each waits for cells of its own: a client that came after a cell was found to be late does
+        # not wait for it.
         self.waiting: dict[Deferred, set[Cell]] = {}
         self.waiting_since = 0.0
         self.prepared: Prepared | None = None
@@ -6268,15 +6339,14 @@ class Page:
 
     def has_values(self) -> bool:
         """Whether there is something to send; of a zone only what its kstats have proved to run."""
-        return any(cell.found is not None for cell in self.proofs or self.cells)
+        if self.zone == NODE:
+            return any([cell.sources for cell in self.cells])
+        return self.is_proved()
 
     def is_proved(self) -> bool:
         """Whether its zone runs, as far as that can be told; before that, nothing is run for it."""
-        return not self.proofs or any(cell.found is not None for cell in self.proofs)
-
-    def together(self, cell: Cell) -> tuple[Cell, ...]:
-        """What is at work in one piece with a cell."""
-        return self.kstats if cell in self.kstats else (cell,)
+        return self.proof is None or any(
+            [not PROOFS.isdisjoint(source.form.names) for source in self.proof.sources])
 
     def seen(self, client: str, now: float) -> None:
         """Note that somebody asks, and how often."""
@@ -6446,22 +6516,62 @@ TIME_TEMPLATE = render([Family(TIME_OF_DAY.name, TIME_OF_DAY.kind, help_of(TIME_
                                [Sample((), 0)])]).replace(" 0\n", " %s\n")
 
 
+class PageLayout(NamedTuple):
+    """A page but for its values."""
+    template: str
+    order: Callable[[Sequence[Any]], Any]       # the values in the order of the template
+    missing: tuple[str, ...]                    # collectors that do not work
+
+
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
-def page_template(collectors: tuple[str, ...], templates: tuple[str | None, ...]) -> str:
-    """A whole page: the parts of its collectors, None for one without values, each with its
-    meta-metrics; then the time, ages, and which collectors work."""
+def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
+                notes: tuple[tuple[str, str], ...]) -> PageLayout:
+    """A whole page: the parts of its collectors, each with its meta-metrics; then the time, ages,
+    and which collectors work.
+
+    `shown` are forms, each followed by whether its collectors work. The time comes first among the
+    values; then those of each form and after them whether they were cached, the seconds that they
+    took, and their age. `notes` say why some collectors have nothing yet.
+    """
+    found: dict[str, tuple[str, range, int, bool]] = {}
+    size = 1
+    for form, up in zip(shown[::2], shown[1::2]):
+        for name, template, place in zip(form.names, form.templates, form.places):
+            found.setdefault(name, (template, range(size + place.start, size + place.stop),
+                                    size + form.size, up))
+        size += form.size + 3
     text_: list[str] = []
-    for collector, template in zip((*collectors, "time"), (*templates, TIME_TEMPLATE)):
-        text_.append(template or "")
-        for metric in META:
+    order: list[int] = []
+
+    def meta(collector: str, *values: str) -> None:
+        for metric, value in zip(META, values):
             name = metric.name.format(collector)
-            text_.append(_head(name, metric.kind, metric.help) + f"{name} %s\n")
-    aged = [collector for collector, template in zip(collectors, templates) if template is not None]
-    for metric, shown in ((SAMPLE_AGE, aged), (COLLECTOR_UP, collectors)):
-        text_.append(_head(metric.name, metric.kind, metric.help))
-        text_ += [f'{metric.name}{{collector="{collector}"}} %s\n'
-                  for collector in (*shown, "time")]
-    return "".join(text_)
+            text_.append(_head(name, metric.kind, metric.help) + f"{name} {value}\n")
+    for collector in collectors:
+        if collector in found:
+            template, places, cached, _ = found[collector]
+            text_.append(template)
+            meta(collector, "1" if template else "0", "%s", "%s")
+            order += (*places, cached, cached + 1)
+        else:
+            meta(collector, "0", "0", "0.0")
+    text_.append(TIME_TEMPLATE)
+    order.append(0)
+    meta("time", "1", "0", "0.0")
+    text_.append(_head(SAMPLE_AGE.name, SAMPLE_AGE.kind, SAMPLE_AGE.help))
+    for collector in collectors:
+        if collector in found:
+            text_.append(f'{SAMPLE_AGE.name}{{collector="{collector}"}} %s\n')
+            order.append(found[collector][2] + 2)
+    text_.append(f'{SAMPLE_AGE.name}{{collector="time"}} 0.0\n')
+    text_.append(_head(COLLECTOR_UP.name, COLLECTOR_UP.kind, COLLECTOR_UP.help))
+    missing = tuple([name for name in collectors if name not in found or not found[name][3]])
+    why = dict(notes)
+    for name in (*collectors, "time"):
+        text_.append(f'{COLLECTOR_UP.name}{{collector="{name}"}} {0 if name in missing else 1}\n')
+        if name in missing and why.get(name):   # as a comment: a label would make it another series
+            text_.append(f"# {name}: {why[name]}\n".replace("%", "%%"))
+    return PageLayout("".join(text_), operator.itemgetter(*order), missing)
 
 
 class KstatParts:
@@ -6476,7 +6586,7 @@ class KstatParts:
         self._vminfo: tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
 
     def zone(self, collectors: Sequence[Collector], skipped: AbstractSet[str], zone: str,
-             reading: ZoneReading) -> list[Result]:
+             reading: ZoneReading) -> Came:
         """What collectors send of a zone."""
         def nics() -> Mapping[str, tuple[str, str]] | None:
             return self._nics(zone, reading.zone_id)
@@ -6484,26 +6594,28 @@ class KstatParts:
         return self._results("zone", collectors, skipped, zone_part, reading.kstats, context)
 
     def node(self, collectors: Sequence[Collector], skipped: AbstractSet[str],
-             read: Mapping[Table, Sequence[Read]]) -> list[Result]:
+             read: Mapping[Table, Sequence[Read]]) -> Came:
         """What collectors send of the node."""
         context = NodeContext(self._host.page_size, self._vminfo)
         self._vminfo = vminfo_readings(read, self._vminfo)
         return self._results("node", collectors, skipped, node_part, read, context)
 
     def _results(self, scope: str, collectors: Sequence[Collector], skipped: AbstractSet[str],
-                 make: Callable[..., Part], *arguments: Any) -> list[Result]:
+                 make: Callable[..., Part], *arguments: Any) -> Came:
         cpu = time.thread_time()
-        results: list[Result] = []
+        parts: dict[str, Part] = {}
+        failed: dict[str, Exception] = {}
         for collector in collectors:
-            try:
-                results.append(None if collector.name in skipped else
-                               make(collector, *arguments))
-            except CollectError as error:
-                results.append(error)
-            except Exception as error:      # a bug of ours costs one collector
-                results.append(_bug(collector.name, error))
+            if collector.name not in skipped:
+                try:
+                    parts[collector.name] = make(collector, *arguments)
+                except CollectError as error:
+                    failed[collector.name] = error
+                except Exception as error:      # a bug of ours costs one collector
+                    failed[collector.name] = _bug(collector.name, error)
         self._booked.add(time.thread_time() - cpu, scope)
-        return results
+        return Came(form_of(tuple(parts), tuple([part.template for part in parts.values()])),
+                    BETWEEN.join([part.values for part in parts.values()]), failed)
 
     def _nics(self, zone: str, zone_id: int) -> Mapping[str, tuple[str, str]] | None:
         """The labels of a zone's links; None: none; raises NotYet while that is not decided.
@@ -6556,9 +6668,9 @@ class Scraper:
         # Of pages by their kind: the collectors, and their names.
         self._kinds: dict[tuple[Any, ...], tuple[tuple[Collector, ...], tuple[str, ...]]] = {}
         add = registry.counter
-        self._collections: dict[tuple[str, str], int] = {}      # by collector and result
-        self.problems = add("cmon_agent_input_problems_total", "What was left out of plugins, text "
-                            "files, core zones and zfs list.", "source")
+        self._collections: dict[tuple[tuple[str, ...], str], int] = {}  # by collectors and result
+        self.problems = add("cmon_agent_input_problems_total", "Lines and families of plugins, "
+                            "text files and core zones that were left out.", "source")
         self._parts = KstatParts(host, server.now, add(
             "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
             "scope"))
@@ -6620,8 +6732,8 @@ class Scraper:
         if found != self._plugins:
             self._plugins = found
             for page in self._pages.values():   # a name may be another plugin's now
-                page.cells = tuple(cell for cell in page.cells
-                                   if not cell.collector.name.startswith("plugin_"))
+                page.cells = tuple([cell for cell in page.cells
+                                    if not cell.name.startswith("plugin_")])
             self._lifetimes = {}
             self._renew()
 
@@ -6732,7 +6844,8 @@ class Scraper:
                        code="no_such_zone")
 
     def _why(self, page: Page) -> str:
-        return "; ".join(sorted({cell.why for cell in page.cells if cell.why}))[:500] \
+        return "; ".join(sorted({trouble.why for cell in page.cells
+                                 for trouble in cell.troubles.values()}))[:500] \
             or "it is not due yet"
 
     def _collect(self, page: Page, now: float) -> set[Cell]:
@@ -6740,16 +6853,11 @@ class Scraper:
         if page.generation != self.generation:
             self._furnish(page)
         awaited: set[Cell] = set()
-        interval, proved, kstats = page.interval(now), page.is_proved(), page.kstats
-        if kstats and kstats[0].began is None:
-            for cell in kstats:
-                if cell.collector.tables and self._is_due(cell, page, now, interval):
-                    self._begin_kstats(page, now)
-                    break
-        for cell in page.leads:             # the first of `kstats` is waited for in place of all
+        proved = page.is_proved()
+        for cell in page.cells:
             if cell.began is None:
-                if cell.collector.collect is None or not (proved or cell.collector.shared) \
-                        or not self._is_due(cell, page, now, None):
+                if not (proved or cell.name == KSTATS or cell.shared) \
+                        or not self._is_due(cell, page, now):
                     continue
                 self._begin(cell, page, now)
             if page not in cell.pages:
@@ -6758,42 +6866,51 @@ class Scraper:
                 awaited.add(cell)
         return awaited
 
-    def lifetime(self, cell: Cell, interval: float | None) -> float:
-        """For how long a collector's values are used; `interval`: of clients, for kstats."""
-        seconds = cell.collector.lifetime
-        if interval is not None:
-            seconds = max(min(seconds, INTERVAL_SHARE * interval), LEAST_LIFETIME)
+    def lifetime(self, cell: Cell, page: Page, now: float) -> float:
+        """For how long a cell's values are used; those of kstats depend on clients' intervals."""
+        seconds = cell.lifetime
+        if cell.name == KSTATS:
+            seconds = max(min(seconds, INTERVAL_SHARE * page.interval(now)), LEAST_LIFETIME)
         return max(seconds * self.governor.stretch, self.settings.min_poll_interval)
 
-    def _is_due(self, cell: Cell, page: Page, now: float, interval: float | None) -> bool:
-        if cell.breaker is not None and cell.breaker.retry_seconds > 0:
+    def _is_due(self, cell: Cell, page: Page, now: float) -> bool:
+        for trouble in cell.troubles.values():
+            if self._may_retry(trouble, cell, now):
+                return True
+        if len(cell.troubles) == len(cell.collectors):
             return False
-        if cell.why:
-            return now - cell.tried >= max(
-                LEAST_LIFETIME * self.governor.stretch, self.settings.min_poll_interval,
-                self.lifetime(cell, None) if cell.collector.patient else 0.0)
-        return cell.found is None or now - cell.at >= self.lifetime(cell, interval) \
-            or self._is_older(cell, page, now)
+        return now - cell.at >= self.lifetime(cell, page, now) or self._is_older(cell, page, now)
+
+    def _may_retry(self, trouble: Trouble, cell: Cell, now: float) -> bool:
+        if trouble.breaker is not None and trouble.breaker.retry_seconds > 0:
+            return False
+        seconds = max(LEAST_LIFETIME, cell.lifetime if cell.collectors[0].patient else 0.0)
+        return now - trouble.tried >= max(seconds * self.governor.stretch,
+                                          self.settings.min_poll_interval)
 
     @staticmethod
     def _is_older(cell: Cell, page: Page, now: float) -> bool:
         """Whether a list that lacks this zone is incomplete, or was made before the zone came."""
-        found = cell.found
-        return isinstance(found, Shared) and page.zone not in found.parts \
-            and (not found.complete or cell.at < page.since) \
+        return cell.shared and page.zone not in cell.by_zone.parts \
+            and (not cell.by_zone.complete or cell.at < page.since) \
             and now - cell.at > NEW_DATASET_SECONDS
 
     # what work brings
 
-    def _begin_kstats(self, page: Page, now: float) -> None:
-        """Have a reader read what the page's tables want."""
-        zone, cells, parts = page.zone, page.kstats, self._parts
-        collectors = [cell.collector for cell in cells]
-        skipped = frozenset([cell.collector.name for cell in cells if cell.breaker is not None
-                             and cell.breaker.open and not cell.breaker.allows()])
-        for cell in cells:
-            cell.began = now
+    def _begin(self, cell: Cell, page: Page, now: float) -> None:
+        """Have the work of a cell done."""
+        cell.began = now
         self._running += 1
+        if cell.name == KSTATS:
+            self._begin_kstats(cell, page)
+        else:
+            self._begin_function(cell, page)
+
+    def _begin_kstats(self, cell: Cell, page: Page) -> None:
+        """Have a reader read what the page's tables want."""
+        zone, collectors, parts = page.zone, cell.collectors, self._parts
+        skipped = frozenset([name for name, trouble in cell.troubles.items()
+                             if trouble.breaker is not None and not trouble.breaker.allows()])
         if zone == NODE:
             tables = [table for collector in collectors for table in collector.tables
                       if collector.name not in skipped]
@@ -6809,39 +6926,38 @@ class Scraper:
 
         def done(read: Any) -> None:
             """In the reader's thread."""
-            results: Sequence[Result] | NoSuchZone
+            came: Came | NoSuchZone
             if isinstance(read, NoSuchZone):
-                results = read
+                came = read
             elif isinstance(read, Exception):
-                results = [read] * len(cells)
+                came = Came(NO_FORM, "", {collector.name: read for collector in collectors})
             elif isinstance(read, ZoneReading):
-                results = parts.zone(collectors, skipped, zone, read)
+                came = parts.zone(collectors, skipped, zone, read)
             else:
-                results = parts.node(collectors, skipped, read)
-            self.server.loop.call_soon(self._arrived, cells, results, self.server.now())
+                came = parts.node(collectors, skipped, read)
+            self.server.loop.call_soon(self._arrived, cell, came, self.server.now())
         self.submit(Job(work, done))
 
-    def _begin(self, cell: Cell, page: Page, now: float) -> None:
+    def _begin_function(self, cell: Cell, page: Page) -> None:
         """Run a collector's function in a pool and report any outcome."""
-        collector = cell.collector
+        collector = cell.collectors[0]
         assert collector.collect is not None
         task = Task(self.host, self.host.run, page.zone, collector.timeout, self.pool,
                     self._wait_for, self.server.now)
 
         def work() -> None:
-            result: Result
+            result: Found | Exception
             try:
-                result = collector.collect(task) if collector.collect else None
+                assert collector.collect is not None
+                result = collector.collect(task)
             except (CollectError, CommandError, ClientError, KstatError) as error:
                 result = error
             except Exception as error:      # around a collector: a bug of ours costs it alone
                 result = _bug(collector.name, error)
-            self.server.loop.call_soon(self._arrived, (cell,), [result], self.server.now())
-        cell.began = now
-        self._running += 1
+            self.server.loop.call_soon(self._arrived, cell, result, self.server.now())
         if not (self._foreign if collector.foreign else self._commands).submit(work):
-            self.server.loop.call_soon(self._arrived, (cell,), [
-                CollectError("too many collections wait already")], now)
+            self.server.loop.call_soon(self._arrived, cell, CollectError(
+                "too many collections wait already"), self.server.now())
 
     def _wait_for(self, work: Callable[[Reader], Any]) -> Any:
         """In a pool: kstats that belong to what a command says."""
@@ -6855,42 +6971,30 @@ class Scraper:
             raise CollectError(str(result))
         return result
 
-    def _arrived(self, cells: tuple[Cell, ...], results: Sequence[Result] | NoSuchZone, at: float
-                 ) -> None:
+    def _arrived(self, cell: Cell, brought: Came | Found | Exception, at: float) -> None:
         """Work has ended: keep what it brought, and answer those who waited for nothing else."""
-        now, lead = self.server.now(), cells[0]
-        began = lead.began or 0.0
-        pages = list(dict.fromkeys([page for cell in cells for page in cell.pages]))
+        now, pages, began = self.server.now(), cell.pages, cell.began or 0.0
         self._running -= 1
         self.inherited.collected.observe(
-            now - began, "kstats" if lead.collector.collect is None else
-            "plugin" if lead.collector.name.startswith("plugin_") else lead.collector.name)
-        for cell in cells:
-            cell.began, cell.late, cell.pages = None, False, ()
+            now - began, "plugin" if cell.name.startswith("plugin_") else cell.name)
+        cell.began, cell.late, cell.pages = None, False, ()
         if self._watching and not self._running and not self.kstats.busy:
             self.server.loop.cancel(self._watching)
             self._watching = 0
-        if isinstance(results, NoSuchZone):
+        if isinstance(brought, NoSuchZone):
             for page in pages:
                 self._gone(page, now)
             return
         unproved = [page for page in pages if not page.is_proved()]
-        seconds = repr(round(at - began, 6))
-        where = "all zones" if lead.collector.shared else pages[0].zone
-        for cell, result in zip(cells, results):
-            if isinstance(result, Exception):
-                self._failed(cell, where, result, now)
-            elif result is not None:
-                self._take(cell, pages, result, where)
-                cell.at, cell.seconds = at, seconds
+        self._take(cell, pages[0], brought, at, repr(round(at - began, 6)))
         for page in pages:
-            if lead.collector.collect is None:
+            if cell.name == KSTATS:
                 page.checked = now
             if page in unproved and page.is_proved() and page.waiting:
                 more = self._collect(page, now)     # its plugins, its files, its ports
                 for needed in page.waiting.values():
                     needed |= more
-            self._release(page, cells, now)
+            self._release(page, cell, now)
 
     def _gone(self, page: Page, now: float) -> None:
         """The zone does not run."""
@@ -6902,23 +7006,43 @@ class Scraper:
         for later in waiting:
             later.finish(self._no_zone(page.zone).answer())
 
-    def _take(self, cell: Cell, pages: Sequence[Page], result: Part | Shared | Brought, where: str
-              ) -> None:
-        if isinstance(result, Brought):
-            result = self._admitted(cell, pages[0], result)
-        elif isinstance(result, Shared):
-            self.tell(cell.collector.name, result.problems)
-        if cell.why:
-            log.info("%s of %s works again", cell.collector.name, where)
-            cell.mend()
-        cell.found = result
-        self._count(cell, "ok")
+    def _take(self, cell: Cell, page: Page, brought: Came | Found | Exception, at: float,
+              seconds: str) -> None:
+        """Keep what has come, and of collectors that failed or were left out what there was."""
+        where = "all zones" if cell.shared else page.zone
+        form, values, failed = brought if isinstance(brought, Came) else \
+            self._came(cell, page, brought)
+        sources = [Source(form, values, at, seconds, True)] if form.names else []
+        for source in cell.sources:
+            rest = rest_of(source.form, form)
+            if rest is not None:
+                sources.append(Source(rest, source.values, source.at, source.seconds, False))
+        cell.sources = tuple(sources)
+        if form.names:
+            cell.at, cell.seconds = at, seconds
+            self._count(form.names, "ok")
+        for name in form.names if cell.troubles else ():
+            if cell.troubles.pop(name, None) is not None:
+                log.info("%s of %s works again", name, where)
+        for name, error in failed.items():
+            self._failed(cell, name, where, error)
+
+    def _came(self, cell: Cell, page: Page, brought: Found | Exception) -> Came:
+        """What a collector's function has brought."""
+        if isinstance(brought, Exception):
+            return Came(NO_FORM, "", {cell.name: brought})
+        if isinstance(brought, Brought):
+            brought = self._admitted(cell, page, brought)
+        elif isinstance(brought, Shared):
+            self.tell(cell.name, brought.problems)
+            cell.by_zone, brought = brought, NOTHING
+        return Came(form_of((cell.name,), (brought.template,)), brought.values, {})
 
     def _admitted(self, cell: Cell, page: Page, brought: Brought) -> Part:
         """Foreign metrics, without names that another source has on this page."""
-        name = cell.collector.name
-        taken = {taken: other.collector.name for other in page.cells if other is not cell
-                 for taken in other.names}
+        name = cell.name
+        taken = {taken: other.name for other in page.cells if other is not cell
+                 for taken in other.claims}
         problems = list(brought.problems)
         kept: list[Foreign] = []
         for family in brought.families:
@@ -6932,31 +7056,31 @@ class Scraper:
         if brought.ttl is not None and self._lifetimes.get(name) != brought.ttl:
             self._lifetimes[name] = brought.ttl
             self._renew()
-        cell.names = frozenset().union(*(family.names() for family in kept))
+        cell.claims = frozenset().union(*(family.names() for family in kept))
         return verbatim("".join(family.text for family in kept))
 
-    def _count(self, cell: Cell, result: str) -> None:
-        key = (cell.collector.name, result)
+    def _count(self, names: tuple[str, ...], result: str) -> None:
+        key = (names, result)
         self._collections[key] = self._collections.get(key, 0) + 1
 
-    def _failed(self, cell: Cell, where: str, error: Exception, now: float) -> None:
-        why, before = str(error), cell.why
-        cell.why, cell.tried = why, now
+    def _failed(self, cell: Cell, name: str, where: str, error: Exception) -> None:
+        trouble, now = cell.troubles.setdefault(name, Trouble()), self.server.now()
+        before, trouble.why, trouble.tried = trouble.why, str(error), now
         if isinstance(error, NotYet):
             return
-        self._count(cell, "failed")
+        self._count((name,), "failed")
         if not before:
-            log.warning("%s of %s fails: %s", cell.collector.name, where, why)
-        if cell.breaker is None:
-            cell.breaker = Breaker(self.server.now)
-        cell.breaker.failed(why)
+            log.warning("%s of %s fails: %s", name, where, trouble.why)
+        if trouble.breaker is None:
+            trouble.breaker = Breaker(self.server.now)
+        trouble.breaker.failed(trouble.why)
 
     # answers
 
-    def _release(self, page: Page, cells: Sequence[Cell], now: float) -> None:
-        """Answer those who waited for nothing but these, with the same bytes."""
+    def _release(self, page: Page, cell: Cell, now: float) -> None:
+        """Answer those who waited for nothing but this one, with the same bytes."""
         for needed in page.waiting.values():
-            needed.difference_update(cells)
+            needed.discard(cell)
         ready = [later for later, needed in page.waiting.items() if not needed]
         if not ready:
             return
@@ -6977,8 +7101,7 @@ class Scraper:
     def give_up(self, page: Page, later: Deferred) -> None:
         """A client's time is over: mark what it has waited for as late."""
         for cell in page.waiting.pop(later, ()):
-            for one in page.together(cell):
-                one.late = one.began is not None
+            cell.late = cell.began is not None
 
     def _partial(self, page: Page, later: Deferred) -> Answer:
         """Deadline passed: answer with what there is."""
@@ -6991,64 +7114,42 @@ class Scraper:
         return self._prepare(page, now, since)
 
     def _prepare(self, page: Page, now: float, since: float) -> Prepared:
-        shown, ups = self.text(page, now, since)
+        shown, missing = self.text(page, now, since)
         # the proxy tells its tenant which scrapes were whole without reading the page
-        headers = () if 0 not in ups else (("X-Cmon-Partial", ",".join(
-            [name for name, up in zip(page.names, ups) if not up])),)
+        headers = (("X-Cmon-Partial", ",".join(missing)),) if missing else ()
         return prepare(Response(200, shown.encode(), PAGE, headers))
 
-    def text(self, page: Page, now: float, since: float) -> tuple[str, list[int]]:
-        """The page as text, and which of its collectors work; what came after `since` was not in
-        the cache."""
-        templates: list[str | None] = []
-        values: list[Any] = []
-        ages: list[str] = []
-        ups: list[int] = []
-        came, age = math.nan, ""                # those that came together have one age
+    def text(self, page: Page, now: float, since: float) -> tuple[str, tuple[str, ...]]:
+        """The page as text, and which of its collectors do not work; what came after `since` was
+        not in the cache."""
+        forms: list[Any] = []
+        values: list[Any] = [int(self.host.time() * 1000)]
+        notes: tuple[tuple[str, str], ...] = ()
         for cell in page.cells:
-            part = cell.found
-            if cell.at != came:
-                came = cell.at
-                age = repr(round(now - came, 3))
-            if now - came > STALE_SECONDS or type(part) is not Part:
-                part = self._shown(cell, page, now)
-                if part is None:
-                    templates.append(None)
-                    values += (0, 0, 0.0)
-                    ups.append(0)
+            if cell.troubles:
+                notes += tuple([(name, trouble.note) for name, trouble in cell.troubles.items()])
+            for form, found, at, seconds, up in (self._of_zone(cell, page, now) if cell.shared else
+                                                 cell.sources):
+                age = now - at
+                if age > STALE_SECONDS and age > 3 * self.lifetime(cell, page, now):
                     continue
-            ups.append(0 if cell.why or cell.late else 1)
-            template, found = part
-            templates.append(template)
-            if template:
+                forms += (form, up and not cell.late)
                 values += found.split(BETWEEN)
-            values += (1 if template else 0, 1 if cell.at < since else 0, cell.seconds)
-            ages.append(age)
-        values += (int(self.host.time() * 1000), 1, 0, 0.0)
-        reasons: list[Any] = ups
-        if 0 in ups:        # why, as a comment below it: a label would make it another series
-            reasons = [f"0\n# {cell.collector.name}: {''.join(filter(str.isprintable, cell.why))}"
-                       if cell.waits else up for cell, up in zip(page.cells, ups)]
-        shown = page_template(page.names, tuple(templates)) % (*values, *ages, 0.0, *reasons, 1)
+                values += (1 if at < since else 0, seconds, repr(round(age, 3)))
+        template, order, missing = page_layout(page.names, tuple(forms), notes)
+        shown = template % order(values)
         if page.zone == NODE:
-            shown += render(self.inherited.families(
-                sum(cell.found is not None for cell in self.all_cells())))
-        return shown, ups
+            shown += render(self.inherited.families(sum(
+                [len(source.form.names) for cell in self.all_cells() for source in cell.sources])))
+        return shown, missing
 
-    def _shown(self, cell: Cell, page: Page, now: float) -> Part | None:
-        """What a page shows of a collector."""
-        found = cell.found
-        if found is None:
-            return None
-        age = now - cell.at
-        if age > STALE_SECONDS and age > 3 * self.lifetime(
-                cell, page.interval(now) if cell.collector.collect is None else None):
-            return None
-        if isinstance(found, Part):
-            return found
-        if self._is_older(cell, page, now):
-            return None
-        return found.parts.get(page.zone, NOTHING if found.complete else None)
+    def _of_zone(self, cell: Cell, page: Page, now: float) -> tuple[Source, ...]:
+        """What a collector for all zones has brought for this one."""
+        part = cell.by_zone.parts.get(page.zone, NOTHING if cell.by_zone.complete else None)
+        if not cell.sources or part is None or self._is_older(cell, page, now):
+            return ()
+        return (Source(form_of((cell.name,), (part.template,)), part.values, cell.at, cell.seconds,
+                       not cell.troubles),)
 
     # what pages consist of
 
@@ -7064,19 +7165,22 @@ class Scraper:
             rows = tuple(self._rows(page, plugins))
             known = self._kinds[kind] = (rows, tuple([row.name for row in rows]))
         rows, page.names = known
-        before = {cell.collector.name: cell for cell in page.cells}
-        for row in rows:
-            cell = self._shared.get(row.name) if row.shared else before.get(row.name)
-            if cell is None:
-                cell = before[row.name] = Cell(row)
-            if row.shared:
-                before[row.name] = self._shared[row.name] = cell
-            cell.collector = row
-        page.cells = tuple([before[row.name] for row in rows])
-        page.kstats = tuple([cell for cell in page.cells if cell.collector.collect is None])
-        page.proofs = () if page.zone == NODE else tuple(
-            [cell for cell in page.kstats if cell.collector.tables])
-        page.leads = (*page.kstats[:1], *[cell for cell in page.cells if cell.collector.collect])
+        reading = tuple([row for row in rows if row.collect is None])
+        groups = [reading] if any([row.tables for row in reading]) else []
+        groups += [(row,) for row in rows if row.collect is not None]
+        before = {cell.name: cell for cell in page.cells}
+        cells: list[Cell] = []
+        for group in groups:
+            own = self._shared if group[0].shared else before
+            name = group[0].name if group[0].collect else KSTATS
+            if name in own:
+                own[name].use(group)
+            else:
+                own[name] = Cell(group)
+            cells.append(own[name])
+        page.cells = tuple(cells)
+        page.proof = None if page.zone == NODE else next(
+            (cell for cell in cells if cell.name == KSTATS), None)
         page.generation = self.generation
 
     def _rows(self, page: Page, plugins: Sequence[Plugin]) -> Iterator[Collector]:
@@ -7116,17 +7220,17 @@ class Scraper:
     def refresh(self) -> None:
         """What an operator, or the proxy after a change, asks for: all is collected again."""
         for cell in self._shared.values():
-            cell.mend()
-            cell.found = None
+            cell.forget()
         for page in [page for page in self._pages.values() if page.zone != NODE]:
-            own = [cell for cell in page.cells if not cell.collector.shared]
+            own = [cell for cell in page.cells if not cell.shared]
             page.prepared = None
             if not page.waiting and all(cell.began is None for cell in own):
                 del self._pages[page.key]
             for cell in own:
-                cell.mend()
-                if not page.waiting:
-                    cell.found = None
+                if page.waiting:
+                    cell.mend()
+                else:
+                    cell.forget()
         self._unknown.clear()
         self._reread_zones()
         self.submit(Job(lambda reader: (reader.follow(force=True)
@@ -7142,13 +7246,15 @@ class Scraper:
         """The collectors of all pages that are kept."""
         yield from self._shared.values()
         for page in self._pages.values():
-            yield from [cell for cell in page.cells if not cell.collector.shared]
+            yield from [cell for cell in page.cells if not cell.shared]
 
-    def broken(self) -> list[tuple[str, Cell]]:
-        """What fails now, and where."""
-        return [("all zones", cell) for cell in self._shared.values() if cell.why] + [
+    def broken(self) -> list[tuple[str, str, Trouble]]:
+        """What fails now: where, and which collector."""
+        places = [("all zones", cell) for cell in self._shared.values()] + [
             (page.zone, cell) for page in self._pages.values() for cell in page.cells
-            if cell.why and not cell.collector.shared]
+            if not cell.shared]
+        return [(where, name, trouble) for where, cell in places
+                for name, trouble in cell.troubles.items()]
 
     def texts(self, zones: Iterable[str]) -> dict[str, str]:
         """The pages of these zones as text, as far as there is anything of them."""
@@ -7168,10 +7274,13 @@ class Scraper:
 
     def _own_families(self) -> list[Family]:
         kstats, governor = self.kstats, self.governor
-        opened = [Sample((("collector", cell.collector.name),
-                          ("target", "all" if cell.collector.shared else where),
-                          ("reason", cell.why[:200])), 1)
-                  for where, cell in self.broken() if cell.is_stopped]
+        opened = [Sample((("collector", name),
+                          ("target", "all" if where == "all zones" else where),
+                          ("reason", trouble.why[:200])), 1)
+                  for where, name, trouble in self.broken() if trouble.is_stopped]
+        collected: collections.Counter[tuple[str, str]] = collections.Counter()
+        for (names, result), count in self._collections.items():
+            collected.update(dict.fromkeys([(name, result) for name in names], count))
         now = self.server.now()
 
         def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
@@ -7179,7 +7288,7 @@ class Scraper:
         return [
             Family("cmon_agent_collections_total", COUNTER, "Collections by their result.", [
                 Sample((("collector", name), ("result", result)), count)
-                for (name, result), count in self._collections.items()]),
+                for (name, result), count in collected.items()]),
             Family("cmon_agent_collector_breaker_open", GAUGE, "Collectors that are not tried for "
                    "a while, since they kept failing.", opened),
             Family("cmon_agent_kstat_quarantine_seconds", GAUGE, "For how long a read of this "
@@ -7461,9 +7570,8 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
             continue
         vm = vms.get(zone)
         cells = [cell for page in scraper.pages_of(zone) for cell in page.cells]
-        ages = [now - cell.at for cell in cells
-                if cell.found is not None and not cell.collector.shared]
-        bad = sorted({cell.collector.name for cell in cells if cell.why})
+        ages = [now - cell.at for cell in cells if cell.sources and not cell.shared]
+        bad = sorted({name for cell in cells for name in cell.troubles})
         rows.append(page_row(
             f'<a href="/v1/{zone}/metrics">{escape(vm.alias) if vm and vm.alias else zone}</a>',
             (("zone", f"<code>{zone}</code>"), ("id", str(zone_id)),
@@ -7471,11 +7579,11 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
              ("age", f"{min(ages):.0f} s" if ages else '<span class="dim">not scraped</span>'),
              ("fails", f'<span class="bad">{escape(", ".join(bad))}</span>' if bad else ""))))
     broken = [page_row(escape(where), (
-        ("collector", escape(cell.collector.name)),
-        ("why", f'<span class="bad">{escape(cell.why)}</span>'),
-        ("tried", f"{now - cell.tried:.0f} s ago"),
-        ("next", "stopped for a while" if cell.is_stopped else "tries again")))
-        for where, cell in scraper.broken()]
+        ("collector", escape(name)),
+        ("why", f'<span class="bad">{escape(trouble.why)}</span>'),
+        ("tried", f"{now - trouble.tried:.0f} s ago"),
+        ("next", "stopped for a while" if trouble.is_stopped else "tries again")))
+        for where, name, trouble in scraper.broken()]
     budget, info = scraper.settings.cpu_budget, scraper.sysinfo
     facts = [f"compute node {info.hostname or '?'} {info.uuid}", f"version {__version__}",
              f"zones {len(rows)}", f"kstats {scraper.kstats.chain_length}",
