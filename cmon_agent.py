@@ -1200,8 +1200,9 @@ class Job(NamedTuple):
 class KstatThreads:
     """The readers of kstats: one at work, and those that are blocked in the library.
 
-    `watch` is to be called several times a second: it gives up a thread that is blocked, keeps
-    others from the kstat that blocked it, and lets a new thread with a new handle go on.
+    `watch` is to be called after a job was submitted, and again when it says so: it gives up a
+    thread that is blocked, keeps others from the kstat that blocked it, and lets a new thread with
+    a new handle go on.
     """
 
     def __init__(self, open_handle: Callable[[], Any], now: Callable[[], float] = time.monotonic
@@ -1230,14 +1231,18 @@ class KstatThreads:
         if active is None:
             job.done(KstatError(self._blocked()))
 
-    def watch(self) -> None:
-        """Give up a reader that is blocked."""
+    def watch(self) -> float | None:
+        """Give up a reader that is blocked. In how many seconds to look again; None: when there is
+        another job."""
         waiting: list[Job] = []
         with self._lock:
             active = self._active
-            doing = active.doing if active is not None else None
-            if active is None or doing is None or self.now() - doing[1] < STUCK_SECONDS:
-                return
+            if active is None or active.job is None and active.jobs.empty():
+                return None
+            doing = active.doing
+            left = STUCK_SECONDS if doing is None else STUCK_SECONDS - (self.now() - doing[1])
+            if doing is None or left > 0:
+                return left
             job = active.job    # what it ends now may be done twice, but is not lost
             active.abandoned = True
             self.given_up += 1
@@ -1257,13 +1262,7 @@ class KstatThreads:
                 fresh.jobs.put(job)
             else:
                 job.done(KstatError(self._blocked()))
-
-    @property
-    def busy(self) -> bool:
-        """Whether there is a reader to watch."""
-        with self._lock:
-            return self._active is not None and (self._active.job is not None
-                                                 or not self._active.jobs.empty())
+        return STUCK_SECONDS if fresh is not None else None
 
     def check_quarantine(self, ref: Ref) -> None:
         """Raises KstatError for a kstat that another thread is blocked on."""
@@ -4824,8 +4823,9 @@ class _Watch:
 class Loop:
     """One thread's sockets, timers, and calls from other threads.
 
-    Everything but `call_soon`, `run_here` and `wake` belongs to the thread that runs it (or to the
-    one that sets up, before it runs). Errors are logged; `on_error` gets the object they belong to.
+    Everything but `call_soon`, `call_now`, `run_here` and `wake` belongs to whoever has the turn:
+    the thread that runs it, but for when it waits for sockets (or the one that sets up, before it
+    runs). Errors are logged; `on_error` gets the object they belong to.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic,
@@ -4840,6 +4840,9 @@ class Loop:
         self._cancelled: set[int] = set()   # serial numbers of timers
         self._serial = 0
         self._thread = threading.get_ident()
+        self._turn = threading.Lock()       # all that the loop calls, one thread at a time
+        self._guest = 0                     # the other thread that has the turn, by `call_now`
+        self._waits_until = -math.inf       # when the wait for sockets ends
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -4850,22 +4853,30 @@ class Loop:
 
     def run(self, until: Callable[[], bool]) -> None:
         """Run until `until()` is true."""
-        self.adopt()
-        while not until():
-            self.select()
-            self.run_due()
+        with self.adopt():
+            while not until():
+                self.select()
+                self.run_due()
 
-    def adopt(self) -> None:
-        """The calling thread runs this loop from now on."""
+    def adopt(self) -> threading.Lock:
+        """The calling thread runs this loop while it holds what is returned."""
         self._thread = threading.get_ident()
+        return self._turn
 
     def select(self, latest: float = math.inf) -> None:
         """Wait for sockets, the next timer or the time `latest`; call what is ready."""
         while self._timers and self._timers[0][1] in self._cancelled:
             self._cancelled.remove(heapq.heappop(self._timers)[1])
-        wait = 0.0 if self._calls else max(0.0, min(
-            self._timers[0][0] if self._timers else math.inf, latest) - self.now())
-        for key, mask in self._selector.select(None if wait == math.inf else wait):
+        until = min(self._timers[0][0] if self._timers else math.inf, latest)
+        wait = 0.0 if self._calls else max(0.0, until - self.now())
+        self._waits_until = until
+        self._turn.release()
+        try:
+            ready = self._selector.select(None if wait == math.inf else wait)
+        finally:
+            self._turn.acquire()
+            self._waits_until = -math.inf
+        for key, mask in ready:
             try:
                 key.data.ready(mask)
             except Exception:               # of one socket; the others continue
@@ -4905,17 +4916,37 @@ class Loop:
         if threading.get_ident() != self._thread:
             self.wake()
 
+    def call_now(self, function: Callable[..., object], *args: Any) -> None:
+        """From another thread that holds no lock: call it in place of the loop, which goes on
+        waiting for sockets. It need not wake up to take over what is ready."""
+        if self.has_turn():
+            self.call_soon(function, *args)
+            return
+        with self._turn:
+            self._guest = threading.get_ident()
+            try:
+                self.guarded(function, args)
+            finally:
+                self._guest = 0
+
     def run_here(self, function: Callable[..., object], *args: Any) -> None:
-        """From any thread: call it in the loop, immediately if this is the loop's thread."""
-        if threading.get_ident() == self._thread:
+        """From any thread: call it in the loop, immediately if this thread has the turn."""
+        if self.has_turn():
             function(*args)
         else:
             self.call_soon(function, *args)
 
+    def has_turn(self) -> bool:
+        """Whether this thread may touch what belongs to the loop."""
+        return threading.get_ident() in (self._thread, self._guest)
+
     def call_later(self, seconds: float, function: Callable[..., object], *args: Any) -> int:
         """Call it after so many seconds, unless what is returned is cancelled before."""
         self._serial += 1
-        heapq.heappush(self._timers, (self.now() + seconds, self._serial, function, args))
+        at = self.now() + seconds
+        heapq.heappush(self._timers, (at, self._serial, function, args))
+        if at < self._waits_until:
+            self.wake()
         return self._serial
 
     def cancel(self, timer: int) -> None:
@@ -4958,6 +4989,7 @@ class Loop:
         if not events:
             self.unwatch(watched)
             return
+        self._notice()
         try:
             self._selector.modify(watched, events, owner)
         except KeyError:
@@ -4965,10 +4997,16 @@ class Loop:
 
     def unwatch(self, watched: socket.socket) -> None:
         """Stop watching; nothing happens when it is not watched."""
+        self._notice()
         try:
             self._selector.unregister(watched)
         except (KeyError, ValueError):
             pass
+
+    def _notice(self) -> None:
+        """Other sockets are watched: not all selectors see that while they wait."""
+        if self._guest:
+            self.wake()
 
 
 def _refusing(refusal: Refused) -> Handler:
@@ -5469,15 +5507,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `stop`, then finish what is in flight within the grace time."""
-        self.loop.adopt()
-        end = math.inf
-        while not (self.stopping and (not self.connections or self.now() >= end)):
-            self.loop.select(end)
-            self.service_actions()
-            if self.stopping and end == math.inf:
-                end = self.now() + self.limits.grace_seconds
-                self._wind_up()
-        self.server_close()
+        with self.loop.adopt():
+            end = math.inf
+            while not (self.stopping and (not self.connections or self.now() >= end)):
+                self.loop.select(end)
+                self.service_actions()
+                if self.stopping and end == math.inf:
+                    end = self.now() + self.limits.grace_seconds
+                    self._wind_up()
+            self.server_close()
         self._done.set()
 
     def service_actions(self) -> None:
@@ -6184,7 +6222,6 @@ def reason_of(error: Exception) -> str:
 
 KSTATS = "kstats"               # the cell of all collectors that read them
 PREPARED_SECONDS = 0.5          # how long a whole answer is sent again: its ages are that exact
-WATCH_SECONDS = 0.1             # how often readers of kstats are looked at while they work
 LEAST_LIFETIME = 1.0            # seconds; more frequent scrapes get the same samples
 INTERVAL_SHARE = 0.8            # of the scrape interval, so that each scrape gets new samples
 STALE_SECONDS = 300.0           # last values older than this and three lifetimes are left out
@@ -6643,8 +6680,8 @@ class KstatParts:
 
 
 class Scraper:
-    """All pages, and the work that fills them. Belongs to the loop's thread: others run what
-    `submit` and pools are given, and hand over what they bring by `call_soon`."""
+    """All pages, and the work that fills them. Belongs to who has the loop's turn: others run what
+    `submit` and pools are given, and hand over what they bring by `call_now` and `call_soon`."""
 
     def __init__(self, settings: Settings, host: Host, server: Server,
                  registry: Registry, sysinfo: Sysinfo) -> None:
@@ -6675,24 +6712,24 @@ class Scraper:
             "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
             "scope"))
         registry.collect(self._own_families)
-        self._watching = 0                      # the timer for `_watch`, or 0
-        server.loop.every(1.0, lambda: self.governor.look(self.settings.cpu_budget))
+        self._watching = False                  # whether there is a timer for `_watch`
         server.loop.every(1.0, self._sweep)
 
     def submit(self, job: Job) -> None:
         """From any thread: have a reader of kstats do it, and watch it while it does."""
         self.kstats.submit(job)
-        self.server.loop.run_here(self._begin_watching)
+        self.server.loop.run_here(self._watch_in, STUCK_SECONDS)
 
-    def _begin_watching(self) -> None:
+    def _watch_in(self, seconds: float) -> None:
         if not self._watching:
-            self._watching = self.server.loop.call_later(WATCH_SECONDS, self._watch)
+            self._watching = True
+            self.server.loop.call_later(seconds, self._watch)
 
     def _watch(self) -> None:
-        self.kstats.watch()
-        self._watching = 0
-        if self._running or self.kstats.busy:
-            self._begin_watching()
+        self._watching = False
+        seconds = self.kstats.watch()
+        if seconds is not None:
+            self._watch_in(seconds)
 
     # settings and what changes by itself
 
@@ -6935,7 +6972,7 @@ class Scraper:
                 came = parts.zone(collectors, skipped, zone, read)
             else:
                 came = parts.node(collectors, skipped, read)
-            self.server.loop.call_soon(self._arrived, cell, came, self.server.now())
+            self.server.loop.call_now(self._arrived, cell, came, self.server.now())
         self.submit(Job(work, done))
 
     def _begin_function(self, cell: Cell, page: Page) -> None:
@@ -6978,9 +7015,6 @@ class Scraper:
         self.inherited.collected.observe(
             now - began, "plugin" if cell.name.startswith("plugin_") else cell.name)
         cell.began, cell.late, cell.pages = None, False, ()
-        if self._watching and not self._running and not self.kstats.busy:
-            self.server.loop.cancel(self._watching)
-            self._watching = 0
         if isinstance(brought, NoSuchZone):
             for page in pages:
                 self._gone(page, now)
@@ -7264,7 +7298,9 @@ class Scraper:
                 if page is not None and page.has_values()}
 
     def _sweep(self) -> None:
-        """Let go of answers that are too old to send, and of pages that nobody wants."""
+        """Look at the budget; let go of answers that are too old to send, and of pages that nobody
+        wants."""
+        self.governor.look(self.settings.cpu_budget)
         now = self.server.now()
         for key, page in list(self._pages.items()):
             if page.prepared is not None and now >= page.until:
