@@ -563,6 +563,7 @@ class Shape(NamedTuple):
     """What all kstats with the same members in the same places have in common."""
     members: int
     size: int
+    block: type[ctypes.Array[ctypes.c_char]]    # to copy the data by
     layouts: dict[Table, Layout]    # where the rows of a table find their members
 
 
@@ -588,7 +589,7 @@ def shape_of(kstat: Kstat) -> Shape:
     if shape is None:
         if len(_shapes) >= MAX_TEMPLATES:
             _shapes.clear()
-        shape = _shapes[key] = Shape(members, size, {})
+        shape = _shapes[key] = Shape(members, size, ctypes.c_char * size, {})
     return shape
 
 
@@ -633,6 +634,7 @@ class Layout(NamedTuple):
 
 _CODES = {_INT32: "i", _UINT32: "I", _INT64: "q", _UINT64: "Q", _FLOAT: "f", _DOUBLE: "d"}
 _STRING_AT = struct.Struct("=QI")               # kstat_named_t: str.addr, str.len
+_POINTER = struct.Struct("=Q")                  # … of these the first
 
 
 def layout_of(kstat: Kstat, wanted: Sequence[tuple[str, Convert | None]]) -> Layout:
@@ -831,11 +833,12 @@ class Handle:
             ref.address + DATA_OFFSET))
         if not pointer or size > MAX_KSTAT_BYTES:
             raise KstatError(f"{size} bytes of data", ref)
-        kstat = _make(Kstat, (ref, ref.type, snaptime, ctypes.string_at(pointer, size), members,
-                              pointer))
         shape = ref.shape
-        if shape is None or shape.size != size or shape.members != members:
-            ref.shape = shape_of(kstat)
+        if shape is not None and shape.size == size and shape.members == members:
+            return _make(Kstat, (ref, ref.type, snaptime, shape.block.from_address(pointer).raw,
+                                 members, pointer))
+        kstat = Kstat(ref, ref.type, snaptime, ctypes.string_at(pointer, size), members, pointer)
+        ref.shape = shape_of(kstat)
         return kstat
 
 # --- host -----------------------------------------------------------------------------------------
@@ -1991,7 +1994,7 @@ class Values(NamedTuple):
     """What was found of one thing."""
     labels: str                             # as between braces; "" for none
     rows: tuple[int, ...]                   # that have a value
-    values: tuple[Any, ...]                 # theirs
+    values: Sequence[Any]                   # theirs
 
 
 class Rows:
@@ -2017,7 +2020,7 @@ class Rows:
             families[-1][1].append((row, metric.name, label_text(metric.labels)[1:-1]))
         return families
 
-    def single(self, rows: tuple[int, ...], values: tuple[Any, ...]) -> Part:
+    def single(self, rows: tuple[int, ...], values: Sequence[Any]) -> Part:
         """What the page says of one thing without labels."""
         template = self._single.get(rows)
         if template is None:
@@ -2121,41 +2124,43 @@ class Table:
 
     def part(self, read: Sequence[Read], context: Any, zone: bytes | None = None) -> Part:
         """From raw kstats to a part of a page; raises CollectError when one could not be read."""
-        kstats: list[tuple[Kstat, Layout]] = []
+        found: list[tuple[Kstat, tuple[int, ...], Sequence[Any]]] = []
         for kstat in read:
             if isinstance(kstat, KstatError):
                 raise CollectError(f"{self.collector}: {kstat}")
-            layout = self.layout(kstat)
-            if (zone is None or is_of_zone(kstat, zone, layout.zonename)) and not (
-                    self.skip_idle and not any(layout.unpack(kstat.raw))):
-                if self.labels is None:     # the first
-                    return self.rows.single(*self._values(kstat, layout, context))
-                kstats.append((kstat, layout))
-        if self.labels is None or not kstats:
+            ref, _, _, raw, _, base = kstat
+            layout = (ref.shape.layouts.get(self) if ref.shape else None) or self.layout(kstat)
+            if zone is not None and layout.zonename is not None:
+                (address,) = _POINTER.unpack_from(raw, layout.zonename)
+                if not raw.startswith(zone + b"\0", address - base) \
+                        and not is_of_zone(kstat, zone, layout.zonename):
+                    continue
+            rows = layout.rows
+            values: Any = layout.unpack(raw)
+            if self.skip_idle and not any(values):
+                continue
+            if self.values is not None:
+                _, rows, values = self.rows.of(self.values(kstat, context))
+            elif layout.order is not None:
+                values = layout.order(values)
+            if layout.converts and self.values is None:
+                values = list(values)
+                for place, convert in layout.converts:
+                    values[place] = convert(values[place])
+                if None in values:
+                    rows = tuple([row for row, value in zip(rows, values) if value is not None])
+                    values = [value for value in values if value is not None]
+            if self.labels is None:         # the first
+                return self.rows.single(rows, values)
+            found.append((kstat, rows, values))
+        if self.labels is None or not found:
             return NOTHING
-        labelled: dict[Labels, tuple[Kstat, Layout]] = {}   # of equal labels the first is shown
-        for labels, pair in zip(self.labels([kstat for kstat, _ in kstats], context), kstats):
-            labelled.setdefault(labels, pair)
-        return self.rows.part([Values(label_text(labels)[1:-1], *self._values(*pair, context))
-                               for labels, pair in labelled.items()])
-
-    def _values(self, kstat: Kstat, layout: Layout, context: Any
-                ) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-        """The rows that have a value, and these."""
-        if self.values is not None:
-            return self.rows.of(self.values(kstat, context))[1:]
-        values: Any = layout.unpack(kstat.raw)
-        if layout.order is not None:
-            values = layout.order(values)
-        if not layout.converts:
-            return layout.rows, values
-        values = list(values)
-        for place, convert in layout.converts:
-            values[place] = convert(values[place])
-        if None not in values:
-            return layout.rows, tuple(values)
-        return (tuple([row for row, value in zip(layout.rows, values) if value is not None]),
-                tuple([value for value in values if value is not None]))
+        labelled: dict[Labels, Values] = {}     # of equal labels the first is shown
+        for labels, (_, rows, values) in zip(self.labels([kstat for kstat, *_ in found], context),
+                                             found):
+            if labels not in labelled:
+                labelled[labels] = Values(label_text(labels)[1:-1], rows, values)
+        return self.rows.part(list(labelled.values()))
 
 
 class ZoneContext(NamedTuple):
@@ -4669,14 +4674,17 @@ def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float
     word = request.headers.get("x-prometheus-scrape-timeout-seconds")
     if word is None:
         return now + default
+    return now + _timeout(word, "x-joyent-cmon-opts" in request.headers)
+
+
+@functools.lru_cache(maxsize=64)
+def _timeout(word: str, without_margin: bool) -> float:
     seconds = float(word) if _SECONDS.fullmatch(word) else math.nan
     if not 0 < seconds < math.inf:
         raise Refused(400, "X-Prometheus-Scrape-Timeout-Seconds is not a number of seconds above 0",
                       code="bad_timeout")
     seconds = min(max(seconds, SHORTEST_TIMEOUT), 3600.0)
-    if "x-joyent-cmon-opts" in request.headers:
-        return now + seconds
-    return now + seconds - min(0.1 * seconds, 0.5)
+    return seconds if without_margin else seconds - min(0.1 * seconds, 0.5)
 
 
 _phrases = {status: entry[0] for status, entry in
@@ -4700,15 +4708,16 @@ def gzip(body: bytes) -> bytes:
 
 
 def _wire(response: Response, body: bytes, extra: str) -> bytes:
-    more = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+    more = "".join([f"{name}: {value}\r\n" for name, value in response.headers]) \
+        if response.headers else ""
     return (f"HTTP/1.1 {response.status} {_phrases.get(response.status, 'Unknown')}\r\n"
             f"Date: {http_date()}\r\nContent-Type: {response.content_type}\r\n{more}{extra}"
             f"Content-Length: {len(body)}\r\n\r\n").encode("latin-1") + body
 
 
 def _packs(response: Response) -> bool:
-    return len(response.body) >= PACK_FROM and not any(
-        name.lower() == "content-encoding" for name, _ in response.headers)
+    return len(response.body) >= PACK_FROM and (not response.headers or "content-encoding" not in
+                                                [name.lower() for name, _ in response.headers])
 
 
 _VARIES = "Vary: Accept-Encoding\r\n"
@@ -6232,6 +6241,7 @@ NICS_SECONDS = 60.0             # how long links wait for a vminfod that is foll
 FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
 BURST_SECONDS = 30.0            # of the CPU budget may be used at once
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
+NO_UUID = "zones go by their UUID in lower case; / lists those that run"
 
 
 class NotYet(CollectError):
@@ -6315,12 +6325,13 @@ NO_NAMES: AbstractSet[str] = frozenset()        # one object for all cells
 class Cell:
     """Collectors that do their work together, of a page or of all pages: what they have brought
     last, which of them fail now, and whether they are at work. Belongs to the loop's thread."""
-    __slots__ = ("name", "collectors", "lifetime", "sources", "by_zone", "at", "seconds", "claims",
-                 "troubles", "began", "late", "pages")
+    __slots__ = ("name", "collectors", "lifetime", "shared", "sources", "proved", "by_zone", "at",
+                 "seconds", "claims", "troubles", "began", "late", "pages")
 
     def __init__(self, collectors: tuple[Collector, ...]) -> None:
         self.use(collectors)
         self.sources: tuple[Source, ...] = ()   # the newest first, others are of those that fail
+        self.proved = False                     # whether these are of a zone that runs
         self.by_zone = Shared({}, True)         # of a collector that is shared
         self.at = -math.inf                     # when the newest came …
         self.seconds = ""                       # … and how long that took, as the page has it
@@ -6335,11 +6346,7 @@ class Cell:
         self.collectors = collectors            # one with a function, or all that read kstats
         self.name = collectors[0].name if collectors[0].collect else KSTATS
         self.lifetime = min([one.lifetime for one in collectors if one.tables or one.collect])
-
-    @property
-    def shared(self) -> bool:
-        """Whether the work is done for all zones."""
-        return self.collectors[0].shared
+        self.shared = collectors[0].shared      # whether the work is done for all zones
 
     def mend(self) -> None:
         """What failed may be mended: forget that it did."""
@@ -6348,7 +6355,7 @@ class Cell:
     def forget(self) -> None:
         """Collect it again."""
         self.mend()
-        self.sources, self.at = (), -math.inf
+        self.sources, self.proved, self.at = (), False, -math.inf
 
 
 class Page:
@@ -6382,8 +6389,7 @@ class Page:
 
     def is_proved(self) -> bool:
         """Whether its zone runs, as far as that can be told; before that, nothing is run for it."""
-        return self.proof is None or any(
-            [not PROOFS.isdisjoint(source.form.names) for source in self.proof.sources])
+        return self.proof is None or self.proof.proved
 
     def seen(self, client: str, now: float) -> None:
         """Note that somebody asks, and how often."""
@@ -6401,8 +6407,11 @@ class Page:
 
     def interval(self, now: float) -> float:
         """The shortest scrape interval of a client; inf when none has scraped twice."""
-        return min((interval for last, interval in self.asked.values()
-                    if now - last <= 4 * interval + 5), default=math.inf)
+        shortest = math.inf
+        for last, interval in self.asked.values():
+            if interval < shortest and now - last <= 4 * interval + 5:
+                shortest = interval
+        return shortest
 
 
 class Governor:
@@ -6681,7 +6690,7 @@ class KstatParts:
 
 class Scraper:
     """All pages, and the work that fills them. Belongs to who has the loop's turn: others run what
-    `submit` and pools are given, and hand over what they bring by `call_now` and `call_soon`."""
+    `submit` and pools are given, and hand over what they bring by `call_now` or `call_soon`."""
 
     def __init__(self, settings: Settings, host: Host, server: Server,
                  registry: Registry, sysinfo: Sysinfo) -> None:
@@ -6817,14 +6826,15 @@ class Scraper:
         if page.prepared is not None and now < page.until:
             self.inherited.ready += 1
             return page.prepared
-        later = self._awaited(page, now, deadline)
-        if later is not None:
-            return later
+        awaited = self._collect(page, now)
+        if awaited:
+            return self._wait(page, awaited, now, deadline)
         if not page.has_values():
             raise Refused(503, f"nothing could be collected of {zone}: " + self._why(page),
                           ("Retry-After", "5"), code="not_collected")
         self.inherited.ready += 1
-        self._check_that_it_runs(page, now)
+        if now - page.checked >= KSTAT_SECONDS and zone != NODE:
+            self._check_that_it_runs(page, now)
         page.prepared = self._prepare(page, now, math.inf)
         page.until = now + PREPARED_SECONDS
         return page.prepared
@@ -6832,24 +6842,25 @@ class Scraper:
     def bring(self, zone: str, deadline: float) -> Deferred | None:
         """As `ask`, for the page of all zones: what is to be waited for, if anything."""
         now = self.server.now()
-        return self._awaited(self._asked(zone, None, "all zones", now), now, deadline)
+        page = self._asked(zone, None, "all zones", now)
+        awaited = self._collect(page, now)
+        return self._wait(page, awaited, now, deadline) if awaited else None
 
     def _asked(self, zone: str, core: bool | None, client: str, now: float) -> Page:
         if core is None:
             core = self._is_core(zone)
         page = self._pages.get((zone, core))
         if page is None:
+            if zone != NODE and not UUID.fullmatch(zone):
+                raise Refused(404, NO_UUID, code="no_such_zone")
             if self._unknown.get(zone, 0.0) > now:
                 raise self._no_zone(zone)
             page = self._pages[(zone, core)] = Page(zone, core, now)
         page.seen(client, now)
         return page
 
-    def _awaited(self, page: Page, now: float, deadline: float) -> Deferred | None:
-        """Begin what is due; what comes when it has come, None when nothing is awaited."""
-        awaited = self._collect(page, now)
-        if not awaited:
-            return None
+    def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
+        """The page, once these have come."""
         later = Deferred(deadline, lambda later: self._partial(page, later))
         if not page.waiting:
             page.waiting_since = now
@@ -6863,8 +6874,6 @@ class Scraper:
     def _check_that_it_runs(self, page: Page, now: float) -> None:
         """Lifetimes may be long by settings or by the governor: drop the page of a zone that has
         stopped all the same. It takes no read of a kstat."""
-        if page.zone == NODE or now - page.checked < KSTAT_SECONDS:
-            return
         page.checked = now
 
         def look(reader: Reader) -> int | None:
@@ -6916,7 +6925,8 @@ class Scraper:
                 return True
         if len(cell.troubles) == len(cell.collectors):
             return False
-        return now - cell.at >= self.lifetime(cell, page, now) or self._is_older(cell, page, now)
+        return now - cell.at >= self.lifetime(cell, page, now) \
+            or cell.shared and self._is_older(cell, page, now)
 
     def _may_retry(self, trouble: Trouble, cell: Cell, now: float) -> bool:
         if trouble.breaker is not None and trouble.breaker.retry_seconds > 0:
@@ -6928,7 +6938,7 @@ class Scraper:
     @staticmethod
     def _is_older(cell: Cell, page: Page, now: float) -> bool:
         """Whether a list that lacks this zone is incomplete, or was made before the zone came."""
-        return cell.shared and page.zone not in cell.by_zone.parts \
+        return page.zone not in cell.by_zone.parts \
             and (not cell.by_zone.complete or cell.at < page.since) \
             and now - cell.at > NEW_DATASET_SECONDS
 
@@ -7052,6 +7062,7 @@ class Scraper:
             if rest is not None:
                 sources.append(Source(rest, source.values, source.at, source.seconds, False))
         cell.sources = tuple(sources)
+        cell.proved = cell.proved or not PROOFS.isdisjoint(form.names)
         if form.names:
             cell.at, cell.seconds = at, seconds
             self._count(form.names, "ok")
@@ -7501,9 +7512,8 @@ class Agent:
         """The metrics of one running zone."""
         core = self._is_core(request)
         deadline = scrape_deadline(request, self.scraper.server.now())
-        if not UUID.fullmatch(zone):
-            raise Refused(404, "zones go by their UUID in lower case; / lists those that run",
-                          code="no_such_zone")
+        if zone == NODE:                    # which has a path of its own
+            raise Refused(404, NO_UUID, code="no_such_zone")
         return self.scraper.ask(zone, core, request.peer.address, deadline)
 
     def node_page(self, request: Request) -> Answer | Deferred:
