@@ -77,7 +77,7 @@ def test_one_who_has_more_time_goes_on_waiting(machine: MakeMachine) -> None:
     patient = subprocess.Popen(
         [sys.executable, "-c", script, str(ROOT / "tests"), str(ROOT), address[0],
          str(address[1]), PATH], stdout=subprocess.PIPE, text=True)
-    time.sleep(0.5)
+    wait_until(lambda: one.own("cmon_agent_collections_running"))
     assert down(one.zone(timeout=0.3)) == {"zfs"}
     page, _ = patient.communicate(timeout=30)
     assert patient.returncode == 0 and down(page) == set() and "zfs_used" in page
