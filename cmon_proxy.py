@@ -1585,6 +1585,9 @@ class Directory:
             raise refused("inventory_not_ready")
         return self.by_login.get(login)
 
+    def doubt(self, _login: str, _address: str) -> None:
+        """An account refuses a certificate: all are known, none needs to be looked up again."""
+
     def recall(self, login: str, default: Account) -> Account | None:
         """The account as it is known now, without waiting; `default` where nothing is known."""
         return self.by_login.get(login) if self._ready else default
@@ -2319,12 +2322,14 @@ def read_account(service: Service, login: str) -> Account | None:
 
 class Known:
     """The cache entry of an account."""
-    __slots__ = ("account", "at", "used", "failed")
+    __slots__ = ("account", "at", "used", "failed", "waited", "doubted")
 
     def __init__(self, account: Account, at: float) -> None:
         self.account, self.at = account, at         # when it was read
         self.used = float("-inf")                   # last request
         self.failed = float("-inf")                 # last failed refresh
+        self.waited = float("-inf")                 # last reading that a request waited for
+        self.doubted = float("-inf")                # last lookup for a refused certificate
 
 
 def _account_bytes(login: str, known: Known) -> int:
@@ -2354,6 +2359,7 @@ class Accounts:
                                                                lambda address, _: len(address))
         self.caches = (self.known, self.unknown, self._lookups)
         self._asking: dict[str, list[Deferred]] = {}
+        self._doubting: dict[str, list[Deferred]] = {}
         self._pool, self._strangers = Pool("mahi", 4, 1024), Pool("mahi-unknown", 4, 64)
         self._failing: set[str] = set()     # known accounts, since mahi last answered
         self._down_until = float("-inf")
@@ -2387,6 +2393,45 @@ class Accounts:
             raise refused("accounts_unreachable")
         self._asking[login].append(later)
         return later
+
+    def doubt(self, login: str, address: str) -> Deferred | None:
+        """A known account refuses a certificate: look it up as an unknown login is, with the same
+        limit, time and failures, or they would tell which logins exist. None: it has been."""
+        now, known = self._loop.now(), self.known.get(login)
+        if known is None or now - known.doubted < USABLE_ACCOUNT_SECONDS:
+            return None
+        waiting = self._doubting.get(login)
+        if waiting is None:
+            if not self._may_look_up(address) or now - known.failed < ACCOUNT_TIMEOUT:
+                raise refused("accounts_unreachable")
+            if now - known.waited < ACCOUNT_TIMEOUT:    # this request has waited for it
+                known.doubted = now
+                return None
+            if not self._strangers.submit(self._look_again, login):
+                self.refused += 1
+                raise refused("accounts_unreachable")
+            waiting = self._doubting[login] = []
+        later = Deferred(now + 2 * ACCOUNT_TIMEOUT, _accounts_unreachable)
+        waiting.append(later)
+        return later
+
+    def _look_again(self, login: str) -> None:
+        """Runs in a pool."""
+        self._loop.call_soon(self._looked_again, login,
+                             *attempt(read_account, self._service, login))
+
+    def _looked_again(self, login: str, account: Account | None, problem: ServiceError | None
+                      ) -> None:
+        waiting = self._doubting.pop(login)
+        answer: Answer = refused("accounts_unreachable").answer()
+        if problem is None:
+            self._arrived(login, account, None)
+            known = self.known.get(login)
+            if known is not None:
+                known.doubted = self._loop.now()
+            answer = text(200, "")              # resume and look again
+        for later in waiting:
+            later.finish(answer)
 
     def recall(self, login: str, default: Account) -> Account | None:
         """The account as it is known now, without waiting; `default` where nothing is known."""
@@ -2450,18 +2495,19 @@ class Accounts:
                 self.known.drop(login)
                 self.unknown.put(login, now)
             else:
-                self._keep(known, account, now)
+                self._keep(known, account, now, bool(waiting))
         for later in waiting:
             later.finish(answer)
 
-    def _keep(self, known: Known | None, account: Account, at: float) -> None:
+    def _keep(self, known: Known | None, account: Account, at: float, waited: bool) -> None:
         if known is not None and known.account == account:
             account = known.account         # the same object keeps connections' grants valid
         fresh = Known(account, at)
         if known is not None:
-            fresh.used = known.used
+            fresh.used, fresh.doubted = known.used, known.doubted
+            fresh.waited = at if waited else known.waited
         else:
-            fresh.used = at
+            fresh.used = fresh.doubted = at
         self.unknown.drop(account.login)
         self.known.put(account.login, fresh)
 
@@ -4728,10 +4774,16 @@ class Proxy:
             raise identity.refusal.with_traceback(None)
         account = self.directory.find(identity.login, peer.address)
         if isinstance(account, Deferred):          # being looked up; returns here
-            return self._after(account, Route("GET", "", functools.partial(
-                self.enter, action, cost)), request, args)
+            return self._after(account, action, cost, request, args)
         peer.group = ""
-        granted = grant(identity, account, self.policy, self.clock())
+        try:
+            granted = grant(identity, account, self.policy, self.clock())
+        except Refused as refusal:
+            again = self.directory.doubt(identity.login, peer.address) if account is not None \
+                and ("X-Cmon-Error", "unknown_key") in refusal.headers else None
+            if again is None:
+                raise
+            return self._after(again, action, cost, request, args)
         peer.group = granted.account.uuid
         bucket = self.quotas.of(granted.account)
         price = cost.base
@@ -4744,9 +4796,10 @@ class Proxy:
             raise refused("inventory_not_ready")
         return action(request, Caller(granted, bucket, verdict == OVER), *args)
 
-    @staticmethod
-    def _after(account: Deferred, again: Route, request: Request, args: Sequence[str]) -> Deferred:
+    def _after(self, account: Deferred, action: Action, cost: Cost, request: Request,
+               args: Sequence[str]) -> Deferred:
         """Continue when an account has been looked up."""
+        again = Route("GET", "", functools.partial(self.enter, action, cost))
         outer = Deferred(account.deadline, _accounts_unreachable)
 
         def go_on(answer: Answer) -> None:

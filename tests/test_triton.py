@@ -23,12 +23,13 @@ import cmon_proxy
 from agents import (
     ALICE, BOB, BOBS, DB, NAT, NODE_1, NODE_2, OPERATOR, STOPPED, TLS, WEB, Agent, admin,
     client_tls, key, proxy_config, uuid, vm)
-from cmon_agent import Backoff, Deferred, Refused, Registry, Server
+from cmon_agent import Backoff, Deferred, Peer, Refused, Registry, Request, Server
 from cmon_proxy import (
     Account, Accounts, Frames, Inventory, InventorySettings, Proxy, Saved, ServiceError, Settings,
-    Snapshot, SnapshotError, TlsSettings, TritonSource, VmReader, account_of, frame_of,
-    make_certificate, nodes_of, public_key, vm_of)
-from support import Answer, Program, free_port, http_get, wait_until
+    Snapshot, SnapshotError, TlsSettings, TritonSource, VmReader, account_of, first_certificate,
+    frame_of, make_certificate, make_key, nodes_of, public_key, vm_of)
+from support import Answer, Program, free_port, http_get, respond, wait_until
+from test_tenancy import World
 
 OWNER = ("old_rsa", "rsa")
 SERVICES = Path(__file__).parent / "triton" / "services.py"
@@ -979,6 +980,74 @@ def test_an_unknown_login_costs_as_many_requests_as_a_known_one(desk: Any) -> No
         shelf.go()
         counts.append(shelf.requests - before)
     assert counts == [2, 2]
+
+
+def test_nothing_tells_a_known_login_from_an_unknown_one(tmp_path: Path) -> None:
+    """Neither the answer, nor whether it waits for mahi, nor an address's limit of lookups."""
+    class Mahi(Shelf):
+        def get(self, path: str, *more: Any) -> Any:
+            self.account = {"account": mahi_account(ALICE, "alice", "rsa")} \
+                if "alice" in path else None
+            return super().get(path, *more)
+    seen = []
+    for login, idle in (("nobody", False), ("alice", False), ("alice", True), ("bob", False)):
+        world, shelf = World(1), Mahi()
+        accounts = Accounts(shelf, world.server)  # type: ignore[arg-type]
+        accounts._pool = accounts._strangers = shelf  # type: ignore[assignment]
+        world.proxy.directory = accounts
+        certificate = first_certificate(make_certificate(make_key(), login).decode())
+        told: list[Any] = []
+
+        def probe(address: str) -> None:
+            path, before = "/v1/discover", shelf.requests
+            request = Request("GET", path, path, {}, {}, b"", "cmon.test", False, True,
+                              Peer(address, "main", certificate))
+            answer = respond(world.proxy.routes(), request)
+            waited = isinstance(answer, Deferred)
+            while isinstance(answer, Deferred):
+                shelf.go()
+                world.server.loop.run_due()
+                answer = answer.answer or answer
+            told.append((waited, shelf.requests - before, answer.status,
+                         dict(answer.headers).get("X-Cmon-Error"), sorted(
+                             left for left, _ in map(accounts._lookups.get, accounts._lookups))))
+
+        def step(seconds: float) -> None:
+            world.clock[0] += seconds
+        step(1000)
+        accounts.find("alice", "10.9.9.9")              # she is here, and others look her up
+        accounts._lookups.clear()
+        shelf.go()
+        world.server.loop.run_due()
+        step(100 if idle else 65)
+        if not idle:
+            accounts.keep_warm()
+            shelf.go()
+            world.server.loop.run_due()
+        for wait, address in ((0, "10.0.0.1"), (1, "10.0.0.1"), (1, "10.0.0.2"), (62, "10.0.0.1")):
+            step(wait)
+            probe(address)
+        step(62)
+        for number in range(100):
+            try:
+                accounts.find(f"x{number}", "10.0.0.1")
+            except Refused:
+                pass
+        shelf.go()
+        world.server.loop.run_due()
+        probe("10.0.0.1")                               # no lookups are left
+        step(62)
+        shelf.fails = True
+        probe("10.0.0.3")
+        seen.append(told)
+        world.close()
+    assert [row[:4] for row in seen[0]] == [
+        (True, 2, 401, "unknown_key"), (False, 0, 401, "unknown_key"),
+        (False, 0, 401, "unknown_key"), (True, 2, 401, "unknown_key"),
+        (False, 0, 503, "accounts_unreachable"), (True, 1, 503, "accounts_unreachable")]
+    for told in seen:           # a known account is read whoever its client is: that takes a moment
+        told[4] = told[4][2:]
+    assert seen[0] == seen[1] == seen[2] == seen[3]
 
 
 def test_an_account_in_use_is_kept_fresh_and_one_that_is_not_is_left(desk: Any) -> None:
