@@ -38,21 +38,32 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--units, for the Pythons between the oldest and the newest (tests/run.sh), and --rewrite."""
+    """--units and --fewer, for the Pythons before the newest (tests/run.sh), and --rewrite."""
     parser.addoption("--rewrite", action="store_true",
                      help="write tests/golden anew (make golden); then read the diff")
     parser.addoption("--units", action="store_true",
                      help="only the modules that start none of the programs")
+    parser.addoption("--fewer", action="store_true",
+                     help="of the tests that start programs, the first case of each")
+
+
+def is_unit(item: pytest.Item) -> bool:
+    """Whether the module of a test starts none of the programs."""
+    return (isinstance(item, pytest.Function) and item.path.parent == HERE
+            and not {"Program", "Machine"} & set(vars(item.module)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselected, not skipped: it was asked for."""
     if config.getoption("--units"):
-        units = [item for item in items if isinstance(item, pytest.Function)
-                 and not {"Program", "Machine"} & set(vars(item.module))
-                 and item.path.parent == HERE]
-        config.hook.pytest_deselected(items=[item for item in items if item not in units])
-        items[:] = units
+        kept = {item for item in items if is_unit(item)}
+    elif config.getoption("--fewer"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        kept = {item for item in items if is_unit(item)} | set(first.values())
+    else:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.hookimpl(hookwrapper=True)
