@@ -20,6 +20,8 @@ procps prometheus python3-venv tmux rsyslog rsyslog-gnutls victoria-metrics zsh"
 
 say() { printf '\n=== %s\n' "$*"; }
 
+command -v npm >/dev/null 2>&1 || PACKAGES="$PACKAGES nodejs npm"    # for statsd
+
 # --- packages --------------------------------------------------------------------------------------
 
 missing=

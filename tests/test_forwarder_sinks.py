@@ -10,9 +10,12 @@ import calendar
 import http.client
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import subprocess
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from typing import Any, Callable, NamedTuple
 import pytest
 from agents import TLS
 from forwarding import Source, drained, own, uuid_of, write_config
-from support import Program, free_port, wait_until
+from support import ROOT, Program, free_port, wait_until
 
 from cmon_forwarder import (
     _DOTTED_ODD, _GRAPHITE_ODD, _INFLUX_ODD, read_time_series, remote_write_records, Scrape,
@@ -74,6 +77,17 @@ class World(NamedTuple):
     folder: Path
     servers: dict[str, Any]
     ports: dict[str, int]
+
+    def values(self, alias: str, name: str) -> list[Any]:
+        """A container's values of a metric that has one series, in order."""
+        return [row["value"] for row in self.rows
+                if row["name"] == name and row["labels"]["alias"] == alias]
+
+    def grown(self, alias: str, name: str) -> int:
+        """The increase at the source, from the first scrape on."""
+        values = self.values(alias, name)
+        return sum(now - before if now >= before else now
+                   for before, now in zip(values, values[1:]))
 
     def expected(self, change: Callable[[str], str] = str, finite: bool = True
                  ) -> dict[Key, dict[int, Any]]:
@@ -229,6 +243,50 @@ LoadPlugin csv
     return Program(need("collectd"), "-f", "-C", folder / "collectd.conf")
 
 
+STATSD = "statsd@0.9.0"
+
+
+def statsd_script() -> Path:
+    """Of npm's statsd, installed once, beside the tests' Pythons."""
+    npm = need("npm")
+    folder = Path(os.environ.get("CMON_TEST_ENVS", ROOT / ".test-envs")) / STATSD
+    problem = ""
+    for _ in range(3):
+        if folder.exists():
+            return folder / "statsd" / "stats.js"
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+            done = subprocess.run(
+                [npm, "install", "--prefix", fresh, "--no-audit", "--no-fund", "--ignore-scripts",
+                 "--omit=optional", STATSD], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                universal_newlines=True, timeout=120)
+            problem = done.stdout
+            if done.returncode == 0:
+                Path(fresh, "node_modules").rename(folder)      # whole or not at all
+    pytest.fail(f"npm cannot install {STATSD}: {problem}")
+
+
+def start_statsd(folder: Path, ports: dict[str, int]) -> Program:
+    """It adds up until it is asked: its first flush would be in an hour."""
+    (folder / "statsd.js").write_text(json.dumps({
+        "address": "127.0.0.1", "port": ports["npm"], "mgmt_address": "127.0.0.1",
+        "mgmt_port": ports["npm_control"], "flushInterval": 3_600_000, "backends": []}))
+    return Program(need("node"), statsd_script(), folder / "statsd.js")
+
+
+def ask_statsd(port: int, what: str) -> dict[str, float]:
+    """What it holds: counters or gauges, by name."""
+    with socket.create_connection(("127.0.0.1", port), 60) as connection:
+        connection.sendall(f"{what}\n".encode())
+        said = b""
+        while not said.endswith(b"END\n\n"):
+            piece = connection.recv(65536)
+            assert piece, said
+            said += piece
+    return {name: float(value)
+            for name, value in re.findall(r"'([^']+)': (-?[0-9.e+]+)", said.decode())}
+
+
 def influx_ready(port: int) -> bool:
     return answers(port, "/ping")
 
@@ -238,11 +296,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("sinks")
     ports = {name: free_port() for name in (
         "influx", "influx_rpc", "carbon", "carbon_query", "udp", "tcp", "tls", "prometheus",
-        "victoria", "victoria_graphite", "statsd")}
+        "victoria", "victoria_graphite", "statsd", "npm", "npm_control")}
     servers: dict[str, Any] = {}
     starters = {"influx": start_influx, "carbon": start_carbon, "rsyslog": start_rsyslog,
                 "prometheus": start_prometheus, "victoria": start_victoria,
-                "collectd": start_collectd}
+                "collectd": start_collectd, "statsd": start_statsd}
     source = Source(2)
     page = source.page = Page()
     try:
@@ -261,6 +319,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "graphite": {"type": "graphite", "address": local("carbon")},
             "dotted": {"type": "graphite", "address": local("carbon"), "form": "dotted"},
             "statsd": {"type": "statsd", "address": local("statsd")},
+            "npm": {"type": "statsd", "address": local("npm")},
             "udp": {"type": "syslog", "address": local("udp")},
             "tcp": {"type": "syslog", "address": local("tcp"), "transport": "tcp"},
             "tls": {"type": "syslog", "address": f"localhost:{ports['tls']}", "transport": "tls",
@@ -416,24 +475,30 @@ def test_statsd_sums_equal_the_increase_at_the_source(world: World) -> None:
         return sum(int(float(line.split(",")[1])) for path in files
                    for line in path.read_text().splitlines() if not line.startswith("epoch"))
 
-    def grown(alias: str, name: str) -> int:
-        values = [row["value"] for row in world.rows
-                  if row["name"] == name and row["labels"]["alias"] == alias]
-        return sum(now - before if now >= before else now
-                   for before, now in zip(values, values[1:]))
     for alias in ("web0", "web1"):
         for name, path in (("hits_total", "hits_total.net0"), ("reset_total", "reset_total"),
                            ("big_total", "big_total"), ("huge_total", "huge_total")):
-            wait_until(lambda: total(f"{alias}.{path}") == grown(alias, name),
-                       f"{alias} {name}: {grown(alias, name)}")
-    assert grown("web0", "hits_total") > 7000
+            wait_until(lambda: total(f"{alias}.{path}") == world.grown(alias, name),
+                       f"{alias} {name}: {world.grown(alias, name)}")
+    assert world.grown("web0", "hits_total") > 7000
 
     def gauge(name: str) -> float:
         files = (world.folder / "collectd" / "here" / "statsd").glob(f"gauge-cmon.{name}-20*")
         return float([path.read_text().splitlines()[-1] for path in files][0].split(",")[1])
-    last = [row["value"] for row in world.rows if row["name"] == "below"
-            and row["labels"]["alias"] == "web0"][-1]
-    assert gauge("web0.below") == last < -1000
+    assert gauge("web0.below") == world.values("web0", "below")[-1] < -1000
+
+
+def test_statsd_from_npm_counts_the_same(world: World) -> None:
+    port = world.ports["npm_control"]
+    for alias in ("web0", "web1"):
+        wanted = {f"cmon.{alias}.{path}": world.grown(alias, name) for name, path in (
+            ("hits_total", "hits_total.net0"), ("reset_total", "reset_total"),
+            ("big_total", "big_total"), ("huge_total", "huge_total"))}
+        wait_until(lambda: wanted.items() <= ask_statsd(port, "counters").items(), str(wanted))
+    assert ask_statsd(port, "counters")["statsd.bad_lines_seen"] == 0
+    gauges = ask_statsd(port, "gauges")
+    assert gauges["cmon.web0.below"] == world.values("web0", "below")[-1] < -1000
+    assert gauges["cmon.web0.ratio"] == world.values("web0", "ratio")[-1]
 
 
 @pytest.mark.parametrize("transport", ["udp", "tcp", "tls"])
