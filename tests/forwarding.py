@@ -243,24 +243,27 @@ class UdpSink:
         bound.settimeout(0.1)
         self.address = bound.getsockname()[:2]
         self._socket = bound
-        threading.Thread(target=self._read, args=(bound,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(bound,), daemon=True)
+        self._reader.start()
 
     def close(self) -> None:
-        """Nobody listens."""
+        """Nobody listens; what has come before is read."""
         bound, self._socket = self._socket, None
         if bound is not None:
-            bound.close()
+            bound.connect(("127.0.0.1", 9))     # from now on others are refused
+            self._reader.join()
 
     def _read(self, bound: socket.socket) -> None:
-        while self._socket is bound:
-            try:
-                datagram = bound.recv(65536)
-            except socket.timeout:
-                continue
-            except OSError:
-                return
-            with self.lock:
-                self.datagrams.append(datagram)
+        with bound:
+            while True:
+                try:
+                    datagram = bound.recv(65536)
+                except socket.timeout:
+                    if self._socket is not bound:
+                        return
+                    continue
+                with self.lock:
+                    self.datagrams.append(datagram)
 
     @property
     def text(self) -> str:
@@ -278,7 +281,7 @@ def write_config(folder: Path, source: Source, sinks: Any, name: str = "forwarde
     """A configuration file that works."""
     path = folder / name
     path.write_text(json.dumps({
-        "proxy": {"url": f"http://{source.text}"}, "listen": "127.0.0.1:0", "interval": 0.2,
+        "proxy": {"url": f"http://{source.text}"}, "listen": "127.0.0.1:0", "interval": 0.1,
         "sinks": {name: {"batch_age": 0.05, **sink} for name, sink in sinks.items()}, **more}))
     return path
 

@@ -330,7 +330,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "victoria_influx": {"type": "influxdb", "database": "d",
                                 "url": f"http://{local('victoria')}?extra_label=by=influx"},
             "victoria_graphite": {"type": "graphite", "address": local("victoria_graphite")},
-        }, interval=0.4)
+        }, interval=0.25)
 
         problems = [""]
 
