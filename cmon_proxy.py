@@ -29,6 +29,7 @@ from __future__ import annotations  # a SyntaxError here: this program needs Pyt
 import argparse
 import base64
 import collections
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -68,9 +69,9 @@ try:
     from cmon_agent import (
         BASE_CSS, COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM,
         USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
-        ConfigError, Deferred, Family, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
-        Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least, call,
-        command_line, command_settings, complain, gunzip, http_date, is_address, is_ip, log,
+        ConfigError, Deferred, Family, Labels, Listener, Loop, Pool, Prepared, Refused, Registry,
+        Request, Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least,
+        call, command_line, command_settings, complain, gunzip, http_date, is_address, is_ip, log,
         network_of, one_of, page_headers, parse_address, plain_page, prepare, read_json,
         register_process_metrics, render, run_daemon, scrape_deadline, setting, single, text)
 except ImportError as import_error:
@@ -403,6 +404,9 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("SSL_CTX_set_ciphersuites", _I, (_P, _S)), ("SSL_CTX_ctrl", _L, (_P, _I, _L, _P)),
     ("SSL_ctrl", _L, (_P, _I, _L, _P)),
 )
+
+
+T = TypeVar("T")
 
 
 class CertificateError(ValueError):
@@ -1260,12 +1264,7 @@ class Identity:
         return f"MD5:{self.key_id}, shown by `ssh-keygen -l -E md5 -f KEY.pub`"
 
 
-def check_dates(cert: Certificate, now: float) -> None:
-    """Raises Refused outside the certificate's dates."""
-    if now > cert.not_after:
-        raise refused("expired", date=utc(cert.not_after))
-    if now < cert.not_before - CLOCK_SKEW_SECONDS:
-        raise refused("not_yet_valid", date=utc(cert.not_before))
+
 
 
 def check_key(key: PublicKey, policy: Policy) -> None:
@@ -1306,7 +1305,10 @@ def grant(identity: Identity, account: Account | None, policy: Policy, now: floa
         # with_traceback: a shared exception would accumulate every request's traceback
         raise (identity.refusal or refused("no_certificate")).with_traceback(None)
     if identity.dated or policy.by_ca:
-        check_dates(cert, now)
+        if now > cert.not_after:
+            raise refused("expired", date=utc(cert.not_after))
+        if now < cert.not_before - CLOCK_SKEW_SECONDS:
+            raise refused("not_yet_valid", date=utc(cert.not_before))
     granted = identity.granted
     if granted is not None and granted.account is account and identity.policy is policy:
         return granted
@@ -1338,9 +1340,15 @@ class State(NamedTuple):
     known: bool         # on the fleet page; otherwise treated as absent
 
 
-# States unknown to us count as `unknown`: the page is requested, since the node knows for certain,
-# and the target stays in discovery.
-STATES: dict[str, State] = {
+class States(dict[str, State]):
+    """By name. States unknown to us count as `unknown`: the page is requested, since the node knows
+    for certain, and the target stays in discovery."""
+
+    def __missing__(self, _name: str) -> State:
+        return self["unknown"]
+
+
+STATES = States({
     "running": State(True, True, True, True),
     "stopped": State(False, True, False, True),
     "stopping": State(True, True, True, True),      # it has kstats until it is down
@@ -1358,13 +1366,11 @@ STATES: dict[str, State] = {
     "destroyed": State(False, False, False, False),
     "deleted": State(False, False, False, False),
     "unknown": State(True, True, True, True),       # VMAPI's state when the node does not report
-}
+})
 SHOWN_STATES = ("running", "stopped", "provisioning", "unknown")
 
 
-def state_of(name: str) -> State:
-    """The row of a state, known or not."""
-    return STATES.get(name) or STATES["unknown"]
+
 
 
 class Vm(NamedTuple):
@@ -1390,7 +1396,7 @@ def number_of(uuid: str) -> int:
     return int.from_bytes(hashlib.blake2b(uuid.encode(), digest_size=8).digest(), "big")
 
 
-TOLD_AT = Vm._fields.index("since")     # what comes before it makes the VM
+COMPARED = Vm._fields.index("since")     # the members before it make a VM another one
 
 
 class Node(NamedTuple):
@@ -1409,7 +1415,7 @@ def is_login(login: str) -> bool:
     return 0 < len(login) <= MAX_LOGIN and login.isprintable()
 
 
-def _word(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A text member; null and other types count as empty. JSON can contain lone surrogates, which
     cannot be encoded in an answer."""
     if not isinstance(value, str):
@@ -1424,21 +1430,21 @@ def vm_of(record: Any, source: str, since: int) -> Vm | None:
     """
     if not isinstance(record, dict):
         return None
-    uuid, owner = _word(record.get("uuid")).lower(), _word(record.get("owner_uuid")).lower()
+    uuid, owner = text_of(record.get("uuid")).lower(), text_of(record.get("owner_uuid")).lower()
     if not UUID.fullmatch(uuid) or not UUID.fullmatch(owner):
         return None
     tags = record.get("tags")
     if not isinstance(tags, dict):
         tags = {}
-    words = _word(tags.get("triton.cmon.groups")).split(",")
-    server = _word(record.get("server_uuid")).lower()
+    names = text_of(tags.get("triton.cmon.groups")).split(",")
+    server = text_of(record.get("server_uuid")).lower()
     return Vm(
-        uuid=uuid, alias=_word(record.get("alias")), owner=sys.intern(owner),
+        uuid=uuid, alias=text_of(record.get("alias")), owner=sys.intern(owner),
         server=sys.intern(server) if UUID.fullmatch(server) else "",
-        image=_word(record.get("image_uuid")), brand=_word(record.get("brand")),
-        state=_word(record.get("state")) or "unknown",
-        groups=tuple(dict.fromkeys(word.strip() for word in words if word.strip())),
-        role=_word(tags.get("manta_role")),
+        image=text_of(record.get("image_uuid")), brand=text_of(record.get("brand")),
+        state=text_of(record.get("state")) or "unknown",
+        groups=tuple(dict.fromkeys(name.strip() for name in names if name.strip())),
+        role=text_of(tags.get("manta_role")),
         core=bool(tags.get("smartdc_role") or tags.get("manta_role")),
         hidden=tags.get("smartdc_role") == "nat", since=since, source=source,
         number=number_of(uuid))
@@ -1473,9 +1479,9 @@ class Inventory:
     def put(self, vm: Vm) -> bool:
         """Add or replace a VM; False if nothing changed."""
         before = self.vms.get(vm.uuid)
-        if not state_of(vm.state).known:
+        if not STATES[vm.state].known:
             return self.drop(vm.uuid)
-        if before is not None and before[:TOLD_AT] == vm[:TOLD_AT]:
+        if before is not None and before[:COMPARED] == vm[:COMPARED]:
             return False
         self.vms[vm.uuid] = vm
         if before is not None and before.owner != vm.owner:
@@ -1545,7 +1551,7 @@ class Inventory:
 
 def by_owner(vms: Iterable[Vm]) -> tuple[dict[str, Vm], dict[str, dict[str, Vm]]]:
     """The two indexes of an inventory, without VMs in a hidden state."""
-    known = {vm.uuid: vm for vm in vms if state_of(vm.state).known}
+    known = {vm.uuid: vm for vm in vms if STATES[vm.state].known}
     owned: dict[str, dict[str, Vm]] = {}
     for vm in known.values():
         owned.setdefault(vm.owner, {})[vm.uuid] = vm
@@ -1603,7 +1609,7 @@ def merged(known: Mapping[str, Account], accounts: Mapping[str, Account]) -> dic
             for login, account in accounts.items()}
 
 
-class Whole(NamedTuple):
+class FileContent(NamedTuple):
     """The contents of an inventory file."""
     accounts: dict[str, Account]
     vms: dict[str, Vm]
@@ -1618,7 +1624,7 @@ class Whole(NamedTuple):
             (len(self.vms), "VM")))
 
 
-TOLD = 20                           # problems, and warnings, listed individually
+REPORTED = 20                       # problems, and warnings, listed individually
 # known members; others are allowed, since other tools may add them
 _MEMBERS = {
     "file": ("accounts", "servers", "vms"),
@@ -1657,7 +1663,7 @@ class _FileReader:
     def odd(self, cause: tuple[str, ...], where: str, what: str) -> None:
         self.warnings.setdefault(cause, [where, what, 0])[2] += 1
 
-    def read(self) -> Whole:
+    def read(self) -> FileContent:
         content = read_json(self.path)
         if not isinstance(content, dict):
             raise ConfigError(f"{self.path}: must be an object with accounts, servers and vms")
@@ -1665,15 +1671,11 @@ class _FileReader:
         accounts: dict[str, Account] = {}
         for where, record in self._records(content, "accounts", "accounts"):
             account = self._account(record, where)
-            if account.login in accounts:
-                self.wrong(where, f"login {_shown(account.login)} is used twice")
-            accounts[account.login] = account
+            self._put(accounts, account.login, account, where, f"login {_shown(account.login)}")
         nodes: dict[str, Node] = {}
         for where, record in self._records(content, "servers", "servers"):
             node = self._node(record, where)
-            if node.uuid in nodes:
-                self.wrong(where, f"uuid {node.uuid} is used twice")
-            nodes[node.uuid] = node
+            self._put(nodes, node.uuid, node, where, f"uuid {node.uuid}")
         owners = {account.uuid for account in accounts.values()}
         if len(owners) < len(accounts):
             self.odd(("owners",), "accounts", "two logins share this uuid, so both own its VMs")
@@ -1681,19 +1683,22 @@ class _FileReader:
         since = milliseconds()
         for where, record in self._records(content, "vms", "vms"):
             vm = self._vm(record, where, since, owners, nodes)
-            if vm is not None and vm.uuid in vms:
-                self.wrong(where, f"uuid {vm.uuid} is used twice")
             if vm is not None:
-                vms[vm.uuid] = vm
-        if len(self.problems) > TOLD:
-            more = len(self.problems) - TOLD + 1
-            self.problems[TOLD - 1:] = [f"{self.path}: {more} more problems of this kind"]
+                self._put(vms, vm.uuid, vm, where, f"uuid {vm.uuid}")
+        if len(self.problems) > REPORTED:
+            more = len(self.problems) - REPORTED + 1
+            self.problems[REPORTED - 1:] = [f"{self.path}: {more} more problems of this kind"]
         if self.problems:
             raise ConfigError(*self.problems)
         warnings = [f"{self.path}: {where}: {what}" + (
             f" (and {count - 1} more)" if count > 1 else "")
             for where, what, count in self.warnings.values()]
-        return Whole(accounts, *by_owner(vms.values()), nodes, tuple(warnings))
+        return FileContent(accounts, *by_owner(vms.values()), nodes, tuple(warnings))
+
+    def _put(self, into: dict[str, T], key: str, value: T, where: str, what: str) -> None:
+        if key in into:
+            self.wrong(where, f"{what} is used twice")
+        into[key] = value
 
     def _records(self, record: dict[str, Any], name: str, where: str, required: bool = True
                  ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -1728,7 +1733,7 @@ class _FileReader:
         if value is not None and not isinstance(value, str):
             self.odd(("text", name), where,
                      f"{name} must be a string, not {_shown(value)}: ignored")
-        return _word(value)
+        return text_of(value)
 
     def _uuid(self, record: dict[str, Any], name: str, where: str) -> str:
         value = record.get(name)
@@ -1742,7 +1747,7 @@ class _FileReader:
         return sys.intern(text) if UUID.fullmatch(text) else where
 
     def _account(self, record: dict[str, Any], where: str) -> Account:
-        uuid, login = self._uuid(record, "uuid", where), _word(record.get("login"))
+        uuid, login = self._uuid(record, "uuid", where), text_of(record.get("login"))
         if not login:
             self.wrong(where, "needs a login")
             login = where
@@ -1756,7 +1761,7 @@ class _FileReader:
                 groups = member.get("groups") if kind == "users" else None
                 limited: frozenset[str] | None = frozenset() if kind == "users" else None
                 if isinstance(groups, list) and all(isinstance(group, str) for group in groups):
-                    limited = frozenset(map(_word, groups))
+                    limited = frozenset(map(text_of, groups))
                 elif groups is not None:
                     self.wrong(f"{at}.groups", "must be a list of strings")
                 self._keys(member, at, self._text(member, "login", at), limited, keys)
@@ -1828,16 +1833,16 @@ class _FileReader:
         return vm
 
 
-def read_inventory(path: Path, agent_port: int) -> Whole:
+def read_inventory(path: Path, agent_port: int) -> FileContent:
     """Parse an inventory file; raises ConfigError with all problems."""
     return _FileReader(path, agent_port).read()
 
 
 def tell_warnings(warnings: Sequence[str]) -> list[str]:
     """Warnings as lines, shortened if there are very many."""
-    if len(warnings) <= TOLD:
+    if len(warnings) <= REPORTED:
         return list(warnings)
-    return [*warnings[:TOLD - 1], f"{len(warnings) - TOLD + 1} more warnings of this kind"]
+    return [*warnings[:REPORTED - 1], f"{len(warnings) - REPORTED + 1} more warnings of this kind"]
 
 
 def milliseconds() -> int:
@@ -1921,39 +1926,39 @@ class FileSource:
 
     def _read(self, state: object, known: Mapping[str, Account]) -> None:
         """Runs in the pool: parsing 10,000 VMs takes a tenth of a second."""
-        found: Whole | None = None
+        content: FileContent | None = None
         problems: list[str] = []
         try:
-            found = read_inventory(self._path, self._port)
-            found = found._replace(accounts=merged(known, found.accounts))
+            content = read_inventory(self._path, self._port)
+            content = content._replace(accounts=merged(known, content.accounts))
         except ConfigError as error:
             problems = error.problems
         except Exception as error:              # otherwise it would never be read again
             log.exception("cannot read %s", self._path)
             problems = [f"{self._path}: cannot be read: {type(error).__name__}"]
-        self._server.loop.run_here(self._apply, state, found, problems)
+        self._server.loop.run_here(self._apply, state, content, problems)
 
-    def _apply(self, state: object, found: Whole | None, problems: list[str]) -> None:
+    def _apply(self, state: object, content: FileContent | None, problems: list[str]) -> None:
         self._reading = False
-        self._watch.was_read(state, found is not None)
+        self._watch.was_read(state, content is not None)
         self._tell(problems)
-        if found is None:
+        if content is None:
             return
         self._good_at = time.time()
-        manta = found.accounts.get("poseidon")
+        manta = content.accounts.get("poseidon")
         self._inventory.manta_owner = manta.uuid if manta is not None else ""
-        self.accounts.replace(found.accounts)
-        self._inventory.replace(found.vms, found.owned)
-        self._inventory.replace_nodes(found.nodes)
+        self.accounts.replace(content.accounts)
+        self._inventory.replace(content.vms, content.owned)
+        self._inventory.replace_nodes(content.nodes)
         self._inventory.confirm()
         if not self._inventory.ready:
             gc.freeze()     # 10,000 VMs hold no cycles: exempt them from garbage collection
         self._inventory.ready = True
-        log.info("inventory: %s from %s", found, self._path)
-        if found.warnings != self.warnings:
-            for warning in tell_warnings(found.warnings):
+        log.info("inventory: %s from %s", content, self._path)
+        if content.warnings != self.warnings:
+            for warning in tell_warnings(content.warnings):
                 log.warning("%s", warning)
-        self.warnings = found.warnings
+        self.warnings = content.warnings
 
     def _tell(self, problems: list[str]) -> None:
         """Log problems once, and when they are resolved."""
@@ -2018,9 +2023,6 @@ class ServiceError(Exception):
         self.too_large = too_large
 
 
-T = TypeVar("T")
-
-
 def attempt(work: Callable[..., T], *args: Any) -> tuple[T | None, ServiceError | None]:
     """Run a job and return its result or its error: every job must end with one of them, since the
     loop waits for it."""
@@ -2031,6 +2033,15 @@ def attempt(work: Callable[..., T], *args: Any) -> tuple[T | None, ServiceError 
     except Exception as error:
         log.exception("%s failed", work.__qualname__)
         return None, ServiceError(f"{type(error).__name__}: {error}")
+
+
+def in_thread(pool: Pool, loop: Loop, done: Callable[[T | None, ServiceError | None], object],
+              work: Callable[..., T], *args: Any) -> bool:
+    """Call `work` in a pool's thread, then `done` in the loop with its result or error; False when
+    the pool's queue is full."""
+    def run(*args: Any) -> None:
+        loop.call_soon(done, *attempt(work, *args))
+    return pool.submit(run, *args)
 
 
 class Service:
@@ -2086,7 +2097,7 @@ class Service:
                 raise self.wrong(f"{name} did not return a list")
             if not records:
                 return
-            uuids = [_word(record.get("uuid")) if isinstance(record, dict) else ""
+            uuids = [text_of(record.get("uuid")) if isinstance(record, dict) else ""
                      for record in records]
             if not uuids[-1] or uuids[-1] in seen or len(seen) > MAX_RECORDS:
                 raise self.wrong(f"{name} repeats or omits uuids")
@@ -2126,11 +2137,11 @@ class Frames:
     def feed(self, received: bytes) -> list[tuple[int, bool, bytes]]:
         """The complete frames so far."""
         self._buffer += received
-        found: list[tuple[int, bool, bytes]] = []
+        frames: list[tuple[int, bool, bytes]] = []
         while True:
             buffer = self._buffer
             if len(buffer) < 2:
-                return found
+                return frames
             if buffer[0] & 0x70 or buffer[1] & 0x80:
                 raise ServiceError("changefeed: a frame with extensions or a mask")
             opcode, final, size, start = buffer[0] & 15, bool(buffer[0] & 0x80), buffer[1], 2
@@ -2139,13 +2150,13 @@ class Frames:
             if size >= 126:
                 start = 4 if size == 126 else 10
                 if len(buffer) < start:
-                    return found
+                    return frames
                 size = int.from_bytes(buffer[2:start], "big")
             if size > MAX_MESSAGE:
                 raise ServiceError(f"changefeed: a frame of {size} bytes")
             if len(buffer) < start + size:
-                return found
-            found.append((opcode, final, buffer[start:start + size]))
+                return frames
+            frames.append((opcode, final, buffer[start:start + size]))
             self._buffer = buffer[start + size:]
 
 
@@ -2166,7 +2177,7 @@ class WebSocket:
             raise ServiceError(f"changefeed: cannot reach {host}:{port}: {error}") from None
         self._frames = Frames()
         self._messages: list[bytes] = []
-        self._parts: list[bytes] | None = None       # of a message in fragments
+        self._parts: list[bytes] = []       # of a message in fragments
         self.answers_pings = False          # has pinged before: silence then means failure
         self.heard = time.monotonic()
         try:
@@ -2217,17 +2228,14 @@ class WebSocket:
             elif opcode == CLOSE_FRAME:
                 reason = payload[2:100].decode("utf-8", "replace")
                 raise ServiceError(f"changefeed: closed by the server: {reason or 'no reason'}")
-            elif opcode in (TEXT_FRAME, BINARY_FRAME) and self._parts is None and final:
-                self._messages.append(payload)
-            elif opcode in (TEXT_FRAME, BINARY_FRAME) and self._parts is None:
-                self._parts = [payload]
-            elif opcode == CONTINUED and self._parts is not None:
+            elif opcode in (CONTINUED, TEXT_FRAME, BINARY_FRAME) \
+                    and (opcode == CONTINUED) == bool(self._parts):
                 self._parts.append(payload)
                 if sum(map(len, self._parts)) > MAX_MESSAGE:
                     raise ServiceError("changefeed: a message is too long")
                 if final:
                     self._messages.append(b"".join(self._parts))
-                    self._parts = None
+                    self._parts = []
             else:
                 raise ServiceError(f"changefeed: unexpected frame with opcode {opcode}")
 
@@ -2263,10 +2271,10 @@ def nodes_of(records: Iterable[Any], port: int) -> dict[str, Node]:
     """CNAPI's servers: those without uuid are left out, those without address kept."""
     nodes: dict[str, Node] = {}
     for record in records:
-        uuid = _word(record.get("uuid")).lower() if isinstance(record, dict) else ""
+        uuid = text_of(record.get("uuid")).lower() if isinstance(record, dict) else ""
         if UUID.fullmatch(uuid):
             address = admin_address(record.get("sysinfo"))
-            nodes[sys.intern(uuid)] = Node(sys.intern(uuid), _word(record.get("hostname")),
+            nodes[sys.intern(uuid)] = Node(sys.intern(uuid), text_of(record.get("hostname")),
                                            (address, port) if address else None)
     return nodes
 
@@ -2280,20 +2288,20 @@ def account_of(record: Any, members: Any) -> Account | None:
     account = record.get("account") if isinstance(record, dict) else None
     if not isinstance(account, dict):
         return None
-    uuid, login = _word(account.get("uuid")).lower(), _word(account.get("login"))
+    uuid, login = text_of(account.get("uuid")).lower(), text_of(account.get("login"))
     if not UUID.fullmatch(uuid) or not login:
         return None
     keys: dict[str, AuthorizedKey] = {}
     for member in (members.values() if isinstance(members, dict) else ()):
         if isinstance(member, dict):
-            _add_keys(member.get("keys"), _word(member.get("login")), keys)
+            _add_keys(member.get("keys"), text_of(member.get("login")), keys)
     _add_keys(account.get("keys"), "", keys)        # last: the account's own key takes precedence
     return Account(uuid, login, keys, account.get("isOperator") is True,
                    account.get("approved_for_provisioning") is True)
 
 
-def _add_keys(found: Any, name: str, into: dict[str, AuthorizedKey]) -> None:
-    for pem in (found.values() if isinstance(found, dict) else ()):
+def _add_keys(pems: Any, name: str, into: dict[str, AuthorizedKey]) -> None:
+    for pem in (pems.values() if isinstance(pems, dict) else ()):
         try:
             key = public_key(pem if isinstance(pem, str) else "")
         except CertificateError as error:           # a bad key does not affect the others
@@ -2314,10 +2322,10 @@ def read_account(service: Service, login: str) -> Account | None:
     if status == 404:
         return None
     role = roles.get("role") if isinstance(roles, dict) else None
-    found = account_of(record, role.get("members") if isinstance(role, dict) else None)
-    if found is None or found.login != login:
+    account = account_of(record, role.get("members") if isinstance(role, dict) else None)
+    if account is None or account.login != login:
         raise service.wrong(f"invalid account returned for {login!r}")
-    return found
+    return account
 
 
 class Known:
@@ -2335,7 +2343,8 @@ class Known:
 def _account_bytes(login: str, known: Known) -> int:
     # at most, for a key: blob, SPKI, their base64 and the objects around them
     return 1000 + 4 * len(login) + sum(
-        600 + 2 * len(one.key.blob) + 2 * len(one.key.spki) for one in known.account.keys.values())
+        600 + 2 * len(holder.key.blob) + 2 * len(holder.key.spki)
+        for holder in known.account.keys.values())
 
 
 def _accounts_unreachable(_: object) -> Answer:
@@ -2458,7 +2467,8 @@ class Accounts:
         is_known = self.known.get(login) is not None
         if not is_known and not self._may_look_up(address):
             return False
-        if not (self._pool if is_known else self._strangers).submit(self._read, login):
+        if not in_thread(self._pool if is_known else self._strangers, self._loop, functools.partial(
+                self._arrived, login), read_account, self._service, login):
             self.refused += 1
             return False
         self._asking[login] = []
@@ -2474,9 +2484,7 @@ class Accounts:
         self._lookups.put(network, (left - 1, now))
         return True
 
-    def _read(self, login: str) -> None:
-        """Runs in a pool."""
-        self._loop.call_soon(self._arrived, login, *attempt(read_account, self._service, login))
+
 
     def _arrived(self, login: str, account: Account | None, problem: ServiceError | None) -> None:
         waiting = self._asking.pop(login, [])
@@ -2527,8 +2535,8 @@ class Accounts:
     def kept(self) -> tuple[tuple[Account, float], ...]:
         """Accounts and their ages, for the snapshot."""
         now = self._loop.now()
-        found = (self.known.get(login) for login in self.known)
-        return tuple((known.account, now - known.at) for known in found
+        entries = (self.known.get(login) for login in self.known)
+        return tuple((known.account, now - known.at) for known in entries
                      if known is not None and now - known.at < STALE_ACCOUNT_SECONDS)
 
     def restore(self, accounts: Iterable[tuple[Account, float]]) -> None:
@@ -2641,8 +2649,9 @@ class Snapshot:
             accounts = []
             for uuid, login, operator, approved, at, keys in content["accounts"]:
                 holders = [AuthorizedKey(public_key(line), name) for line, name in keys]
-                accounts.append((Account(uuid, login, {one.key.md5: one for one in holders},
-                                         operator, approved), max(now - at, 0.0)))
+                by_md5 = {holder.key.md5: holder for holder in holders}
+                accounts.append((Account(uuid, login, by_md5, operator, approved),
+                                 max(now - at, 0.0)))
             confirmed_at = float(content["confirmed_at"])
             if confirmed_at > now + 60:
                 raise SnapshotError(f"it is from the future ({utc(confirmed_at)}): is the clock "
@@ -2730,8 +2739,8 @@ def member_of(message: bytes, name: str) -> Any:
 
 class AllVms(NamedTuple):
     """The result of reading all VMs."""
-    vms: Mapping[str, Vm]
-    owned: Mapping[str, Mapping[str, Vm]]
+    vms: dict[str, Vm]
+    owned: dict[str, dict[str, Vm]]
     manta_owner: str | None             # None: mahi did not answer
     began: float                        # when the reading began, by the loop's clock
 
@@ -2783,13 +2792,12 @@ class VmReader:
         if self._reading or self._loop.now() < self._due:
             return
         gentle = self._inventory.ready
-        if self._lister.submit(self._read_all, self._loop.now(), gentle):
+        if in_thread(self._lister, self._loop, self._all_arrived, self._list, self._loop.now(),
+                     gentle):
             self._reading, self._began = True, self._began + 1
             self._newer = {}
 
-    def _read_all(self, began: float, gentle: bool) -> None:
-        """Runs in the lister's thread."""
-        self._loop.call_soon(self._all_arrived, *attempt(self._list, began, gentle))
+
 
     def _list(self, began: float, gentle: bool) -> AllVms:
         manta: str | None = None
@@ -2798,30 +2806,30 @@ class VmReader:
             manta = account.uuid if account is not None else ""
         except ServiceError as error:
             log.debug("cannot look up the owner of Manta: %s", error)
-        found: list[Vm] = []
+        listed: list[Vm] = []
         since = milliseconds()
         for records in self._vmapi.pages(
                 f"/vms?state=active&fields={VM_FIELDS}",
                 lambda _, last: "&marker=" + urllib.parse.quote(json.dumps({"uuid": last}),
                                                                 safe=""), gentle):
             vms = [vm_of(record, "Bootstrapper", since) for record in records]
-            found += [vm for vm in vms if vm is not None]
-        return AllVms(*by_owner(found), manta, began)
+            listed += [vm for vm in vms if vm is not None]
+        return AllVms(*by_owner(listed), manta, began)
 
-    def _all_arrived(self, found: AllVms | None, problem: ServiceError | None) -> None:
+    def _all_arrived(self, listed: AllVms | None, problem: ServiceError | None) -> None:
         self._reading = False
         now, had = self._loop.now(), len(self._inventory.vms)
-        if found is not None and had and not found.vms:
+        if listed is not None and had and not listed.vms:
             problem = self._vmapi.wrong("/vms returned an empty list")
-        if found is None or problem is not None:
+        if listed is None or problem is not None:
             log.warning("keeping the old inventory: %s", problem)
             self.problem, self._due = str(problem), now + self._backoff.next()
             return
-        if len(found.vms) * 2 < had and self._short < 2:
+        if len(listed.vms) * 2 < had and self._short < 2:
             # a glitch in VMAPI's store must not remove targets from discovery
             self._short += 1
             log.warning("vmapi lists %d containers instead of %d: reading again",
-                        len(found.vms), had)
+                        len(listed.vms), had)
             self._due = now + self._backoff.next()
             return
         self._short, self.problem = 0, ""
@@ -2829,19 +2837,18 @@ class VmReader:
         interval = self._interval if self.follows else self._without_feed
         self._due = now + interval * (0.8 + 0.4 * self._random())
         self._complete = self._began
-        if found.manta_owner is not None:
-            self._inventory.manta_owner = found.manta_owner
+        if listed.manta_owner is not None:
+            self._inventory.manta_owner = listed.manta_owner
         if self._inventory.ready or self.bootstraps:
-            self._inventory.merge(found.vms)
+            self._inventory.merge(listed.vms)
         else:
-            self._inventory.replace(dict(found.vms), {owner: dict(owned) for owner, owned
-                                                      in found.owned.items()})
+            self._inventory.replace(listed.vms, listed.owned)
             gc.freeze()                     # as in FileSource
         for uuid, vm in self._newer.items():
             self._put(uuid, vm)
         self._newer = {}
         self.bootstraps += 1
-        self._inventory.confirm(now - found.began)
+        self._inventory.confirm(now - listed.began)
 
     # single VMs
 
@@ -2851,15 +2858,14 @@ class VmReader:
         self.events += 1
         if uuid in self._fetching:
             self._fetching[uuid] = True
-        elif len(self._fetching) < MAX_FETCHES and self._fetchers.submit(
-                self._fetch, uuid, self._began):
+        elif len(self._fetching) < MAX_FETCHES and in_thread(
+                self._fetchers, self._loop, functools.partial(self._arrived, uuid, self._began),
+                self._fetch_one, uuid):
             self._fetching[uuid] = False
         else:
             self._due = min(self._due, self._loop.now())
 
-    def _fetch(self, uuid: str, began: int) -> None:
-        """Runs in a fetcher's thread."""
-        self._loop.call_soon(self._arrived, uuid, began, *attempt(self._fetch_one, uuid))
+
 
     def _fetch_one(self, uuid: str) -> Vm | None:
         status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
@@ -2919,18 +2925,14 @@ class NodeReader:
             if not self._wanted:
                 self._soon.reset()
             self._wanted = False
-            self._reading = self._pool.submit(self._read)
-
-    def _read(self) -> None:
-        """In the pool's thread."""
-        self._loop.call_soon(self._arrived, *attempt(self._list))
+            self._reading = in_thread(self._pool, self._loop, self._arrived, self._list)
 
     def _list(self) -> dict[str, Node]:
-        found: dict[str, Node] = {}
+        nodes: dict[str, Node] = {}
         for records in self._cnapi.pages("/servers?setup=true&extras=sysinfo",
                                          lambda count, _: f"&offset={count}"):
-            found.update(nodes_of(records, self._port))
-        return found
+            nodes.update(nodes_of(records, self._port))
+        return nodes
 
     def _arrived(self, nodes: Mapping[str, Node] | None, problem: ServiceError | None) -> None:
         self._reading = False
@@ -2981,7 +2983,7 @@ class AgentNotices:
                 upstream = self._proxy.upstreams.to(node)
                 head = (f"POST /v1/refresh HTTP/1.1\r\nHost: {upstream.host}\r\n"
                         "Content-Length: 0\r\n\r\n").encode()
-                upstream.ask(Job(head, now + 5.0, lambda reply, refusal: None))
+                upstream.ask(Job(head, now + 5.0))
             except Refused:
                 pass                        # the agent notices later by itself
 
@@ -2992,12 +2994,12 @@ class TritonSource:
 
     def __init__(self, settings: Settings, proxy: Proxy, random: Callable[[], float],
                  first: bool = True) -> None:
-        own = settings.inventory
+        urls = settings.inventory
         self._first = first                # the only worker to notify agents and write the snapshot
-        assert own.vmapi is not None and own.cnapi is not None and own.mahi is not None
+        assert urls.vmapi is not None and urls.cnapi is not None and urls.mahi is not None
         self._loop, self._inventory = proxy.server.loop, proxy.inventory
-        self._services = (Service("vmapi", own.vmapi), Service("cnapi", own.cnapi),
-                          Service("mahi", own.mahi, 16 << 20))
+        self._services = (Service("vmapi", urls.vmapi), Service("cnapi", urls.cnapi),
+                          Service("mahi", urls.mahi, 16 << 20))
         vmapi, cnapi, mahi = self._services
         self.accounts = Accounts(mahi, proxy.server)
         self.nodes = NodeReader(cnapi, proxy.inventory, self._loop, settings.agent.port, random)
@@ -3005,7 +3007,7 @@ class TritonSource:
         self._feed = ChangeFeed(vmapi.url, proxy.server, random, self.vms.feed_begins,
                                 self.vms.feed_ends, self.vms.changed)
         self._notices = AgentNotices(proxy)
-        self._snapshot = Snapshot(own.snapshot) if own.snapshot is not None else None
+        self._snapshot = Snapshot(urls.snapshot) if urls.snapshot is not None else None
         self._writer = Pool("snapshot", 1, 1)
         self._writing = False
         self._saved_at = 0.0                # last write of the snapshot, since the epoch
@@ -3116,8 +3118,8 @@ class TritonSource:
             single("cmon_proxy_snapshot_last_write_timestamp_seconds", GAUGE, "When the snapshot "
                    "was last written; 0: never.", self._saved_at),
             Family("cmon_proxy_service_errors_total", COUNTER, "Requests to a service of Triton "
-                   "that failed.", [Sample((("service", one.name),), one.errors)
-                                    for one in self._services]),
+                   "that failed.", [Sample((("service", service.name),), service.errors)
+                                    for service in self._services]),
         ]
 
 
@@ -3203,11 +3205,10 @@ class QuotaBucket:
         self.over += 1
         return OVER
 
-    def copy(self) -> QuotaBucket:
-        """A snapshot for other threads to show."""
-        made = QuotaBucket(self.login, self.operator, self.terms, self.at)
-        made.soft, made.hard = self.soft, self.hard
-        return made
+    def add(self, other: QuotaBucket) -> None:
+        """Add what another account has used."""
+        for name in ("requests", "over", "refused", "stale", "relays", "bytes", "cpu"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def limit_to(self, terms: QuotaLimits) -> None:
         """Change the limits; what was used stays used."""
@@ -3285,12 +3286,9 @@ class Quotas:
             bucket.limit_to(self._limits(bucket))
 
     def _forget(self) -> None:
-        total = self._forgotten
         for uuid, bucket in list(self._buckets.items()):
             if self._now() - bucket.at > 600:
-                del self._buckets[uuid]
-                for name in ("requests", "over", "refused", "stale", "relays", "bytes", "cpu"):
-                    setattr(total, name, getattr(total, name) + getattr(bucket, name))
+                self._forgotten.add(self._buckets.pop(uuid))
         if len(self._buckets) >= KEPT_BUCKETS:      # all in use: start over rather than grow
             self._buckets.clear()
 
@@ -3332,30 +3330,26 @@ class Quotas:
     def families(self, most: int = 500) -> list[Family]:
         """Metrics: usage by account, the largest by name, the rest summed."""
         ranked = sorted(self._buckets.values(), key=QuotaBucket.weight, reverse=True)
-        named = [(bucket.login, bucket) for bucket in ranked[:most]]
-        rest = [self._forgotten, *ranked[most:]]
+        rest = copy.copy(self._forgotten)
+        for bucket in ranked[most:]:
+            rest.add(bucket)
+        shown = [*((bucket.login, bucket) for bucket in ranked[:most]), ("", rest)]
 
-        def family(name: str, help_text: str, members: Sequence[tuple[str, str]]) -> Family:
-            samples: list[Sample] = []
-            for login, bucket in named:
-                for member, result in members:
-                    labels = (("account", login),) + ((("result", result),) if result else ())
-                    samples.append(Sample(labels, getattr(bucket, member)))
-            for member, result in members:
-                total = sum(getattr(bucket, member) for bucket in rest)
-                if total:
-                    labels = (("account", ""),) + ((("result", result),) if result else ())
-                    samples.append(Sample(labels, total))
-            return Family(name, COUNTER, help_text, samples)
+        def family(name: str, help_text: str, **members: Labels) -> Family:
+            return Family(name, COUNTER, help_text, [
+                Sample((("account", login), *labels), getattr(bucket, member))
+                for login, bucket in shown for member, labels in members.items()
+                if login or getattr(bucket, member)])
         return [
             family("cmon_proxy_account_requests_total", "Requests of an account by outcome; "
                    "the empty account is the rest.",
-                   (("requests", "asked"), ("relays", "relayed"), ("stale", "stale"),
-                    ("over", "over_quota"), ("refused", "refused"))),
+                   requests=(("result", "asked"),), relays=(("result", "relayed"),),
+                   stale=(("result", "stale"),), over=(("result", "over_quota"),),
+                   refused=(("result", "refused"),)),
             family("cmon_proxy_account_response_bytes_total", "Bytes of pages sent to an account.",
-                   (("bytes", ""),)),
+                   bytes=()),
             family("cmon_proxy_account_cpu_seconds_total", "CPU time of the proxy by the account "
-                   "that caused it.", (("cpu", ""),)),
+                   "that caused it.", cpu=()),
         ]
 
 
@@ -3423,7 +3417,7 @@ class Job:
     __slots__ = ("wire", "deadline", "done", "owner", "retried", "given_up", "slow")
 
     def __init__(self, wire: bytes, deadline: float,
-                 done: Callable[[Reply | None, Refused | None], None],
+                 done: Callable[[Reply | None, Refused | None], None] = lambda reply, refusal: None,
                  owner: str = "") -> None:
         self.wire, self.deadline = wire, deadline
         self.done: Callable[[Reply | None, Refused | None], None] | None = done
@@ -3486,7 +3480,7 @@ class UpstreamConnection:
     def _connected(self) -> None:
         error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            self.upstream.unreachable(self, os.strerror(error).lower())
+            self.upstream.lost(self, os.strerror(error).lower())
             return
         self.connecting = False
         self.upstream.all.server.loop.register(self.socket, selectors.EVENT_READ, self)
@@ -3624,7 +3618,8 @@ class Upstream:
         job = self._taken_from(connection)
         connection.used = True
         if connection is self.probing:
-            self._probed(connection, None)
+            connection.close()
+            self._probed(None)
             return
         self._release(job)
         if self.suspect:
@@ -3666,11 +3661,12 @@ class Upstream:
             self._start(self.waiting.pop(at))
 
     def lost(self, connection: UpstreamConnection, why: str) -> None:
-        """A connection has ended. A request lost on a reused connection is retried once."""
+        """A connection has ended, or could not be made. A request lost on a reused connection is
+        retried once."""
         job = self._taken_from(connection)
         connection.close()
         if connection is self.probing:
-            self._probed(connection, why)
+            self._probed(why)
             return
         if job is None:
             if connection in self.idle:
@@ -3682,21 +3678,8 @@ class Upstream:
             return
         self._release(job)
         self._ill(why)
-        job.finish(None, self.silent() if self.breaker.open else
+        job.finish(None, self.silent() if self.breaker.open or connection.connecting else
                    refused("node_error", node=self.uuid, why=why))
-        self._next()
-
-    def unreachable(self, connection: UpstreamConnection, why: str) -> None:
-        """A connection could not be made."""
-        job = self._taken_from(connection)
-        connection.close()
-        if connection is self.probing:
-            self._probed(connection, why)
-            return
-        self._release(job)
-        self._ill(why)
-        if job is not None:
-            job.finish(None, self.silent())
         self._next()
 
     def late(self, job: Job) -> None:
@@ -3742,7 +3725,7 @@ class Upstream:
             return
         now = self.all.now()
         head = f"GET /-/healthy HTTP/1.1\r\nHost: {self.host}\r\nConnection: close\r\n\r\n"
-        job = Job(head.encode(), now + PROBE_SECONDS, lambda reply, refusal: None)
+        job = Job(head.encode(), now + PROBE_SECONDS)
         try:
             self.probing = UpstreamConnection(self, job, now)
         except OSError as error:
@@ -3751,11 +3734,10 @@ class Upstream:
         self.all.active.add(self.probing)
         self.all.troubled.add(self)
 
-    def _probed(self, connection: UpstreamConnection, why: str | None) -> None:
+    def _probed(self, why: str | None) -> None:
         """The end of a probe: any answer counts as success."""
         self.probing = None
         self.probe_after = self.all.now() + PROBE_SECONDS / 4
-        connection.close()
         if why is None:
             self._well()
         else:
@@ -3848,7 +3830,7 @@ class Upstreams:
             if job is None:
                 continue
             if connection.connecting and connection.since < connect_before:
-                upstream.unreachable(connection, "connection timed out")
+                upstream.lost(connection, "connection timed out")
             elif connection is upstream.probing:
                 if now > job.deadline:
                     upstream.lost(connection, "no answer")
@@ -3955,7 +3937,7 @@ class Selection(NamedTuple):
         for name in query:
             if name not in ("groups", "shard"):
                 raise refused("bad_parameter", name=name)
-        groups = frozenset(word for word in query.get("groups", "").split(",") if word)
+        groups = frozenset(group for group in query.get("groups", "").split(",") if group)
         if "shard" not in query:
             return cls(groups)
         match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", query["shard"])
@@ -4095,7 +4077,7 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
         info.append(Sample(instance + (("alias", vm.alias), ("brand", vm.brand),
                                        ("image", vm.image), ("server", vm.server)), 1))
         shown = vm.state if vm.state in SHOWN_STATES else (
-            "running" if state_of(vm.state).page else "stopped")
+            "running" if STATES[vm.state].page else "stopped")
         state += [Sample(instance + (("state", name),), int(name == shown))
                   for name in SHOWN_STATES]
         reachable.append(Sample(instance, int(up)))
@@ -4209,7 +4191,7 @@ class Pages:
             raise refusal
         core = False
         if isinstance(target, Vm):
-            if not state_of(target.state).page:
+            if not STATES[target.state].page:
                 raise refused("no_page", uuid=uuid, state=target.state)
             core = target.core and caller.grant.sees_nodes
             node = inventory.nodes.get(target.server)
@@ -4218,32 +4200,28 @@ class Pages:
         else:
             node = target
         if caller.over and caller.bucket.terms.over != "allow":
-            return self._copy(request, caller, target, core, now)
+            return self._last_copy(request, caller, target, core, now)
         return self._relay(request, caller, target, node, core, now)
 
-    def _copy(self, request: Request, caller: Caller, target: Vm | Node, core: bool, now: float
+    def _last_copy(self, request: Request, caller: Caller, target: Vm | Node, core: bool, now: float
               ) -> Answer | Deferred:
         """Over the quota: serve the last copy, at no cost to a node."""
-        copy = self._copies.get((target.uuid, core))
+        last = self._copies.get((target.uuid, core))
         self.scrapes.note(target, "quota")
-        if copy is None or copy.owner != owner_of(target):
+        if last is None or last.owner != owner_of(target):
             raise caller.bucket.refusal(False)
-        age = int(now - copy.at)
+        age = int(now - last.at)
         caller.bucket.stale += 1
-        caller.bucket.bytes += len(copy.reply.body)
-
+        caller.bucket.bytes += len(last.reply.body)
         refusal = caller.bucket.refusal(False).answer()
-
-        def make() -> Response:
-            return copy.page(age) or refusal
-        return self._builder.answer(request, caller, ("copy", target.uuid, core), (copy.at, age),
-                                    make, target=target)
+        return self._builder.answer(request, caller, ("copy", target.uuid, core), (last.at, age),
+                                    lambda: last.page(age) or refusal, target=target)
 
     def _relay(self, request: Request, caller: Caller, target: Vm | Node, node: Node, core: bool,
                now: float) -> Deferred:
         """Request the page, or join a request for the same page."""
-        word = request.headers.get("x-prometheus-scrape-timeout-seconds", "")
-        given = self._timeouts.get(word) or self._time_given(word, request)
+        header = request.headers.get("x-prometheus-scrape-timeout-seconds", "")
+        given = self._timeouts.get(header) or self._time_given(header, request)
         # half of the margin is for the agent's answer to reach us
         deadline = now + given + min(given / 9, 0.5) / 2
         key = (target.uuid, core, request.gzip, given)
@@ -4266,12 +4244,12 @@ class Pages:
             raise
         return waiter
 
-    def _time_given(self, word: str, request: Request) -> float:
+    def _time_given(self, header: str, request: Request) -> float:
         """The agent's timeout, from the request's header; raises Refused."""
         timeout = self._proxy.settings.agent.timeout
         given = min(scrape_deadline(request, 0.0, timeout - min(0.1 * timeout, 0.5)), timeout)
         given = max(round(given, 3), SHORTEST_TIMEOUT)
-        self._timeouts.put(word, given)
+        self._timeouts.put(header, given)
         return given
 
     def forget(self, relay: Relay) -> None:
@@ -4282,7 +4260,7 @@ class Pages:
     def relayed(self, relay: Relay, reply: Reply | None, refusal: Refused | None) -> None:
         """Answer all waiters; refuse those that have lost access."""
         self.forget(relay)
-        if reply is not None:
+        if reply is not None and (reply.status != 200 or reply.gzip and not relay.packed):
             refusal = agent_refusal(relay, reply)
         waiters, relay.waiters = relay.waiters, []
         target = relay.target
@@ -4340,15 +4318,13 @@ def relay_head(target: Vm | Node, host: str, core: bool, packed: bool, given: fl
             + ("Accept-Encoding: gzip\r\n\r\n" if packed else "\r\n")).encode()
 
 
-def agent_refusal(relay: Relay, reply: Reply) -> Refused | None:
-    """The refusal that an agent's answer stands for; None for a page."""
+def agent_refusal(relay: Relay, reply: Reply) -> Refused:
+    """The refusal that an agent's answer stands for, if it is no page that was asked for."""
     if reply.gzip and not relay.packed:
         return refused("node_error", node=relay.node.uuid, why="it sends gzip that was not asked "
                        "for")
-    if reply.status == 200:
-        return None
-    words = b"in gzip" if reply.gzip else reply.body
-    why = words.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
+    body = b"in gzip" if reply.gzip else reply.body
+    why = body.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
     if reply.status == 404 and isinstance(relay.target, Vm):
         return refused("no_page", uuid=relay.target.uuid, state="not running on its node")
     if reply.status == 503:         # the agent is healthy and explains the refusal
@@ -4511,16 +4487,16 @@ class View(NamedTuple):
         groups, manta = self.selection.groups, self.manta_owner
         rows = []
         for vm in self.vms:
-            own = groups_of(vm, manta)
-            if may_see(self.grant, vm, manta) and not (groups and groups.isdisjoint(own)) \
+            vm_groups = groups_of(vm, manta)
+            if may_see(self.grant, vm, manta) and not (groups and groups.isdisjoint(vm_groups)) \
                     and self.selection.takes(vm.number):
-                rows.append((vm, own))
+                rows.append((vm, vm_groups))
         return sorted(rows, key=lambda row: row[0].uuid)
 
     def listed(self) -> Iterator[Vm]:
         """Those that discovery lists: a container without compute node cannot be scraped."""
         for vm, _ in self.seen():
-            state = state_of(vm.state)
+            state = STATES[vm.state]
             if vm.server and (state.listed_stopped if self.stopped else state.listed):
                 yield vm
 
@@ -4605,7 +4581,7 @@ class Discovery:
     def fleet(self, request: Request, caller: Caller) -> Answer | Deferred:
         """The fleet page: why each container is silent, if it is."""
         view = self._view(caller, Selection.of(request.query))
-        rows, bucket = self._fleet(view), caller.bucket.copy()
+        rows, bucket = self._fleet(view), copy.copy(caller.bucket)
 
         def make() -> Response:
             page = render(fleet_families(rows(), caller.grant, bucket))
@@ -4615,29 +4591,29 @@ class Discovery:
     def people(self, request: Request, caller: Caller) -> Answer | Deferred:
         """The overview: the account's containers, and for operators the compute nodes."""
         query = dict(request.query)
-        word = query.pop("from", "0")
-        first = int(word) if re.fullmatch(r"[0-9]{1,6}", word) else 0
-        proxy, bucket = self._proxy, caller.bucket.copy()
+        number = query.pop("from", "0")
+        first = int(number) if re.fullmatch(r"[0-9]{1,6}", number) else 0
+        proxy, bucket = self._proxy, copy.copy(caller.bucket)
         view = self._view(caller, Selection.of(query))
         rows, now = self._fleet(view), proxy.clock()
         nodes: list[Node] = []
-        own: list[tuple[str, str]] = []
+        facts: list[tuple[str, str]] = []
         if caller.grant.sees_nodes:
-            nodes, own = list(proxy.inventory.nodes.values()), proxy.in_words()
+            nodes, facts = list(proxy.inventory.nodes.values()), proxy.in_words()
         down = proxy.upstreams.suspects()
 
         def make() -> Response:
             shown = [(node, node.uuid not in down) for node in sorted(
                 nodes, key=lambda node: node.hostname)[:ROWS_SHOWN]]
             return html_answer(people_page(
-                rows(), first, caller.grant, bucket, shown, now, query, own))
+                rows(), first, caller.grant, bucket, shown, now, query, facts))
         return self._answer("people", request, caller, (view.selection, first), make,
                             max(len(view.vms), len(nodes)))
 
     def container(self, request: Request, caller: Caller, name: str) -> Answer | Deferred:
         """The page for people of one container, by UUID or alias."""
         view = self._view(caller, Selection())
-        rows, now, bucket = self._fleet(view), self._proxy.clock(), caller.bucket.copy()
+        rows, now, bucket = self._fleet(view), self._proxy.clock(), copy.copy(caller.bucket)
         host = request.headers.get("host", "")
 
         def make() -> Response:
@@ -4653,7 +4629,7 @@ class Discovery:
         """The page for people of one compute node, by UUID or host name."""
         if not caller.grant.sees_nodes:
             raise refused("no_such_target")
-        proxy, bucket = self._proxy, caller.bucket.copy()
+        proxy, bucket = self._proxy, copy.copy(caller.bucket)
         nodes, vms = list(proxy.inventory.nodes.values()), list(proxy.inventory.vms.values())
         down = proxy.upstreams.suspects()
 
@@ -4828,10 +4804,11 @@ class Proxy:
             raise refused("too_busy")       # its access has changed: let it ask again
         if target is None:
             return
-        current, manta = self.inventory.target(target.uuid), self.inventory.manta_owner
-        if current is not target and not (may_see(granted, current, manta)
-                                          and may_see(granted, target, manta)):
-            raise refused("no_such_target")
+        inventory = self.inventory
+        if inventory.vms.get(target.uuid) is not target:
+            current, manta = inventory.target(target.uuid), inventory.manta_owner
+            if not (may_see(granted, current, manta) and may_see(granted, target, manta)):
+                raise refused("no_such_target")
 
     def ping(self, _request: Request) -> Answer:
         """The process is alive."""
@@ -4987,7 +4964,7 @@ def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance:
 
 
 def _silent(row: FleetRow) -> bool:
-    return state_of(row.vm.state).page and bool(row.vm.server) and not row.reachable
+    return STATES[row.vm.state].page and bool(row.vm.server) and not row.reachable
 
 
 def _mark(good: bool, words: str) -> str:
@@ -5003,7 +4980,7 @@ def _data(**data: str) -> str:
 def _vm_data(row: FleetRow) -> str:
     vm = row.vm
     return _data(uuid=vm.uuid, state=vm.state, groups=" ".join(row.groups),
-                 asks="1" if state_of(vm.state).page else "",
+                 asks="1" if STATES[vm.state].page else "",
                  silent=vm.server[:8] if _silent(row) else "")
 
 
@@ -6242,13 +6219,13 @@ class Workers:
         """A page about the whole proxy."""
         self._serial += 1
         serial, waiting = self._serial, set(self._workers)
-        found: list[list[Family]] = [own]
+        pages: list[list[Family]] = [own]
 
         def page(_: object) -> Response:
             self._asked.pop(serial, None)
-            return make(summed(found))
+            return make(summed(pages))
         later = Deferred(self._server.now() + METRICS_SECONDS, page)
-        self._asked[serial] = (waiting, found, later.expire)
+        self._asked[serial] = (waiting, pages, later.expire)
         for worker in self._workers.values():
             worker.channel.say({"ask": serial})
         if not waiting:
@@ -6307,7 +6284,7 @@ def summed(pages: Iterable[Iterable[Family]]) -> list[Family]:
 def interpreter_command() -> list[str]:
     """The interpreter's flags: a worker must not import more than the first process."""
     flags = sys.flags
-    return [sys.executable, *[word for word, given in (
+    return [sys.executable, *[flag for flag, given in (
         ("-I", flags.isolated), ("-s", flags.no_user_site and not flags.isolated),
         ("-E", flags.ignore_environment and not flags.isolated), ("-S", flags.no_site)) if given],
         "-X", "utf8"]
@@ -6462,18 +6439,19 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
 
 def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
     """The lines and warnings of --check-config; raises ConfigError."""
-    told: list[str] = []
+    lines: list[str] = []
     warnings: list[str] = []
-    own, tls = settings.inventory, settings.tls
-    if own.file is not None:
-        found = read_inventory(own.file, settings.agent.port)
-        told.append(f"{own.file}: {found}")
-        warnings += tell_warnings(found.warnings)
+    source, tls = settings.inventory, settings.tls
+    if source.file is not None:
+        content = read_inventory(source.file, settings.agent.port)
+        lines.append(f"{source.file}: {content}")
+        warnings += tell_warnings(content.warnings)
     else:
-        told.append(f"inventory from {own.vmapi}, {own.cnapi} and {own.mahi} (not contacted)")
+        lines.append(f"inventory from {source.vmapi}, {source.cnapi} and {source.mahi} (not "
+                     "contacted)")
         try:
-            if own.snapshot is not None:
-                Snapshot(own.snapshot).check_folder()
+            if source.snapshot is not None:
+                Snapshot(source.snapshot).check_folder()
         except (OSError, SnapshotError) as error:
             warnings.append(f"inventory.snapshot: cannot keep a snapshot: {error}")
     try:
@@ -6481,7 +6459,7 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
     except (OSError, CertificateError) as error:
         raise ConfigError(f"tls.certificate: {tls.certificate}: {error}") from None
     names = names_of(shown)
-    told.append(f"{tls.certificate}: certificate for {', '.join(names) or shown.subject} until "
+    lines.append(f"{tls.certificate}: certificate for {', '.join(names) or shown.subject} until "
                 f"{utc(shown.not_after)}")
     if shown.not_after < now:
         warnings.append(f"{tls.certificate}: expired on {utc(shown.not_after)}: clients refuse "
@@ -6489,7 +6467,7 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
     if not any(name.startswith("*.") for name in names):
         warnings.append(f"{tls.certificate}: has no name such as *.cmon.dc.example: clients can "
                         "use paths below /v1, but not UUID.SUFFIX as the host")
-    return told, warnings
+    return lines, warnings
 
 
 # By the old way of authentication a connection may have shown a certificate that the new one would
@@ -6523,8 +6501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def begin(settings: Settings) -> Server:
         if settings.workers > 1 and place is None:
-            kept = [word for word in given if word != "--smf"]
-            server, workers = start_workers(settings, kept)
+            server, workers = start_workers(settings, [flag for flag in given if flag != "--smf"])
             groups.append(workers)
             return server
         server, proxy = start(settings, place)

@@ -31,9 +31,9 @@ from cmon_agent import (  # noqa: E402
     AnswerReader, ClientError, ConfigError, ExpositionError, Limits, Peer, Refused, Request,
     load_settings, merge, parse, parse_head, parse_lines, render)
 from cmon_proxy import (  # noqa: E402
-    UUID, Account, AuthorizedKey, Frames, Identity, Policy, ServiceError, WebSocket, Whole,
-    certificate, container_labels, container_row, first_certificate, grant, is_ip, member_of,
-    nodes_of, public_key, read_account, read_inventory, state_of, vm_of)
+    STATES, UUID, Account, AuthorizedKey, FileContent, Frames, Identity, Policy, ServiceError,
+    WebSocket, certificate, container_labels, container_row, first_certificate, grant, is_ip,
+    member_of, nodes_of, public_key, read_account, read_inventory, vm_of)
 
 Property = Callable[[random.Random], None]
 
@@ -104,7 +104,7 @@ def inventory_file(chance: random.Random) -> None:
         lines = error.problems
         assert 1 <= len(lines) <= 20
     else:
-        assert isinstance(found, Whole) and str(found)
+        assert isinstance(found, FileContent) and str(found)
         json.dumps(found[:4], default=repr, ensure_ascii=False).encode()
         lines = list(found.warnings)
     for line in lines:
@@ -240,7 +240,7 @@ def triton_json(chance: random.Random) -> None:
         assert UUID.fullmatch(found.uuid) and UUID.fullmatch(found.owner)
         assert not found.server or UUID.fullmatch(found.server)
         json.dumps([container_row(found), container_labels(found)], ensure_ascii=False).encode()
-        state_of(found.state)
+        assert STATES[found.state]
     for node in nodes_of([spoil(chance, _NODE, chance.randrange(4)), odd_value(chance)],
                          9163).values():
         assert UUID.fullmatch(node.uuid) and node.hostname.encode() is not None

@@ -406,6 +406,18 @@ def shown(flags: Flags, tmp: Path, certificate: str, key: str = "client") -> Non
     flags["--cert"], flags["--key"] = str(TLS / f"{certificate}.pem"), str(copied)
 
 
+SHOWN = [       # what doctor says of these certificates of tests/tls: link, words, name, key
+    ("style", "is not the MD5 fingerprint of an SSH key", "no_fingerprint", "client"),
+    ("purpose", "made for Docker", "docker", "client"),
+    ("dates", "ended on 2019-01-01 .*\nNext: `cmon.py certgen --renew`", "new_expired", "client"),
+    ("dates", "begins on 2110-01-01", "new_future", "client"),
+    ("signature", "signed with SHA1", "new_sha1", "client"),
+    ("signature", "says that it is signed by its own key, and is not", "old_forged", "rsa"),
+]
+FAULTS += [(link, said, name, lambda site, flags, tmp, name=name, key=key: shown(
+    flags, tmp, name, key)) for link, said, name, key in SHOWN]
+
+
 def act_as(site: Site, flags: Flags, name: str) -> None:
     """Use NAME's certificate."""
     flags["--cert"], flags["--key"] = (
@@ -434,36 +446,11 @@ def certificate_that_is_none(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--cert"] = flags["--key"]
 
 
-@fault("style", "is not the MD5 fingerprint of an SSH key")
-def issuer_that_is_a_name(site: Site, flags: Flags, tmp: Path) -> None:
-    shown(flags, tmp, "no_fingerprint")
-
-
-@fault("purpose", "made for Docker")
-def certificate_for_docker(site: Site, flags: Flags, tmp: Path) -> None:
-    shown(flags, tmp, "docker")
-
-
 @fault("purpose", "not made for clients")
 def certificate_for_a_server(site: Site, flags: Flags, tmp: Path) -> None:
     site.credentials("alice", (site.folder / "alice.ssh").read_bytes(), "for-servers",
                      purposes=[SERVER_PURPOSE, CMON_PURPOSE])
     act_as(site, flags, "for-servers")
-
-
-@fault("dates", "ended on 2019-01-01 .*\nNext: `cmon.py certgen --renew`")
-def certificate_that_has_ended(site: Site, flags: Flags, tmp: Path) -> None:
-    shown(flags, tmp, "new_expired")
-
-
-@fault("dates", "begins on 2110-01-01")
-def certificate_that_has_not_begun(site: Site, flags: Flags, tmp: Path) -> None:
-    shown(flags, tmp, "new_future")
-
-
-@fault("signature", "signed with SHA1")
-def weak_signature(site: Site, flags: Flags, tmp: Path) -> None:
-    shown(flags, tmp, "new_sha1")
 
 
 @fault("signature", "has an RSA key of 1024 bits, which is too short")
@@ -476,11 +463,6 @@ def short_key(site: Site, flags: Flags, tmp: Path) -> None:
                     cert, "-subj", "/CN=alice"], check=True, stderr=subprocess.DEVNULL)
     key.chmod(0o600)
     flags.update({"--cert": str(cert), "--key": str(key)})
-
-
-@fault("signature", "says that it is signed by its own key, and is not")
-def forged_signature(site: Site, flags: Flags, tmp: Path) -> None:
-    shown(flags, tmp, "old_forged", "rsa")
 
 
 @fault("signature", r"names .*id_rsa.pub as its issuer, which has not signed it")
