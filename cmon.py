@@ -2860,6 +2860,8 @@ class Doctor:
                 raise Broken(f"{path} does not use {mine}, but " + (
                     " and ".join(sorted(map(str, named))) or f"no {key}"),
                     f"use the same {key} there, or give that one to this command")
+        for suffix in (value for name, value in said if name == "dns_suffix"):
+            self._own_name(f"{self.chosen.uuid}.{suffix}", suffix)
         return f"{path} uses the same files and {self.host}"
 
     def targets(self) -> str:
@@ -2893,6 +2895,22 @@ class Doctor:
                          + printable(f"{down[0][0]}: {down[0][1]}"),
                          "if the other links hold, reload Prometheus (SIGHUP) and look again")
         return f"{len(mine)} targets, none down"
+
+    def _own_name(self, name: str, suffix: str) -> None:
+        """Where each container is a host of its own: certificate and DNS cover its name."""
+        instead = f"or run `{PROGRAM} setup` without --dns"
+        try:
+            with self._connect() as raw, self.tls.wrap_socket(raw, server_hostname=name):
+                pass
+        except OSError as error:
+            raise Broken(f"the proxy's certificate is not for *.{suffix}: {tls_words(error)}",
+                         f"ask the operator for a certificate with *.{suffix}, {instead}"
+                         ) from None
+        try:
+            socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
+        except OSError:
+            raise Broken(f"{name} cannot be resolved", f"let *.{suffix} lead to the proxies in "
+                         f"DNS (`{PROGRAM} discover --zone` prints records), {instead}") from None
 
     def _connect(self) -> socket.socket:
         try:

@@ -63,7 +63,8 @@ class Site:
         self.write(f"{name}.key", key)
         self.write(f"{name}.pem", make_certificate(
             key, "localhost", issuer=(self.folder / "ca.pem").read_bytes(),
-            signing_key=self.ca_key, names=["localhost"], purposes=["serverAuth"], **more))
+            signing_key=self.ca_key, names=["localhost", "*.cmon.invalid"],
+            purposes=["serverAuth"], **more))
 
     def credentials(self, login: str, ssh_key: bytes, name: str = "", **more: Any) -> None:
         """NAME-cert.pem and NAME-key.pem, new style, by this SSH key."""
@@ -314,7 +315,8 @@ def test_from_an_empty_folder_to_a_prometheus_with_all_targets_up(site: Site, po
 def test_setup_writes_what_grafana_and_promtool_read(site: Site, port: int, tmp_path: Path) -> None:
     done = run("setup", tmp_path / "x y", "--dns", "--suffix", "cmon.dc.example",
                *setup_flags(site, port))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1 and "Then start Prometheus" in done.stdout, done.stdout
+    assert "the proxy's certificate is not for *.cmon.dc.example" in done.stdout
     folder = tmp_path / "x y"
     text = (folder / "prometheus.yml").read_text()
     assert ('account: "alice"\n        dns_suffix: cmon.dc.example\n        endpoint: "localhost"\n'
@@ -723,6 +725,24 @@ def configuration_with_another_certificate(site: Site, flags: Flags, tmp: Path) 
 @fault("configuration", "has no job that discovers containers from localhost")
 def configuration_for_another_proxy(site: Site, flags: Flags, tmp: Path) -> None:
     configuration(flags, tmp, ("//localhost", "//elsewhere.example"))
+
+
+def by_name(flags: Flags, tmp: Path, suffix: str) -> None:
+    configuration(flags, tmp, ("    http_sd_configs:\n", f"""\
+    triton_sd_configs:
+      - {{account: alice, dns_suffix: {suffix}, endpoint: localhost, version: 1}}
+    http_sd_configs:
+"""))
+
+
+@fault("configuration", r"certificate is not for \*\.elsewhere\.invalid: .*\nNext: ask the op")
+def names_that_the_certificate_does_not_have(site: Site, flags: Flags, tmp: Path) -> None:
+    by_name(flags, tmp, "elsewhere.invalid")
+
+
+@fault("configuration", r"-.*\.cmon\.invalid cannot be resolved\nNext: let \*\.cmon\.inv.*DNS")
+def names_that_are_not_in_dns(site: Site, flags: Flags, tmp: Path) -> None:
+    by_name(flags, tmp, "cmon.invalid")
 
 
 @fault("configuration", "promtool refuses")
