@@ -255,7 +255,7 @@ def man_option(action: argparse.Action) -> str:
     """A flag or argument, the names bold and the value slanted."""
     if not action.option_strings:
         return f"\\fI{roff(str(action.metavar or action.dest))}\\fR"
-    value = "" if action.nargs == 0 else roff(invocation(action).split(" ", 1)[1].split(",")[0])
+    value = "" if action.nargs == 0 else roff(invocation(action).rpartition(" ")[2])
     value = f" \\fI{value}\\fR" if value else ""
     return ", ".join(f"\\fB{roff(flag)}\\fR{value}" for flag in action.option_strings)
 
@@ -281,7 +281,8 @@ def man_page(name: str, command: str, section: int, parser: argparse.ArgumentPar
     for action in actions:
         lines += [".TP", man_option(action), roff((action.help or "").replace("%%", "%"))]
     if parser.epilog:
-        lines += [".SH EXAMPLE", roff(parser.epilog.partition("Example: ")[2] or parser.epilog)]
+        lines += [".SH EXAMPLE", ".nf",
+                  roff(parser.epilog.partition("Example: ")[2] or parser.epilog), ".fi"]
     lines += [".SH EXIT STATUS", roff(
         "0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN." if name == "cmon-check" else
         "0; 1 when something failed, in one line on the standard error; 2 for a wrong command line"

@@ -62,6 +62,8 @@ def test_page_of_a_command_has_its_flags_and_its_example() -> None:
     for word in (r"\fB\-\-prometheus\fR \fIFILE\fR", r"\fB\-\-url\fR \fIURL\fR",
                  r"cmon.py doctor web01 \-\-prometheus prometheus.yml"):
         assert word in page
+    page = (ROOT / "docs" / "man" / "cmon-top.1").read_text()
+    assert page.count(r"\fB\-\-groups\fR \fIA,B\fR") == 2
 
 
 # --- completion -----------------------------------------------------------------------------------
