@@ -259,7 +259,7 @@ REFUSALS: dict[str, tuple[int, str]] = {
     "not_yet_valid": (401, "the client certificate is not valid before {date}: check the clock of "
                       "the machine that made it, or wait"),
     "weak_key": (401, "an RSA key of {bits} bits is too short: make a new one with `ssh-keygen -t "
-                 "ed25519` or `-b 3072`, add it to the account, and make a certificate with it"),
+                 "ecdsa` or `-b 3072`, add it to the account, and make a certificate with it"),
     "unknown_key": (401, "account {login} has no key that matches this client certificate "
                     "(expected: {key}): add that key to the account, use a certificate made with "
                     "a key of the account, or check that {login}, its common name, is your login"),
@@ -5173,7 +5173,8 @@ const rules = RULES;                        // put in front of this script: the 
 const scaled = (number, base, units, last) => {
   let step = 0;
   while (Math.abs(number) >= 1000 && step < units.length - 1) { number /= base; step++; }
-  const digits = number && Math.abs(number) < 10 && (step || !Number.isInteger(number)) ? 1 : 0;
+  if (number && Math.abs(number) < 1) return `${Number(number.toPrecision(2))} ${units[0]}${last}`;
+  const digits = Math.abs(number) < 10 && (step || !Number.isInteger(number)) ? 1 : 0;
   return number.toFixed(digits) + ' ' + units[step] + last;
 };
 const bytes = number => scaled(number, 1024, ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'], '');
@@ -5480,6 +5481,8 @@ const poll = async target => {
     const code = answer.headers.get('X-Cmon-Error') || '', silent = code.startsWith('node_');
     target.refusal = silent ? 'compute node: ' + answer.body.trim() : answer.body.trim();
     if (code === 'node_silent') target.refusal = 'compute node does not answer';
+    if (code === 'no_page')
+      target.refusal = answer.body.replace(/^container \S+ is (.*?):[^]*/, '$1');
     target.refusalLevel = silent || answer.status === 504 ? 3 : 2;
     target.retry = 20000;
   }
@@ -5687,6 +5690,7 @@ const paintOne = target => {
     ...rules.use[target.scope].filter(use => use.share.length > 1 && !look.family(use.share[1]) &&
       look.family(use.share[0])).map(use => `${use.resource}: no limit is set (${use.share[1]})`),
   ];
+  if (!said.length) said.push('Nothing.');
   const list = main.querySelector('#missing');
   if (list.textContent !== said.join('')) list.replaceChildren(...said.map(words => {
     const item = document.createElement('li');
