@@ -2728,8 +2728,11 @@ class Doctor:
                     raw, server_hostname=self.host) as connection:
                 return connection.version() or "TLS"
         except OSError as error:                    # SSLError is one
+            plain = re.search("wrong version number|record layer failure", tls_words(error))
             raise Broken(f"no TLS with {self.netloc}: {tls_words(error)}",
-                         "check the port: is it the proxy's?") from None
+                         "give --url the proxy's address for tenants: this one speaks plain HTTP, "
+                         "as an agent or the proxy's admin_listen" if plain else
+                         "check that the port is the proxy's") from None
 
     def server(self) -> str:
         """Its certificate is for this name, by a CA that we trust, and valid."""
@@ -2764,7 +2767,7 @@ class Doctor:
             raise Broken("the account has no container that runs", "start one, or check that the "
                          f"certificate is for the right account, {self.cert.subject}")
         if self.arguments.container:
-            self.chosen = choose(self.arguments.container, self.containers)
+            self.chosen = self.proxy.find(self.arguments.container)
         else:
             running = [one for one in self.containers if one.state in ("running", "-")]
             self.chosen = (running or self.containers)[0]
@@ -2982,7 +2985,10 @@ def doctor(arguments: argparse.Namespace) -> int:
             except Failure as failure:
                 broken = Broken(str(failure), {
                     "list": "`cmon.py discover` lists the containers" if arguments.container
-                    else "check the URL: is it the proxy's?",
+                    else "check that the URL is the proxy's",
+                    "files": "make a certificate with `cmon.py certgen`, or give --cert, --key "
+                             "and --ca the files that are there",
+                    "configuration": "give --prometheus the file that Prometheus reads",
                     "key": "make a certificate with `cmon.py certgen`"}.get(
                         name, "check the files and the URL that the command was given"))
                 word, said = "FAIL", str(failure)

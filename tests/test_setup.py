@@ -426,7 +426,7 @@ def act_as(site: Site, flags: Flags, name: str) -> None:
         str(site.folder / f"{name}-{kind}.pem") for kind in ("cert", "key"))
 
 
-@fault("files", "cannot read the certificate .*none.pem: no such file")
+@fault("files", "cannot read the certificate .*none.pem: no such file.*\nNext: make a certificate")
 def no_certificate(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--cert"] = str(tmp / "none.pem")
 
@@ -484,7 +484,7 @@ def nobody_listens(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--url"] = f"https://localhost:{free_port()}"
 
 
-@fault("TLS", "no TLS with localhost:")
+@fault("TLS", "no TLS with localhost:.*\nNext: give --url .* speaks plain HTTP")
 def port_of_something_else(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--url"] = f"https://localhost:{site.agent[1]}"
 
@@ -534,6 +534,11 @@ def account_without_containers(site: Site, flags: Flags, tmp: Path) -> None:
 @fault("list", "no container 'wbe01'; did you mean .*web01.*\nNext: `cmon.py discover`")
 def unknown_container(site: Site, flags: Flags, tmp: Path) -> str:
     return "wbe01"
+
+
+@fault("list", "container .*old-web, stopped.* is not running: it has metrics while it runs")
+def stopped_container(site: Site, flags: Flags, tmp: Path) -> str:
+    return "old-web"
 
 
 @fault("scrape", "says 503: compute node .* has not answered")
@@ -595,7 +600,7 @@ def fake(site: Site, flags: Flags, answers: Mapping[str, bytes]) -> FakeProxy:
     return proxy
 
 
-@fault("list", "answers, but not as a proxy: is the URL right.\nNext: check the URL")
+@fault("list", "answers, but not as a proxy: is the URL right.\nNext: check that the URL")
 def another_service(site: Site, flags: Flags, tmp: Path) -> FakeProxy:
     return fake(site, flags, {"/v1/discover": b"<html>"})
 
