@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Runs a program with a checker: what belongs to the loop is touched by the loop's thread alone.
+"""Runs a program with a checker: what belongs to the loop is touched by who has its turn alone.
 
     python tests/owned.py PROGRAM.py ARGUMENTS…
 
 Each access to an attribute of a loop-owned object from another thread is a line on stderr that
-begins with `owned:`. In a program the loop runs in the main thread.
+begins with `owned:`. In a program the loop runs in the main thread, and lends its turn to readers
+of kstats.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ OWNED: dict[str, dict[str, set[str]]] = {
     "cmon_agent": {
         "Connection": {"connection", "server"},
         "Server": {"loop", "now", "limits", "_workers", "stopping"},     # a flag, from any thread
-        "Listener": set(), "Governor": set(), "Page": set(), "Cell": {"collector"},
+        "Listener": set(), "Governor": set(), "Page": set(), "Cell": set(),
         "Scraper": {"server", "host", "kstats"},
     },
     "cmon_proxy": {
@@ -35,16 +36,17 @@ OWNED: dict[str, dict[str, set[str]]] = {
     },
 }
 _seen: set[tuple[str, str, int]] = set()
+_loops: list[Any] = []
 
 
 def watch(owned: type, allowed: set[str]) -> None:
-    """Report whoever touches an object of this class from another thread than the main one."""
+    """Report whoever touches an object of this class without the turn of a loop."""
     plain: Callable[[Any, str], Any] = owned.__getattribute__
     write: Callable[[Any, str, Any], None] = owned.__setattr__
 
     def check(name: str) -> None:
         if threading.current_thread() is threading.main_thread() or name in allowed \
-                or name.startswith("__"):
+                or name.startswith("__") or any([loop.has_turn() for loop in _loops]):
             return
         frame = sys._getframe(2)
         place = (owned.__name__, name, frame.f_lineno)
@@ -70,6 +72,13 @@ def main() -> int:
     """Watch the classes of the program and of the kit, and run it."""
     program = importlib.import_module(Path(sys.argv[1]).stem)
     del sys.argv[0]
+    kit = importlib.import_module("cmon_agent")
+    begin = kit.Loop.__init__
+
+    def note(loop: Any, *arguments: Any) -> None:
+        _loops.append(loop)
+        begin(loop, *arguments)
+    kit.Loop.__init__ = note
     for module in {"cmon_agent", program.__name__}:
         for name, allowed in OWNED[module].items():
             watch(getattr(importlib.import_module(module), name), allowed)
