@@ -81,7 +81,10 @@ class Truth:
             self.owners[zone] = owner
 
     def unseen(self, since: float) -> None:
-        """What has changed since then may not have been seen: its time begins now."""
+        """What has changed since then may not have been seen: its time begins now.
+
+        The proxy looks at the file once a second, so bad files can hide a good one between them.
+        """
         with self.lock:
             for lost, at in self.lost.items():
                 if at >= since:
@@ -213,9 +216,11 @@ class Soak:
             zone = self.random.choice(list(self.numbers))
             owner = self.random.choice(self.tenants).uuid
             with self.writing:
+                begun = time.monotonic()
                 self.truth.give(zone, owner)
                 write_inventory(self.folder / FILE, self.inventory())
                 self.vmapi.order("put", keep=False, vms=[{"uuid": zone, "owner_uuid": owner}])
+                self.truth.unseen(begun)            # before, nobody could know
             self.happened("changes of owner", zone)
 
     def trouble(self) -> None:

@@ -9,7 +9,7 @@ from support import ROOT, Program
 
 
 def test_everything_at_once_shows_nobody_anything_foreign_and_grows_nowhere() -> None:
-    soak = Program(sys.executable, ROOT / "tests" / "soak.py", "40")
+    soak = Program(sys.executable, ROOT / "tests" / "soak.py", "25")
     try:
         assert soak.wait(240) == 0, soak.output[-6000:] + soak.log[-3000:]
         summary = json.loads(soak.output.partition("\n")[2])
