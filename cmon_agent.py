@@ -2664,17 +2664,26 @@ def word(value: Any) -> Number | None:
     match = _DECIMAL.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return None
-    if match.group(1) is None and match.group(2) is None:
-        return int(value)
-    number_ = float(value)
-    return number_ if math.isfinite(number_) else None
+    value = int(value) if match.groups() == (None, None) else float(value)
+    return value if math.isfinite(value) else None
 
 
-def word_times(factor: int) -> Convert:
-    """A number in a command's output, in a smaller unit."""
+def marked(factors: Mapping[str, int]) -> Convert:
+    """A number in a command's output, times the factor of the mark behind it; "" is no mark."""
     def convert(value: Any) -> Number | None:
-        found = word(value)
-        return None if found is None else found * factor
+        mark = value[-1:] if isinstance(value, str) and value[-1:] in factors else ""
+        number_ = word(value[:-1] if mark else value)
+        return None if number_ is None else number_ * factors.get(mark, 1)
+    return convert
+
+
+def matched(pattern: str, make: Callable[[re.Match[str]], Number]) -> Convert:
+    """What is made of text in this form; all else is none."""
+    form = re.compile(pattern, re.DOTALL)
+
+    def convert(value: Any) -> Number | None:
+        match = form.fullmatch(value) if isinstance(value, str) else None
+        return None if match is None else make(match)
     return convert
 
 
@@ -2687,38 +2696,18 @@ def seconds_from_ms(value: Any) -> Number | None:
     return float(f"{digits}e{int(exponent or 0) - 3}")
 
 
-def stripped(end: str) -> Convert:
-    """A number in a command's output that may have a mark behind it."""
+def place_in(words: Sequence[str], nothing: str | None = None) -> Convert:
+    """A word as its place in a list, -1 where it is not on it; of `nothing` there is no value."""
     def convert(value: Any) -> Number | None:
-        return word(value[:-1] if isinstance(value, str) and value.endswith(end) else value)
+        if not isinstance(value, str) or value == nothing:
+            return None
+        return words.index(value) if value in words else -1
     return convert
 
 
-def place_in(words: Sequence[str], other: Number | None = -1) -> Convert:
-    """A word as its place in a list."""
-    places = {one: index for index, one in enumerate(words)}
-
-    def convert(value: Any) -> Number | None:
-        return places.get(value, other) if isinstance(value, str) else None
-    return convert
-
-
-def present(value: Number | None) -> Number | None:
-    """Sizes are not negative."""
-    return None if value is None or value < 0 else value
-
-
-HEALTH = place_in(("ONLINE", "DEGRADED", "FAULTED", "OFFLINE", "REMOVED", "UNAVAIL"))
-
-
-def health(value: Any) -> Number | None:
-    """A pool's state as the original numbers it; a "-" says nothing."""
-    return None if value == "-" else HEALTH(value)
-
-
-SIZE = Unit("bytes", lambda value: present(word(value)))
-RATIO = Unit("ratio", stripped("x"))
-SHARE = Unit("percent", stripped("%"))
+SIZE = Unit("bytes", matched("[0-9]{1,30}", lambda match: int(match[0])))
+RATIO, SHARE = Unit("ratio", marked({"x": 1})), Unit("percent", marked({"%": 1}))
+HEALTH = Unit("", place_in(("ONLINE", "DEGRADED", "FAULTED", "OFFLINE", "REMOVED", "UNAVAIL"), "-"))
 
 ZFS = (
     gauge("zfs_available", "available", SIZE, "Space that the zone can still use, in bytes."),
@@ -2740,12 +2729,12 @@ ZPOOL = labelled("pool",
     gauge("zpool_allocated_bytes", "allocated", SIZE, "Space of the pool that is allocated."),
     gauge("zpool_fragmentation_percent", "fragmentation", SHARE,
           "Fragmentation of the pool's free space."),
-    gauge("zpool_health_status", "health", Unit("", health),
+    gauge("zpool_health_status", "health", HEALTH,
           "Health: 0 online, 1 degraded, 2 faulted, 3 offline, 4 removed, 5 unavailable."),
     gauge("zpool_size_bytes", "size", SIZE, "Size of the pool."),
 )
-ZFS_COLUMNS = tuple(row.member for row in ZFS)
-ZPOOL_COMMAND = ("list", "-Hp", "-o", ",".join(("name", *(row.member for row in ZPOOL))))
+ZFS_COLUMNS, ZPOOL_COLUMNS = (tuple([row.member for row in rows]) for rows in (ZFS, ZPOOL))
+ZPOOL_COMMAND = ("list", "-Hp", "-o", ",".join(("name", *ZPOOL_COLUMNS)))
 APEERS_COMMAND = ("-n", "-c", "apeers")
 NTP_COMMAND = ("-n", "-c", "iostats", "-c", "kerninfo", "-c", "monstats", "-c", "sysinfo",
                "-c", "sysstats")                # and "-c", "readvar ASSID" of the system peer
@@ -2757,73 +2746,35 @@ CODES = ("ACST ACTS AUTH AUTO BCST CHU CRYPT DCFx DENY GAL GOES GPS HBG INIT IRI
 MODES = ("bclient broadcast client control private server sym_active sym_passive unspec").split()
 TALLIES = " x.-+#*o"            # invalid falseticker overflow pruned candidate backup syspeer pps
 SINCE_1900 = 2208988800         # seconds from the era of NTP to that of Unix
-_HEX_ADDRESS = re.compile(r"[0-9a-f]{8}")
-_ADDRESS = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,44}")
-_STAMP = re.compile(r"(?:0x)?([0-9a-fA-F]{1,8})\.([0-9a-fA-F]{1,8})")
-_SPANS = {"m": 60, "h": 3600, "d": 86400}
-
-
-def ntp_time(value: Any) -> Number | None:
-    """Seconds since 1900 of a hexadecimal fixed point number; "(no time)" is 0."""
-    text_ = value.strip() if isinstance(value, str) else ""
-    if text_.startswith("(no time)"):
-        return 0
-    match = _STAMP.match(text_)
-    if match is None:
-        return None
-    fraction = int(match.group(2).ljust(8, "0"), 16)
-    return int(match.group(1), 16) + fraction / 2 ** 32
-
-
-def span(value: Any) -> Number | None:
-    """Seconds of "33", "5h" or "2d"."""
-    if not isinstance(value, str):
-        return None
-    found = word(value[:-1] if value[-1:] in _SPANS else value)
-    return None if found is None else found * _SPANS.get(value[-1:], 1)
-
-
-def last_heard(value: Any) -> Number | None:
-    """As `span`; -1 for a peer that was never heard, as the original has it."""
-    return -1 if value == "-" else span(value)
-
-
-def failed_polls(value: Any) -> Number | None:
-    """How many of the 8 bits of an octal number are not set."""
-    if not isinstance(value, str) or not re.fullmatch(r"[0-7]{1,4}", value):
-        return None
-    return 8 - bin(int(value, 8) & 0xFF).count("1")
+_ADDRESS = re.compile(          # of IPv4, also in hexadecimal, or of IPv6
+    r"[0-9a-f]{8}|[0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,44}")
 
 
 def refid(value: Any) -> Number | None:
-    """0 for an address, in hexadecimal too, 1 and more for a known code, or -1."""
+    """0 for an address, 1 and more for a known code, or -1."""
     if not isinstance(value, str):
         return None
-    if _HEX_ADDRESS.fullmatch(value) or _ADDRESS.fullmatch(value):
+    if _ADDRESS.fullmatch(value):
         return 0
-    code = value[1:-1] if len(value) > 2 and value[0] == value[-1] == "." else ""
+    code = value[1:-1] if value[:1] == value[-1:] == "." else ""
     return CODES.index(code) + 1 if code in CODES else -1
 
 
-def leap(value: Any) -> Number | None:
-    """Two binary digits."""
-    return int(value, 2) if isinstance(value, str) and re.fullmatch(r"[01]{1,2}", value) else None
-
-
-def flag(value: Any) -> Number | None:
-    """Whether a number, hexadecimal too, is not zero."""
-    if not isinstance(value, str) or not re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", value):
-        return None
-    return int(int(value, 0 if value.startswith("0x") else 10) != 0)
-
-
 MS = Unit("seconds", seconds_from_ms)
-KIB = Unit("bytes", word_times(1024))
-STAMP = Unit("seconds", ntp_time)
-LEAP, MODE, FAILED = Unit("", leap), Unit("", place_in(MODES)), Unit("", failed_polls)
-REFID, TYPE, TALLY = Unit("", refid), Unit("", place_in("ublsABM")), Unit("", place_in(TALLIES))
-SPAN, WORD, WORD_SECONDS = Unit("seconds", span), Unit("", word), Unit("seconds", word)
-WORD_PPM, WORD_MS, FLAG = Unit("ppm", word), Unit("milliseconds", word), Unit("boolean", flag)
+KIB = Unit("bytes", marked({"": 1024}))
+STAMP = Unit("seconds", matched(            # since 1900, a hexadecimal number of fixed point
+    r"\s*(?:\(no time\)|(?:0x)?([0-9a-fA-F]{1,8})\.([0-9a-fA-F]{1,8})).*", lambda match:
+    int(match[1], 16) + int(match[2].ljust(8, "0"), 16) / 2 ** 32 if match[1] else 0))
+FAILED = Unit("", matched(                  # polls: those of 8 bits, in octal, that are not set
+    "[0-7]{1,4}", lambda match: 8 - bin(int(match[0], 8) & 0xFF).count("1")))
+LEAP = Unit("", matched("[01]{1,2}", lambda match: int(match[0], 2)))
+FLAG = Unit("boolean", matched(             # decimal or hexadecimal; 0 is 0 in both
+    "0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", lambda match: int(int(match[0], 16) != 0)))
+SPAN = Unit("seconds", marked({"m": 60, "h": 3600, "d": 86400}))
+LAST_HEARD = Unit("seconds", lambda value: -1 if value == "-" else SPAN.convert(value))  # -1: never
+MODE, TYPE, TALLY = (Unit("", place_in(words)) for words in (MODES, "ublsABM", TALLIES))
+REFID, WORD, WORD_SECONDS = Unit("", refid), Unit("", word), Unit("seconds", word)
+WORD_PPM, WORD_MS = Unit("ppm", word), Unit("milliseconds", word)
 
 NTP_PEER = labelled("remote",   # by column of apeers
     gauge("ntp_peer_delay_seconds", "delay", MS, "Round trip to the peer."),
@@ -2840,7 +2791,7 @@ NTP_PEER = labelled("remote",   # by column of apeers
     gauge("ntp_peer_stratum_number", "st", WORD, "Stratum of the peer."),
     gauge("ntp_peer_state", "state", TALLY,
           "What became of the peer in the selection: 6 is the system peer."),
-    gauge("ntp_peer_last_query_seconds", "when", Unit("seconds", last_heard),
+    gauge("ntp_peer_last_query_seconds", "when", LAST_HEARD,
           "Seconds since the peer was last heard; -1 is never."),
 )
 NTP_SYSTEM_PEER = (             # by variable of the system peer
@@ -2996,27 +2947,21 @@ def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
                   [Sample((("state", state),), counts[state]) for state in sorted(counts)])
 
 
-def alloc_families(found: Mapping[Table, Sequence[Read]], page_size: int) -> list[Family]:
+def alloc_families(read: Mapping[Table, Sequence[Read]], page_size: int) -> list[Family]:
     """What zones may use at the most, beside what there is."""
-    def data_of(table: Table) -> list[dict[str, Any]]:
-        return [kstat.data for kstat in found.get(table, ()) if isinstance(kstat, Kstat)
-                and (table.zone is None or kstat.ref.instance != 0)]
+    def values(table: Table, member: str, convert: Convert) -> list[Number | None]:
+        return [convert(kstat.data.get(member)) for kstat in read.get(table, ())
+                if isinstance(kstat, Kstat) and (table.zone is None or kstat.ref.instance != 0)]
 
-    def values(table: Table, member: str) -> list[Number | None]:
-        return [cap(data.get(member)) for data in data_of(table)
-                if data.get("zonename") != "global"]
-
-    def of_node(table: Table, member: str) -> Number | None:
-        return next((whole(data.get(member)) for data in data_of(table)), None)
-
-    cpu_caps = [one for one in values(CPUCAP, "value") if one is not None]
-    memory_caps = values(MEMCAP, "physcap")
-    capped = [one for one in memory_caps if one is not None]
-    pages = of_node(MEMORY, "physmem")
-    uncapped = {"cpu": max(0, len(memory_caps) - len(cpu_caps)),
+    memory_caps = values(MEMCAP, "physcap", cap)
+    cpu_capped, capped = ([value for value in caps if value is not None]
+                          for caps in (values(CPUCAP, "value", cap), memory_caps))
+    [cpus], [pages] = (values(table, member, whole)[:1] or [None] for table, member in (
+        (PROC, "ncpus"), (MEMORY, "physmem")))
+    uncapped = {"cpu": max(0, len(memory_caps) - len(cpu_capped)),
                 "memory": len(memory_caps) - len(capped)}
     made: list[tuple[Metric, Number | None]] = [
-        (ALLOC[0], of_node(PROC, "ncpus")), (ALLOC[1], cpus_of_percent(sum(cpu_caps))),
+        (ALLOC[0], cpus), (ALLOC[1], cpus_of_percent(sum(cpu_capped))),
         (ALLOC[2], None if pages is None else pages * page_size), (ALLOC[3], sum(capped))]
     return [Family(metric.name, metric.kind, help_of(metric), [Sample((), value)])
             for metric, value in made if value is not None] + [
@@ -3046,39 +2991,27 @@ def zfs_command(columns: Sequence[str], pool: str) -> tuple[str, ...]:
             "-d", "1", pool)
 
 
-def parse_zfs_list(output: str, columns: Sequence[str] = ZFS_COLUMNS) -> dict[str, dict[str, str]]:
-    """Words by column by dataset, of `zfs list` with the arguments of `zfs_command`."""
-    datasets: dict[str, dict[str, str]] = {}
+def parse_list(command: str, output: str, columns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Words by column by name, of `zfs list` or `zpool list` with -H and these columns."""
+    rows: dict[str, dict[str, str]] = {}
     for line in _lines(output):
         name, *words = line.split("\t")
         if len(words) == len(columns):
-            datasets[name] = dict(zip(columns, words))
-    if not datasets and output.strip():
-        raise CollectError(f"zfs: no line of zfs list has {len(columns) + 1} columns")
-    return datasets
+            rows.setdefault(name, dict(zip(columns, words)))
+    if not rows and output.strip() and not re.match(r"no \w+ available", output):
+        raise CollectError(f"{command}: no line has {len(columns) + 1} columns")
+    return rows
 
 
 def zfs_part(words: Mapping[str, str]) -> Part:
-    """A zone's dataset as parse_zfs_list gives it."""
+    """A zone's dataset as parse_list gives it."""
     return ZFS_ROWS.part([ZFS_ROWS.of(words)])
 
 
-def parse_zpool_list(output: str) -> list[tuple[str, dict[str, str]]]:
-    """Pools with their words by column, of `zpool list` with the arguments ZPOOL_COMMAND."""
-    pools: dict[str, dict[str, str]] = {}
-    for line in _lines(output):
-        name, *words = line.split("\t")
-        if len(words) == len(ZPOOL):
-            pools.setdefault(name, dict(zip((row.member for row in ZPOOL), words)))
-    if not pools and output.strip() and "no pools" not in output:
-        raise CollectError(f"zpool: no line of zpool list has {len(ZPOOL) + 1} columns")
-    return list(pools.items())
-
-
-def zpool_part(pools: Sequence[tuple[str, Mapping[str, str]]], groups: Sequence[Read]) -> Part:
-    """Pools as parse_zpool_list gives them, with the kstats of their metaslab groups."""
+def zpool_part(pools: Mapping[str, Mapping[str, str]], groups: Sequence[Read]) -> Part:
+    """Pools as parse_list gives them, with the kstats of their metaslab groups."""
     return join_parts([METASLAB.part(groups, None), ZPOOL_ROWS.part([
-        ZPOOL_ROWS.of(words, (("pool", name),)) for name, words in pools])])
+        ZPOOL_ROWS.of(words, (("pool", name),)) for name, words in pools.items()])])
 
 
 class NtpPeer(NamedTuple):
@@ -3195,7 +3128,7 @@ def chrony_families(tracking: str, sources: str) -> list[Family]:
         add("ntp_peer_stratum_number", word(fields[3]), labels)
         if isinstance(poll, int) and 0 <= poll <= 32:
             add("ntp_peer_poll_interval_seconds", 2 ** poll, labels)
-        add("ntp_peer_last8_polls_failure_count", failed_polls(fields[5]), labels)
+        add("ntp_peer_last8_polls_failure_count", FAILED.convert(fields[5]), labels)
         add("ntp_peer_last_query_seconds", word(fields[6]), labels)
         add("ntp_peer_offset_seconds", word(fields[7]), labels)
     if not values:
@@ -3351,27 +3284,22 @@ class CorePage:
             f"{name}{labels or ''} {value}{' ' + timestamp if timestamp else ''}\n")
 
 
-def _foreign(prefix: str, content: str, limit: int) -> tuple[list[Family], list[str]]:
+def foreign_families(prefix: str, content: str, limit: int) -> tuple[list[Family], list[str]]:
     """Families of a page that someone else wrote, under a prefix, and what is wrong with it."""
     lines = content.split("\n", MAX_FOREIGN_LINES)
-    problems = [] if len(lines) <= MAX_FOREIGN_LINES else [
-        f"more than {MAX_FOREIGN_LINES} lines; the rest is left out"]
-    families, found = parse_lines("\n".join(lines[:MAX_FOREIGN_LINES]), max_samples=limit)
-    problems += found
+    families, problems = parse_lines("\n".join(lines[:MAX_FOREIGN_LINES]), max_samples=limit)
+    if len(lines) > MAX_FOREIGN_LINES:
+        problems.insert(0, f"more than {MAX_FOREIGN_LINES} lines; the rest is left out")
     kept: list[Family] = []
-    for family in families:
-        if family.kind == UNTYPED:
-            problems.append(f"{family.name} has no TYPE")
+    for name, kind, help_text, samples in families:
+        if kind == UNTYPED:
+            problems.append(f"{name} has no TYPE")
             continue
-        samples = []
-        for sample in family.samples:
-            if all(valid_label_name(name) for name, _ in sample.labels):
-                samples.append(sample)
-            else:
-                problems.append(f"{family.name}{label_text(sample.labels)}: a label's name is "
-                                "reserved")
-        kept.append(Family(prefix + family.name, family.kind,
-                           family.help or family.name, samples))
+        good = [all(valid_label_name(label) for label, _ in sample.labels) for sample in samples]
+        problems += [f"{name}{label_text(sample.labels)}: a label's name is reserved"
+                     for sample, is_good in zip(samples, good) if not is_good]
+        kept.append(Family(prefix + name, kind, help_text or name,
+                           list(itertools.compress(samples, good))))
     return kept, problems
 
 
@@ -3387,62 +3315,52 @@ def plugin_families(plugin: str, output: str, prom: bool
     keeps the names that it has, since the original did so and dashboards know them."""
     prefix = f"plugin_{_NOT_IN_NAMES.sub('_', plugin)}_"
     if prom:
-        families, problems = _foreign("", output, MAX_FOREIGN_SAMPLES)
+        families, problems = foreign_families("", output, MAX_FOREIGN_SAMPLES)
         option = _OPTION.fullmatch(output.split("\n", 1)[0])
         return families, _ttl(option.group(1)) if option else None, problems
     ttl: float | None = None
     problems = []
     made: dict[str, tuple[str, str, list[Sample]]] = {}     # name -> type, help, samples
     seen: set[tuple[str, Labels]] = set()
+
+    def take(name: str, kind: str, value: str, help_text: str) -> None:
+        base, brace, _ = name.partition("{")                # the name may carry labels
+        labels, end = _labels(name, len(base) + 1) if brace else ((), len(name))
+        sample, full = Sample(labels, _value(value.strip())), prefix + base
+        series = (full, tuple(sorted(labels)))              # their order makes no other one
+        family = made.get(full) or (kind, help_text or base, [])
+        for wrong, problem in (
+                (not valid_metric_name(full) or name[end:], " is no name for a metric"),
+                (family[0] != kind, f" is already a {family[0]}"),
+                (series in seen, " is duplicated"),
+                (len(seen) >= MAX_FOREIGN_SAMPLES, f": more than {MAX_FOREIGN_SAMPLES} samples"),
+                (not all(valid_label_name(label) for label, _ in labels),
+                 ": a label's name is reserved")):
+            if wrong:
+                raise ExpositionError(f"{name[:40]!r}{problem}")
+        seen.add(series)
+        made.setdefault(full, family)[2].append(sample)
+
     for index, line in enumerate(output.split("\n", MAX_FOREIGN_LINES)[:MAX_FOREIGN_LINES], 1):
-        line = line.rstrip("\r")
-        if not line.strip():
-            continue
-        fields = line.split("\t")
-        problem = ""
-        name, kind, value = (fields + ["", "", ""])[:3]
-        if not 3 <= len(fields) <= 4:
-            problem = f"{len(fields)} fields, not 3 or 4 with a TAB between"
-        elif kind == "option":
-            seconds = _ttl(value)
-            if name != "ttl" or seconds is None:
-                problem = f"unknown option {name[:40]!r} or bad value {value[:40]!r}"
+        fields = line.rstrip("\r").split("\t")
+        try:
+            if not line.strip():
+                continue
+            if not 3 <= len(fields) <= 4:
+                raise ExpositionError(f"{len(fields)} fields, not 3 or 4 with a TAB between")
+            name, kind, value, help_text = (*fields, "")[:4]
+            if kind in (GAUGE, COUNTER):
+                take(name, kind, value, help_text)
+            elif kind != "option":
+                raise ExpositionError(f"type {kind[:40]!r} is neither gauge nor counter")
+            elif name != "ttl" or _ttl(value) is None:
+                raise ExpositionError(f"unknown option {name[:40]!r} or bad value {value[:40]!r}")
             else:
-                ttl = seconds
-        elif kind not in (GAUGE, COUNTER):
-            problem = f"type {kind[:40]!r} is neither gauge nor counter"
-        else:
-            try:                            # the name may carry labels
-                base, brace, _ = name.partition("{")
-                labels, end = _labels(name, len(base) + 1) if brace else ((), len(name))
-                sample, full = Sample(labels, _value(value.strip())), prefix + base
-                series = (full, tuple(sorted(labels)))      # their order makes no other one
-                family = made.get(full) or (
-                    kind, fields[3] if len(fields) > 3 and fields[3] else base, [])
-                if not valid_metric_name(full) or name[end:]:
-                    problem = f"{name[:40]!r} is no name for a metric"
-                elif family[0] != kind:
-                    problem = f"{name[:40]!r} is already a {family[0]}"
-                elif series in seen:
-                    problem = f"{name[:40]!r} is duplicated"
-                elif len(seen) >= MAX_FOREIGN_SAMPLES:
-                    problem = f"more than {MAX_FOREIGN_SAMPLES} samples"
-                elif not all(valid_label_name(label) for label, _ in labels):
-                    problem = f"{name[:40]!r}: a label's name is reserved"
-                else:
-                    seen.add(series)
-                    made.setdefault(full, family)[2].append(sample)
-            except ExpositionError as error:
-                problem = str(error)
-        if problem:
-            problems.append(f"line {index}: {problem}")
+                ttl = _ttl(value)
+        except ExpositionError as error:
+            problems.append(f"line {index}: {error}")
     return [Family(name, *family) for name, family in made.items()], ttl, problems
 
-
-def textfile_families(name: str, content: str) -> tuple[list[Family], list[str]]:
-    """A file that an application in a zone wrote, as families `app_…`, and the problems."""
-    families, problems = _foreign("app_", content, MAX_TEXTFILE_SAMPLES)
-    return families, [f"{name}: {problem}" for problem in problems]
 
 
 # -- what vminfod says of a zone; nothing of it is relied on
@@ -3553,7 +3471,8 @@ def collect_zfs(task: Task) -> Found:
     if output.status and not output.stdout:
         raise CollectError(problem)
     parts = {name[len(task.pool) + 1:]: zfs_part(words) for name, words
-             in parse_zfs_list(output.stdout, columns).items() if name.startswith(task.pool + "/")}
+             in parse_list("zfs list", output.stdout, columns).items()
+             if name.startswith(task.pool + "/")}
     return Shared(parts, not output.status, [
         *(f"this zfs has no property {name}" for name in ZFS_COLUMNS if name not in columns),
         *([problem] if output.status else [])])
@@ -3565,26 +3484,36 @@ def collect_zpool(task: Task) -> Found:
     if output.status:
         raise CollectError(f"zpool list: {_last_line(output)}")
     groups = task.read(lambda reader: read_tables(reader, METASLAB))
-    return zpool_part(parse_zpool_list(output.stdout), groups.get(METASLAB, ()))
+    pools = parse_list("zpool list", output.stdout, ZPOOL_COLUMNS)
+    return zpool_part(pools, groups.get(METASLAB, ()))
+
+
+def query_ntpd(run: Callable[..., Output]) -> tuple[list[NtpPeer], NtpDetails]:
+    """What ntpq says; raises CommandError where it is absent, CollectError where ntpd is down."""
+    output = run("ntpq", *APEERS_COMMAND)
+    if not output.stdout.strip():           # exit 0, and a line on stderr
+        raise CollectError(f"ntpq: {_last_line(output)}")
+    peers = parse_apeers(output.stdout)
+    peer = system_peer(peers)
+    output = run("ntpq", *NTP_COMMAND, *(("-c", f"readvar {peer}") if peer else ()))
+    return peers, parse_ntp_details(output.stdout)
+
+
+def query_chronyd(run: Callable[..., Output]) -> list[Family]:
+    """What chronyc says; raises CommandError, CollectError."""
+    tracking, sources = (run("chronyc", *words) for words in (TRACKING_COMMAND, SOURCES_COMMAND))
+    return chrony_families(tracking.stdout, sources.stdout)
 
 
 def collect_ntp(task: Task) -> Found:
     """ntpd's figures, or chrony's where ntpq is absent."""
     try:
-        peers = task.command("ntpq", *APEERS_COMMAND)
+        return ntp_part(*query_ntpd(task.command))
     except CommandError as error:
         try:
-            tracking = task.command("chronyc", *TRACKING_COMMAND)
-            sources = task.command("chronyc", *SOURCES_COMMAND)
+            return part_of(query_chronyd(task.command))
         except CommandError:
             raise CollectError(str(error)) from None
-        return part_of(chrony_families(tracking.stdout, sources.stdout))
-    if not peers.stdout.strip():            # ntpd is down: exit 0, and a line on stderr
-        raise CollectError(f"ntpq: {_last_line(peers)}")
-    found = parse_apeers(peers.stdout)
-    peer = system_peer(found)
-    details = task.command("ntpq", *NTP_COMMAND, *(("-c", f"readvar {peer}") if peer else ()))
-    return ntp_part(found, parse_ntp_details(details.stdout))
 
 
 def collect_zones(task: Task) -> Found:
@@ -3638,8 +3567,8 @@ def collect_textfiles(task: Task) -> Found:
     problems: list[str] = []
     for name, content in json.loads(output.stdout).items():
         if isinstance(content, str):
-            found, wrong = textfile_families(name, content)
-            families += found
+            written, wrong = foreign_families("app_", content, MAX_TEXTFILE_SAMPLES)
+            families += written
             problems += [f"{zone}: {name}: {problem}" for problem in wrong]
         else:
             problems.append(f"{zone}: {name}: {content[0]}")
@@ -8831,7 +8760,7 @@ def check_commands(node: Examined) -> Iterator[Finding]:
     for name in ZFS_COLUMNS:
         if name not in columns:
             yield NOTE, f"zfs list: this platform has no property {name}"
-    datasets = parse_zfs_list(output.stdout, columns)
+    datasets = parse_list("zfs list", output.stdout, columns)
     missing = [zone.name for zone in node.zones if f"{node.pool}/{zone.name}" not in datasets]
     if output.status or not datasets:
         yield BAD, f"zfs list: {_last_line(output)}"
@@ -8841,8 +8770,8 @@ def check_commands(node: Examined) -> Iterator[Finding]:
     else:
         yield GOOD, f"zfs list: {len(datasets)} datasets, {_first_line(output)}"
     output = node.run("zpool", *ZPOOL_COMMAND)
-    pools = parse_zpool_list(output.stdout)
-    odd = sorted({row.member for name, words in pools for row in ZPOOL
+    pools = parse_list("zpool list", output.stdout, ZPOOL_COLUMNS)
+    odd = sorted({row.member for words in pools.values() for row in ZPOOL
                   if row.unit.convert(words[row.member]) in (None, -1)})
     yield (BAD if output.status or not pools else GOOD), f"zpool list: {len(pools)} pools" + (
         f", without {', '.join(odd)}" if odd else "") + (
@@ -8852,22 +8781,14 @@ def check_commands(node: Examined) -> Iterator[Finding]:
 def check_clock(node: Examined) -> Iterator[Finding]:
     """ntpd, or chronyd."""
     try:
-        output = node.run("ntpq", *APEERS_COMMAND)
+        peers, details = query_ntpd(node.run)
     except CommandError:
-        tracking, sources = (node.run("chronyc", *words).stdout
-                             for words in (TRACKING_COMMAND, SOURCES_COMMAND))
-        yield GOOD, f"chronyd: {len(chrony_families(tracking, sources))} metrics"
+        yield GOOD, f"chronyd: {len(query_chronyd(node.run))} metrics"
         return
-    peers = parse_apeers(output.stdout)
-    peer = system_peer(peers)
-    details = parse_ntp_details(node.run(
-        "ntpq", *NTP_COMMAND, *(("-c", f"readvar {peer}") if peer else ())).stdout)
-    if not peers and not details.system:
-        yield BAD, f"ntpq: {_last_line(output)}"
-        return
-    lost = [row.member for row in NTP if row.unit.convert(details.system.get(row.member)) is None]
-    yield GOOD, f"ntpd: {len(peers)} peers, {'one' if peer else 'none'} is the system peer" + (
-        f"; not printed: {', '.join(lost)}" if lost else "")
+    missing = [row.member for row in NTP
+               if row.unit.convert(details.system.get(row.member)) is None]
+    yield GOOD, f"ntpd: {len(peers)} peers, {'one' if system_peer(peers) else 'none'} is the " \
+        "system peer" + (f"; not printed: {', '.join(missing)}" if missing else "")
 
 
 def check_vminfod(node: Examined) -> Iterator[Finding]:

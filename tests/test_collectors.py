@@ -85,8 +85,8 @@ class Recorded:
             if any(table.zone and table.zone(one.ref) == number for table in one.ref.tables)
             or one.ref.module == "vmm" and one.ref.instance == machine])
         parts = [agent.zone_part(one, found, context) for one in agent.ZONE_COLLECTORS]
-        datasets = agent.parse_zfs_list(self.commands["zfs " + " ".join(
-            agent.zfs_command(agent.ZFS_COLUMNS, "zones"))])
+        datasets = agent.parse_list("zfs", self.commands["zfs " + " ".join(
+            agent.zfs_command(agent.ZFS_COLUMNS, "zones"))], agent.ZFS_COLUMNS)
         return families_of([*parts, agent.zfs_part(datasets[f"zones/{line.name}"]), TIME])
 
     def node(self) -> list[Family]:
@@ -95,8 +95,9 @@ class Recorded:
         parts = [agent.node_part(one, found, context) for one in agent.NODE_COLLECTORS
                  if one.collect is None]
         parts.append(agent.part_of(agent.alloc_families(found, 4096)))
-        parts.append(agent.zpool_part(agent.parse_zpool_list(self.commands[
-            "zpool " + " ".join(agent.ZPOOL_COMMAND)]), found[agent.METASLAB]))
+        pools = self.commands["zpool " + " ".join(agent.ZPOOL_COMMAND)]
+        parts.append(agent.zpool_part(agent.parse_list("zpool", pools, agent.ZPOOL_COLUMNS),
+                                      found[agent.METASLAB]))
         peers = agent.parse_apeers(self.commands["ntpq " + " ".join(agent.APEERS_COMMAND)])
         details = self.commands["ntpq " + " ".join(
             (*agent.NTP_COMMAND, "-c", f"readvar {agent.system_peer(peers)}"))]
@@ -379,19 +380,27 @@ DATASET = "\t".join(("zones/a", "10", "20", "30", "-", "0", "2.11x", "2.02", "40
 
 
 def test_zfs_list() -> None:
-    rows = agent.parse_zfs_list(DATASET + "\nshort\tline\n")
+    rows = agent.parse_list("zfs list", DATASET + "\nshort\tline\n", agent.ZFS_COLUMNS)
     assert list(rows) == ["zones/a"]
     assert shown(agent.zfs_part(rows["zones/a"])) == {
         "zfs_available": 10, "zfs_used": 20, "zfs_logicalused": 30, "zfs_quota": 0,
         "zfs_compressratio": 2.11, "zfs_refcompressratio": 2.02, "zfs_referenced": 40,
         "zfs_logicalreferenced": 50, "zfs_usedbydataset": 60}
-    assert agent.parse_zfs_list("") == {}
-    with pytest.raises(CollectError, match="12 columns"):
-        agent.parse_zfs_list("cannot open\n")
+
+
+@pytest.mark.parametrize("output", ["", "no pools available\n", "no datasets available\n"])
+def test_an_empty_list_is_one(output: str) -> None:
+    assert agent.parse_list("zfs list", output, agent.ZFS_COLUMNS) == {}
+
+
+def test_what_is_no_list_is_a_failure() -> None:
+    with pytest.raises(CollectError, match="zfs list: no line has 12 columns"):
+        agent.parse_list("zfs list", "cannot open\n", agent.ZFS_COLUMNS)
 
 
 def test_zpool_list() -> None:
-    pools = agent.parse_zpool_list("zones\t18\t31%\tONLINE\t39\ntank\t-\t-\tUNAVAIL\t-\n")
+    pools = agent.parse_list("zpool list", "zones\t18\t31%\tONLINE\t39\n"
+                             "tank\t-\t-\tUNAVAIL\t-\n", agent.ZPOOL_COLUMNS)
     assert shown(agent.zpool_part(pools, [kstat("zfs_metaslab_group", "53", 0, loads=1,
                                                     unloads=2, spa_name="zones")])) == {
         'metaslab_group_loads{pool="zones",vdev_guid="53"}': 1,
@@ -399,9 +408,6 @@ def test_zpool_list() -> None:
         'zpool_allocated_bytes{pool="zones"}': 18, 'zpool_fragmentation_percent{pool="zones"}': 31,
         'zpool_health_status{pool="zones"}': 0, 'zpool_health_status{pool="tank"}': 5,
         'zpool_size_bytes{pool="zones"}': 39}
-    assert agent.parse_zpool_list("no pools available\n") == []
-    with pytest.raises(CollectError):
-        agent.parse_zpool_list("what\n")
 
 
 APEERS = """\
@@ -561,17 +567,18 @@ def test_a_plugin_in_the_format_of_prometheus() -> None:
 
 
 def test_a_text_file_cannot_name_what_is_ours() -> None:
-    families, problems = agent.textfile_families("shop.prom", "\n".join(
-        ["# TYPE cpu_user_usage counter", "cpu_user_usage 1", "orders 2"]))
+    families, problems = agent.foreign_families("app_", "\n".join(
+        ["# TYPE cpu_user_usage counter", "cpu_user_usage 1", "orders 2"]), 10)
     assert [family.name for family in families] == ["app_cpu_user_usage"]
-    assert problems == ["shop.prom: orders has no TYPE"]
+    assert problems == ["orders has no TYPE"]
 
 
 def test_a_text_file_has_limits() -> None:
-    families, problems = agent.textfile_families("a", "# TYPE a gauge\n" + "".join(
-        f'a{{n="{number}"}} 1\n' for number in range(agent.MAX_FOREIGN_LINES)))
+    families, problems = agent.foreign_families("app_", "# TYPE a gauge\n" + "".join(
+        f'a{{n="{number}"}} 1\n' for number in range(agent.MAX_FOREIGN_LINES)),
+        agent.MAX_TEXTFILE_SAMPLES)
     assert [len(family.samples) for family in families] == [agent.MAX_TEXTFILE_SAMPLES]
-    assert f"a: more than {agent.MAX_FOREIGN_LINES} lines; the rest is left out" in problems
+    assert f"more than {agent.MAX_FOREIGN_LINES} lines; the rest is left out" in problems
 
 
 VMS: list[tuple[str, Any, dict[str, tuple[str, str]], list[int], bool]] = [

@@ -22,15 +22,16 @@ def ntp(output: str) -> Any:
 
 
 PARSERS: dict[str, Parser] = {
-    "zfs list": lambda text: next((agent.zfs_part(row) for row
-                                   in agent.parse_zfs_list(text).values()), agent.NOTHING),
-    "zpool list": lambda text: agent.zpool_part(agent.parse_zpool_list(text), ()),
+    "zfs list": lambda text: next((agent.zfs_part(row) for row in agent.parse_list(
+        "zfs list", text, agent.ZFS_COLUMNS).values()), agent.NOTHING),
+    "zpool list": lambda text: agent.zpool_part(
+        agent.parse_list("zpool list", text, agent.ZPOOL_COLUMNS), ()),
     "zoneadm list": lambda text: agent.zone_states(agent.parse_zoneadm(text)),
     "ntpq": ntp,
     "chronyc": lambda text: agent.chrony_families(text, text),
     "plugin": lambda text: agent.plugin_families("p-1", text, False)[0],
     "plugin in Prometheus's format": lambda text: agent.plugin_families("p.1", text, True)[0],
-    "text file": lambda text: agent.textfile_families("a.prom", text)[0],
+    "text file": lambda text: agent.foreign_families("app_", text, 1000)[0],
 }
 WORDS = ["zones", "\t", "\n", " ", ":", "-", "*", "+", "x", ",", "=", "#", "0", "12", "0x1", "377",
          "1.58x", "31%", "ONLINE", "gauge", "counter", "option", "ttl", "# TYPE ", "# HELP ", "{",
