@@ -722,7 +722,7 @@ class Index:
     def __init__(self) -> None:
         self.modules: dict[str, list[Ref]] = {}     # of the compute node itself
         self.zones: dict[int, list[Ref]] = {}       # by zone id: what belongs to that zone
-        self.own: dict[int, Ref] = {}               # by zone id: the zone's zone_misc
+        self.misc: dict[int, Ref] = {}              # by zone id: its zone_misc
         self.by_prefix: dict[str, list[int]] = {}   # first 30 characters of a name -> zone ids
         self.count = 0                              # length of the chain
         self._tables: dict[tuple[Table, ...], tuple[Table, ...]] = {}
@@ -751,7 +751,7 @@ class Index:
                 ref.tables = self._shared([one for one in tables if one.zone])
                 self.zones.setdefault(zone_id, []).append(ref)
                 if ref.module == "zones":
-                    self.own.setdefault(zone_id, ref)
+                    self.misc.setdefault(zone_id, ref)
                 return
         tables = [table for table in tables if table.zone is None]
         if tables:
@@ -1069,11 +1069,7 @@ class Reader:
         if now - self._updated < pause:
             return False
         self._updated = now
-        self.doing = ("the chain", now)
-        try:
-            changed = bool(self._handle.update())
-        finally:
-            self.doing = None
+        changed = bool(self._watched("the chain", self._handle.update))
         if changed:
             self._kstats.forget_names(self.index)
         return changed
@@ -1088,13 +1084,9 @@ class Reader:
             return False
         self._reopened = (now, chain_id)
         handle, self._handle = self._handle, None   # should it fail, the next job opens a new one
-        self.doing = ("the chain", now)
-        try:
-            handle.reopen()
-            self._handle = handle
-            return True
-        finally:
-            self.doing = None
+        self._watched("the chain", handle.reopen)
+        self._handle = handle
+        return True
 
     def zone_id(self, zone: str) -> int | None:
         """The id of a running zone; names that are alike in 30 characters are told apart. Raises
@@ -1111,36 +1103,29 @@ class Reader:
         return None
 
     def zone_name(self, zone_id: int) -> str | None:
-        """The whole name of a zone, read once for each boot of it; raises KstatError."""
-        own = self.zone_ref(zone_id)
-        if own is None:
+        """The whole name of a zone, read once for each boot of it: from its zone_misc or, where
+        that cannot be read, from others of its kstats; raises KstatError."""
+        misc = self.index.misc.get(zone_id)
+        if misc is None:
             return None
-        key = (zone_id, own.name, own.crtime)
-        name = self._kstats.names.get(key)
-        if name is None:
-            try:
-                found = self.read(own).data.get("zonename")
-                name = found if isinstance(found, str) and found else own.name
-            except KstatError as error:
-                if error.vanished:
-                    return None
-                name = self._name_elsewhere(zone_id)
-                if name is None:
-                    raise
-            self._kstats.names[key] = name
-        return name
-
-    def _name_elsewhere(self, zone_id: int) -> str | None:
-        """A zone's name, by other kstats of it: its own one cannot be read."""
-        for ref in self.index.zones.get(zone_id, ()):
-            if ref.module in ("memory_cap", "zone_vfs"):
+        key = (zone_id, misc.name, misc.crtime)
+        problems: list[KstatError] = []
+        if key not in self._kstats.names:
+            for ref in (misc, *[ref for ref in self.index.zones.get(zone_id, ())
+                                if ref.module in (MEMCAP.module, ZONE_VFS.module)]):
                 try:
-                    found = self.read(ref).data.get("zonename")
-                except KstatError:
+                    name = self.read(ref).data.get("zonename")
+                except KstatError as error:
+                    if ref is misc and error.vanished:
+                        return None
+                    problems.append(error)
                     continue
-                if isinstance(found, str) and found:
-                    return found
-        return None
+                if isinstance(name, str) and name or ref is misc:
+                    self._kstats.names[key] = str(name or misc.name)
+                    break
+            else:
+                raise problems[0]
+        return self._kstats.names[key]
 
     def guest(self, name: str) -> int | None:
         """The minor number of a bhyve guest by its name in vmm; each name is read once."""
@@ -1157,11 +1142,15 @@ class Reader:
                     return ref.instance
         return None
 
-    def zone_ref(self, zone_id: int) -> Ref | None:
-        """Where a zone's zone_misc is."""
-        return self.index.own.get(zone_id)
-
     # its life
+
+    def _watched(self, what: str, call: Callable[[], Any]) -> Any:
+        """Call the library; KstatThreads.watch sees it when that does not return."""
+        self.doing = (what, self._kstats.now())
+        try:
+            return call()
+        finally:
+            self.doing = None
 
     def _run(self) -> None:
         kstats = self._kstats
@@ -1171,11 +1160,7 @@ class Reader:
                 break
             try:
                 if self._handle is None:
-                    self.doing = ("kstat_open", kstats.now())
-                    try:
-                        self._handle = kstats.open_handle()
-                    finally:
-                        self.doing = None
+                    self._handle = self._watched("kstat_open", kstats.open_handle)
                 result: Any = job.work(self)
             except (KstatError, NoSuchZone) as error:
                 result = error
@@ -1349,11 +1334,11 @@ class ZoneReading(NamedTuple):
 
 def by_table(read: Iterable[Read]) -> dict[Table, list[Read]]:
     """What was read, and what could not be, by the tables that want it."""
-    found: dict[Table, list[Read]] = {}
+    by_tables: dict[Table, list[Read]] = {}
     for kstat in read:
         for table in kstat.ref.tables if kstat.ref is not None else ():
-            found.setdefault(table, []).append(kstat)
-    return found
+            by_tables.setdefault(table, []).append(kstat)
+    return by_tables
 
 
 def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
@@ -1367,18 +1352,18 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
     reader.follow()
     for _ in range(4):
         zone_id = reader.zone_id(zone)
-        own = None if zone_id is None else reader.zone_ref(zone_id)
-        if zone_id is None or own is None:
+        misc_ref = None if zone_id is None else reader.index.misc.get(zone_id)
+        if zone_id is None or misc_ref is None:
             if reader.follow(force=True) or reader.reopen():
                 continue
             raise NoSuchZone(zone)
-        refs = [ref for ref in reader.index.zones[zone_id] if ref is not own and not (
+        refs = [ref for ref in reader.index.zones[zone_id] if ref is not misc_ref and not (
             skipped and all([table.collector in skipped for table in ref.tables]))]
         if debug_id is not None and VCPU.collector not in skipped:
             refs += _guest(reader, debug_id)
         read = reader.read_all(refs)
         try:
-            misc = reader.read(own)
+            misc = reader.read(misc_ref)
         except KstatError as error:
             if not error.vanished:
                 return ZoneReading(zone_id, by_table([*read, error]))
@@ -1423,13 +1408,9 @@ def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Tab
         if name is None:
             continue
         zones[zone_id] = name
-        for ref in refs:
-            if any(table in ref.tables for table in tables):
-                try:
-                    read.append(reader.read(ref))
-                except KstatError:
-                    continue                # gone in the meantime, or its own collector tells
-    return zones, by_table(read)
+        read += reader.read_all([ref for ref in refs if any(
+            table in ref.tables for table in tables)])
+    return zones, by_table([kstat for kstat in read if isinstance(kstat, Kstat)])
 
 
 class Vm(NamedTuple):
@@ -3697,23 +3678,16 @@ QUIRKS: Mapping[str, str] = {
     "collector_time_seconds": "buckets without _bucket, as in the original",
     "collector_time_total_seconds": "buckets without _bucket, as in the original",
     "vfs_slow_operations_total": "an operation of 2 s counts in 10ms, 100ms and 1s",
-    "ntp_syspeer_offset_seconds": "the original's value is 1000 times too small",
     "ntp_syspeer_headway_seconds": "the original divides the seconds by 1000000",
-    "ntp_syspeer_xleave_seconds": "the original's value is 1000 times too small",
-    "ntp_estimated_error_seconds": "the original's value is 1000 times too small",
-    "ntp_maximum_error_seconds": "the original's value is 1000 times too small",
-    "ntp_pll_offset_seconds": "the original's value is 1000 times too small",
-    "ntp_precision": "the original's value is 1000 times too small",
-    "ntp_broadcast_delay_seconds": "the original's value is 1000 times too small",
-    "ntp_mru_monitor_memory_bytes": "the original divides KiB by 1024",
-    "ntp_mru_monitor_max_memory_bytes": "the original divides KiB by 1024",
-    "ntp_syspeer_rec_seconds": "seconds since 1900; the original joins the fraction wrongly",
-    "ntp_syspeer_reftime_seconds": "seconds since 1900; the original joins the fraction wrongly",
-    "ntp_reftime_seconds": "seconds since 1900; the original joins the fraction wrongly",
-    **{row.name: "milliseconds in spite of the name" for row in NTP_PEER + NTP_SYSTEM_PEER + NTP
-       if row.unit is WORD_MS},
+    **dict.fromkeys((
+        "ntp_syspeer_offset_seconds", "ntp_syspeer_xleave_seconds", "ntp_estimated_error_seconds",
+        "ntp_maximum_error_seconds", "ntp_pll_offset_seconds", "ntp_precision",
+        "ntp_broadcast_delay_seconds"), "the original's value is 1000 times too small"),
+    **{row.name: quirk for row in NTP_PEER + NTP_SYSTEM_PEER + NTP for unit, quirk in (
+        (KIB, "the original divides KiB by 1024"),
+        (STAMP, "seconds since 1900; the original joins the fraction wrongly"),
+        (WORD_MS, "milliseconds in spite of the name")) if row.unit is unit},
 }
-
 
 
 def _own(name: str, unit: Unit, help_text: str, *label_names: str) -> Metric:
@@ -8286,9 +8260,9 @@ def spread(content: Any) -> str:
 
 def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
     """One frame of a capture: kstats, and what collectors ask of commands; raises KstatError."""
-    kstats = [{"module": ref.module, "instance": ref.instance, "name": ref.name, "type": ref.type,
-               "crtime": ref.crtime, "snaptime": kstat.snaptime, "data": kstat.data,
-               "class": ref.klass} for ref, kstat in _captured_kstats(host)]
+    kstats = [{"module": kstat.ref.module, "instance": kstat.ref.instance, "name": kstat.ref.name,
+               "type": kstat.ref.type, "crtime": kstat.ref.crtime, "snaptime": kstat.snaptime,
+               "data": kstat.data, "class": kstat.ref.klass} for kstat in _captured_kstats(host)]
     commands: dict[str, dict[str, Any]] = {}
 
     def run(name: str, arguments: Sequence[str], timeout: float) -> Output:
@@ -8309,20 +8283,13 @@ def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
             "vms": _captured_vms(settings) if not host.recorded else []}
 
 
-def _captured_kstats(host: Host) -> list[tuple[Ref, Kstat]]:
+def _captured_kstats(host: Host) -> list[Kstat]:
     """All kstats that the collectors read; one that blocks is left out, as when serving."""
-    def work(reader: Reader) -> list[tuple[Ref, Kstat]]:
-        index, read = reader.index, []
-        for ref in itertools.chain(*index.modules.values(), *index.zones.values()):
-            try:
-                read.append((ref, reader.read(ref)))
-            except KstatError:
-                continue                    # it has gone, or is of a kind that is not read
-        return read
     readers = KstatThreads(host.open_kstats)
     try:
-        result: list[tuple[Ref, Kstat]] = kstat_job(readers, work)
-        return result
+        read = kstat_job(readers, lambda reader: reader.read_all(itertools.chain(
+            *reader.index.modules.values(), *reader.index.zones.values())))
+        return [kstat for kstat in read if isinstance(kstat, Kstat)]
     finally:
         readers.close()
 
@@ -8692,21 +8659,13 @@ def check_caps(node: Examined) -> Iterator[Finding]:
             (MEMCAP, "swapcap", CAP.convert, 64 * memory or 2 ** 62),
             (LIMITS[1], "value", COUNT_CAP.convert, 10 ** 7))
 
-    def read(reader: Reader) -> dict[tuple[str, str], list[Any]]:
-        refs, found = _chosen_refs(reader), dict[tuple[str, str], list[Any]]()
-        for table, member, _, _ in rows:
-            for ref in refs.get(table, ())[:500]:
-                try:
-                    found.setdefault((table.names, member), []).append(
-                        reader.read(ref).data.get(member))
-                except KstatError:
-                    continue                # its zone has just stopped
-        return found
-    found = node.job(read)
-    for table, member, convert, most in rows:
-        values = found.get((table.names, member), [])
-        caps = [cap_ for cap_ in map(convert, values) if cap_ is not None]
-        odd = sorted({str(cap_) for cap_ in caps if cap_ > most})
+    def read(reader: Reader) -> list[list[Any]]:
+        refs = _chosen_refs(reader)
+        return [[kstat.data.get(member) for kstat in reader.read_all(refs.get(table, ())[:500])
+                 if isinstance(kstat, Kstat)] for table, member, _, _ in rows]
+    for (table, member, convert, most), values in zip(rows, node.job(read)):
+        caps = [value for value in map(convert, values) if value is not None]
+        odd = sorted({str(value) for value in caps if value > most})
         if odd:
             yield BAD, f"{table.module}:*:{table.names}:{member} is {', '.join(odd[:3])}, which " \
                 "looks like no cap in a form that is not known"
@@ -8731,22 +8690,20 @@ def check_links(node: Examined) -> Iterator[Finding]:
 
 def check_cost(node: Examined) -> Iterator[Finding]:
     """What a page takes to read here."""
-    def read(reader: Reader) -> list[tuple[str, int, float]]:
-        refs = _chosen_refs(reader)
-        zone = next(iter(reader.index.zones.values()), [])
-        rows = []
-        for what, some in (("the node", [ref for table in NODE_TABLES for ref in
-                                         refs.get(table, ())]), ("a zone", zone)):
+    def read(reader: Reader) -> list[str]:
+        chosen = _chosen_refs(reader)
+        pages = {"the node": [ref for table in NODE_TABLES for ref in chosen.get(table, ())],
+                 "a zone": next(iter(reader.index.zones.values()), [])}
+        costs = []
+        for page, refs in pages.items():
             began = time.thread_time()
-            for ref in some:
-                try:
-                    dict(reader.read(ref).data)
-                except KstatError:
-                    continue                # told above
-            rows.append((what, len(some), time.thread_time() - began))
-        return rows
-    yield GOOD, "; ".join(f"{what}: {count} kstats read in {1000 * seconds:.1f} ms of CPU"
-                          for what, count, seconds in node.job(read))
+            for kstat in reader.read_all(refs):
+                if isinstance(kstat, Kstat):
+                    len(kstat.data)         # decode it, too
+            milliseconds = 1000 * (time.thread_time() - began)
+            costs.append(f"{page}: {len(refs)} kstats read in {milliseconds:.1f} ms of CPU")
+        return costs
+    yield GOOD, "; ".join(node.job(read))
 
 
 def _first_line(output: Output) -> str:
@@ -8947,16 +8904,12 @@ def _textfile(folder: int, name: str, device: int) -> Any:
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_dev != device:
         return ["not a regular file"]
+    too_large = [f"larger than {TEXTFILE_BYTES} bytes"]
     if status.st_size > TEXTFILE_BYTES:
-        return [f"larger than {TEXTFILE_BYTES} bytes"]
-    content = b""
-    while len(content) <= TEXTFILE_BYTES:
-        piece = os.read(file, 65536)
-        if not piece:
-            os.close(file)
-            return content.decode("utf-8", "replace")
-        content += piece
-    return [f"larger than {TEXTFILE_BYTES} bytes"]
+        return too_large
+    with os.fdopen(file, "rb") as stream:   # which may grow
+        content = stream.read(TEXTFILE_BYTES + 1)
+    return content.decode("utf-8", "replace") if len(content) <= TEXTFILE_BYTES else too_large
 
 # --- main -----------------------------------------------------------------------------------------
 
