@@ -866,20 +866,32 @@ class NoSuchZone(Exception):
 
 
 class Output(NamedTuple):
-    """What a command has left."""
+    """Exit status and output of a command."""
     status: int
     stdout: str
     stderr: str
 
+    @property
+    def last_line(self) -> str:
+        """The last line on stderr, which tells most about a failure, or the exit status."""
+        lines = self.stderr.strip().splitlines()
+        return lines[-1][:300] if lines else f"exit {self.status} and no message"
+
+    def checked(self, command: str) -> str:
+        """What a command printed; raises CommandError when it has failed."""
+        if self.status:
+            raise CommandError(f"{command}: {self.last_line}")
+        return self.stdout
+
 
 class Commands:
-    """Runs commands, each with a deadline, and in a process group that is killed as a whole.
+    """Runs commands, each with a deadline and in a process group that is killed as a whole.
 
-    One that survives SIGKILL (it waits in the kernel for a dead disk) is not waited for; the next
-    with the same key is refused until it has gone.
+    A command that survives SIGKILL (it waits in the kernel for a dead disk) is abandoned; until it
+    is gone, commands with the same key are refused.
     """
-    # `svcadm refresh` hangs up on every process of the service, commands included. What is ignored
-    # stays ignored for all that is run from here; a mask alone is taken away by some shells.
+    # `svcadm refresh` sends SIGHUP to every process of the service, commands included. An ignored
+    # signal stays ignored across exec; a blocked one does not, as some shells reset the mask.
     DEAF = ("/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh")
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -893,7 +905,7 @@ class Commands:
         with self._lock:
             hanging = self._hanging.get(key)
             if hanging is not None and hanging[0].poll() is None:
-                raise CommandError(f"{argv[0]}: an earlier one hangs for "
+                raise CommandError(f"{argv[0]}: an earlier run has hung for "
                                    f"{self._now() - hanging[1]:.0f} s and cannot be killed")
             self._hanging.pop(key, None)
         began = self._now()
@@ -933,20 +945,20 @@ class Commands:
 
     @property
     def hanging(self) -> int:
-        """How many could not be killed and have not gone yet."""
+        """How many could not be killed and still exist."""
         with self._lock:
             return sum(process.poll() is None for process, _ in self._hanging.values())
 
     def kill(self) -> None:
-        """Kill what runs: without us nobody would do it at its deadline."""
+        """Kill all running commands: nobody else enforces their deadlines."""
         with self._lock:
             for process in self._running:
                 _kill_group(process)
 
     def _read(self, process: subprocess.Popen[bytes], end: float, limit: int
               ) -> tuple[bytes, bytes, str]:
-        """Both outputs, until they are closed, too long or too late. Of a process that has ended
-        what comes soon: a child that it leaves behind may hold them open for ever."""
+        """Both outputs until they are closed, too long or too late, and what went wrong. After
+        the process has ended, only what arrives soon: a child may hold them open for ever."""
         assert process.stdout is not None and process.stderr is not None
         pieces: dict[int, list[bytes]] = {}
         size, last = 0, math.inf
@@ -987,7 +999,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 class Sysinfo(NamedTuple):
-    """What the agent needs of sysinfo(8), which runs as root only; "" and 0 where it is silent."""
+    """What the agent needs from sysinfo(8), which runs as root only; "" and 0 where missing."""
     uuid: str = ""
     hostname: str = ""
     admin_ip: str = ""
@@ -997,21 +1009,19 @@ class Sysinfo(NamedTuple):
 
 
 def parse_sysinfo(content: Any) -> Sysinfo:
-    """sysinfo's JSON; every member may be missing or odd, numbers are partly texts."""
+    """sysinfo's JSON. Any member may be missing or malformed; some numbers are strings."""
     if not isinstance(content, dict):
         return Sysinfo()
 
-    def word(name: str) -> str:
+    def string(name: str) -> str:
         value = content.get(name)
         return value if isinstance(value, str) else ""
 
     def count(name: str) -> int:
-        value = content.get(name)
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}", value):
-            return int(value)
-        return value if type(value) is int and 0 <= value < 10 ** 15 else 0
-    return Sysinfo(word("UUID"), word("Hostname"), admin_address(content) or "", word("Zpool"),
-                   count("MiB of Memory") << 20, count("CPU Count"))
+        digits = str(content.get(name))
+        return int(digits) if re.fullmatch("[0-9]{1,15}", digits) else 0
+    return Sysinfo(string("UUID"), string("Hostname"), admin_address(content) or "",
+                   string("Zpool"), count("MiB of Memory") << 20, count("CPU Count"))
 
 
 class Reader:
@@ -1048,8 +1058,8 @@ class Reader:
             self.doing = None
 
     def read_all(self, refs: Iterable[Ref]) -> list[Read]:
-        """These kstats. A failure is put in its place, but one that has vanished is none: a cap
-        was taken away, a link was renamed."""
+        """These kstats, or the error in place of one that cannot be read. Vanished kstats are
+        left out: a cap was removed, a link renamed."""
         read: list[Read] = []
         for ref in refs:
             try:
@@ -1060,7 +1070,7 @@ class Reader:
         return read
 
     def follow(self, force: bool = False) -> bool:
-        """Bring the chain up to date, not too often; True when it is new."""
+        """Update the chain, but not too often; True when it has changed."""
         now = self._kstats.now()
         rebuild = self._handle.rebuild_seconds
         pause = max(0.1, REBUILD_SHARE * rebuild)
@@ -1075,8 +1085,8 @@ class Reader:
         return changed
 
     def reopen(self, force: bool = False) -> bool:
-        """For a kstat that should be there: close and open, once a chain id and not too often;
-        `force`: an operator asks for it."""
+        """Close and open the handle to find a kstat that should be there: once for each chain id
+        and not too often; `force`: an operator asks for it."""
         now, chain_id = self._kstats.now(), self._handle.chain_id
         passed = now - self._reopened[0]
         if passed < REBUILD_SHARE * self._handle.rebuild_seconds if force else \
@@ -1089,8 +1099,8 @@ class Reader:
         return True
 
     def zone_id(self, zone: str) -> int | None:
-        """The id of a running zone; names that are alike in 30 characters are told apart. Raises
-        KstatError when that cannot be told, since a zone that is not found is said not to run."""
+        """The id of a running zone, also where names share their first 30 characters. Raises
+        KstatError when that cannot be decided: None means that the zone does not run."""
         problem: KstatError | None = None
         for zone_id in self.index.by_prefix.get(zone[:KSTAT_STRLEN - 1], ()):
             try:
@@ -1128,7 +1138,7 @@ class Reader:
         return self._kstats.names[key]
 
     def guest(self, name: str) -> int | None:
-        """The minor number of a bhyve guest by its name in vmm; each name is read once."""
+        """The minor number of a bhyve guest by its name in vmm. Each name is read once."""
         guests = self._kstats.guests
         for ref in self.index.modules.get(GUESTS.module, ()):
             if GUESTS in ref.tables:
@@ -1167,20 +1177,20 @@ class Reader:
             except Exception as error:      # around a collector: a bug of ours costs one job
                 log.exception("a kstat job failed")
                 result = KstatError(f"internal error: {error}")
-            if not kstats.is_done(self):    # what blocked has come back; another did the job
+            if not kstats.is_done(self):    # it was blocked, and another reader has the job
                 break
             kstats.note(self._handle)
             try:
                 job.done(result)
             except Exception:               # a bug of ours; without this thread all would stop
-                log.exception("what a kstat job has brought is lost")
+                log.exception("the result of a kstat job is lost")
         kstats.gone(self)
         if self._handle is not None:
             self._handle.close()
 
 
 class Job(NamedTuple):
-    """Work for a reader's thread, with its callback. May run twice, if a thread is given up."""
+    """Work for a reader's thread, with its callback. Runs twice if its thread is given up."""
     work: Callable[[Reader], Any]
     done: Callable[[Any], None]             # with the result, a KstatError or NoSuchZone
 
@@ -1327,7 +1337,7 @@ class KstatThreads:
 
 
 class ZoneReading(NamedTuple):
-    """All that was read of one zone, surely of that zone and of one boot of it."""
+    """What was read of a zone, all of it from a single boot of that zone."""
     zone_id: int
     kstats: dict[Table, list[Read]]
 
@@ -1343,11 +1353,10 @@ def by_table(read: Iterable[Read]) -> dict[Table, list[Read]]:
 
 def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
               skipped: AbstractSet[str] = frozenset()) -> ZoneReading:
-    """Read a zone's kstats but those of skipped collectors, each once; raises NoSuchZone, or
-    KstatError when it cannot be had.
+    """Read a zone's kstats, except those of skipped collectors; raises NoSuchZone, KstatError.
 
-    The zone's own kstat is found first and read last: a kstat is never another's, so when it is
-    still there the zone id has been this zone's all the time.
+    The zone's zone_misc is looked up first and read last: if it is still there, the zone id has
+    belonged to this zone all the time.
     """
     reader.follow()
     for _ in range(4):
@@ -1370,7 +1379,7 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
         else:
             if is_of_zone(misc, zone.encode(), ZONE_MISC.layout(misc).zonename):
                 return ZoneReading(zone_id, by_table([*read, misc]))
-        reader.follow(force=True)           # it has rebooted or gone in the meantime: read again
+        reader.follow(force=True)           # it has rebooted or stopped in between: read again
     raise KstatError(f"zone {zone} changes faster than it can be read")
 
 
@@ -1378,15 +1387,14 @@ GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest by its zone's 
 
 
 def _guest(reader: Reader, debug_id: int) -> list[Ref]:
-    """vCPUs of a bhyve zone. (viona counts by NIC, under numbers that name neither zone nor
-    guest.)"""
+    """vCPUs of a bhyve zone. (viona counts by NIC; its numbers name neither zone nor guest.)"""
     minor = reader.guest(GUEST_NAME.format(debug_id))
     return [] if minor is None else [ref for ref in reader.index.modules.get(VCPU.module, ())
                                      if ref.instance == minor and VCPU in ref.tables]
 
 
 def read_tables(reader: Reader, *tables: Table) -> dict[Table, list[Read]]:
-    """The compute node's own kstats of these tables."""
+    """The compute node's kstats of these tables."""
     reader.follow()
     return by_table(reader.read_all([
         ref for module in dict.fromkeys([table.module for table in tables])
@@ -1395,8 +1403,7 @@ def read_tables(reader: Reader, *tables: Table) -> dict[Table, list[Read]]:
 
 
 def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Table, list[Read]]]:
-    """The running zones by id, and the kstats of these tables of all of them; what fails is left
-    out."""
+    """The running zones by id, and their kstats of these tables; what fails is left out."""
     reader.follow()
     zones: dict[int, str] = {}
     read: list[Read] = []
@@ -1404,7 +1411,7 @@ def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Tab
         try:
             name = reader.zone_name(zone_id)
         except KstatError:
-            continue                        # its own page tells
+            continue                        # the zone's page tells why
         if name is None:
             continue
         zones[zone_id] = name
@@ -1414,7 +1421,7 @@ def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Tab
 
 
 class Vm(NamedTuple):
-    """What the agent takes of a VM object of vminfod; every member of the object may be odd."""
+    """What the agent takes from a VM object of vminfod."""
     zone: str
     alias: str
     brand: str
@@ -1428,37 +1435,34 @@ class Vm(NamedTuple):
 
 
 def vm_of(record: Any) -> Vm | None:
-    """A VM object as far as it can be used; None without a zone name."""
-    if not isinstance(record, dict):
-        return None
+    """A VM object, whose members may be missing or malformed; None without a zone name."""
+    members = _members(record)
 
-    def word(name: str) -> str:
-        value = record.get(name)
+    def string(name: str) -> str:
+        value = members.get(name)
         return sys.intern(value) if isinstance(value, str) else ""
-    zone = word("zonename") or word("uuid")
-    nics = record.get("nics")
-    # Asked are the platform's own services, where they listen: a tenant chooses tags, ports and
-    # addresses of what is his, and must not send the global zone there.
-    platform = record.get("owner_uuid") == ADMIN_UUID
-    addresses = tuple(
-        ip.split("/")[0] for nic in (nics if platform and isinstance(nics, list) else ())
-        if isinstance(nic, dict) and _ADMIN_TAG.fullmatch(str(nic.get("nic_tag")))
-        for ip in (nic.get("ip"),) if isinstance(ip, str) and is_ip(ip.split("/")[0]))
+    zone = string("zonename") or string("uuid")
     if not zone:
         return None
-    return Vm(zone, word("alias"), word("brand"), word("zone_state") or word("state"),
-              word("owner_uuid"), nic_labels(record), is_core(record),
-              tuple(metric_ports(record)) if platform else (),
-              addresses, word("zonepath"))
+    # Only the platform's services are scraped: a tenant chooses tags, ports and addresses of his
+    # VMs, and must not send the global zone there.
+    platform = string("owner_uuid") == ADMIN_UUID
+    addresses = tuple([
+        ip.split("/")[0] for nic in _nics(record) if _ADMIN_TAG.fullmatch(str(nic.get("nic_tag")))
+        for ip in (nic.get("ip"),) if isinstance(ip, str) and is_ip(ip.split("/")[0])])
+    return Vm(zone, string("alias"), string("brand"), string("zone_state") or string("state"),
+              string("owner_uuid"), nic_labels(record), is_core(record),
+              tuple(metric_ports(record)) if platform else (), addresses if platform else (),
+              string("zonepath"))
 
 
 class Vms:
     """The VMs of this node, followed through vminfod's event stream, off the scrape path.
 
-    `answered`: whether it has told of all VMs; `absent`: nobody listens there (an old platform).
-    What was learned of a VM is kept while vminfod is away.
+    `answered`: it has listed all VMs; `absent`: nothing listens there (an old platform). VMs are
+    kept while vminfod is away.
     """
-    READY_SECONDS = 60.0                    # for the first event; the others may be hours apart
+    READY_SECONDS = 60.0                    # for the first event; others may be hours apart
     PROBES = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
     MAX_LINE = 64 << 20                     # the first event holds all VMs
 
@@ -1473,39 +1477,36 @@ class Vms:
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
-        """Follow it from now on; the first attempt is over when this returns, or goes on."""
+        """Begin to follow it; gives the first attempt a moment to connect."""
         first = threading.Event()
         threading.Thread(target=self._follow, args=(first,), name="vminfod", daemon=True).start()
         first.wait(0.2)
 
     def stop(self) -> None:
-        """Follow it no longer."""
+        """Stop following it."""
         self._stopping.set()
-        try:
-            if self._socket is not None:
-                self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass                            # it has just been closed
+        stream = self._socket
+        if stream is not None:
+            with contextlib.suppress(OSError):      # it has just been closed
+                stream.shutdown(socket.SHUT_RDWR)
 
     def _follow(self, first: threading.Event) -> None:
         while not self._stopping.is_set():
             try:
                 self._listen(first)
-                self._told("it closed the stream of events")
+                problem = "it closed the stream of events"
             except ConnectionRefusedError:
                 self.absent = not self.answered
-                self._told("nobody listens there")
+                problem = "nobody listens there"
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 self.absent = False
-                self._told(reason_of(error))
+                problem = reason_of(error)
+            if problem != self.problem and not self._stopping.is_set():
+                log.log(logging.INFO if self.absent else logging.WARNING,
+                        "vminfod at %s cannot be followed: %s", self._url, problem)
+            self.problem = problem
             first.set()
             self._stopping.wait(self._backoff.next())
-
-    def _told(self, problem: str) -> None:
-        if problem != self.problem and not self._stopping.is_set():
-            log.log(logging.INFO if self.absent else logging.WARNING,
-                    "vminfod at %s cannot be followed: %s", self._url, problem)
-        self.problem = problem
 
     def _listen(self, first: threading.Event) -> None:
         parts = urllib.parse.urlsplit(self._url)
@@ -1516,14 +1517,13 @@ class Vms:
         try:
             assert connection.sock is not None
             self._socket = connection.sock
-            # A quiet stream is a good one: it has no heartbeat, so that a dead peer shows by
-            # the kernel's probes alone.
+            # The stream has no heartbeat, and silence is normal: only the kernel's probes show
+            # that the peer is dead.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in self.PROBES:
-                try:
+                # an older platform has its own intervals
+                with contextlib.suppress(AttributeError, OSError):
                     self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-                except (AttributeError, OSError):
-                    continue            # an older platform probes at its own pace
             self._socket.settimeout(self.READY_SECONDS)
             connection.request("GET", "/events")
             answer = connection.getresponse()
@@ -1552,18 +1552,18 @@ class Vms:
             self._backoff.reset()
             if self._socket is not None:
                 self._socket.settimeout(None)
-            log.info("vminfod tells of %s VMs", len(self.vms))
+            log.info("vminfod lists %s VMs", len(self.vms))
         elif kind in ("create", "modify"):
             vm = vm_of(event.get("vm"))
             if vm is not None:
                 self.vms = {**self.vms, vm.zone: vm}
         elif kind == "delete":
-            gone = event.get("zonename")
-            self.vms = {zone: vm for zone, vm in self.vms.items() if zone != gone}
+            deleted = event.get("zonename")
+            self.vms = {zone: vm for zone, vm in self.vms.items() if zone != deleted}
         self.problem = ""
 
     def replace(self, records: Iterable[Any]) -> None:
-        """All VMs at once."""
+        """Take the whole list of VMs."""
         self.vms = {vm.zone: vm for vm in map(vm_of, records) if vm is not None}
         self.answered = True
 
@@ -1583,11 +1583,11 @@ class Host:
         self.open_kstats = open_kstats or functools.partial(Handle, Libkstat(settings.libkstat))
 
     def start(self) -> None:
-        """Begin to follow what changes by itself."""
+        """Begin to follow the VMs."""
         self.vms.start()
 
     def stop(self) -> None:
-        """End it, and all that was started."""
+        """Stop following them, and kill running commands."""
         self.vms.stop()
         self._commands.kill()
 
@@ -1609,24 +1609,21 @@ class Host:
         return time.time()
 
     def raw_sysinfo(self) -> Any:
-        """What sysinfo says as JSON: from the file that the root set-up service leaves, else from
-        the command, which works for root only; raises ConfigError."""
+        """sysinfo's JSON, from the file that the set-up service writes or else from the command,
+        which works for root only; raises ConfigError."""
         if self._sysinfo_file and os.path.exists(self._sysinfo_file):
             return read_sysinfo_file(self._sysinfo_file)
         try:
             output = self.run("sysinfo", ("-f",), 30.0)
-            if output.status:
-                raise CommandError(f"{self.commands_of['sysinfo']}: "
-                                   + (output.stderr.strip() or f"exit {output.status}")[:200])
-            return json.loads(output.stdout)
+            return json.loads(output.checked(self.commands_of["sysinfo"]))
         except (CommandError, ValueError, RecursionError) as error:
             raise ConfigError(f"neither {self._sysinfo_file} nor sysinfo can be read: {error}"
                               ) from None
 
 
 def read_sysinfo_file(path: str) -> Any:
-    """What sysinfo printed; raises ConfigError. Not strict: sysinfo folds the names of boot
-    parameters, so that a key may be there twice."""
+    """sysinfo's JSON from a file; raises ConfigError. Keys may be duplicated, since sysinfo folds
+    the names of boot parameters."""
     try:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -1650,8 +1647,8 @@ class _Frame(NamedTuple):
 
 
 class Course(NamedTuple):
-    """How one member of a kstat moves, in place of or on top of the frames; straight lines between
-    points, again from the start at the end. A counter's values are its growth in a second."""
+    """How one member of a kstat moves, in place of or on top of the frames: straight lines between
+    points, in a loop. A counter's values are its growth a second."""
     times: tuple[float, ...]                # seconds, from 0
     values: tuple[float, ...]
     sums: tuple[float, ...]                 # growth up to each point
@@ -1683,9 +1680,9 @@ class Course(NamedTuple):
 class Recording:
     """A capture: frames that are played in a loop, with time moved to now.
 
-    Members that count go on growing from loop to loop, by what they grew from the first frame to
-    the last (scaled to the loop's length), so that rates are right across the seam. A capture with
-    a `load` (see Course) also moves smoothly between its frames: the demo's does.
+    Counters grow on from loop to loop, by their growth from the first frame to the last (scaled to
+    the loop's length), so that rates are right across the seam. A capture with a `load` (see
+    Course), as the demo has it, also moves smoothly between its frames.
     """
 
     def __init__(self, path: str, now: Callable[[], float] = time.monotonic) -> None:
@@ -1761,18 +1758,18 @@ class Recording:
             yield (str(kstat.ref), kstat.ref.crtime), kstat
 
     def place(self) -> tuple[int, int]:
-        """The loop and the frame that it is now."""
+        """The current loop and frame."""
         elapsed = max(self._now() - self._began, 0.0)
         loop = int(elapsed // self._period)
         return loop, max(bisect.bisect_right(self._starts, elapsed - loop * self._period) - 1, 0)
 
     @property
     def frame(self) -> _Frame:
-        """The frame that it is now."""
+        """The current frame."""
         return self.frames[self.place()[1]]
 
     def kstat(self, ref: Ref, frame: int, loop: int) -> Kstat:
-        """A kstat of a frame, as it is in this loop."""
+        """A kstat of a frame, as of this loop."""
         kstat = self.frames[frame].kstats[ref.address]
         data = self._in_loop(kstat, loop)
         if self._load:
@@ -1780,7 +1777,7 @@ class Recording:
         return pack(ref, kstat.snaptime, data)
 
     def _in_loop(self, kstat: RecordedKstat, loop: int) -> dict[str, Any]:
-        """A kstat's data with what the loops before have added."""
+        """A kstat's data with the growth of earlier loops."""
         data, ref = dict(kstat.data), kstat.ref
         first, last = (ends.get((str(ref), ref.crtime)) for ends in self._ends)
         for member, value in data.items():
@@ -1834,7 +1831,7 @@ class RecordedHandle:
         return self._at[1]
 
     def update(self) -> bool:
-        """Go on to the frame that it is now."""
+        """Go on to the current frame."""
         before, self._at = self._at, self._recording.place()
         return before[1] != self._at[1]
 
@@ -1867,7 +1864,7 @@ class RecordedHost(Host):
         """Nothing changes by itself."""
 
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
-        """What the command said then; raises CommandError when it was not recorded."""
+        """The recorded output; raises CommandError where there is none."""
         argv = " ".join((DEFAULT_COMMANDS[name], *arguments))
         commands = self._recording.frame.commands
         # captures of 1.0 hold a list of all datasets, however deep
@@ -1877,11 +1874,11 @@ class RecordedHost(Host):
         return output
 
     def run_program(self, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
-        """There are no zones to look into, and plugins are of the machine."""
+        """No program runs in a replay."""
         raise CommandError(f"{argv[0]}: does not run in a replay")
 
     def raw_sysinfo(self) -> Any:
-        """What sysinfo said then."""
+        """The recorded sysinfo."""
         return self._recording.host
 
 # --- collectors -----------------------------------------------------------------------------------
@@ -3086,11 +3083,11 @@ _CHRONY_STATES = {"*": 6, "+": 4, "-": 3, "?": 0, "x": 1, "~": 1}
 
 def chrony_families(tracking: str, sources: str) -> list[Family]:
     """The same metrics from chronyd, as far as it knows them; raises CollectError."""
-    values: dict[str, list[Sample]] = {}
+    values: dict[str, dict[Labels, Number]] = {}
 
     def add(name: str, value: Number | None, labels: Labels = ()) -> None:
-        if value is not None and all(one.labels != labels for one in values.get(name, ())):
-            values.setdefault(name, []).append(Sample(labels, value))
+        if value is not None:
+            values.setdefault(name, {}).setdefault(labels, value)
 
     fields = tracking.strip().split(",")
     if len(fields) >= 14:
@@ -3115,7 +3112,8 @@ def chrony_families(tracking: str, sources: str) -> list[Family]:
     if not values:
         raise CollectError("ntp: chronyc prints nothing that can be read; chronyd may not run")
     known = {row.name: row for row in NTP_PEER + NTP}
-    return [Family(name, known[name].kind, f"{known[name].help[:-1]} (chronyc).", samples)
+    return [Family(name, known[name].kind, f"{known[name].help[:-1]} (chronyc).",
+                   list(itertools.starmap(Sample, samples.items())))
             for name, samples in values.items()]
 
 
@@ -3314,11 +3312,12 @@ def plugin_families(plugin: str, output: str, prom: bool
                 (not valid_metric_name(full) or name[end:], " is no name for a metric"),
                 (family[0] != kind, f" is already a {family[0]}"),
                 (series in seen, " is duplicated"),
-                (len(seen) >= MAX_FOREIGN_SAMPLES, f": more than {MAX_FOREIGN_SAMPLES} samples"),
                 (not all(valid_label_name(label) for label, _ in labels),
                  ": a label's name is reserved")):
             if wrong:
                 raise ExpositionError(f"{name[:40]!r}{problem}")
+        if len(seen) >= MAX_FOREIGN_SAMPLES:
+            raise ExpositionError(f"more than {MAX_FOREIGN_SAMPLES} samples")
         seen.add(series)
         made.setdefault(full, family)[2].append(sample)
 
@@ -3355,28 +3354,28 @@ def _label(value: Any) -> str:
     return value[:256].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
-def nic_labels(vm: Any) -> dict[str, tuple[str, str]]:
-    """Link inside the zone -> nic_tag and network_uuid, "" where it does not say."""
+def _nics(vm: Any) -> list[Mapping[str, Any]]:
     nics = _members(vm).get("nics")
-    labels: dict[str, tuple[str, str]] = {}
-    for nic in nics if isinstance(nics, list) else []:
-        interface = _members(nic).get("interface")
-        if isinstance(interface, str):
-            labels[interface] = (_label(nic.get("nic_tag")), _label(nic.get("network_uuid")))
-    return labels
+    return [nic for nic in nics if isinstance(nic, dict)] if isinstance(nics, list) else []
+
+
+def nic_labels(vm: Any) -> dict[str, tuple[str, str]]:
+    """Link inside the zone -> nic_tag and network_uuid, "" where missing."""
+    return {nic["interface"]: (_label(nic.get("nic_tag")), _label(nic.get("network_uuid")))
+            for nic in _nics(vm) if isinstance(nic.get("interface"), str)}
 
 
 def metric_ports(vm: Any) -> list[int]:
-    """The ports that a core zone's own metrics are at: customer_metadata.metricPorts."""
+    """The ports of a core zone's application metrics: customer_metadata.metricPorts."""
     ports = _members(_members(vm).get("customer_metadata")).get("metricPorts")
-    if isinstance(ports, int) and not isinstance(ports, bool):
-        ports = str(ports) if abs(ports) < 65536 else ""
-    found: list[int] = []
-    for text_ in re.split(r"[\s,]+", ports)[:1000] if isinstance(ports, str) else []:
-        port = int(text_) if re.fullmatch(r"[0-9]{1,5}", text_) else 0
-        if 0 < port < 65536 and port not in found:
-            found.append(port)
-    return found
+    if type(ports) is int:
+        ports = [str(ports)] if abs(ports) < 65536 else []
+    elif isinstance(ports, str):
+        ports = re.split(r"[\s,]+", ports)[:1000]
+    else:
+        ports = []
+    numbers = [int(port) for port in ports if re.fullmatch("[0-9]{1,5}", port)]
+    return [port for port in dict.fromkeys(numbers) if 0 < port < 65536]
 
 
 # The account of the operator, the same in every Triton installation. Tags alone prove nothing:
@@ -3385,7 +3384,7 @@ ADMIN_UUID = "930896af-bf8c-48d4-885c-6573a94b1853"
 
 
 def is_core(vm: Any) -> bool:
-    """Whether a zone is one of Triton's own services, where nobody who knows better said so."""
+    """Whether a zone is one of Triton's services; used where the proxy does not say."""
     members = _members(vm)
     role = _members(members.get("tags")).get("smartdc_role")
     return isinstance(role, str) and role != "" and members.get("owner_uuid") == ADMIN_UUID
@@ -3448,7 +3447,7 @@ def collect_zfs(task: Task) -> Found:
     """One `zfs list` for all zones. A dataset that cannot be read makes it fail and leaves the
     others on the list."""
     output, columns = list_datasets(task.command, task.pool)
-    problem = f"zfs list: {_last_line(output)}"
+    problem = f"zfs list: {output.last_line}"
     if output.status and not output.stdout:
         raise CollectError(problem)
     parts = {name[len(task.pool) + 1:]: zfs_part(words) for name, words
@@ -3461,11 +3460,9 @@ def collect_zfs(task: Task) -> Found:
 
 def collect_zpool(task: Task) -> Found:
     """The pools, with the kstats of their metaslab groups."""
-    output = task.command("zpool", *ZPOOL_COMMAND)
-    if output.status:
-        raise CollectError(f"zpool list: {_last_line(output)}")
+    output = task.command("zpool", *ZPOOL_COMMAND).checked("zpool list")
     groups = task.read(lambda reader: read_tables(reader, METASLAB))
-    pools = parse_list("zpool list", output.stdout, ZPOOL_COLUMNS)
+    pools = parse_list("zpool list", output, ZPOOL_COLUMNS)
     return zpool_part(pools, groups.get(METASLAB, ()))
 
 
@@ -3473,7 +3470,7 @@ def query_ntpd(run: Callable[..., Output]) -> tuple[list[NtpPeer], NtpDetails]:
     """What ntpq says; raises CommandError where it is absent, CollectError where ntpd is down."""
     output = run("ntpq", *APEERS_COMMAND)
     if not output.stdout.strip():           # exit 0, and a line on stderr
-        raise CollectError(f"ntpq: {_last_line(output)}")
+        raise CollectError(f"ntpq: {output.last_line}")
     peers = parse_apeers(output.stdout)
     peer = system_peer(peers)
     output = run("ntpq", *NTP_COMMAND, *(("-c", f"readvar {peer}") if peer else ()))
@@ -3499,10 +3496,7 @@ def collect_ntp(task: Task) -> Found:
 
 def collect_zones(task: Task) -> Found:
     """How many zones are in which state."""
-    output = task.command("zoneadm", *ZONEADM_COMMAND)
-    if output.status:
-        raise CollectError(f"zoneadm list: {_last_line(output)}")
-    zones = parse_zoneadm(output.stdout)
+    zones = parse_zoneadm(task.command("zoneadm", *ZONEADM_COMMAND).checked("zoneadm list"))
     if not zones:                           # the global zone is always there
         raise CollectError("zoneadm list: no line has 7 fields")
     return part_of(zone_states(zones))
@@ -3542,11 +3536,9 @@ def collect_textfiles(task: Task) -> Found:
     root = (vm.zonepath if vm is not None and vm.zonepath else f"/{task.pool}/{zone}") + "/root"
     output = task.host.run_program((sys.executable, "-I", "-S", os.path.abspath(__file__),
                                     "textfiles", root), task.timeout)
-    if output.status:
-        raise CollectError(f"text files of {zone}: {_last_line(output)}")
     families: list[Family] = []
     problems: list[str] = []
-    for name, content in json.loads(output.stdout).items():
+    for name, content in json.loads(output.checked(f"text files of {zone}")).items():
         if isinstance(content, str):
             written, wrong = foreign_families("app_", content, MAX_TEXTFILE_SAMPLES)
             families += written
@@ -3563,11 +3555,10 @@ def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found
                                    task.timeout, PLUGIN_OUTPUT)
     if output.stderr:
         log.debug("%s: %s", plugin.path, output.stderr[:1000])
-    if output.status:
-        raise CollectError(f"{plugin.path}: exit {output.status}: {_last_line(output)}")
-    found, ttl, problems = plugin_families(plugin.name, output.stdout, plugin.prom)
+    printed, ttl, problems = plugin_families(
+        plugin.name, output.checked(f"{plugin.path}: exit {output.status}"), plugin.prom)
     families: list[Family] = []
-    for family in found:
+    for family in printed:
         if family.name.startswith(others) or is_ours(family.name, task.zone == NODE):
             problems.append(f"{family.name} is a name that the page has already")
         else:
@@ -3575,11 +3566,6 @@ def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found
     if problems and not families:
         raise CollectError(f"{plugin.path}: no line can be used: {problems[0]}")
     return Brought(foreign(families), [f"{plugin.path}: {problem}" for problem in problems], ttl)
-
-
-def _last_line(output: Output) -> str:
-    lines = output.stderr.strip().splitlines()
-    return lines[-1][:300] if lines else f"exit {output.status} and no word"
 
 
 class Collector(NamedTuple):
@@ -8353,6 +8339,12 @@ class Header(NamedTuple):
     type: int
 
 
+def listed(begin: str, names: Iterable[str], most: int = 5) -> str:
+    """The first names behind a few words; nothing where there are none."""
+    shown = ", ".join(itertools.islice(names, most))
+    return begin + shown if shown else ""
+
+
 class Examined:
     """What the checks share: settings, the machine, and how long they may take."""
 
@@ -8417,7 +8409,7 @@ def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: flo
 
 
 def check_sysinfo(node: Examined) -> Iterator[Finding]:
-    """As root from the command, else what the set-up service left."""
+    """sysinfo's output: as root from the command, else from the set-up service's file."""
     keys = collections.Counter[str]()
 
     def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -8425,10 +8417,7 @@ def check_sysinfo(node: Examined) -> Iterator[Finding]:
                     if count > 1)
         return dict(pairs)
     if os.geteuid() == 0:
-        output = node.run("sysinfo", "-f")
-        if output.status:
-            raise CommandError(f"sysinfo -f: {_last_line(output)}")
-        content = output.stdout
+        content = node.run("sysinfo", "-f").checked("sysinfo -f")
     else:
         try:
             content = Path(node.settings.sysinfo_file).read_text("utf-8", "replace")
@@ -8446,16 +8435,13 @@ def check_sysinfo(node: Examined) -> Iterator[Finding]:
         ("UUID", sysinfo.uuid), ("Hostname", sysinfo.hostname),
         ("Zpool", sysinfo.pool or node.settings.pool)) if not value]
     yield (NOTE if missing else GOOD), f"admin address {sysinfo.admin_ip or None}, pool " \
-        f"{sysinfo.pool or '?'}, {sysinfo.cpus} CPUs" + (
-            f"; without {', '.join(missing)}" if missing else "")
+        f"{sysinfo.pool or '?'}, {sysinfo.cpus} CPUs" + listed("; without ", missing)
 
 
 def check_services(node: Examined) -> Iterator[Finding]:
-    """Whether ours are imported, and whether the original runs."""
-    output = node.run("svcs", "-a", "-H", "-o", "state,fmri")
-    if output.status:
-        raise CommandError(f"svcs: {_last_line(output)}")
-    states = {words[1]: words[0].rstrip("*") for words in map(str.split, output.stdout.splitlines())
+    """Whether the services are imported, and whether the original agent runs."""
+    output = node.run("svcs", "-a", "-H", "-o", "state,fmri").checked("svcs")
+    states = {words[1]: words[0].rstrip("*") for words in map(str.split, output.splitlines())
               if len(words) == 2}
     status = {"maintenance": BAD, "degraded": BAD, "not imported yet": NOTE}
     for fmri in OURS:
@@ -8468,7 +8454,7 @@ def check_services(node: Examined) -> Iterator[Finding]:
 
 
 def check_user(node: Examined) -> Iterator[Finding]:
-    """From here on as the service would run: what root can read it may not be able to."""
+    """From here on with the user and the privileges of the service."""
     wanted = node.arguments.user
     if os.geteuid() == 0:
         try:
@@ -8477,7 +8463,7 @@ def check_user(node: Examined) -> Iterator[Finding]:
             yield BAD, f"there is no user {wanted!r}: the rest is checked as root", \
                 "give --user the user in the service's manifest"
             return
-        "x".encode("idna")              # a codec that is loaded late, and may not be readable then
+        "x".encode("idna")              # loads the codec, which this user may not be able to read
         os.setgroups([])
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
@@ -8490,7 +8476,7 @@ def check_user(node: Examined) -> Iterator[Finding]:
         if name == wanted != "root":        # which has more than a service of its own would
             output = node.run("ppriv", "-s", f"A={PRIVILEGES}", str(os.getpid()))
             if output.status:
-                yield NOTE, f"all privileges of {name} stay: ppriv: {_last_line(output)}"
+                yield NOTE, f"all privileges of {name} stay: ppriv: {output.last_line}"
         sets = dict(line.strip().split(": ", 1) for line in node.run(
             "ppriv", str(os.getpid())).stdout.splitlines() if ": " in line)
         yield NOTE, f"effective privileges {sets.get('E', '?')}, limit {sets.get('L', '?')}"
@@ -8509,7 +8495,7 @@ def check_python(_node: Examined) -> Iterator[Finding]:
 
 
 def check_libkstat(node: Examined) -> Iterator[Finding]:
-    """Layout of the structures, and a chain that makes sense."""
+    """The library, the layout of its structures, and the chain."""
     library = Libkstat(node.settings.libkstat)
     control = library.open()
     if not control:
@@ -8535,18 +8521,18 @@ def check_libkstat(node: Examined) -> Iterator[Finding]:
 
 
 def check_zones(node: Examined) -> Iterator[Finding]:
-    """What runs, by zoneadm, and whether the kernel counts for it."""
-    output = node.run("zoneadm", *ZONEADM_COMMAND)
-    node.zones = [zone for zone in parse_zoneadm(output.stdout) if zone.zone_id]
-    if output.status or "global" not in output.stdout:
-        raise CommandError(f"zoneadm list: {_last_line(output)}")
+    """The running zones, and whether each has its kstat."""
+    zones = parse_zoneadm(node.run("zoneadm", *ZONEADM_COMMAND).checked("zoneadm list"))
+    node.zones = [zone for zone in zones if zone.zone_id]
+    if all(zone.name != "global" for zone in zones):
+        raise CommandError("zoneadm list: the global zone is missing")
     known = {(header.module, header.instance) for header in node.headers}
     unnamed = [zone.name for zone in node.zones if ("zones", zone.zone_id) not in known]
     if unnamed and node.headers:
-        yield BAD, f"no kstat zones:ID for {', '.join(unnamed[:5])}"
+        yield BAD, listed("no kstat zones:ID for ", unnamed)
     brands = collections.Counter(zone.brand for zone in node.zones)
-    yield GOOD, f"{len(node.zones)} run: " + (", ".join(
-        f"{count} {brand}" for brand, count in sorted(brands.items())) or "none")
+    yield GOOD, f"{len(node.zones)} run" + listed(": ", [
+        f"{count} {brand}" for brand, count in sorted(brands.items())], 20)
 
 
 def _chosen_refs(reader: Reader) -> dict[Table, list[Ref]]:
@@ -8558,9 +8544,8 @@ def _chosen_refs(reader: Reader) -> dict[Table, list[Ref]]:
     return refs
 
 
-
 def _same(before: Any, said: str, after: Any) -> bool:
-    """Whether `kstat -p`, run between two reads of ours, says what they say."""
+    """Whether `kstat -p`, run between two reads, agrees with them."""
     if isinstance(before, str) or isinstance(after, str):
         return said.strip() in (str(before).strip(), str(after).strip())
     number_ = word(said.strip())
@@ -8590,9 +8575,9 @@ def _check_tables(node: Examined, reader: Reader) -> Iterator[Finding]:
             yield (NOTE if why else BAD), f"{what}: none" + (f": {why}" if why else "")
             continue
         wanted = IO if table.module == "disk" else RAW if table.names == "vminfo" else NAMED
-        odd = sorted({ref.type for ref in refs} - {wanted})
-        if odd:
-            yield BAD, f"{what}: of type {odd[0]}, not {wanted}"
+        others = sorted({ref.type for ref in refs} - {wanted})
+        if others:
+            yield BAD, f"{what}: of type {others[0]}, not {wanted}"
         missing: set[str] = set()
         for ref in refs[:READS_A_TABLE]:
             try:
@@ -8605,12 +8590,12 @@ def _check_tables(node: Examined, reader: Reader) -> Iterator[Finding]:
             except CommandError as error:
                 problem, wrong = str(error), []
             if wrong:
-                yield BAD, f"{what}: kstat -p says otherwise of {', '.join(wrong[:3])}"
+                yield BAD, listed(f"{what}: kstat -p says otherwise of ", wrong, 3)
             elif not problem:
                 compared, values = compared + 1, values + len(data)
             missing |= {row.member for row in table.metrics} - set(data)
-        yield (NOTE if missing else GOOD), f"{what}: {len(refs)}" + (
-            f", without {', '.join(sorted(missing))}" if missing else "")
+        yield (NOTE if missing else GOOD), f"{what}: {len(refs)}" + listed(
+            ", without ", sorted(missing), 100)
     yield (GOOD if compared and not problem else BAD), (
         f"values were not compared: {problem}" if problem else
         f"{values} values of {compared} kstats are those of kstat -p")
@@ -8625,8 +8610,8 @@ def _differing(node: Examined, reader: Reader, ref: Ref) -> list[str]:
     for _ in range(3):
         before = reader.read(ref).data
         output = node.run("kstat", "-p", *which, "-i", str(ref.instance), "-n", ref.name)
-        if output.status > 1:
-            raise CommandError(f"kstat -p: {_last_line(output)}")
+        if output.status > 1:               # 1: it is not there
+            output.checked("kstat -p")
         after = reader.read(ref).data
         said = {line.partition("\t")[0].partition(begin)[2]: line.partition("\t")[2]
                 for line in output.stdout.splitlines()}
@@ -8639,15 +8624,16 @@ def _differing(node: Examined, reader: Reader, ref: Ref) -> list[str]:
 
 
 def check_guests(node: Examined) -> Iterator[Finding]:
-    """Virtual machines: vmm goes by the debug id, viona by nothing that is of use."""
+    """Virtual machines: vmm goes by the debug id, viona by numbers of its own."""
     guests = {zone.debug_id: zone.name for zone in node.zones if zone.brand == "bhyve"}
     names = node.job(lambda reader: {
         str(reader.read(ref).data.get("vm_name")) for ref in reader.index.modules.get("vmm", ())
         if ref.name == "vm"})
-    lost = [name for debug_id, name in guests.items() if GUEST_NAME.format(debug_id) not in names]
-    if lost:
-        yield BAD, f"no vmm kstat of {', '.join(lost[:5])}: no vcpu metrics there; vmm has " \
-            f"{', '.join(sorted(names)[:5]) or 'none'}"
+    missing = [name for debug_id, name in guests.items()
+               if GUEST_NAME.format(debug_id) not in names]
+    if missing:
+        yield BAD, listed("no vmm kstat of ", missing) + ": no vcpu metrics there; vmm has " \
+            f"{listed('', sorted(names)) or 'none'}"
     viona = sum(header.module == "viona" for header in node.headers)
     yield GOOD, f"{len(guests)} bhyve zones, {len(names)} machines in vmm, {viona} NICs in viona"
 
@@ -8665,15 +8651,15 @@ def check_caps(node: Examined) -> Iterator[Finding]:
                  if isinstance(kstat, Kstat)] for table, member, _, _ in rows]
     for (table, member, convert, most), values in zip(rows, node.job(read)):
         caps = [value for value in map(convert, values) if value is not None]
-        odd = sorted({str(value) for value in caps if value > most})
-        if odd:
-            yield BAD, f"{table.module}:*:{table.names}:{member} is {', '.join(odd[:3])}, which " \
-                "looks like no cap in a form that is not known"
+        huge = sorted({str(value) for value in caps if value > most})
+        if huge:
+            yield BAD, listed(f"{table.module}:*:{table.names}:{member} is ", huge, 3) + \
+                ", which looks like an unknown form of no cap"
         yield GOOD, f"{table.module} {member}: {len(caps)} caps, {len(values) - len(caps)} without"
 
 
 def check_links(node: Examined) -> Iterator[Finding]:
-    """How the links of zones are called; those of LX differ between platforms."""
+    """Names of zones' links; those of LX differ between platforms."""
     links: dict[int, list[str]] = {}
     for header in node.headers:
         match = ZONE_LINK.fullmatch(header.name) if header.module == "link" else None
@@ -8683,13 +8669,12 @@ def check_links(node: Examined) -> Iterator[Finding]:
             and zone.zone_id not in links]
     lx = sorted({re.sub(r"[0-9]+$", "N", name) for zone in node.zones if zone.brand == "lx"
                  for name in links.get(zone.zone_id or 0, ())})
-    yield GOOD, f"{sum(map(len, links.values()))} links of {len(links)} zones" + (
-        f"; LX calls them {', '.join(lx)}" if lx else "") + (
-        f"; {len(bare)} zones have none: {', '.join(bare[:3])}" if bare else "")
+    yield GOOD, f"{sum(map(len, links.values()))} links of {len(links)} zones" + listed(
+        "; LX calls them ", lx) + listed(f"; {len(bare)} zones have none: ", bare, 3)
 
 
 def check_cost(node: Examined) -> Iterator[Finding]:
-    """What a page takes to read here."""
+    """The cost of reading a page."""
     def read(reader: Reader) -> list[str]:
         chosen = _chosen_refs(reader)
         pages = {"the node": [ref for table in NODE_TABLES for ref in chosen.get(table, ())],
@@ -8706,33 +8691,28 @@ def check_cost(node: Examined) -> Iterator[Finding]:
     yield GOOD, "; ".join(node.job(read))
 
 
-def _first_line(output: Output) -> str:
-    """How a command's output looks, for whoever reads the report."""
-    return repr(output.stdout.partition("\n")[0][:200])
-
-
 def check_commands(node: Examined) -> Iterator[Finding]:
     """Each command of a page: exit status, columns, form."""
     output, columns = list_datasets(node.run, node.pool)
-    for name in ZFS_COLUMNS:
-        if name not in columns:
-            yield NOTE, f"zfs list: this platform has no property {name}"
+    refused = [name for name in ZFS_COLUMNS if name not in columns]
+    if refused:
+        yield NOTE, listed("zfs list: this platform has no property ", refused, 20)
     datasets = parse_list("zfs list", output.stdout, columns)
     missing = [zone.name for zone in node.zones if f"{node.pool}/{zone.name}" not in datasets]
     if output.status or not datasets:
-        yield BAD, f"zfs list: {_last_line(output)}"
+        yield BAD, f"zfs list: {output.last_line}"
     elif missing:
-        yield BAD, f"zfs list: no dataset {node.pool}/ZONE of {', '.join(missing[:3])}: is it in " \
-            "another pool?"
+        yield BAD, listed(f"zfs list: no dataset {node.pool}/ZONE of ", missing, 3) + \
+            ": is it in another pool?"
     else:
-        yield GOOD, f"zfs list: {len(datasets)} datasets, {_first_line(output)}"
-    output = node.run("zpool", *ZPOOL_COMMAND)
-    pools = parse_list("zpool list", output.stdout, ZPOOL_COLUMNS)
-    odd = sorted({row.member for words in pools.values() for row in ZPOOL
-                  if row.unit.convert(words[row.member]) in (None, -1)})
-    yield (BAD if output.status or not pools else GOOD), f"zpool list: {len(pools)} pools" + (
-        f", without {', '.join(odd)}" if odd else "") + (
-        f": {_last_line(output)}" if output.status else f", {_first_line(output)}")
+        yield GOOD, f"zfs list: {len(datasets)} datasets, {output.stdout.splitlines()[0][:200]!r}"
+    printed = node.run("zpool", *ZPOOL_COMMAND).checked("zpool list")
+    pools = parse_list("zpool list", printed, ZPOOL_COLUMNS)
+    unknown = sorted({row.member for words in pools.values() for row in ZPOOL
+                      if row.unit.convert(words[row.member]) in (None, -1)})
+    first_line = printed.split("\n", 1)[0]
+    yield (GOOD if pools else BAD), f"zpool list: {len(pools)} pools" + listed(
+        ", without ", unknown) + f", {first_line[:200]!r}"
 
 
 def check_clock(node: Examined) -> Iterator[Finding]:
@@ -8745,7 +8725,7 @@ def check_clock(node: Examined) -> Iterator[Finding]:
     missing = [row.member for row in NTP
                if row.unit.convert(details.system.get(row.member)) is None]
     yield GOOD, f"ntpd: {len(peers)} peers, {'one' if system_peer(peers) else 'none'} is the " \
-        "system peer" + (f"; not printed: {', '.join(missing)}" if missing else "")
+        "system peer" + listed("; not printed: ", missing, 100)
 
 
 def check_vminfod(node: Examined) -> Iterator[Finding]:
@@ -8761,7 +8741,7 @@ def check_vminfod(node: Examined) -> Iterator[Finding]:
         yield BAD, f"no event `ready` at {node.settings.vminfod}: {vms.problem or 'it is silent'}"
     else:
         unknown = [zone.name for zone in node.zones if zone.name not in vms.vms]
-        yield GOOD, f"{len(vms.vms)} VMs" + (f"; not {', '.join(unknown[:3])}" if unknown else "")
+        yield GOOD, f"{len(vms.vms)} VMs" + listed("; not ", unknown, 3)
 
 
 def check_port(node: Examined) -> Iterator[Finding]:
@@ -8790,13 +8770,12 @@ def check_port(node: Examined) -> Iterator[Finding]:
 
 
 def check_plugins(node: Examined) -> Iterator[Finding]:
-    """What of the operators' folders would run."""
+    """The plugins that would run."""
     problems: list[str] = []
-    found = [plugin for folder in node.settings.plugin_dirs.values()
-             for plugin in find_plugins(folder, problems)]
-    for problem in problems:
-        yield BAD, problem
-    yield GOOD, f"{len(found)} plugins" + "".join(f", {plugin.name}" for plugin in found[:20])
+    plugins = [plugin.name for folder in node.settings.plugin_dirs.values()
+               for plugin in find_plugins(folder, problems)]
+    yield from ((BAD, problem) for problem in problems)
+    yield GOOD, f"{len(plugins)} plugins" + listed(", ", plugins, 20)
 
 
 class Item(NamedTuple):

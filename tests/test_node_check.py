@@ -275,7 +275,7 @@ FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {
          "memory_cap:*:*: kstat -p says otherwise of memory_cap:0:global:rss (12, not "),
         (prints("zfs", status=1), "FAIL commands", "zfs list: exit 1"),
         (prints("zpool"), "FAIL commands", "zpool list: 0 pools"),
-        (prints("ntpq"), "FAIL clock", "ntpq: exit 0 and no word"),
+        (prints("ntpq"), "FAIL clock", "ntpq: exit 0 and no message"),
         (lambda one: one.vminfod.close(), "note vminfod", "nobody listens at http://127.0.0.1:"),
         (settings(listen="192.0.2.1:9164"), "FAIL port", "192.0.2.1:9164: cannot assign"),
         (open_folder, "FAIL plugins", "nobody else can write to")),
@@ -376,9 +376,9 @@ def test_an_unknown_form_of_no_cap_is_told(node: MakeNode, recorded_node: dict[s
         if one["name"] == "nprocs_zone_5":
             one["data"]["value"] = 2 ** 31
     assert node(kstats).check().bad() == [
-        "caps: memory_cap:*:*:physcap is 9223372036854771712, which looks like no cap in a form "
-        "that is not known", "caps: caps:*:nprocs_zone_*:value is 2147483648, which looks like no "
-        "cap in a form that is not known"]
+        "caps: memory_cap:*:*:physcap is 9223372036854771712, which looks like an unknown form of "
+        "no cap", "caps: caps:*:nprocs_zone_*:value is 2147483648, which looks like an unknown "
+        "form of no cap"]
 
 
 def test_a_chain_of_another_layout_is_told(node: MakeNode, recorded_node: dict[str, Any]) -> None:

@@ -682,7 +682,7 @@ def test_a_command_that_cannot_be_killed_is_not_started_again(
     assert threading.active_count() <= idle + 6
     [pid] = (one.machine.commands / "runs").read_text().split()
     assert value(agent_page(one), "cmon_agent_commands_hanging") == 1
-    with pytest.raises(agent_module.CommandError, match="an earlier one hangs for .* be killed"):
+    with pytest.raises(agent_module.CommandError, match="an earlier run has hung for .* be killed"):
         one.host.run("zfs", ["list"], 1.0)
     monkeypatch.undo()
     os.killpg(int(pid), signal.SIGKILL)                 # the disk is back
