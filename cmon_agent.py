@@ -2638,7 +2638,7 @@ _DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?")
 
 
 def word(value: Any) -> Number | None:
-    """A number in a command's output; "-" and all else is none."""
+    """A number in a command's output; None for "-" and anything else."""
     match = _DECIMAL.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return None
@@ -2656,7 +2656,7 @@ def marked(factors: Mapping[str, int]) -> Convert:
 
 
 def matched(pattern: str, make: Callable[[re.Match[str]], Number]) -> Convert:
-    """What is made of text in this form; all else is none."""
+    """A conversion of text in this form; None for anything else."""
     form = re.compile(pattern, re.DOTALL)
 
     def convert(value: Any) -> Number | None:
@@ -2666,8 +2666,8 @@ def matched(pattern: str, make: Callable[[re.Match[str]], Number]) -> Convert:
 
 
 def seconds_from_ms(value: Any) -> Number | None:
-    """Milliseconds in a command's output as seconds. The point moves before the text becomes a
-    float, so that 77.161 ms are 0.077161 s, and not one unit in the last place more."""
+    """Milliseconds in a command's output as seconds. The point moves in the text, so that 77.161
+    ms are 0.077161 s exactly: a division would change the last digit."""
     if word(value) is None:
         return None
     digits, _, exponent = value.lower().partition("e")
@@ -2675,7 +2675,7 @@ def seconds_from_ms(value: Any) -> Number | None:
 
 
 def place_in(words: Sequence[str], nothing: str | None = None) -> Convert:
-    """A word as its place in a list, -1 where it is not on it; of `nothing` there is no value."""
+    """A word as its place in a list, -1 for others; `nothing` has no value."""
     def convert(value: Any) -> Number | None:
         if not isinstance(value, str) or value == nothing:
             return None
@@ -2926,7 +2926,7 @@ def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
 
 
 def alloc_families(read: Mapping[Table, Sequence[Read]], page_size: int) -> list[Family]:
-    """What zones may use at the most, beside what there is."""
+    """The sums of zones' caps beside what the node has."""
     def values(table: Table, member: str, convert: Convert) -> list[Number | None]:
         return [convert(kstat.data.get(member)) for kstat in read.get(table, ())
                 if isinstance(kstat, Kstat) and (table.zone is None or kstat.ref.instance != 0)]
@@ -2948,12 +2948,12 @@ def alloc_families(read: Mapping[Table, Sequence[Read]], page_size: int) -> list
 
 
 def zone_states(zones: Sequence[ZoneLine]) -> list[Family]:
-    """How many zones there are, by state, as parse_zoneadm gives them."""
+    """The number of zones by state."""
     return [_by_state(ZONES_BY_STATE, collections.Counter(
         zone.state for zone in zones if zone.name != "global"))]
 
 
-# -- what commands print; each parser takes any text, and at most CollectError comes out
+# -- what commands print; a parser takes any text and raises nothing but CollectError
 
 MAX_LINES = 100_000
 
@@ -2963,8 +2963,8 @@ def _lines(output: str) -> list[str]:
 
 
 def zfs_command(columns: Sequence[str], pool: str) -> tuple[str, ...]:
-    """Arguments that ask for these columns of the datasets of all zones at once. Not of what is
-    below: a tenant with a delegated dataset makes as many there as he likes."""
+    """Arguments for these columns of the datasets of all zones. Not of datasets below: a tenant
+    can make any number of them in a delegated dataset."""
     return ("list", "-Hp", "-t", "filesystem,volume", "-o", ",".join(("name", *columns)),
             "-d", "1", pool)
 
@@ -3004,8 +3004,8 @@ _ASSID = re.compile(r"(?:.*[ )])?([0-9]{1,5})")
 
 
 def parse_apeers(output: str) -> list[NtpPeer]:
-    """The peers; neither blanks nor columns alone tell its fields apart, so both are used:
-    columns for the tally and the remote, the last eight words, and what is left between."""
+    """The peers. Neither blanks nor columns alone separate the fields: tally and remote go by
+    column, the last eight are words, and refid and assid are what is left between."""
     peers: list[NtpPeer] = []
     taken: set[str] = set()
     for line in _lines(output):
@@ -3027,13 +3027,13 @@ def parse_apeers(output: str) -> list[NtpPeer]:
 
 
 def system_peer(peers: Sequence[NtpPeer]) -> str | None:
-    """The association that readvar is to be asked for."""
+    """The association id of the system peer, for readvar."""
     return next((peer.assid for peer in peers
                  if peer.words["state"] in ("*", "o") and peer.assid), None)
 
 
 class NtpDetails(NamedTuple):
-    """The second command's words: of ntpd, and of the system peer."""
+    """Words of the second command: about ntpd, and about the system peer."""
     system: dict[str, str]
     peer: dict[str, str]
 
@@ -3042,7 +3042,7 @@ _UNMARKED = re.compile(r"(calibration interval)\s+(\S+)")       # the one line w
 
 
 def parse_ntp_details(output: str) -> NtpDetails:
-    """Lines of `name: value`, and behind the heading of an association lists of `name=value`."""
+    """Lines of `name: value`; below the heading of an association, lists of `name=value`."""
     details = NtpDetails({}, {})
     of_peer = False
     for line in _lines(output):
@@ -3064,9 +3064,9 @@ def parse_ntp_details(output: str) -> NtpDetails:
 
 
 def ntp_part(peers: Sequence[NtpPeer], details: NtpDetails) -> Part:
-    """The clock's synchronisation by ntpd; raises CollectError when it said nothing."""
+    """The clock's synchronisation by ntpd; raises CollectError when ntpq printed nothing."""
     if not peers and not details.system:
-        raise CollectError("ntp: ntpq prints nothing; ntpd may not run")
+        raise CollectError("ntp: ntpq prints nothing; is ntpd running?")
     return join_parts([
         NTP_PEER_ROWS.part([NTP_PEER_ROWS.of(peer.words, (("remote", peer.remote),))
                             for peer in peers]),
@@ -3082,7 +3082,7 @@ _CHRONY_STATES = {"*": 6, "+": 4, "-": 3, "?": 0, "x": 1, "~": 1}
 
 
 def chrony_families(tracking: str, sources: str) -> list[Family]:
-    """The same metrics from chronyd, as far as it knows them; raises CollectError."""
+    """The same metrics from chronyd, as far as it has them; raises CollectError."""
     values: dict[str, dict[Labels, Number]] = {}
 
     def add(name: str, value: Number | None, labels: Labels = ()) -> None:
@@ -3110,7 +3110,7 @@ def chrony_families(tracking: str, sources: str) -> list[Family]:
         add("ntp_peer_last_query_seconds", word(fields[6]), labels)
         add("ntp_peer_offset_seconds", word(fields[7]), labels)
     if not values:
-        raise CollectError("ntp: chronyc prints nothing that can be read; chronyd may not run")
+        raise CollectError("ntp: chronyc prints nothing usable; is chronyd running?")
     known = {row.name: row for row in NTP_PEER + NTP}
     return [Family(name, known[name].kind, f"{known[name].help[:-1]} (chronyc).",
                    list(itertools.starmap(Sample, samples.items())))
@@ -3136,7 +3136,7 @@ _FIELDS = re.compile(r"((?:[^:\\]|\\.)*)(?::|$)")
 
 
 def parse_zoneadm(output: str) -> list[ZoneLine]:
-    """The zones; a colon within a field is behind a backslash, and bad lines are left out."""
+    """The zones. Colons within a field are escaped by a backslash; bad lines are left out."""
     zones: list[ZoneLine] = []
     for line in _lines(output):
         fields = [re.sub(r"\\(.)", r"\1", field) for field in _FIELDS.findall(line)] \
@@ -3162,13 +3162,13 @@ _OPTION = re.compile(r"#\s*OPTION\s+ttl\s+(\S+)\s*")
 
 
 class Foreign(NamedTuple):
-    """A family that somebody else wrote, as it goes on the page."""
+    """A family of a plugin, text file or core zone, as it goes on the page."""
     name: str
     kind: str
     text: str
 
     def names(self) -> set[str]:
-        """What its lines may begin with."""
+        """The names that its samples may have."""
         return {self.name + suffix for suffix in ("", *SUFFIXES.get(self.kind, ()))}
 
 
@@ -3190,11 +3190,11 @@ MAX_CORE_SAMPLES = 50_000
 
 
 class CorePage:
-    """What ports of one zone print, by family and otherwise as they print it. A line that
-    Prometheus would refuse, which would cost it the whole page, costs that line alone."""
+    """The pages of a core zone's ports, sorted by family and otherwise verbatim. A line that
+    Prometheus would refuse is left out: it would cost the whole page."""
 
     def __init__(self, is_taken: Callable[[str], bool]) -> None:
-        self._is_taken = is_taken               # whether a name is one of ours
+        self._is_taken = is_taken               # whether the agent has this name
         self._kinds: dict[str, str] = {}
         self._helps: dict[str, str] = {}
         self._lines: dict[str, list[str]] = {}  # by family
@@ -3216,7 +3216,7 @@ class CorePage:
             self.problems.append(f"{source}: more than {MAX_FOREIGN_LINES} lines")
 
     def families(self) -> list[Foreign]:
-        """What was taken."""
+        """All families so far."""
         return [Foreign(name, kind, f"# HELP {name} {self._helps.get(name, name)}\n"
                         f"# TYPE {name} {kind}\n" + "".join(lines))
                 for name, lines in self._lines.items()
@@ -3237,7 +3237,7 @@ class CorePage:
     def _sample(self, source: str, line: str) -> None:
         match = _FOREIGN_SAMPLE.fullmatch(line)
         if match is None:
-            raise ExpositionError(f"{line[:40]!r} is no sample")
+            raise ExpositionError(f"{line[:40]!r} is not a sample")
         name, labels, _, _, value, timestamp = match.groups()
         if _FOREIGN_VALUE.fullmatch(value) is None or (
                 math.isinf(float(value)) and "inf" not in value.lower()):
@@ -3264,7 +3264,7 @@ class CorePage:
 
 
 def foreign_families(prefix: str, content: str, limit: int) -> tuple[list[Family], list[str]]:
-    """Families of a page that someone else wrote, under a prefix, and what is wrong with it."""
+    """The families of a page in the text format, under a prefix, and problems."""
     lines = content.split("\n", MAX_FOREIGN_LINES)
     families, problems = parse_lines("\n".join(lines[:MAX_FOREIGN_LINES]), max_samples=limit)
     if len(lines) > MAX_FOREIGN_LINES:
@@ -3289,9 +3289,9 @@ def _ttl(value: str) -> float | None:
 
 def plugin_families(plugin: str, output: str, prom: bool
                     ) -> tuple[list[Family], float | None, list[str]]:
-    """What a plugin printed as families, its own lifetime if it gave one, and the problems in
-    words; a bad line costs that line. Plain lines are named `plugin_<plugin>_…`; the text format
-    keeps the names that it has, since the original did so and dashboards know them."""
+    """The families that a plugin printed, the lifetime if it gave one, and problems; a bad line is
+    left out. Plain lines are named `plugin_<plugin>_…`. The text format keeps its names: the
+    original does so, and dashboards know them."""
     prefix = f"plugin_{_NOT_IN_NAMES.sub('_', plugin)}_"
     if prom:
         families, problems = foreign_families("", output, MAX_FOREIGN_SAMPLES)
@@ -3309,7 +3309,7 @@ def plugin_families(plugin: str, output: str, prom: bool
         series = (full, tuple(sorted(labels)))              # their order makes no other one
         family = made.get(full) or (kind, help_text or base, [])
         for wrong, problem in (
-                (not valid_metric_name(full) or name[end:], " is no name for a metric"),
+                (not valid_metric_name(full) or name[end:], " is not a valid metric name"),
                 (family[0] != kind, f" is already a {family[0]}"),
                 (series in seen, " is duplicated"),
                 (not all(valid_label_name(label) for label, _ in labels),
@@ -3343,7 +3343,7 @@ def plugin_families(plugin: str, output: str, prom: bool
 
 
 
-# -- what vminfod says of a zone; nothing of it is relied on
+# -- VM objects of vminfod, of which any member may be missing or malformed
 
 def _members(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
@@ -3378,8 +3378,8 @@ def metric_ports(vm: Any) -> list[int]:
     return [port for port in dict.fromkeys(numbers) if 0 < port < 65536]
 
 
-# The account of the operator, the same in every Triton installation. Tags alone prove nothing:
-# tenants set their own.
+# The operator's account, the same in every Triton installation. Tags alone prove nothing: tenants
+# set those of their VMs.
 ADMIN_UUID = "930896af-bf8c-48d4-885c-6573a94b1853"
 
 
@@ -3389,7 +3389,7 @@ def is_core(vm: Any) -> bool:
     role = _members(members.get("tags")).get("smartdc_role")
     return isinstance(role, str) and role != "" and members.get("owner_uuid") == ADMIN_UUID
 
-# -- collectors: each is a row, and what is no kstat has a function that brings a part of a page
+# -- collectors: each is a row; those that do not read kstats alone have a function
 
 class Brought(NamedTuple):
     """Foreign text, before its names are checked against the rest of the page."""
@@ -3409,18 +3409,18 @@ Found = Union[Part, Shared, Brought]
 
 
 class Task(NamedTuple):
-    """What a collector's function is given. It runs in a thread of a pool, and all that comes back
-    is what it returns, or the reason why there is nothing: CollectError and its like."""
+    """The input of a collector's function, which runs in a thread of a pool and shares nothing
+    else with other threads."""
     host: Host
-    run: Callable[[str, Sequence[str], float], Output]  # the host's; a capture keeps what it says
+    run: Callable[[str, Sequence[str], float], Output]  # the host's; a capture keeps the output
     zone: str                               # or NODE
     timeout: float                          # of each command
     pool: str                               # where the datasets of zones are
-    read: Callable[[Callable[[Reader], Any]], Any]      # has kstats read
+    read: Callable[[Callable[[Reader], Any]], Any]      # runs in a reader of kstats
     now: Callable[[], float]
 
     def command(self, name: str, *arguments: str) -> Output:
-        """One of the commands of the settings; raises CommandError."""
+        """Run one of the commands of the settings; raises CommandError."""
         return self.run(name, arguments, self.timeout)
 
 
@@ -3502,18 +3502,18 @@ def collect_zones(task: Task) -> Found:
     return part_of(zone_states(zones))
 
 
-LEAST_PORT_SECONDS = 0.2        # for a core zone's port after others have used the time up
+LEAST_PORT_SECONDS = 0.2        # for a core zone's port when others have used up the time
 
 
 def collect_core(task: Task) -> Found:
-    """The metricPorts of a platform zone: each port for itself, no retry, nothing kept open."""
+    """The metricPorts of a platform zone: a connection for each port, no retry."""
     vm = task.host.vms.vms.get(task.zone)
     if vm is None or not vm.ports or not vm.addresses or task.host.recorded:
-        return NOTHING      # the addresses of a recording are in somebody's network
+        return NOTHING      # a recording's addresses belong to somebody's network
     page = CorePage(lambda name: is_ours(name, False))
     address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
     client = Client(max_body=2 << 20, max_idle=0)
-    end = task.now() + task.timeout         # for all ports, but each has a chance
+    end = task.now() + task.timeout         # for all ports, but each has its chance
     for port in vm.ports:
         try:
             answer = client.request(
@@ -3531,7 +3531,7 @@ def collect_core(task: Task) -> Found:
 
 
 def collect_textfiles(task: Task) -> Found:
-    """What a tenant leaves in files, read by a process of its own: its file system may hang."""
+    """A tenant's text files, read in a separate process: the file system may hang."""
     zone, vm = task.zone, task.host.vms.vms.get(task.zone)
     root = (vm.zonepath if vm is not None and vm.zonepath else f"/{task.pool}/{zone}") + "/root"
     output = task.host.run_program((sys.executable, "-I", "-S", os.path.abspath(__file__),
@@ -3550,7 +3550,7 @@ def collect_textfiles(task: Task) -> Found:
 
 
 def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found:
-    """What an operator's program prints; `others`: how names of other plugins begin."""
+    """What a plugin prints; `others`: prefixes of other plugins' names."""
     output = task.host.run_program((plugin.path, "global" if task.zone == NODE else task.zone),
                                    task.timeout, PLUGIN_OUTPUT)
     if output.stderr:
@@ -8039,17 +8039,18 @@ class CollectorSettings:
 def known_keys(known: Mapping[str, str]) -> Check:
     """A check for tables whose keys are fixed."""
     def check(value: Mapping[str, str]) -> str | None:
-        odd = ", ".join(map(repr, sorted(set(value) - set(known))))
-        return f"{odd} is not one of {', '.join(known)}" if odd else None
+        unknown = ", ".join(map(repr, sorted(set(value) - set(known))))
+        return f"{unknown} is not one of {', '.join(known)}" if unknown else None
     return check
 
 
 def known_collectors(value: Mapping[str, CollectorSettings]) -> str | None:
     """A check for the names of collectors."""
-    names = {one.name for one in ZONE_COLLECTORS + NODE_COLLECTORS} - {"time"}
-    odd = sorted(name for name in value if name not in names and not name.startswith("plugin_"))
-    return f"{', '.join(map(repr, odd))} is no collector; there are " \
-        f"{', '.join(sorted(names))} and plugin_NAME" if odd else None
+    names = {collector.name for collector in ZONE_COLLECTORS + NODE_COLLECTORS} - {"time"}
+    unknown = sorted(name for name in value
+                     if name not in names and not name.startswith("plugin_"))
+    return f"{', '.join(map(repr, unknown))} is not a collector; there are " \
+        f"{', '.join(sorted(names))} and plugin_NAME" if unknown else None
 
 
 def is_http(value: str) -> str | None:
@@ -8099,7 +8100,7 @@ def load_agent(arguments: argparse.Namespace) -> Settings:
 
 
 def make_host(arguments: argparse.Namespace, settings: Settings) -> Host:
-    """The machine, or the capture in its place; raises ConfigError."""
+    """The machine, or a capture in its place; raises ConfigError."""
     if arguments.replay is not None:
         return RecordedHost(arguments.replay, settings)
     try:
@@ -8109,19 +8110,19 @@ def make_host(arguments: argparse.Namespace, settings: Settings) -> Host:
 
 
 def address_of(settings: Settings, host: Host, sysinfo: Sysinfo, problem: str) -> tuple[str, int]:
-    """Where to listen; raises ConfigError when nobody says, on the platform itself."""
+    """Where to listen; raises ConfigError when a compute node has no known address."""
     if settings.listen is not None:
         return parse_address(settings.listen)
     if sysinfo.admin_ip and not host.recorded:
         return sysinfo.admin_ip, PORT
     if sys.platform.startswith("sunos") and not host.recorded:
-        raise ConfigError(f"the admin IP is not known ({problem or 'sysinfo names none'}): give "
+        raise ConfigError(f"the admin IP is not known ({problem or 'sysinfo has none'}): set "
                           "listen, or see `svcs -xv cmon-agent-setup`")
     return "127.0.0.1", PORT
 
 
 def read_sysinfo(host: Host) -> tuple[Sysinfo, str]:
-    """What is known of the node, and why not more."""
+    """What sysinfo says of the node, or why it is not known."""
     try:
         return parse_sysinfo(host.raw_sysinfo()), ""
     except ConfigError as error:
@@ -8129,7 +8130,7 @@ def read_sysinfo(host: Host) -> tuple[Sysinfo, str]:
 
 
 class Running:
-    """The agent's parts while it runs; makes them, and follows new settings."""
+    """The parts of a running agent: makes them and applies new settings."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
@@ -8145,10 +8146,8 @@ class Running:
         problems: list[str] = []
         try:
             host = make_host(self._arguments, settings)
-            sysinfo, problem = read_sysinfo(host)
-            address_of(settings, host, sysinfo, problem)
-            handle = host.open_kstats()
-            handle.close()
+            address_of(settings, host, *read_sysinfo(host))
+            host.open_kstats().close()
         except ConfigError as error:
             problems += error.problems
         except KstatError as error:
@@ -8232,13 +8231,12 @@ def capture(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def spread(content: Any) -> str:
-    """A capture as JSON with one line for each kstat, command and VM, so that a difference between
-    two shows what has changed."""
+    """A capture as JSON, a line for each kstat, command and VM, so that it can be diffed."""
     def lines(value: Any, depth: int) -> str:
         if not depth or not value or not isinstance(value, (dict, list)):
             return json.dumps(value, separators=(",", ":"))
-        inner = [f"{json.dumps(name)}:{lines(one, depth - 1)}" for name, one in value.items()] \
-            if isinstance(value, dict) else [lines(one, depth - 1) for one in value]
+        inner = [f"{json.dumps(name)}:{lines(item, depth - 1)}" for name, item in value.items()] \
+            if isinstance(value, dict) else [lines(item, depth - 1) for item in value]
         begin, end = "{}" if isinstance(value, dict) else "[]"
         return f"{begin}\n" + ",\n".join(inner) + f"\n{end}"
     return lines(content, 4) + "\n"
@@ -8270,7 +8268,7 @@ def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
 
 
 def _captured_kstats(host: Host) -> list[Kstat]:
-    """All kstats that the collectors read; one that blocks is left out, as when serving."""
+    """All kstats that the collectors read, except those that block."""
     readers = KstatThreads(host.open_kstats)
     try:
         read = kstat_job(readers, lambda reader: reader.read_all(itertools.chain(
@@ -8282,32 +8280,31 @@ def _captured_kstats(host: Host) -> list[Kstat]:
 
 CAPTURED_VM = ("uuid", "zonename", "alias", "brand", "state", "zone_state", "owner_uuid", "tags",
                "zpool", "zfs_filesystem", "zonepath")
+CAPTURED_NIC = ("interface", "nic_tag", "network_uuid", "ip")
 
 
 def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
-    """VM objects, less what tenants would not want to see mailed around."""
+    """VM objects, without what tenants would not want to see mailed around."""
     try:
         answer = Client().request("GET", settings.vminfod.rstrip("/") + "/vms", timeout=30.0)
         if answer.status != 200:
             raise ValueError(f"answers {answer.status}")
         records = json.loads(answer.body)
         if not isinstance(records, list):
-            raise ValueError("its answer is no list")
+            raise ValueError("its answer is not a list")
     except (ClientError, ValueError, RecursionError) as error:
         complain("cmon_agent", [f"vminfod: {error}; the capture goes without VMs"])
         return []
-    kept = []
+    vms = []
     for record in records:
+        vm = {name: value for name, value in _members(record).items() if name in CAPTURED_VM}
+        vm["nics"] = [{name: nic.get(name) for name in CAPTURED_NIC} for nic in _nics(record)]
+        customer = _members(_members(record).get("customer_metadata"))
+        if "metricPorts" in customer:
+            vm["customer_metadata"] = {"metricPorts": customer["metricPorts"]}
         if isinstance(record, dict):
-            vm = {name: record[name] for name in CAPTURED_VM if name in record}
-            vm["nics"] = [{name: nic.get(name) for name in ("interface", "nic_tag", "network_uuid",
-                                                            "ip")}
-                          for nic in record.get("nics") or () if isinstance(nic, dict)]
-            metadata_of = record.get("customer_metadata")
-            if isinstance(metadata_of, dict) and "metricPorts" in metadata_of:
-                vm["customer_metadata"] = {"metricPorts": metadata_of["metricPorts"]}
-            kept.append(vm)
-    return kept
+            vms.append(vm)
+    return vms
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -8848,12 +8845,12 @@ TEXTFILE_MOST = 16
 
 
 def read_textfiles(root: str) -> int:
-    """In a process of its own: print a zone's text files as JSON, each its text or [problem].
+    """In a separate process: print a zone's text files as JSON, each its text or [problem].
 
-    The tenant owns everything below: links are not followed, nothing but regular files on the
-    zone's own file system is opened, and not for longer than the parent's deadline.
+    The tenant owns everything below `root`: links are not followed, only regular files on the
+    zone's file system are opened, and the parent's deadline holds.
     """
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     device = os.fstat(folder).st_dev
     try:
@@ -8868,13 +8865,13 @@ def read_textfiles(root: str) -> int:
     for place, name in enumerate(names):
         shown = name.encode("utf-8", "replace").decode()
         if place >= TEXTFILE_MOST:
-            found[shown] = [f"more than {TEXTFILE_MOST} files"]
+            files[shown] = [f"more than {TEXTFILE_MOST} files"]
             break
         try:
-            found[shown] = _textfile(folder, name, device)
+            files[shown] = _textfile(folder, name, device)
         except OSError as error:
-            found[shown] = [(error.strerror or str(error)).lower()]
-    json.dump(found, sys.stdout)
+            files[shown] = [(error.strerror or str(error)).lower()]
+    json.dump(files, sys.stdout)
     return 0
 
 

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from nodes import missing_stand_ins  # noqa: E402  (it needs the path)
+from nodes import Machine, missing_stand_ins  # noqa: E402  (it needs the path)
 import warm  # noqa: E402  (it needs the path)
 from support import Kernel, Program, build_libkstat, node  # noqa: E402  (it needs the path)
 
@@ -99,6 +99,29 @@ def kernel(libkstat: Path, tmp_path: Path) -> Iterator[Callable[..., Kernel]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture()
+def machine(kernel: Callable[..., Kernel], tmp_path: Path, recorded_node: dict[str, Any]
+            ) -> Iterator[Callable[..., Machine]]:
+    """Makes machines with the recorded node's kernel and starts the agent on them."""
+    made: list[Machine] = []
+
+    def make(kstats: Any = None, start: bool = True, **settings: Any) -> Machine:
+        frame = recorded_node["frames"][0]
+        kern = kernel(frame["kstats"] if kstats is None else kstats)
+        one = Machine(tmp_path / f"machine{len(made)}", kern, frame, **settings)
+        made.append(one)
+        return one.start() if start else one
+    yield make
+    for one in made:
+        if one.program is not None:
+            status = one.program.stop()
+            one.program.kill()
+            print(one.program.log[-10_000:])
+            assert status == 0
+            assert one.kernel["overlaps"] == 0, "two threads in one handle of libkstat"
+            assert one.kernel["stale"] == 0, "a pointer was used after its chain had gone"
 
 
 @pytest.fixture()

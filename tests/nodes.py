@@ -125,6 +125,17 @@ class Machine:
         fresh.replace(path)
 
 
+def zfs_without(column: str, *zones: str) -> str:
+    """A zfs of an older platform, which lacks a property and has a dataset for each zone."""
+    return f"""#!/bin/sh
+case "$*" in *{column}*)
+    echo "bad property list: invalid property '{column}'" >&2; exit 2;; esac
+for zone in {" ".join(zones)}; do
+    printf 'zones/%s' $zone; printf '\\t%s' 1 2 3 4 5 6 7 8 9 10; echo
+done
+"""
+
+
 # What module unix and its like hold beside what tables want: kmem caches, task queues, callouts,
 # flows of NICs, vopstats, RPC (names as in the sources of illumos).
 NEIGHBOURS = [

@@ -205,7 +205,7 @@ def test_all_that_is_wrong_is_told_where_it_stands(tmp_path: Path) -> None:
         [sys.executable, "-I", str(ROOT / "cmon_agent.py"), "--config", str(path), "--replay",
          str(NODE), "--listen", "nowhere"], stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 2
-    for words in (f"{path}: collectors.zfs.ttl: ", "'mem', 'zsf' is no collector",
+    for words in (f"{path}: collectors.zfs.ttl: ", "'mem', 'zsf' is not a collector",
                   "'npt', 'zfss' is not one of", "commands.npt: must be a text",
                   f"{path}: cpu_budget: ", "command line: listen: "):
         assert words in ended.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
-from nodes import WEB01, Machine, Vminfod
+from nodes import WEB01, Machine, Vminfod, zfs_without
 from support import ROOT, Kernel, Program, free_port
 from support import node as recorded
 
@@ -256,13 +256,7 @@ def open_folder(one: Node) -> None:
     one.machine.settings(plugin_dirs={"gz": str(folder)})
 
 
-OLD_ZFS = f"""#!/bin/sh
-case "$*" in *logicalused*)
-    echo "bad property list: invalid property 'logicalused'" >&2; exit 2;; esac
-for zone in {" ".join(vm["uuid"] for vm in recorded()["frames"][0]["vms"])}; do
-    printf 'zones/%s' $zone; printf '\\t1%.0s' 1 2 3 4 5 6 7 8 9 10; echo
-done
-"""
+OLD_ZFS = zfs_without("logicalused", *(vm["uuid"] for vm in recorded()["frames"][0]["vms"]))
 ALIEN = f"0:global:running:/::liveimg:shared:0\n99:{WEB01}:running:/zones/x:x:bhyve:excl:77\n"
 # What is wrong with one node, each with the beginning of what is told of it and a part of the rest.
 FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {

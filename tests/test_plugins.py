@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -27,27 +29,16 @@ MakeMachine = Callable[..., Machine]
 
 
 @pytest.fixture()
-def machine(kernel: MakeKernel, tmp_path: Path, recorded_node: dict[str, Any]
-            ) -> Iterator[MakeMachine]:
-    """Makes machines with folders for plugins: `plugins` holds them, by file name."""
-    made: list[Machine] = []
+def machine(machine: MakeMachine, tmp_path: Path) -> MakeMachine:
+    """Makes machines with folders of plugins for the node and for zones, by file name."""
+    numbers = itertools.count()
 
-    def make(gz: Any = (), vm: Any = (), start: bool = True, **settings: Any) -> Machine:
-        frame = recorded_node["frames"][0]
-        folder = tmp_path / f"machine{len(made)}"
-        folders = {kind: write(folder / f"{kind}-plugins", scripts)
+    def make(gz: Any = (), vm: Any = (), **settings: Any) -> Machine:
+        folder = tmp_path / f"machine{next(numbers)}"
+        folders = {kind: str(write(folder / f"{kind}-plugins", scripts))
                    for kind, scripts in (("gz", gz), ("vm", vm))}
-        one = Machine(folder, kernel(frame["kstats"]), frame,
-                      plugin_dirs={kind: str(path) for kind, path in folders.items()}, **settings)
-        made.append(one)
-        return one.start() if start else one
-    yield make
-    for one in made:
-        if one.program is not None:
-            status = one.program.stop()
-            one.program.kill()
-            print(one.program.log[-5000:])
-            assert status == 0
+        return machine(plugin_dirs=folders, **settings)
+    return make
 
 
 def write(folder: Path, scripts: Any) -> Path:
@@ -686,7 +677,7 @@ http_request_duration_seconds{method="GET",route="ping",le="+Inf"} 4
 http_request_duration_seconds_count{method="GET",route="ping"} 4
 http_request_duration_seconds_sum{method="GET",route="ping"} 0.0931
 """
-NO_LINE = "is no sample"
+NO_LINE = "is not a sample"
 LINES: list[tuple[str, bytes, str | None]] = [      # the line, what is wrong with it
     ("no labels", b"a 1", None), ("labels", b'a{x="1",y="2"} 1', None),
     ("a comma at the end", b'a{x="1",} 1', None), ("empty braces", b"a{} 1", None),
@@ -765,7 +756,7 @@ class Port:
                 accepted, _ = self.socket.accept()
             except OSError:
                 return
-            with accepted:
+            with accepted, contextlib.suppress(ConnectionError):    # it may have given up
                 self.asked.append(accepted.recv(65536))
                 if self.hang:
                     accepted.recv(1)
