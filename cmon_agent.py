@@ -1641,7 +1641,8 @@ class RecordedKstat(NamedTuple):
 class _Frame(NamedTuple):
     at: float                               # seconds since the first frame
     chain: Index
-    kstats: list[RecordedKstat]
+    kstats: list[RecordedKstat]             # by Ref.address
+    by_name: Mapping[tuple[str, int], RecordedKstat]    # and by birth
     commands: Mapping[str, Output]
     vms: list[Any]
 
@@ -1706,38 +1707,38 @@ class Recording:
         gap = starts[-1] / (len(starts) - 1) if len(starts) > 1 else 1.0
         self._period = starts[-1] + gap
         self._stretch = self._period / starts[-1] if starts[-1] else 0.0
-        self._ends = [dict(self._keyed(frame)) for frame in (self.frames[0], self.frames[-1])]
+
+    def _each(self, where: str, items: Iterable[Any]) -> Iterator[Any]:
+        """Items of a list, each with its place for messages."""
+        for index, item in enumerate(items):
+            self._where = f"{where}[{index}]: "
+            yield item
+        self._where = ""
 
     def _read(self, content: Any) -> None:
-        """Take a capture's JSON, `_where` by `_where`."""
         if content["format"] != 1:
             raise ConfigError(f"format {content['format']!r} is not known, only 1")
         self.host = content["host"]
         self.frames: list[_Frame] = []
-        first = 0.0
-        for number_, frame in enumerate(content["frames"]):
-            self._where = f"frames[{number_}]: "
+        first = math.nan
+        for frame in self._each("frames", content["frames"]):
             at = float(frame["at"])
-            first = first if number_ else at
+            first = first if self.frames else at
             if not math.isfinite(at) or self.frames and at - first <= self.frames[-1].at:
                 raise ConfigError(f"its time, {at!r}, is not after that of the frame before")
             self.frames.append(self._frame(frame, at - first))
-        self._where = ""
         if not self.frames:
             raise ConfigError("there are no frames")
         self.moved = time.time() - first
         self._load: dict[str, dict[str, Course]] = {}
-        for number_, row in enumerate(content.get("load", ())):
-            self._where = f"load[{number_}]: "
-            key = f"{row['module']}:{row['instance']}:{row['name']}"
-            self._load.setdefault(key, {})[str(row["member"])] = Course.of(row["points"])
-        self._keys = [dict(self._keyed(frame)) for frame in self.frames if self._load]
+        for row in self._each("load", content.get("load", ())):
+            name = f"{row['module']}:{row['instance']}:{row['name']}"
+            self._load.setdefault(name, {})[str(row["member"])] = Course.of(row["points"])
 
     def _frame(self, frame: Mapping[str, Any], at: float) -> _Frame:
         index, where = Index(), self._where[:-2]
         kstats: list[RecordedKstat] = []
-        for record in frame["kstats"]:
-            self._where = f"{where}.kstats[{len(kstats)}]: "
+        for record in self._each(f"{where}.kstats", frame["kstats"]):
             ref = Ref(str(record["module"]), int(record["instance"]), str(record["name"])
                          [:KSTAT_STRLEN - 1], str(record["class"]), int(record["type"]),
                          int(record["crtime"]), len(kstats))
@@ -1750,12 +1751,8 @@ class Recording:
             commands[argv] = Output(int(output["status"]), str(output["stdout"]),
                                     str(output["stderr"]))
         self._where = f"{where}: "
-        return _Frame(at, index, kstats, commands, list(frame["vms"]))
-
-    @staticmethod
-    def _keyed(frame: _Frame) -> Iterator[tuple[tuple[str, int], RecordedKstat]]:
-        for kstat in frame.kstats:
-            yield (str(kstat.ref), kstat.ref.crtime), kstat
+        by_name = {(str(kstat.ref), kstat.ref.crtime): kstat for kstat in kstats}
+        return _Frame(at, index, kstats, by_name, commands, list(frame["vms"]))
 
     def place(self) -> tuple[int, int]:
         """The current loop and frame."""
@@ -1763,10 +1760,6 @@ class Recording:
         loop = int(elapsed // self._period)
         return loop, max(bisect.bisect_right(self._starts, elapsed - loop * self._period) - 1, 0)
 
-    @property
-    def frame(self) -> _Frame:
-        """The current frame."""
-        return self.frames[self.place()[1]]
 
     def kstat(self, ref: Ref, frame: int, loop: int) -> Kstat:
         """A kstat of a frame, as of this loop."""
@@ -1779,7 +1772,8 @@ class Recording:
     def _in_loop(self, kstat: RecordedKstat, loop: int) -> dict[str, Any]:
         """A kstat's data with the growth of earlier loops."""
         data, ref = dict(kstat.data), kstat.ref
-        first, last = (ends.get((str(ref), ref.crtime)) for ends in self._ends)
+        first, last = (frame.by_name.get((str(ref), ref.crtime))
+                       for frame in (self.frames[0], self.frames[-1]))
         for member, value in data.items():
             if member == "boot_time" and isinstance(value, int):
                 data[member] = value + int(self.moved)
@@ -1796,7 +1790,7 @@ class Recording:
         last = frame + 1 == len(self.frames)
         gap = (self._period if last else self._starts[frame + 1]) - self._starts[frame]
         share = min((elapsed - loop * self._period - self._starts[frame]) / gap, 1.0)
-        later = self._keys[0 if last else frame + 1].get((str(ref), ref.crtime))
+        later = self.frames[0 if last else frame + 1].by_name.get((str(ref), ref.crtime))
         ends = self._in_loop(later, loop + last) if later is not None else {}
         for member, value in data.items():
             end = ends.get(member)
@@ -1866,7 +1860,7 @@ class RecordedHost(Host):
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
         """The recorded output; raises CommandError where there is none."""
         argv = " ".join((DEFAULT_COMMANDS[name], *arguments))
-        commands = self._recording.frame.commands
+        commands = self._recording.frames[self._recording.place()[1]].commands
         # captures of 1.0 hold a list of all datasets, however deep
         output = commands.get(argv) or commands.get(argv.replace(" -d 1 ", " -r "))
         if output is None:
