@@ -163,6 +163,17 @@ def test_a_short_key_of_the_account_is_refused_whatever_the_certificates_own_is(
     assert refusal_of(public, first_certificate(pem.decode()), Policy()) == "weak_key"
 
 
+def test_a_short_key_of_the_certificate_is_refused_whatever_the_accounts_is(tmp_path: Path) -> None:
+    """New style: a key of its own of 512 bits, signed by a strong SSH key; and with a CA."""
+    made(tmp_path, 512)
+    pem = make_certificate(
+        (tmp_path / "RSA512.key").read_bytes(), "alice", issuer="MD5:" + public_key(key("rsa")).md5,
+        signing_key=(TLS / "rsa.key").read_bytes(), purposes=(CLIENT_PURPOSE, CMON_PURPOSE))
+    for policy in (Policy(), Policy(by_ca=True)):
+        with pytest.raises(Refused, match="512 bits is too short"):
+            grant(Identity(first_certificate(pem.decode())), account("rsa"), policy, time.time())
+
+
 @pytest.mark.parametrize("digest", ["sha512-256", "sha512-224", "sha3-256"])
 def test_rare_digests_that_are_strong_are_taken(tmp_path: Path, digest: str) -> None:
     assert refusal_of(*made(tmp_path, 2048, digest), Policy()) == ""

@@ -622,6 +622,16 @@ def test_a_reading_that_fails_confirms_nothing_and_is_tried_again(readings: Read
     assert readings.inventory.refusal is None and not readings.reader.problem
 
 
+def test_a_container_that_is_read_confirms_no_other(readings: Readings) -> None:
+    readings.inventory.ready = True
+    for _ in range(50):
+        readings.pass_by(10)
+        del readings.jobs[:]                    # the list of all does not come
+        readings.reader.changed(WEB)
+        readings.go()
+    assert readings.reader.fetched == 50 and readings.inventory.refusal is not None
+
+
 def test_a_fault_of_ours_does_not_stop_the_reading(readings: Readings,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
@@ -1194,6 +1204,18 @@ def test_writing_a_snapshot_follows_no_symlink(saved: Any, name: str, tmp_path: 
     Snapshot(folder / "s").write(content)
     assert victim.read_text() == "precious" and not (folder / "s").is_symlink()
     assert Snapshot(folder / "s").read().manta_owner == OPERATOR
+
+
+def test_a_link_that_comes_while_a_snapshot_is_written_is_not_followed(
+        saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, content = saved
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr(cmon_proxy.os, "unlink",
+                        lambda *_, **more: (folder / "s.new").symlink_to(victim))
+    with pytest.raises(FileExistsError):
+        Snapshot(folder / "s").write(content)
+    assert victim.read_text() == "precious"
 
 
 def test_check_config_says_that_no_snapshot_can_be_kept(tmp_path: Path) -> None:
