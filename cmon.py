@@ -96,6 +96,8 @@ except ImportError as import_error:
 
 PROGRAM = Path(sys.argv[0]).name if Path(sys.argv[0]).name in ("cmon", "cmon.exe") else "cmon.py"
 PROXY_PORT = 9163
+CERTGEN = f"make a certificate with `{PROGRAM} certgen`"
+DISCOVER = f"`{PROGRAM} discover` lists the containers"
 
 
 class Failure(Exception):
@@ -269,8 +271,8 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
         if "KEY_VALUES_MISMATCH" in str(error):
             raise Failure(f"the key {key} does not belong to the certificate {cert}") from None
         if "TOO_SMALL" in str(error) or "TOO_WEAK" in str(error):
-            raise Failure(f"the key of {cert} is too short or its digest too weak: make another "
-                          "with `cmon.py certgen`") from None
+            raise Failure(f"the key of {cert} is too short or its digest too weak: {CERTGEN}"
+                          ) from None
         raise Failure(f"{cert} and {key} are not a certificate and its key in PEM") from None
     return context
 
@@ -321,13 +323,17 @@ def describe(container: Container) -> str:
     return f"{container.uuid} ({container.alias}, {container.state})"
 
 
+def need_credentials(arguments: argparse.Namespace) -> None:
+    """Usage where certificate or key is not named."""
+    for name in ("cert", "key"):
+        if not getattr(arguments, name):
+            raise Usage(f"who asks? set CMON_{name.upper()} or give --{name} FILE (PEM)")
+
+
 def proxy_of(arguments: argparse.Namespace) -> Proxy:
     """The proxy that flags and environment name."""
     url = proxy_url(arguments.url)
-    for flag, variable, value in (("--cert", "CMON_CERT", arguments.cert),
-                                  ("--key", "CMON_KEY", arguments.key)):
-        if not value:
-            raise Usage(f"who asks? set {variable} or give {flag} FILE (PEM)")
+    need_credentials(arguments)
     tls = client_context(arguments.cert, arguments.key, arguments.ca)
     return Proxy(url, tls, arguments.timeout)
 
@@ -2180,13 +2186,16 @@ def cache_folder(chosen: str) -> Path:
     return folder
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, mode 600, whole or not at all."""
+def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a file, whole or not at all."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix=path.name, dir=str(path.parent))
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=str(path.parent))
         try:
             with open(descriptor, "wb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, mode)
             os.replace(name, path)
         except BaseException:
             os.unlink(name)
@@ -2275,19 +2284,9 @@ def write_file_sd(path: Path, body: bytes) -> None:
     try:
         if path.is_file() and path.read_bytes() == content:
             return                          # Prometheus reads again what is written
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.",
-                                         delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)      # Prometheus may be another user
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
     except OSError as error:
         raise Failure(f"cannot write {path}: {words_of(error)}") from None
+    write_whole(path, content, 0o644)       # Prometheus may be another user
 
 
 # --- certificates ---------------------------------------------------------------------------------
@@ -2599,10 +2598,7 @@ class Doctor:
         self.host, self.port = parts.hostname or "", parts.port or 443
         self.netloc = parts.netloc
         self.arguments = arguments
-        for flag, variable, value in (("--cert", "CMON_CERT", arguments.cert),
-                                      ("--key", "CMON_KEY", arguments.key)):
-            if not value:
-                raise Usage(f"who asks? set {variable} or give {flag} FILE (PEM)")
+        need_credentials(arguments)
         self.tls: ssl.SSLContext
         self.proxy: Proxy
         self.cert: Any = None                       # a cmon_proxy.Certificate
@@ -2635,13 +2631,13 @@ class Doctor:
                 read_text(Path(self.arguments.cert), "certificate")))
         except (CertificateError, OSError) as error:
             raise Broken(f"{self.arguments.cert} cannot be used: {error}",
-                         "make a certificate with `cmon.py certgen`") from None
+                         CERTGEN) from None
         bits, digest = self.cert.key.bits, self.cert.digest
         weak = f"has an RSA key of {bits} bits, which is too short" if 0 < bits < RSA_BITS else (
             "" if digest in (*STRONG_DIGESTS, "") else f"is signed with {digest.upper()}")
         if weak:                                    # OpenSSL does not even load it
-            raise Broken(f"the certificate {weak}", "make a certificate with `cmon.py certgen`, "
-                         "and with another SSH key if that is the short one", "signature")
+            raise Broken(f"the certificate {weak}", f"{CERTGEN}, and "
+                         "with another SSH key if that is the short one", "signature")
         self.tls = client_context(self.arguments.cert, self.arguments.key, self.arguments.ca)
         return f"fits the certificate, {self.cert.key.kind}"
 
@@ -2649,14 +2645,13 @@ class Doctor:
         """One of the two styles that proxies know, or a CA's."""
         from cmon_proxy import CMON_PURPOSE, key_id_of
         cert = self.cert
-        renew = "make a certificate with `cmon.py certgen`"
         if not cert.subject:
-            raise Broken("the certificate's subject has no common name", renew)
+            raise Broken("the certificate's subject has no common name", CERTGEN)
         if CMON_PURPOSE in cert.purposes and not cert.self_issued:
             self.new_style = True
             if key_id_of(cert.issuer) is None:
                 raise Broken(f"the certificate's issuer {printable(cert.issuer)!r} is not the MD5 "
-                             "fingerprint of an SSH key", renew)
+                             "fingerprint of an SSH key", CERTGEN)
             return f"new, for {printable(cert.subject)}, issued by {cert.issuer}"
         kind = "old" if cert.self_issued else f"of the CA {printable(cert.issuer)}"
         return f"{kind}, for {printable(cert.subject)}"
@@ -2664,11 +2659,11 @@ class Doctor:
     def purpose(self) -> str:
         """Made for clients, and for this service."""
         from cmon_proxy import CLIENT_PURPOSE
-        purposes, renew = self.cert.purposes, "make a certificate with `cmon.py certgen`"
+        purposes = self.cert.purposes
         if DOCKER_PURPOSE in purposes and not self.new_style:
-            raise Broken("the certificate is made for Docker", renew)
+            raise Broken("the certificate is made for Docker", CERTGEN)
         if purposes and CLIENT_PURPOSE not in purposes:
-            raise Broken("the certificate is not made for clients (clientAuth)", renew)
+            raise Broken("the certificate is not made for clients (clientAuth)", CERTGEN)
         return "for clients" if purposes else "not restricted"
 
     def dates(self) -> str:
@@ -2680,7 +2675,7 @@ class Doctor:
                          "check this machine's clock, or wait")
         if now > cert.not_after and (self.new_style or not cert.self_issued):
             raise Broken(f"the certificate ended on {utc(cert.not_after)}",
-                         "`cmon.py certgen --renew` makes a new one")
+                         f"`{PROGRAM} certgen --renew` makes a new one")
         return ("valid until " if now <= cert.not_after else
                 "ended, which the proxy allows in the old style: ") + utc(cert.not_after)
 
@@ -2690,7 +2685,7 @@ class Doctor:
         cert = self.cert
         if cert.self_issued and not signed_by(cert, cert.key):
             raise Broken("the certificate says that it is signed by its own key, and is not",
-                         "make a certificate with `cmon.py certgen`")
+                         CERTGEN)
         if self.new_style:
             for path in sorted(Path.home().glob(".ssh/*.pub")):
                 try:
@@ -2701,7 +2696,7 @@ class Doctor:
                     if signed_by(cert, key):
                         return f"by {path}"
                     raise Broken(f"the certificate names {path} as its issuer, which has not "
-                                 "signed it", "make a certificate with `cmon.py certgen`")
+                                 "signed it", CERTGEN)
         return str(cert.digest or cert.signature)
 
     def name(self) -> str:
@@ -2856,7 +2851,7 @@ class Doctor:
         hosts |= {value for key, value in said if key == "endpoint"}
         if self.host not in hosts:
             raise Broken(f"{path} has no job that discovers containers from {self.host}",
-                         "`cmon.py setup` writes one that does")
+                         f"`{PROGRAM} setup` writes one that does")
         for key, mine in (("cert_file", self.arguments.cert), ("key_file", self.arguments.key)):
             named = {(path.parent / value).resolve() for name, value in said if name == key}
             if Path(mine).resolve() not in named:
@@ -2947,7 +2942,7 @@ class Doctor:
         words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
         raise Broken(f"the proxy says {answer.status}: {words}", {
             401: "add the SSH key to the account, or make a certificate with a key that it has",
-            404: "check the name: `cmon.py discover` lists the containers",
+            404: f"check the name: {DISCOVER}",
             429: "scrape less often, or ask the operator for a larger quota",
         }.get(answer.status, "try again in a minute; if it stays so, tell the operator"),
             "quota" if answer.status == 429 else "")
@@ -2984,12 +2979,11 @@ def doctor(arguments: argparse.Namespace) -> int:
                     "FAIL", str(error))
             except Failure as failure:
                 broken = Broken(str(failure), {
-                    "list": "`cmon.py discover` lists the containers" if arguments.container
+                    "list": DISCOVER if arguments.container
                     else "check that the URL is the proxy's",
-                    "files": "make a certificate with `cmon.py certgen`, or give --cert, --key "
-                             "and --ca the files that are there",
+                    "files": f"{CERTGEN}, or give --cert, --key and --ca the files that are there",
                     "configuration": "give --prometheus the file that Prometheus reads",
-                    "key": "make a certificate with `cmon.py certgen`"}.get(
+                    "key": CERTGEN}.get(
                         name, "check the files and the URL that the command was given"))
                 word, said = "FAIL", str(failure)
         print(coloured(f"{word:<4}", {"ok": 32, "FAIL": 31}.get(word, 0))
@@ -3369,9 +3363,7 @@ class Demo:
         return self._programs[-1].port()
 
     def _write(self, name: str, content: bytes) -> None:
-        path = self.folder / name
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(content)
+        write_private(self.folder / name, content)
 
     def _certificates(self) -> None:
         """A CA with the proxy's certificate; and for each account a key and, signed by it, the
@@ -3797,10 +3789,15 @@ def connection_arguments(parser: argparse.ArgumentParser, first: bool = False) -
     add("--timeout", 10.0, metavar="SECONDS", type=seconds, help="for one answer (10)")
 
 
-def discover_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `discover`."""
+def groups_argument(parser: argparse.ArgumentParser) -> None:
+    """Which of the account's containers."""
     parser.add_argument("--groups", metavar="A,B", default="",
                         help="only containers in one of these groups (tag triton.cmon.groups)")
+
+
+def discover_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `discover`."""
+    groups_argument(parser)
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="the proxy's answer as JSON")
     forms.add_argument("--file-sd", metavar="FILE", default="", help="write targets for "
@@ -3938,8 +3935,7 @@ def top_column(text: str) -> str:
 def top_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `top`."""
     add = parser.add_argument
-    add("--groups", metavar="A,B", default="",
-        help="only containers in one of these groups (tag triton.cmon.groups)")
+    groups_argument(parser)
     add("--sort", metavar="COLUMN", type=top_column, default="CPU%",
         help=", ".join(TOP_TITLES).replace("%", "%%") + " (CPU%%)")
     add("--interval", metavar="SECONDS", type=seconds, default=TOP_SECONDS,
@@ -4046,9 +4042,10 @@ def command_line() -> argparse.ArgumentParser:
     connection_arguments(parser, first=True)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
-        inner = commands.add_parser(command.name, help=command.help, allow_abbrev=False,
-                                    description=command.help[0].upper() + command.help[1:] + ".",
-                                    epilog=f"Example: {command.example}")
+        inner = commands.add_parser(
+            command.name, help=command.help, allow_abbrev=False,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog="Example: " + command.example.replace("cmon.py", PROGRAM))
         command.arguments(inner)
         inner.set_defaults(run=command.run, parser=inner)
     return parser
