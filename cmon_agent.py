@@ -84,7 +84,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, TypeVar, Union
+from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
 
 if sys.version_info < (3, 9):       # a traceback is no answer to that
     sys.exit("cmon_agent: needs Python 3.9 or later, this is " + sys.version.split()[0])
@@ -3895,16 +3895,16 @@ def render(families: Iterable[Family]) -> str:
         for name, kind, help_text, samples in families if samples])
 
 
-def _value(word: str) -> Number:
-    if len(word) > _MAX_DIGITS or not word.isascii():
-        raise ExpositionError(f"{word[:40]!r} is not a number")
-    if word.isdigit() or (word[:1] in ("-", "+") and word[1:].isdigit()):
-        return int(word)
-    if word.lower() in _SPECIAL:
-        return _SPECIAL[word.lower()]
-    if not _VALUE.fullmatch(word):
-        raise ExpositionError(f"{word[:40]!r} is not a number")
-    return float(word)
+def _value(token: str) -> Number:
+    if len(token) > _MAX_DIGITS or not token.isascii():
+        raise ExpositionError(f"{token[:40]!r} is not a number")
+    if token.isdigit() or (token[:1] in ("-", "+") and token[1:].isdigit()):
+        return int(token)
+    if token.lower() in _SPECIAL:
+        return _SPECIAL[token.lower()]
+    if not _VALUE.fullmatch(token):
+        raise ExpositionError(f"{token[:40]!r} is not a number")
+    return float(token)
 
 
 _LABEL = re.compile(r'[ \t]*([a-zA-Z_][a-zA-Z0-9_]*)[ \t]*=[ \t]*"((?:[^"\\\n]|\\[\\"n])*)"[ \t]*')
@@ -3951,13 +3951,13 @@ def _sample(line: str) -> tuple[str, Sample]:
         labels, position = _labels(line, len(line) - len(rest) + 1)
     elif rest == line[position:]:
         raise ExpositionError(f"no blank behind the name in {line[:40]!r}")
-    words = line[position:].replace("\t", " ").split(" ")
-    words = [word for word in words if word]
-    if not 1 <= len(words) <= 2:
+    tokens = line[position:].replace("\t", " ").split(" ")
+    tokens = [token for token in tokens if token]
+    if not 1 <= len(tokens) <= 2:
         raise ExpositionError(f"{match.group()!r} needs one value, and at most a timestamp")
-    if len(words) == 2 and not isinstance(_value(words[1]), int):
-        raise ExpositionError(f"the timestamp {words[1][:40]!r} is not an integer")
-    return match.group(), Sample(labels, _value(words[0]))
+    if len(tokens) == 2 and not isinstance(_value(tokens[1]), int):
+        raise ExpositionError(f"the timestamp {tokens[1][:40]!r} is not an integer")
+    return match.group(), Sample(labels, _value(tokens[0]))
 
 
 class _Parser:
@@ -4181,9 +4181,9 @@ def _open_descriptors() -> int | None:
 
 def cpu_seconds() -> float:
     """CPU time of this process and of its finished children, user and system."""
-    own, children = (resource.getrusage(who)
+    this, children = (resource.getrusage(who)
                      for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    return this.ru_utime + this.ru_stime + children.ru_utime + children.ru_stime
 
 
 def register_process_metrics(registry: Registry, program: str) -> None:
@@ -4200,14 +4200,14 @@ def register_process_metrics(registry: Registry, program: str) -> None:
                 for cache in registry.caches])
 
     def families() -> list[Family]:
-        own = resource.getrusage(resource.RUSAGE_SELF)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
         version = "%d.%d.%d" % sys.version_info[:3]
         return [
             Family(f"cmon_{program}_build_info", GAUGE, "Version of the program and of Python.",
                    [Sample((("version", __version__), ("python", version),
                             ("openssl", ssl.OPENSSL_VERSION)), 1)]),
             single("process_cpu_seconds_total", COUNTER, "CPU time of the process in seconds, "
-                   "without its children.", own.ru_utime + own.ru_stime),
+                   "without its children.", usage.ru_utime + usage.ru_stime),
             single("process_start_time_seconds", GAUGE, "Start of the process, seconds since 1970.",
                    started),
             single("process_resident_memory_bytes", GAUGE, "Resident memory in bytes.",
@@ -4522,7 +4522,7 @@ def parse_head(head: bytes, limits: Limits) -> tuple[Any, ...]:
     query = dict(pairs)
     if len(query) != len(pairs):
         raise Refused(400, "bad request: a parameter is given more than once")
-    connection = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+    connection = [option.strip() for option in headers.get("connection", "").lower().split(",")]
     keep = "close" not in connection and (line.group(4) == b"1" or "keep-alive" in connection)
     return (line.group(1).decode("ascii"), target, path, query, headers, b"",
             named.group(1).lower(), _takes_gzip(headers.get("accept-encoding", "")), keep)
@@ -4554,15 +4554,15 @@ def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float
     The proxy has taken that margin already. A tenth of a second is the least that is kept to.
     Raises Refused for a header that is no number.
     """
-    word = request.headers.get("x-prometheus-scrape-timeout-seconds")
-    if word is None:
+    header = request.headers.get("x-prometheus-scrape-timeout-seconds")
+    if header is None:
         return now + default
-    return now + _timeout(word, "x-joyent-cmon-opts" in request.headers)
+    return now + _timeout(header, "x-joyent-cmon-opts" in request.headers)
 
 
 @functools.lru_cache(maxsize=64)
-def _timeout(word: str, without_margin: bool) -> float:
-    seconds = float(word) if _SECONDS.fullmatch(word) else math.nan
+def _timeout(header: str, without_margin: bool) -> float:
+    seconds = float(header) if _SECONDS.fullmatch(header) else math.nan
     if not 0 < seconds < math.inf:
         raise Refused(400, "X-Prometheus-Scrape-Timeout-Seconds is not a number of seconds above 0",
                       code="bad_timeout")
@@ -4704,12 +4704,11 @@ def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferr
 
 
 
-class _Watch:
-    """A callback in the loop's selector."""
-    __slots__ = ("ready",)
+class Watcher(Protocol):
+    """Whoever waits for a socket."""
 
-    def __init__(self, callback: Callable[[int], None]) -> None:
-        self.ready = callback
+    def ready(self, __mask: int) -> None:
+        """The socket can be read or written, as the mask of events says."""
 
 
 class Loop:
@@ -4739,7 +4738,7 @@ class Loop:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._woken = False
-        self.watch(self._wake_read, selectors.EVENT_READ, self._drain)
+        self.watch(self._wake_read, selectors.EVENT_READ, self)
 
     # turns
 
@@ -4862,7 +4861,8 @@ class Loop:
             except OSError:
                 pass                # full: it will wake; closed: nothing to wake
 
-    def _drain(self, _mask: int) -> None:
+    def ready(self, _mask: int) -> None:
+        """The loop is woken."""
         try:
             self._wake_read.recv(4096)
         except _AGAIN:
@@ -4872,12 +4872,8 @@ class Loop:
 
     # sockets
 
-    def watch(self, watched: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Call `callback(mask)` whenever a non-blocking socket is ready."""
-        self.register(watched, events, _Watch(callback))
-
-    def register(self, watched: socket.socket, events: int, owner: Any) -> None:
-        """As `watch`, for an object with a method `ready(mask)`; no events: as `unwatch`."""
+    def watch(self, watched: socket.socket, events: int, owner: Watcher) -> None:
+        """Call `owner.ready` whenever a non-blocking socket is ready; no events: as `unwatch`."""
         if not events:
             self.unwatch(watched)
             return
@@ -4940,11 +4936,11 @@ class Listener:
         except Refused as refusal:
             route = Route(request.method, "none", _refusing(refusal))
         stats = self.server.stats(route.pattern)
-        found = _Head(fields, route, args, stats, request.method == "GET" and request.keep,
+        head = _Head(fields, route, args, stats, request.method == "GET" and request.keep,
                       request.gzip)
         if "content-length" not in request.headers:
-            self.heads.put(raw, found)
-        return found
+            self.heads.put(raw, head)
+        return head
 
 
 
@@ -4972,7 +4968,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     returns immediately and `finish` has nothing to do.
     """
     __slots__ = ("request", "client_address", "server", "connection", "peer", "group",
-                 "_listener", "_buffer", "_state", "_since", "_head", "_rest", "_keep", "_events",
+                 "_listener", "_buffer", "state", "since", "_head", "_rest", "_keep", "_events",
                  "_deferred", "_end", "_empty", "_wanted")
     server: Server
 
@@ -4989,8 +4985,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.peer = Peer(str(self.client_address), listener.name)
         self.group = ""                 # as the peer's, when the last answer was sent
         self._buffer = b""              # of an incomplete request, or of the next one
-        self._state = IDLE
-        self._since = self.server.now()  # when this state began
+        self.state = IDLE               # or one of the others above
+        self.since = self.server.now()  # when this state began
         self._head: _Head | None = None  # of the request that is being answered
         self._rest: bytes | memoryview = b""    # of an answer, not written yet
         self._keep = True               # the connection stays open after this answer
@@ -5016,10 +5012,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def ready(self, mask: int) -> None:
         """Called by the loop: the socket can be read or written."""
-        if self._state == WRITING:
+        if self.state == WRITING:
             self._send(self._rest)
             return
-        if self._state == HANDSHAKE:
+        if self.state == HANDSHAKE:
             self._wait_for(0)
             self.server.shake(self)
             return
@@ -5035,11 +5031,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close()
             return
         self._empty = 0
-        if self._state == IDLE and not self._buffer:
-            found = self._listener.heads.get(received)
-            if found is not None:
-                self._since = self.server.now()
-                self._answer(found, Request._make((*found.fields, self.peer)))
+        if self.state == IDLE and not self._buffer:
+            head = self._listener.heads.get(received)
+            if head is not None:
+                self.since = self.server.now()
+                self._answer(head, Request._make((*head.fields, self.peer)))
                 return
         self._received(received)
 
@@ -5047,13 +5043,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._buffer += received
         if not received:
             self._end = True                # a client may close its side and wait for the answer
-        if self._state == BUSY:
+        if self.state == BUSY:
             if self._end or len(self._buffer) > self.server.limits.head_bytes:
                 self._wait_for(0)
         elif self._end:
             self.close()
         else:
-            if self._state == IDLE:
+            if self.state == IDLE:
                 self._enter(READING)
             self.parse()
 
@@ -5088,9 +5084,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Refused(400, "bad request: lines must end in CR LF")
             return None
         raw = self._buffer[:end]
-        found = self._listener.heads.get(raw)
+        head = self._listener.heads.get(raw)
         body = b""
-        if found is None:
+        if head is None:
             fields = parse_head(raw, limits)
             length = _body_length(fields[4], limits)
             body = self._buffer[end:end + length]
@@ -5100,17 +5096,17 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
                 return None
             end += length
-            found = self._listener.head(raw, fields, self.peer)
+            head = self._listener.head(raw, fields, self.peer)
         self._buffer = self._buffer[end:]
-        request = Request._make((*found.fields, self.peer))
-        return found, request._replace(body=body) if body else request
+        request = Request._make((*head.fields, self.peer))
+        return head, request._replace(body=body) if body else request
 
     # answering
 
-    def _answer(self, found: _Head, request: Request) -> None:
-        self._head = found
-        self._state = BUSY
-        answer = call(found.route, request, found.args)
+    def _answer(self, head: _Head, request: Request) -> None:
+        self._head = head
+        self.state = BUSY
+        answer = call(head.route, request, head.args)
         if isinstance(answer, Deferred):
             self._park(answer)
         else:
@@ -5120,8 +5116,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Wait without a thread."""
         self._deferred = deferred
         self.server.park(self, deferred)
-        deferred.attach(
-            lambda answer: self.server.loop.run_here(self._deferred_done, deferred, answer))
+        deferred.attach(functools.partial(self.server.loop.run_here, self._deferred_done, deferred))
 
     def expire(self, now: float) -> None:
         """When a parked answer's deadline has passed, send what there is."""
@@ -5136,20 +5131,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._deliver(answer)
 
     def _deliver(self, answer: Answer) -> None:
-        found = self._head
-        if found is None:                   # closed meanwhile
+        head = self._head
+        if head is None:                   # closed meanwhile
             return
         self._head = None
         if self.group != self.peer.group:
             self.server.regroup(self)
         now = self.server.now()
-        found.stats.count(answer.status, now - self._since)
-        self._since = now
-        if found.simple and type(answer) is Prepared and not self.server.stopping:
-            self._send(answer.packed if found.packed else answer.plain)
+        head.stats.count(answer.status, now - self.since)
+        self.since = now
+        if head.simple and type(answer) is Prepared and not self.server.stopping:
+            self._send(answer.packed if head.packed else answer.plain)
             return
-        keep = bool(found.fields[8]) and not self.server.stopping
-        self._send(wire(answer, found.packed, found.fields[0] == "HEAD", not keep), keep)
+        keep = bool(head.fields[8]) and not self.server.stopping
+        self._send(wire(answer, head.packed, head.fields[0] == "HEAD", not keep), keep)
 
     # writing
 
@@ -5162,20 +5157,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except OSError:
             self.close()
             return
-        if self._state != WRITING:
+        if self.state != WRITING:
             self._keep = bool(keep)
         if sent < len(whole):
             self._rest = memoryview(whole)[sent:]
-            if self._state != WRITING:
+            if self.state != WRITING:
                 self._enter(WRITING)
                 self._wait_for(selectors.EVENT_WRITE)
                 self.server.holds(self, len(whole))
             return
-        if self._state == WRITING:
+        if self.state == WRITING:
             self.server.released(self)
         if self._keep and not self._end:
             self._rest = b""
-            self._state = IDLE
+            self.state = IDLE
             if self._buffer:                # pipelined: in its turn, and before more is read
                 self._wait_for(0)
                 self._enter(READING)
@@ -5186,7 +5181,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close()
 
     def _again(self) -> None:
-        if self._state == READING and self in self.server.connections:
+        if self.state == READING and self in self.server.connections:
             self._wait_for(selectors.EVENT_READ)
             self.parse()
 
@@ -5224,8 +5219,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self._shaken(error)
                 return
             self.server.shook("done")
-            self._state = IDLE
-            self._since = self.server.now()
+            self.state = IDLE
+            self.since = self.server.now()
             self._wait_for(selectors.EVENT_READ)
             self.ready(selectors.EVENT_READ)        # the request often comes with the last step
 
@@ -5240,14 +5235,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def overdue(self, now: float) -> None:
         """Close it when its state has lasted too long."""
-        name = _STATE_LIMITS.get(self._state)
-        if self._state == IDLE:
+        name = _STATE_LIMITS.get(self.state)
+        if self.state == IDLE:
             name = "stranger_seconds" if self.is_stranger else "idle_seconds"
         if name and not self.is_working \
-                and now - self._since > getattr(self.server.limits, name):
+                and now - self.since > getattr(self.server.limits, name):
             if name != "idle_seconds":
                 self.server.refused(name)
-            if self._state == READING:
+            if self.state == READING:
                 try:
                     self.connection.send(wire(text(408, "the request did not arrive in time"),
                                               close=True))
@@ -5257,12 +5252,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def leave(self) -> None:
         """The server stops: close unless an answer is in progress."""
-        if self._state != WRITING and not self.is_working:
+        if self.state != WRITING and not self.is_working:
             self.close()
-
-    def since(self) -> float:
-        """When its state began."""
-        return self._since
 
     @property
     def is_stranger(self) -> bool:
@@ -5273,21 +5264,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def is_working(self) -> bool:
         """Whether a handler or a handshake step is in progress. Closing the descriptor under a
         handshake step would let it read from the next connection with that number."""
-        return self._state == BUSY or (self._state == HANDSHAKE and not self._events)
-
-    @property
-    def state(self) -> int:
-        """IDLE, HANDSHAKE, READING, BUSY or WRITING."""
-        return self._state
+        return self.state == BUSY or (self.state == HANDSHAKE and not self._events)
 
     def _enter(self, state: int) -> None:
-        self._state = state
-        self._since = self.server.now()
+        self.state = state
+        self.since = self.server.now()
         self.server.watch_deadline(self)
 
     def _wait_for(self, events: int) -> None:
         if events != self._events:
-            self.server.loop.register(self.connection, events, self)
+            self.server.loop.watch(self.connection, events, self)
             self._events = events
 
     def close(self) -> None:
@@ -5298,7 +5284,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._wait_for(0)
             if deferred is not None and deferred.on_cancel is not None:
                 deferred.on_cancel(deferred)
-            if isinstance(self.connection, ssl.SSLSocket) and self._state != HANDSHAKE:
+            if isinstance(self.connection, ssl.SSLSocket) and self.state != HANDSHAKE:
                 try:
                     self.connection.unwrap()   # sends close_notify, does not wait for theirs
                 except (OSError, ValueError):
@@ -5393,7 +5379,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _resume(self, listener: Listener) -> None:
         if not self.stopping:
-            self.loop.register(listener.socket, selectors.EVENT_READ, listener)
+            self.loop.watch(listener.socket, selectors.EVENT_READ, listener)
 
     # life
 
@@ -5518,14 +5504,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         count = 1 + len(self.connections) // 1024       # one search makes room for several
         group = max(self._groups.values(), key=len, default={})
         if len(group) > max(self.most_connections() * self.limits.share, 1):
-            victims = heapq.nsmallest(count, group, key=Connection.since)
+            victims = heapq.nsmallest(count, group, key=operator.attrgetter("since"))
         elif self._strangers:
             crowd = max(self._strangers.values(), key=len)
             victims = [connection for connection in crowd if not connection.is_working][:count]
         else:
             victims = heapq.nsmallest(
                 count, (connection for connection in self.connections if connection.state == IDLE),
-                key=Connection.since)
+                key=operator.attrgetter("since"))
         for connection in victims:
             connection.close()
         return bool(victims)
@@ -7734,7 +7720,7 @@ class _Loader:
             return None
         kinds = _field_types(wanted)
         fields = {field.name: field for field in dataclasses.fields(wanted)}
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         before = len(self.problems)
         for key, item in value.items():
             path = f"{where}.{key}" if where else key
@@ -7744,27 +7730,27 @@ class _Loader:
                                                       f"; there are {', '.join(sorted(fields))}"))
                 continue
             count = len(self.problems)
-            found[key] = self.convert(item, kinds[key], path)
+            values[key] = self.convert(item, kinds[key], path)
             check = fields[key].metadata.get("check")
             # what is wrong inside a table does not hide a key that it cannot have
-            problem = check(found[key]) if check and found[key] is not None and (
-                len(self.problems) == count or isinstance(found[key], dict)) else None
+            problem = check(values[key]) if check and values[key] is not None and (
+                len(self.problems) == count or isinstance(values[key], dict)) else None
             if problem:
                 self.wrong(path, f"{problem}, not {json.dumps(item)[:60]}")
         for name, field in fields.items():
-            if (name not in found and field.default is dataclasses.MISSING
+            if (name not in values and field.default is dataclasses.MISSING
                     and field.default_factory is dataclasses.MISSING):
                 self.wrong(f"{where}.{name}" if where else name, "is missing")
-        return wanted(**found) if len(self.problems) == before else None
+        return wanted(**values) if len(self.problems) == before else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} appears more than once in an object")
-    return found
+    return content
 
 
 MAX_JSON_BYTES = 64 << 20       # an inventory of 100,000 VMs is 50 MB
@@ -7844,9 +7830,9 @@ def within(convert: Callable[[str], N], least: float, most: float, what: str
     """A type for argparse: a number between two, or an error in our words."""
     def value(word: str) -> N:
         try:
-            found = convert(word)
-            if least <= found <= most:
-                return found
+            parsed = convert(word)
+            if least <= parsed <= most:
+                return parsed
         except ValueError:
             pass
         raise argparse.ArgumentTypeError(f"{word!r} is not {what}")
@@ -7970,15 +7956,13 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
     raise_descriptor_limit()
     try:
         server = start(settings)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         stop_logging()
-        complain(full, error.problems)
-        return bad
-    except OSError as error:
-        stop_logging()
-        complain(full, [f"cannot start: {error.strerror or error}"
-                        + (f": {error.filename}" if error.filename else "")])
-        return 1
+        wrong = error.problems if isinstance(error, ConfigError) else [
+            f"cannot start: {error.strerror or error}"
+            + (f": {error.filename}" if error.filename else "")]
+        complain(full, wrong)
+        return bad if isinstance(error, ConfigError) else 1
 
     def on_hangup(*_: object) -> None:
         try:

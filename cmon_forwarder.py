@@ -572,7 +572,7 @@ class Link:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.connect_ex(address)     # what is wrong shows when it becomes writable
-        fetcher.loop.watch(self.socket, selectors.EVENT_WRITE, self.ready)
+        fetcher.loop.watch(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
         """The selector's call."""
@@ -590,7 +590,7 @@ class Link:
             self.fetcher.lost(self, str(error))
 
     def _watch(self, events: int) -> None:
-        self.fetcher.loop.watch(self.socket, events, self.ready)
+        self.fetcher.loop.watch(self.socket, events, self)
 
     def _connected(self) -> None:
         raise_error_of(self.socket)

@@ -3226,6 +3226,11 @@ class QuotaBucket:
         """Whether the next request would be over the limit."""
         return not self.terms.exempt and self.soft < 1
 
+    @property
+    def used(self) -> float:
+        """The used part of the burst, from 0 to 1."""
+        return 1 - max(self.soft, 0) / self.terms.burst
+
     def wait(self, hard: bool) -> int:
         """Whole seconds until the next request is admitted; a day where the rate is zero."""
         missing, rate = (1 - self.hard, self.terms.hard_rate) if hard else (
@@ -3452,7 +3457,7 @@ class UpstreamConnection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connecting = True
         self.socket.connect_ex(upstream.address)    # an error shows when it becomes writable
-        upstream.all.server.loop.register(self.socket, selectors.EVENT_WRITE, self)
+        upstream.all.server.loop.watch(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
         """The selector's call."""
@@ -3483,7 +3488,7 @@ class UpstreamConnection:
             self.upstream.lost(self, os.strerror(error).lower())
             return
         self.connecting = False
-        self.upstream.all.server.loop.register(self.socket, selectors.EVENT_READ, self)
+        self.upstream.all.server.loop.watch(self.socket, selectors.EVENT_READ, self)
         if self.job is not None:                # one without a job has been closed
             self.send(self.job)
 
@@ -4064,8 +4069,7 @@ class FleetRow(NamedTuple):
     last: LastScrape | None
 
 
-def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
-                   ) -> list[Family]:
+def fleet_families(rows: Sequence[FleetRow], caller: Caller) -> list[Family]:
     """Why each container is silent, if it is; contacts no node."""
     info: list[Sample] = []
     state: list[Sample] = []
@@ -4085,7 +4089,8 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
             scraped.append(Sample(instance, round(last.at, 3)))
             results += [Sample(instance + (("result", name),), int(name == last.result))
                         for name in RESULTS]
-    cert, limits = granted.identity.cert, bucket.terms
+    cert, bucket = caller.grant.identity.cert, caller.bucket
+    limits = bucket.terms
     return [
         Family("cmon_instance_info", GAUGE, "Properties of a container; join by instance.",
                info),
@@ -4101,7 +4106,7 @@ def fleet_families(rows: Sequence[FleetRow], granted: Grant, bucket: QuotaBucket
         single("cmon_quota_limit", GAUGE, "Requests a minute that the account may make; no sample: "
                "no limit.", None if limits.exempt else limits.per_minute),
         single("cmon_quota_used", GAUGE, "Used part of the burst, from 0 to 1.",
-               None if limits.exempt else round(1 - max(bucket.soft, 0) / limits.burst, 6)),
+               None if limits.exempt else round(bucket.used, 6)),
         single("cmon_quota_limited", GAUGE, "Whether the account is over its quota now.",
                int(bucket.limited)),
     ]
@@ -4121,6 +4126,10 @@ class Caller(NamedTuple):
     def header(self) -> bytes:
         """Header lines of every answer to this client."""
         return self.grant.identity.header + self.bucket.header()
+
+    def frozen(self) -> Caller:
+        """With a copy of the bucket, for other threads to show."""
+        return self._replace(bucket=copy.copy(self.bucket))
 
 
 class Waiter(Deferred):
@@ -4581,19 +4590,16 @@ class Discovery:
     def fleet(self, request: Request, caller: Caller) -> Answer | Deferred:
         """The fleet page: why each container is silent, if it is."""
         view = self._view(caller, Selection.of(request.query))
-        rows, bucket = self._fleet(view), copy.copy(caller.bucket)
-
-        def make() -> Response:
-            page = render(fleet_families(rows(), caller.grant, bucket))
-            return Response(200, utf8(page), PAGE, NOSNIFF)
-        return self._answer("fleet", request, caller, view.selection, make, len(view.vms))
+        rows, shown = self._fleet(view), caller.frozen()
+        return self._answer("fleet", request, caller, view.selection, lambda: Response(
+            200, utf8(render(fleet_families(rows(), shown))), PAGE, NOSNIFF), len(view.vms))
 
     def people(self, request: Request, caller: Caller) -> Answer | Deferred:
         """The overview: the account's containers, and for operators the compute nodes."""
         query = dict(request.query)
         number = query.pop("from", "0")
         first = int(number) if re.fullmatch(r"[0-9]{1,6}", number) else 0
-        proxy, bucket = self._proxy, copy.copy(caller.bucket)
+        proxy, shown = self._proxy, caller.frozen()
         view = self._view(caller, Selection.of(query))
         rows, now = self._fleet(view), proxy.clock()
         nodes: list[Node] = []
@@ -4603,17 +4609,16 @@ class Discovery:
         down = proxy.upstreams.suspects()
 
         def make() -> Response:
-            shown = [(node, node.uuid not in down) for node in sorted(
+            machines = [(node, node.uuid not in down) for node in sorted(
                 nodes, key=lambda node: node.hostname)[:ROWS_SHOWN]]
-            return html_answer(people_page(
-                rows(), first, caller.grant, bucket, shown, now, query, facts))
+            return html_answer(people_page(rows(), first, shown, machines, now, query, facts))
         return self._answer("people", request, caller, (view.selection, first), make,
                             max(len(view.vms), len(nodes)))
 
     def container(self, request: Request, caller: Caller, name: str) -> Answer | Deferred:
         """The page for people of one container, by UUID or alias."""
         view = self._view(caller, Selection())
-        rows, now, bucket = self._fleet(view), self._proxy.clock(), copy.copy(caller.bucket)
+        rows, now, shown = self._fleet(view), self._proxy.clock(), caller.frozen()
         host = request.headers.get("host", "")
 
         def make() -> Response:
@@ -4621,15 +4626,15 @@ class Discovery:
             if not named:
                 raise refused("no_such_target")
             return html_answer(
-                container_page(named[0], caller.grant, bucket, host) if len(named) == 1 else
-                people_page(named, 0, caller.grant, bucket, (), now))       # an alias of several
+                container_page(named[0], shown, host) if len(named) == 1 else
+                people_page(named, 0, shown, (), now))      # an alias of several
         return self._answer("container", request, caller, (name, host), make, len(view.vms))
 
     def machine(self, request: Request, caller: Caller, name: str) -> Answer | Deferred:
         """The page for people of one compute node, by UUID or host name."""
         if not caller.grant.sees_nodes:
             raise refused("no_such_target")
-        proxy, bucket = self._proxy, copy.copy(caller.bucket)
+        proxy, shown = self._proxy, caller.frozen()
         nodes, vms = list(proxy.inventory.nodes.values()), list(proxy.inventory.vms.values())
         down = proxy.upstreams.suspects()
 
@@ -4638,8 +4643,7 @@ class Discovery:
                 if name in (node.uuid, node.hostname) and may_see(caller.grant, node):
                     here = sorted((vm for vm in vms if vm.server == node.uuid),
                                   key=lambda vm: vm.alias)
-                    return html_answer(
-                        node_page(node, node.uuid not in down, here, caller.grant, bucket))
+                    return html_answer(node_page(node, node.uuid not in down, here, shown))
             raise refused("no_such_target")
         return self._answer("machine", request, caller, name, make, len(vms))
 
@@ -4892,17 +4896,17 @@ def use_rules() -> str:
                 for scope in ("zone", "node")}}, separators=(",", ":"))
 
 
-def framed(main: str, title: str, granted: Grant, allowance: QuotaBucket) -> str:
+def framed(main: str, title: str, caller: Caller) -> str:
     """A complete page around <main>, with account, quota and the script's request rate."""
-    cert, terms = granted.identity.cert, allowance.terms
-    facts = [f"account {html.escape(granted.account.login)}"]
+    cert, terms = caller.grant.identity.cert, caller.bucket.terms
+    facts = [f"account {html.escape(caller.account.login)}"]
     if cert is not None:
         facts.append(f"certificate until {utc(cert.not_after)[:10]}")
     polls = POLLS_PER_MINUTE
     if not terms.exempt:
         polls = min(polls, max(terms.per_minute / 10, 1))
         facts.append(f"quota {terms.per_minute:g} requests a minute, "
-                     f"{100 * (1 - max(allowance.soft, 0) / terms.burst):.0f} % of the burst used")
+                     f"{100 * caller.bucket.used:.0f} % of the burst used")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}Container Monitor</title>
 <meta name="viewport" content="width=device-width">
@@ -4917,7 +4921,7 @@ def framed(main: str, title: str, granted: Grant, allowance: QuotaBucket) -> str
 """
 
 
-def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance: QuotaBucket,
+def people_page(rows: Sequence[FleetRow], first: int, caller: Caller,
                 nodes: Sequence[tuple[Node, bool]], now: float,
                 query: Mapping[str, str] | None = None,
                 proxy: Sequence[tuple[str, str]] = ()) -> str:
@@ -4960,7 +4964,7 @@ def people_page(rows: Sequence[FleetRow], first: int, granted: Grant, allowance:
 <p>{" · ".join(links)}</p>
 {machines}{own}<p class="dim">As text: <a href="/v1/fleet/metrics">fleet</a> ·
 <a href="/v1/discover">discovery</a> · <a href="/v1/sd">discovery by HTTP</a></p>
-</main>""", "", granted, allowance)
+</main>""", "", caller)
 
 
 def _silent(row: FleetRow) -> bool:
@@ -5052,7 +5056,7 @@ scrape_configs:
 """
 
 
-def container_page(row: FleetRow, granted: Grant, allowance: QuotaBucket, host: str) -> str:
+def container_page(row: FleetRow, caller: Caller, host: str) -> str:
     """One container: charts, USE table, what is missing, its scrape configuration."""
     vm, name = row.vm, _alias(row.vm)
     facts = [vm.state, vm.brand, f"compute node {vm.server[:8] or 'none yet'}",
@@ -5060,17 +5064,16 @@ def container_page(row: FleetRow, granted: Grant, allowance: QuotaBucket, host: 
     if row.groups:
         facts.insert(2, "groups " + ", ".join(row.groups))
     config = SCRAPE_YML.format(name=json.dumps(name), uuid=vm.uuid, host=json.dumps(host),
-                               login=granted.account.login)
+                               login=caller.account.login)
     return framed(_details(_vm_data(row), name, facts, "zone", vm.uuid, f"""\
 <h3>Scrape configuration</h3>
 <p>For this container; <a href="/v1/sd">discovery</a> finds all of the account.
 <button type="button" id="copy" hidden>Copy</button></p>
 <pre tabindex="0">{html.escape(config)}</pre>
-"""), f"{name} – ", granted, allowance)
+"""), f"{name} – ", caller)
 
 
-def node_page(node: Node, up: bool, rows: Sequence[Vm], granted: Grant,
-              allowance: QuotaBucket) -> str:
+def node_page(node: Node, up: bool, rows: Sequence[Vm], caller: Caller) -> str:
     """One compute node, for operators: the same, and its containers."""
     address = f"agent at {node.address[0]}:{node.address[1]}" if node.address else "no address yet"
     items = "".join([f"<li>{html.escape(_alias(vm))} <span class=\"dim\">{html.escape(vm.state)}"
@@ -5080,7 +5083,7 @@ def node_page(node: Node, up: bool, rows: Sequence[Vm], granted: Grant,
     return framed(_details(data, node.hostname, [address, node.uuid], "node", node.uuid, f"""\
 <h3>Containers ({len(rows)})</h3>
 <ul class="facts">{items}{more}</ul>
-"""), f"{node.hostname} – ", granted, allowance)
+"""), f"{node.hostname} – ", caller)
 
 
 def page_files() -> Iterator[tuple[str, str]]:
@@ -6061,7 +6064,7 @@ class Channel:
         self._unsent = b""
         self.open = True
         end.setblocking(False)
-        server.loop.watch(end, selectors.EVENT_READ, self._ready)
+        server.loop.watch(end, selectors.EVENT_READ, self)
 
     def say(self, message: Any) -> None:
         """Send a message, now or when the other side reads."""
@@ -6081,9 +6084,10 @@ class Channel:
             self.close()
             return
         self._server.loop.watch(self._socket, selectors.EVENT_READ | (
-            selectors.EVENT_WRITE if self._unsent else 0), self._ready)
+            selectors.EVENT_WRITE if self._unsent else 0), self)
 
-    def _ready(self, mask: int) -> None:
+    def ready(self, mask: int) -> None:
+        """The selector's call."""
         if mask & selectors.EVENT_WRITE:
             self._send()
         if not mask & selectors.EVENT_READ or not self.open:

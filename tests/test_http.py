@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -532,7 +533,8 @@ def test_an_applications_socket_is_watched(served: Served) -> None:
     ours.setblocking(False)
     seen: list[bytes] = []
     loop = served.server.loop
-    loop.call_soon(loop.watch, ours, 1, lambda mask: seen.append(ours.recv(9)))
+    loop.call_soon(loop.watch, ours, 1, SimpleNamespace(
+        ready=lambda mask: seen.append(ours.recv(9))))
     theirs.send(b"hello")
     wait_until(lambda: seen == [b"hello"])
     loop.call_soon(loop.unwatch, ours)

@@ -15,9 +15,9 @@ import pytest
 from cmon_agent import BASE_CSS, USE, page_headers, plain_page
 from agents import ALICE, NODE_1, TLS, uuid, vm
 from cmon_proxy import (
-    PAGE_CSS, PAGE_HEADERS, PAGE_JS, ROWS_SHOWN, Account, FleetRow, Grant, Identity, LastScrape,
-    Node, QuotaBucket, QuotaSettings, compact, container_page, first_certificate, node_page,
-    page_files, people_page, quota_limits_of, vm_of)
+    PAGE_CSS, PAGE_HEADERS, PAGE_JS, ROWS_SHOWN, Account, Caller, FleetRow, Grant, Identity,
+    LastScrape, Node, QuotaBucket, QuotaSettings, compact, container_page, first_certificate,
+    node_page, page_files, people_page, quota_limits_of, vm_of)
 
 EVIL = "<script>alert('&\"x')</script>"
 
@@ -32,18 +32,16 @@ def rows(count: int, **more: Any) -> list[FleetRow]:
     return found
 
 
-def granted(login: str = "alice", operator: bool = False) -> Grant:
+def caller(login: str = "alice", operator: bool = False, **quota: Any) -> Caller:
     identity = Identity(first_certificate((TLS / "old_rsa.pem").read_text()))
-    return Grant(Account(ALICE, login, {}, operator), None, identity)
-
-
-def bucket(login: str = "alice", **quota: Any) -> QuotaBucket:
-    return QuotaBucket(login, False, quota_limits_of(QuotaSettings(**quota), login, False), 0.0)
+    limits = quota_limits_of(QuotaSettings(**quota), login, False)
+    return Caller(Grant(Account(ALICE, login, {}, operator), None, identity),
+                  QuotaBucket(login, False, limits, 0.0), False)
 
 
 def page(found: list[FleetRow], first: int = 0, nodes: Any = (), login: str = "alice",
          operator: bool = False, **more: Any) -> str:
-    return people_page(found, first, granted(login, operator), bucket(login), nodes, 100.0, **more)
+    return people_page(found, first, caller(login, operator), nodes, 100.0, **more)
 
 
 class Outline(HTMLParser):
@@ -80,11 +78,11 @@ def every_page() -> dict[str, str]:
     found = rows(2, alias=EVIL, brand=EVIL, image_uuid=None)
     found[0] = found[0]._replace(groups=(EVIL,))
     node = Node(NODE_1, EVIL, ("10.0.0.1", 9163))
-    operator = granted(EVIL, True)
+    operator = caller(EVIL, True)
     return {"overview": page(found, nodes=[(node, True), (node, False)], login=EVIL, operator=True,
                              query={"groups": EVIL}, proxy=[(EVIL, EVIL)]),
-            "container": container_page(found[0], operator, bucket(), EVIL),
-            "node": node_page(node, False, [row.vm for row in found], operator, bucket())}
+            "container": container_page(found[0], operator, EVIL),
+            "node": node_page(node, False, [row.vm for row in found], operator)}
 
 
 @pytest.mark.parametrize("kind", ["overview", "container", "node"])
@@ -148,7 +146,7 @@ def test_a_stopped_container_is_not_asked() -> None:
     (6000, "600"), (60_000, "600"), (1000, "100"), (100, "10"), (1, "1"), (0, "1")])
 def test_the_browser_asks_for_a_tenth_of_the_quota_at_the_most(per_minute: float, polls: str
                                                                ) -> None:
-    text = people_page(rows(1), 0, granted(), bucket(per_minute=per_minute), (), 100.0)
+    text = people_page(rows(1), 0, caller(per_minute=per_minute), (), 100.0)
     assert f'data-per-minute="{polls}"' in text
 
 
@@ -158,14 +156,14 @@ def test_a_tenant_is_shown_nothing_of_nodes_and_the_proxy() -> None:
 
 def test_the_scrape_configuration_is_for_this_container() -> None:
     row = rows(1, alias="db: #1")[0]
-    text = html.unescape(container_page(row, granted(), bucket(), "cmon.example:9163"))
+    text = html.unescape(container_page(row, caller(), "cmon.example:9163"))
     config = text.partition("<pre")[2].partition("</pre>")[0]
     assert 'targets: ["cmon.example:9163"]' in config and 'job_name: "db: #1"' in config
     assert f"metrics_path: /v1/{row.vm.uuid}/metrics" in config
 
 
 def test_the_use_table_is_whole_without_script() -> None:
-    text = container_page(rows(1)[0], granted(), bucket(), "cmon.example")
+    text = container_page(rows(1)[0], caller(), "cmon.example")
     names = set(re.findall(r"<li>(\w+)</li>", text))
     for use in USE:
         if use.scope == "zone":
