@@ -61,14 +61,16 @@ def test_only_the_first_scrape_waits_for_a_command_that_hangs(machine: MakeMachi
     for _ in range(2):
         time.sleep(1.1)                     # kstats are due again
         began = time.monotonic()
-        answer = one.get(path, timeout=8.0)
-        assert answer.status == 200 and time.monotonic() - began < 2.0
+        answer = one.get(path, timeout=25.0)
+        assert answer.status == 200 and time.monotonic() - began < 15.0
     assert down(one.zone()) == {"zfs"}
 
 
 def test_one_who_has_more_time_goes_on_waiting(machine: MakeMachine) -> None:
     one = machine()
-    slow = (one.commands / "zfs").read_text().replace("#!/bin/sh\n", "#!/bin/sh\nsleep 2\n")
+    go = one.commands / "go"
+    slow = (one.commands / "zfs").read_text().replace(
+        "#!/bin/sh\n", f"#!/bin/sh\nwhile ! [ -e {go} ]; do sleep 0.02; done\n")
     one.script("zfs", slow)
     one.start()
     address = one.agent.address
@@ -78,7 +80,8 @@ def test_one_who_has_more_time_goes_on_waiting(machine: MakeMachine) -> None:
         [sys.executable, "-c", script, str(ROOT / "tests"), str(ROOT), address[0],
          str(address[1]), PATH], stdout=subprocess.PIPE, text=True)
     wait_until(lambda: one.own("cmon_agent_collections_running"))
-    assert down(one.zone(timeout=0.3)) == {"zfs"}
+    assert down(one.zone(timeout=1.0)) == {"zfs"}
+    go.touch()
     page, _ = patient.communicate(timeout=30)
     assert patient.returncode == 0 and down(page) == set() and "zfs_used" in page
 
@@ -142,26 +145,37 @@ def test_a_chain_that_cannot_be_opened_again_heals(machine: MakeMachine) -> None
 # -- settings while it runs
 
 def test_fewer_collections_at_once_from_hangup_on(machine: MakeMachine, tmp_path: Path) -> None:
-    folder = tmp_path / "gz"
+    folder, began, ended, least = (tmp_path / name for name in ("gz", "began", "ended", "least"))
     folder.mkdir(mode=0o755)
+    least.write_text("1")
     for number in range(4):
-        path = folder / f"p{number}"
-        path.write_text("#!/bin/sh\nsleep 0.4\nprintf 'x\\tgauge\\t1\\nttl\\toption\\t1\\n'\n")
+        path = folder / f"p{number}"        # it waits until so many have begun
+        path.write_text(f"""#!/bin/sh
+echo $(wc -l < {ended}) >> {began}
+while [ $(wc -l < {began}) -lt $(cat {least}) ]; do sleep 0.02; done
+sleep 0.1
+echo >> {ended}
+printf 'x\\tgauge\\t1\\nttl\\toption\\t1\\n'
+""")
         path.chmod(0o755)
+    began.touch()
+    ended.touch()
     one = machine(plugin_dirs={"gz": str(folder)}, max_collections=4).start()
     wait_until(lambda: "plugin_p3_x 1" in one.node())
 
-    def takes(most: int) -> float:
+    def ended_before(most: int) -> list[str]:
         one.settings(max_collections=most)
         times = one.agent.log.count("settings were reread")
         one.agent.signal(signal.SIGHUP)
         one.agent.wait_for_log("settings were reread", times + 1)
-        time.sleep(1.1)
-        began = time.monotonic()
+        time.sleep(1.1)                     # plugins are due again
+        least.write_text(str(most))
+        began.write_text("")
+        ended.write_text("")
         assert down(one.node()) == set()
-        return time.monotonic() - began
-    assert takes(1) > 1.5
-    assert takes(4) < 1.5
+        return began.read_text().split()
+    assert ended_before(1) == ["0", "1", "2", "3"], "one after the other"
+    assert ended_before(4) == ["0", "0", "0", "0"], "all at once"
 
 
 def test_mended_settings_count_at_once(machine: MakeMachine) -> None:
@@ -183,7 +197,7 @@ def test_a_timeout_of_the_settings_is_that_of_a_plugin(machine: MakeMachine, tmp
     folder = plugin(tmp_path / "gz", "sleep 100\n")
     one = machine(plugin_dirs={"gz": folder}, collectors={"plugin_note": {"timeout": 0.2}}).start()
     wait_until(lambda: "plugin_note" in one.node())
-    wait_until(lambda: "plugin_note of gz fails" in one.agent.log, timeout=2.0)
+    wait_until(lambda: "plugin_note of gz fails" in one.agent.log, timeout=8.0)     # not 10 s
 
 
 def test_what_fails_is_tried_no_more_often_than_the_operator_allows(machine: MakeMachine) -> None:

@@ -398,6 +398,7 @@ def test_blocking_handlers_do_not_hold_up_the_rest_and_are_bounded(served: Serve
 
 def test_no_answer_of_a_worker_waits_for_the_next_event(served: Served) -> None:
     served.go.set()
+    served.server._sweeping = True          # as if its timer were set: no event comes by itself
     slowest: list[float] = []
 
     def ask() -> None:
@@ -411,8 +412,8 @@ def test_no_answer_of_a_worker_waits_for_the_next_event(served: Served) -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    # A wake-up that gets lost costs what is left of the sweep's 0.25 s, again and again.
-    assert sum(seconds > 0.1 for seconds in slowest) < 5, sorted(slowest)[-9:]
+    # A wake-up that gets lost costs what is left of the 5 s of idle connections, again and again.
+    assert sum(seconds > 1.5 for seconds in slowest) < 5, sorted(slowest)[-9:]
 
 
 def test_a_large_answer_waits_for_a_slow_reader_without_holding_up_others(served: Served) -> None:
@@ -672,7 +673,7 @@ def test_at_the_limit_strangers_go_first_and_tenants_stay(crowded: Any, pems: Pa
         connection.is_working for connection in list(server.connections)))
     late = Connection(address, tls, "localhost")
     assert late.request("/").status == 200
-    assert [is_open(one) for one in silent] == [False, True, True]      # the oldest of them went
+    wait_until(lambda: [is_open(one) for one in silent] == [False, True, True], "the oldest goes")
     more = [Connection(address) for _ in range(8)]
     wait_until(lambda: sum(map(is_open, more)) <= 2)            # of six, four are tenants
     for tenant in [*tenants, late]:
@@ -689,7 +690,7 @@ def test_where_all_are_tenants_the_longest_idle_one_makes_room(crowded: Any, pem
         assert tenants[index].request("/").status == 200
     with Connection(address, tls, "localhost") as late:
         assert late.request("/").status == 200
-    assert [is_open(one) for one in tenants] == [True, False, True]
+    wait_until(lambda: [is_open(one) for one in tenants] == [True, False, True])
     for tenant in tenants:
         tenant.close()
 
@@ -711,7 +712,8 @@ def test_who_has_more_than_a_share_makes_room_before_strangers_and_others(
     late = enter("late", "127.0.0.8")
     for connection in (other, late, *greedy[2:]):
         assert connection.request("/who").status == 200
-    assert is_open(silent) and not is_open(greedy[0]) and not is_open(greedy[1])
+    wait_until(lambda: not is_open(greedy[0]) and not is_open(greedy[1]))
+    assert is_open(silent)
     for connection in (other, late, silent, *greedy):
         connection.close()
 
@@ -736,8 +738,7 @@ def test_a_network_is_what_one_machine_cannot_choose() -> None:
 def test_one_address_holds_no_more_strangers_than_its_share(crowded: Any, pems: Path) -> None:
     server, address = crowded(connections=16)
     silent = [Connection(address) for _ in range(12)]
-    wait_until(lambda: sum(map(is_open, silent)) == 4)
-    assert [is_open(one) for one in silent] == [True] * 4 + [False] * 8
+    wait_until(lambda: [is_open(one) for one in silent] == [True] * 4 + [False] * 8)
     for connection in silent:
         connection.close()
     wait_until(lambda: not server.connections)
