@@ -110,7 +110,7 @@ __all__ = [     # what the other programs import
     "PAGE", "page_headers", "page_row", "page_table", "parse", "parse_address", "plain_page",
     "Pool", "prepare", "Prepared",
     "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
-    "render", "Request", "Response", "Route", "run_daemon",
+    "render", "Request", "Response", "reused", "Route", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "single",
     "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
     "text", "TooLarge",
@@ -293,6 +293,26 @@ class Route(NamedTuple):
 def text(status: int, message: str, *headers: tuple[str, str]) -> Response:
     """A plain answer of one line."""
     return Response(int(status), (message + "\n").encode(), TEXT, headers)
+
+
+
+REUSED_BYTES = 8 << 20
+_reused: dict[str, str] = {}
+_reused_bytes = 0                           # about: any thread may add
+
+
+def reused(value: str) -> str:
+    """An equal string that is in use already, if one is known: what comes from outside repeats
+    itself. Not sys.intern(): Python 3.12 never frees what it interns."""
+    global _reused_bytes
+    found = _reused.get(value)
+    if found is not None:
+        return found
+    _reused_bytes += len(value) + 150
+    if _reused_bytes > REUSED_BYTES:
+        _reused_bytes = 0
+        _reused.clear()
+    return _reused.setdefault(value, value)
 
 # --- names and addresses [kit] --------------------------------------------------------------------
 
@@ -520,7 +540,7 @@ class Libkstat:
 
 def _name(raw: bytes) -> str:
     """A NUL-padded name as text; the kernel promises no encoding."""
-    return sys.intern(raw.split(b"\0", 1)[0].decode("utf-8", "replace"))
+    return reused(raw.split(b"\0", 1)[0].decode("utf-8", "replace"))
 
 
 _text = functools.lru_cache(maxsize=4096)(_name)    # for those that many kstats have in common
@@ -1440,7 +1460,7 @@ def vm_of(record: Any) -> Vm | None:
 
     def string(name: str) -> str:
         value = members.get(name)
-        return sys.intern(value) if isinstance(value, str) else ""
+        return reused(value) if isinstance(value, str) else ""
     zone = string("zonename") or string("uuid")
     if not zone:
         return None
@@ -1954,7 +1974,7 @@ def part_of(families: Iterable[Family]) -> Part:
         for labels, value, suffix in samples:
             template.append(f"{name}{suffix}%s %s\n")
             values += (label_text(labels), number(value))
-    return Part(sys.intern("".join(template)), BETWEEN.join(values))
+    return Part(reused("".join(template)), BETWEEN.join(values))
 
 
 def verbatim(page: str) -> Part:
@@ -4464,9 +4484,9 @@ def _header_fields(head: bytes, start: int, count: int) -> dict[str, str]:
             line = head[position:position + 60].split(b"\r\n")[0]
             raise Refused(400, f"bad request: {line!r} is not a header line")
         position = match.end()
-        # interned: the heads that are kept differ little
-        name = sys.intern(match.group(1).decode("ascii").lower())
-        value = sys.intern((match.group(2) or b"").decode("latin-1"))
+        # the heads that are kept differ little
+        name = reused(match.group(1).decode("ascii").lower())
+        value = reused((match.group(2) or b"").decode("latin-1"))
         if name in headers:
             if name in ("host", "content-length", "transfer-encoding"):
                 raise Refused(400, f"bad request: more than one {name} header")
@@ -4905,7 +4925,7 @@ def _refusing(refusal: Refused) -> Handler:
 
 def _head_size(raw: bytes, head: _Head) -> int:
     # The fields hold the same text again, as str in a dictionary and in a list of arguments.
-    return 3 * len(raw) + 100 * len(head.fields[4]) + 1000
+    return 3 * len(raw) + 300 * len(head.fields[4]) + 1000
 
 
 class Listener:
@@ -5461,7 +5481,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 self.loop.call_later(1.0, self._resume, self.accepting)
             raise
         self._accepted += 1
-        return accepted, sys.intern(str(address[0])) if address else ""
+        return accepted, reused(str(address[0])) if address else ""
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Enforce the limits on strangers from one address and on all connections."""

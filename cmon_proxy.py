@@ -73,7 +73,8 @@ try:
         Request, Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least,
         call, command_line, command_settings, complain, gunzip, http_date, is_address, is_ip, log,
         network_of, one_of, page_headers, parse_address, plain_page, prepare, read_json,
-        register_process_metrics, render, run_daemon, scrape_deadline, setting, single, text)
+        register_process_metrics, render, reused, run_daemon, scrape_deadline, setting, single,
+        text)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
@@ -1420,7 +1421,7 @@ def text_of(value: Any) -> str:
     cannot be encoded in an answer."""
     if not isinstance(value, str):
         return ""
-    return sys.intern(value if value.isascii() else value.encode("utf-8", "replace").decode())
+    return reused(value if value.isascii() else value.encode("utf-8", "replace").decode())
 
 
 def vm_of(record: Any, source: str, since: int) -> Vm | None:
@@ -1439,8 +1440,8 @@ def vm_of(record: Any, source: str, since: int) -> Vm | None:
     names = text_of(tags.get("triton.cmon.groups")).split(",")
     server = text_of(record.get("server_uuid")).lower()
     return Vm(
-        uuid=uuid, alias=text_of(record.get("alias")), owner=sys.intern(owner),
-        server=sys.intern(server) if UUID.fullmatch(server) else "",
+        uuid=uuid, alias=text_of(record.get("alias")), owner=reused(owner),
+        server=reused(server) if UUID.fullmatch(server) else "",
         image=text_of(record.get("image_uuid")), brand=text_of(record.get("brand")),
         state=text_of(record.get("state")) or "unknown",
         groups=tuple(dict.fromkeys(name.strip() for name in names if name.strip())),
@@ -1744,7 +1745,7 @@ class _FileReader:
             self.wrong(where, f"{name} must be a UUID such as {UUID_EXAMPLE}, not {_shown(value)}"
                        + (f" with {len(text)} characters instead of 36"
                           if text and len(text) != 36 else ""))
-        return sys.intern(text) if UUID.fullmatch(text) else where
+        return reused(text) if UUID.fullmatch(text) else where
 
     def _account(self, record: dict[str, Any], where: str) -> Account:
         uuid, login = self._uuid(record, "uuid", where), text_of(record.get("login"))
@@ -2274,7 +2275,7 @@ def nodes_of(records: Iterable[Any], port: int) -> dict[str, Node]:
         uuid = text_of(record.get("uuid")).lower() if isinstance(record, dict) else ""
         if UUID.fullmatch(uuid):
             address = admin_address(record.get("sysinfo"))
-            nodes[sys.intern(uuid)] = Node(sys.intern(uuid), text_of(record.get("hostname")),
+            nodes[reused(uuid)] = Node(reused(uuid), text_of(record.get("hostname")),
                                            (address, port) if address else None)
     return nodes
 
@@ -2639,10 +2640,10 @@ class Snapshot:
             content = json.loads(body)
             if content["format"] != 3:
                 raise SnapshotError("it was written by another version")
-            # interned as in vm_of: 10,000 VMs share a few strings
+            # as in vm_of: 10,000 VMs share a few strings
             vms = tuple([Vm._make(
                 tuple(value) if isinstance(value, list) else
-                sys.intern(value) if isinstance(value, str) else value for value in row)
+                reused(value) if isinstance(value, str) else value for value in row)
                 for row in content["vms"]])
             nodes = tuple([Node(uuid, name, (address[0], address[1]) if address else None)
                            for uuid, name, address in content["nodes"]])

@@ -17,10 +17,11 @@ from typing import Any, Callable
 
 import pytest
 
+import cmon_agent
 import cmon_proxy
 from agents import (
     NODE_1, TLS, Agent, client_tls, inventory, proxy, proxy_config, uuid, vm, write_inventory)
-from cmon_agent import Deferred, Peer, Refused, Request, wire
+from cmon_agent import Deferred, Peer, Refused, Request, reused, wire
 from cmon_proxy import (
     Account, AuthorizedKey, Certificates, Copy, Quotas, QuotaSettings, Reply,
     Saved, Snapshot, Vm, by_owner, first_certificate, make_certificate, make_key, vm_of)
@@ -265,6 +266,21 @@ def test_remembered_heads_of_agents_hold_what_they_count() -> None:
     running.close()
 
 
+def test_no_string_from_outside_is_kept_for_ever() -> None:
+    """Python 3.12 never frees what sys.intern() was given: each request's headers, for example."""
+    for path in ROOT.glob("cmon*.py"):
+        assert "sys.intern(" not in path.read_text().replace("Not sys.intern():", "")
+    one, other = ("".join(["x-", str(5)]) for _ in range(2))
+    assert one is not other and reused(one) is reused(other) == one
+
+    def flood() -> None:
+        for number in range(100_000):
+            assert reused(f"x-header-{number}") == f"x-header-{number}"
+    held = grown(flood)
+    assert held < 1.5 * cmon_agent.REUSED_BYTES, held
+    assert 1000 < len(cmon_agent._reused) < 60_000
+
+
 def test_every_cache_shows_its_size(house: Any) -> None:
     names = {cache.name for cache in house(1).registry.caches}
     assert {"answers", "copies", "certificates", "agent heads", "timeouts"} <= names
@@ -475,6 +491,21 @@ def test_a_new_owner_sees_nothing_of_the_former_owners_scrapes(house: Any) -> No
     fresh.learn([(uuid(7), uuid(n), 5.0, "ok") for n in range(2000)])
     fresh.retain(world.proxy.inventory.vms)
     assert not fresh.of(uuid(7)) and not fresh.of(world.owner.uuid)
+
+
+def test_a_new_owner_over_the_quota_gets_no_copy_of_the_former_owners_page(house: Any) -> None:
+    world = house(1)
+    last = Copy(world.owner.uuid, Reply(200, b"secret 1\n"), 0.0)
+    world.proxy.pages._copies.put((WEB, False), last)
+    statuses = []
+    for which in (0, 1, 0):
+        account = world.accounts[which][0]
+        world.give(account.uuid, 1)
+        world.proxy.quotas.of(account).soft = 0.0
+        answer = world.settled(world.ask(page(WEB), which=which))
+        statuses.append(answer.status)
+        assert (b"secret" in wire(answer)) == (answer.status == 200)
+    assert statuses == [200, 429, 200]
 
 
 @pytest.mark.parametrize("path", LISTS)
