@@ -2,21 +2,21 @@
 # SPDX-License-Identifier: MPL-2.0
 """The command of Container Monitor's users and operators.
 
-    cmon.py discover [--groups A,B] [--json]    containers of an account, as the proxy lists them
-    cmon.py monitor NAME|UUID [--use]           the page of metrics of one of them, or a table
-    cmon.py top                                 all of them, live
-    cmon.py check NAME EXPR,WARN,CRIT           a plugin for Nagios and Icinga
+    cmon.py discover [--groups A,B] [--json]    list the account's containers
+    cmon.py monitor NAME|UUID [--use]           show one container's metrics: its page, or a table
+    cmon.py top                                 watch all containers, live
+    cmon.py check NAME EXPR,WARN,CRIT           run as a plugin of Nagios or Icinga
     cmon.py certgen --account LOGIN --ssh-key FILE
-                                                a certificate for the proxy
-    cmon.py doctor [NAME]                       which link to the figures is broken, and what to do
+                                                make a client certificate
+    cmon.py doctor [NAME]                       find what keeps metrics from arriving
     cmon.py setup DIR --account LOGIN --ssh-key FILE
-                                                all that a Prometheus needs
-    cmon.py rules | dashboard [NAME]            what to load into Prometheus and Grafana
-    cmon.py demo [--once]                       a compute node, a proxy and a tenant on this machine
+                                                write everything that Prometheus needs
+    cmon.py rules | dashboard [NAME]            print rules for Prometheus, dashboards for Grafana
+    cmon.py demo [--once]                       run a compute node, a proxy and a tenant here
 
-Where the proxy is and who asks: --url, --cert, --key, --ca, before the command or behind it, or
-CMON_URL, CMON_CERT, CMON_KEY, CMON_CA.
-Exit status: 0; 1 when something failed, in one line on stderr; 2 for a wrong command line.
+--url, --cert, --key and --ca, before or after the command, or CMON_URL, CMON_CERT, CMON_KEY and
+CMON_CA name the proxy and the client's certificate.
+Exit status: 0 on success, 1 on failure (with one line on stderr), 2 for a wrong command line.
 
 Map (`grep '^# ---'`):
 
@@ -79,11 +79,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Union
 
-if sys.version_info < (3, 9):       # a traceback is no answer to that
+if sys.version_info < (3, 9):       # one line instead of a traceback
     sys.exit(f"cmon: needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
 try:
-    # The agent is the one file that must run alone, so it carries the kit that we share.
+    # The agent must run as a single file, so it contains the shared kit.
     from cmon_agent import (
         COUNTER, Client, ClientError, ClientResponse, CommandLine, ExpositionError, GAUGE, Labels,
         MAX_BODY, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Use,
@@ -101,11 +101,11 @@ DISCOVER = f"`{PROGRAM} discover` lists the containers"
 
 
 class Failure(Exception):
-    """What a command cannot do: one line for the user, exit status 1."""
+    """A command failed: one line for the user, exit status 1."""
 
 
 class Usage(Failure):
-    """What is wrong with the command line: exit status 2."""
+    """The command line is wrong: exit status 2."""
 
 
 class Container(NamedTuple):
@@ -118,7 +118,7 @@ class Container(NamedTuple):
 
 
 class Proxy:
-    """The proxy, as one account sees it. Every failure becomes a `Failure` in one line."""
+    """The proxy as one account sees it. Every error becomes a `Failure` of one line."""
 
     def __init__(self, url: str, tls: ssl.SSLContext, timeout: float,
                  connect: tuple[str, int] | None = None) -> None:
@@ -135,22 +135,22 @@ class Proxy:
             raise Failure(str(error) + self._hint(str(error))) from None
 
     def page(self, path: str) -> bytes:
-        """The body of a 200; any other answer is a failure, in the proxy's own words."""
+        """The body of a 200; any other status is a Failure with the proxy's message."""
         return self.checked(self.get(path))
 
     def checked(self, answer: ClientResponse) -> bytes:
-        """The same for an answer that is already here."""
+        """As `page`, for an answer that has already been received."""
         if answer.status != 200:
             words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
             raise Failure(f"{urllib.parse.urlsplit(self.url).netloc} says {answer.status}: {words}")
         return answer.body
 
     def containers(self, groups: str = "") -> tuple[Any, list[Container]]:
-        """Discovery: the JSON as it came, and the containers in it by alias."""
+        """Discovery: the JSON as received, and its containers sorted by alias."""
         return self.listed(self.page("/v1/discover" + groups_query(groups)))
 
     def listed(self, body: bytes) -> tuple[Any, list[Container]]:
-        """The same from an answer to discovery."""
+        """As `containers`, from the body of an answer."""
         try:
             found = json.loads(body)
             return found, sorted(
@@ -158,12 +158,12 @@ class Proxy:
                     "vm_alias", "vm_uuid", "vm_brand", "vm_state", "server_uuid")))
                 for item in found["containers"])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise Failure(f"{self.url}/v1/discover answers, but not as a proxy: is the URL right?"
+            raise Failure(f"{self.url}/v1/discover is not a proxy's answer: check the URL"
                           ) from None
 
     def find(self, name: str) -> Container:
-        """The container of that alias, UUID or beginning of a UUID; a whole UUID needs no look-up:
-        it may be a compute node's."""
+        """The container with this alias, UUID or UUID prefix. A whole UUID is not looked up: it may
+        be a compute node's."""
         if UUID.fullmatch(name.lower()):
             return Container(name.lower(), name.lower(), "-", "-", "-")
         containers = self.containers()[1]
@@ -173,12 +173,12 @@ class Proxy:
             for other in self._not_running():
                 if name and name == other.alias or \
                         len(name) > 7 and other.uuid.startswith(name.lower()):
-                    raise Failure(f"container {describe(other)} is not running: it has metrics "
-                                  "while it runs") from None
+                    raise Failure(f"container {describe(other)} is not running; metrics are "
+                                  "available only while it runs") from None
             raise
 
     def _not_running(self) -> Iterator[Container]:
-        """Containers that discovery leaves out, by the fleet page; none if there is no such."""
+        """Containers that discovery leaves out, from the fleet page if there is one."""
         try:
             families = {family.name: family.samples
                         for family in parse(self.fleet().decode("utf-8", "replace"))}
@@ -199,37 +199,37 @@ class Proxy:
         return self.page(f"/v1/{uuid}/metrics")
 
     def fleet(self, groups: str = "") -> bytes:
-        """The page that says why each container is silent, or not; it asks no node."""
+        """The fleet page: the state of each container. The proxy asks no node for it."""
         return self.page("/v1/fleet/metrics" + groups_query(groups))
 
     def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         self._client.close()
 
     def _hint(self, message: str) -> str:
         parts = urllib.parse.urlsplit(self.url)
         if "mismatch" in message:
-            return " give --url with the name that the certificate is for"
+            return "; use --url with a name that the certificate is valid for"
         if "certificate is not trusted" in message:
-            return "; --ca FILE names the CA of the proxy's certificate, PEM"
+            return "; give the CA of the proxy's certificate with --ca FILE (PEM)"
         if "wrong version number" in message or "record layer failure" in message:
-            return ("; it speaks plain HTTP, as an agent or the proxy's admin_listen does: --url "
-                    "is for the proxy's address for tenants")
+            return ("; this port speaks plain HTTP, as an agent or the proxy's admin_listen does; "
+                    "give --url the proxy's address for tenants")
         if parts.port is None and message.startswith("cannot reach"):
             usual = f"https://{parts.hostname}:{PROXY_PORT}"
-            return f"; the proxy's usual port is {PROXY_PORT}: --url {usual}"
+            return f"; the proxy's default port is {PROXY_PORT}: try --url {usual}"
         return ""
 
 
 def groups_query(groups: str) -> str:
-    """The query that asks for containers in one of these groups."""
+    """The query string that selects containers in one of these groups."""
     return "?" + urllib.parse.urlencode({"groups": groups}) if groups else ""
 
 
 def proxy_url(text: str) -> str:
-    """The proxy's URL, or Usage in words."""
+    """The proxy's URL; raises Usage if it is missing or wrong."""
     if not text:
-        raise Usage("where is the proxy? set CMON_URL or give --url, "
+        raise Usage("no proxy given: set CMON_URL or use --url, "
                     f"for example https://cmon.dc.example:{PROXY_PORT}")
     try:
         parts = urllib.parse.urlsplit(text)
@@ -237,12 +237,12 @@ def proxy_url(text: str) -> str:
     except ValueError:
         good = False
     if not good or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
-        raise Usage(f"{text!r} is not the URL of a proxy: https://HOST:PORT and nothing behind it")
+        raise Usage(f"{text!r} is not the URL of a proxy: use https://HOST:PORT without a path")
     return text
 
 
 def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
-    """TLS with the user's certificate; Failure says which file is wrong, and how."""
+    """TLS with the user's certificate; a Failure names the file that is wrong, and why."""
     for what, path in (("certificate", cert), ("key", key), ("CA", ca)):
         if path:
             try:
@@ -252,7 +252,7 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=ca or None)
     except ssl.SSLError:
-        raise Failure(f"{ca} holds no CA certificate in PEM") from None
+        raise Failure(f"{ca} contains no CA certificate in PEM form") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     asked = []
 
@@ -265,27 +265,27 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
         if asked:
             raise Failure(f"wrong passphrase for the key {key}") from None
         if b"BEGIN OPENSSH PRIVATE KEY" in Path(key).read_bytes():
-            raise Failure(f"the key {key} is in OpenSSH's format, which TLS does not take: make a "
-                          f"certificate with it, `{PROGRAM} certgen --account LOGIN --ssh-key "
+            raise Failure(f"the key {key} is in OpenSSH's format, which TLS cannot use: make a "
+                          f"certificate from it with `{PROGRAM} certgen --account LOGIN --ssh-key "
                           f"{key}`") from None
         if "KEY_VALUES_MISMATCH" in str(error):
             raise Failure(f"the key {key} does not belong to the certificate {cert}") from None
         if "TOO_SMALL" in str(error) or "TOO_WEAK" in str(error):
-            raise Failure(f"the key of {cert} is too short or its digest too weak: {CERTGEN}"
+            raise Failure(f"the key of {cert} is too short, or its digest too weak: {CERTGEN}"
                           ) from None
-        raise Failure(f"{cert} and {key} are not a certificate and its key in PEM") from None
+        raise Failure(f"{cert} and {key} are not a certificate and its key in PEM form") from None
     return context
 
 
 def need_terminal(what: str) -> None:
-    """Failure where nobody can be asked for the passphrase of `what`."""
+    """Failure if there is no terminal to ask for the passphrase of `what`."""
     if not sys.stdin.isatty():
         raise Failure(f"{what} has a passphrase, and there is no terminal to ask for it: "
                       "use a key without one, readable by you alone")
 
 
 def ask_passphrase(what: str) -> str:
-    """What the user types on the terminal, unseen."""
+    """Read a passphrase from the terminal, without echo."""
     need_terminal(what)
     try:
         return getpass.getpass(f"Passphrase of {what}: ", sys.stderr)
@@ -299,21 +299,21 @@ def words_of(error: OSError) -> str:
 
 
 def choose(name: str, containers: Sequence[Container]) -> Container:
-    """The container that is meant: by alias, else by the beginning of its UUID."""
+    """The container with this alias or, failing that, this UUID prefix."""
     found = [container for container in containers if container.alias == name]
     if not found and len(name) >= 2:
         found = [container for container in containers if container.uuid.startswith(name.lower())]
     if len(found) == 1:
         return found[0]
     if found:
-        more = f" or {len(found) - 8} more" if len(found) > 8 else ""
-        raise Failure(f"{name!r} may be " + " or ".join(map(describe, found[:8])) + more
-                      + ": give the UUID")
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise Failure(f"{name!r} matches " + " and ".join(map(describe, found[:8])) + more
+                      + ": use the UUID")
     aliases = sorted({container.alias for container in containers})
     near = [alias for alias in aliases if name.lower() in alias.lower()][:5]
     near = near or sorted(difflib.get_close_matches(name, aliases, 5, 0.6))
     if not containers:
-        raise Failure(f"no container {name!r}: this account has none that run")
+        raise Failure(f"no container {name!r}: this account has no running containers")
     raise Failure(f"no container {name!r}; " + ("did you mean " + " or ".join(near) + "?" if near
                                                 else f"`{PROGRAM} discover` lists them"))
 
@@ -324,14 +324,15 @@ def describe(container: Container) -> str:
 
 
 def need_credentials(arguments: argparse.Namespace) -> None:
-    """Usage where certificate or key is not named."""
-    for name in ("cert", "key"):
+    """Raise Usage if no certificate or key is named."""
+    for name, noun in (("cert", "certificate"), ("key", "key")):
         if not getattr(arguments, name):
-            raise Usage(f"who asks? set CMON_{name.upper()} or give --{name} FILE (PEM)")
+            raise Usage(f"no client {noun} given: set CMON_{name.upper()} or use --{name} FILE "
+                        "(PEM)")
 
 
 def proxy_of(arguments: argparse.Namespace) -> Proxy:
-    """The proxy that flags and environment name."""
+    """The proxy that the flags and the environment name."""
     url = proxy_url(arguments.url)
     need_credentials(arguments)
     tls = client_context(arguments.cert, arguments.key, arguments.ca)
@@ -341,23 +342,23 @@ def proxy_of(arguments: argparse.Namespace) -> Proxy:
 # --- display --------------------------------------------------------------------------------------
 
 def printable(text: str) -> str:
-    """The text on one line, with nothing in it that a terminal would obey."""
+    """The text on one line, with control characters replaced."""
     return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
 def colours() -> bool:
-    """Whether a person looks on, at a terminal with colours, and does not mind them."""
+    """Whether to use colours: only on a terminal that has them, unless NO_COLOR is set."""
     return (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             and os.environ.get("TERM") != "dumb")
 
 
 def emphasis(text: str) -> str:
-    """Bold, where that is wanted."""
+    """Bold, if colours are used."""
     return f"\x1b[1m{text}\x1b[0m" if colours() else text
 
 
 def coloured(text: str, colour: int) -> str:
-    """In a colour of ISO 6429, where that is wanted; 0 is none."""
+    """In a colour of ISO 6429 (0: none), if colours are used."""
     return f"\x1b[{colour}m{text}\x1b[0m" if colour and colours() else text
 
 
@@ -370,7 +371,7 @@ def cells_of(text: str) -> int:
 
 
 def clipped(text: str, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider."""
+    """The text, cut with an ellipsis if it is wider."""
     if cells_of(text) <= width:
         return text
     while text and cells_of(text) > width - 1:
@@ -380,7 +381,7 @@ def clipped(text: str, width: int) -> str:
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()
             ) -> list[str]:
-    """Lines with aligned columns, the header first; columns `right` to the right."""
+    """Lines with aligned columns, the header first; columns in `right` are right-aligned."""
     widths = [max(map(cells_of, column)) for column in zip(header, *rows)]
 
     def line(row: Sequence[str]) -> str:
@@ -399,7 +400,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collectio
 
 def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int,
            drop: Sequence[str] = (), left: int = 1, plain: bool = False) -> list[str]:
-    """A table with its first `left` columns to the left, the others to the right; where it is too
+    """A table with its first `left` columns left-aligned and the others right-aligned. If it is too
     wide, columns are dropped in the order of `drop`. `plain`: without emphasis."""
     keep = list(range(len(header)))
     for title in ("", *drop):
@@ -415,7 +416,7 @@ def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int,
 
 
 def container_table(containers: Sequence[Container], width: int) -> list[str]:
-    """Containers as a table; where it would be too wide, nodes and then aliases are cut."""
+    """Containers as a table; if it is too wide, nodes and then aliases are cut."""
     rows: list[Sequence[str]] = [*containers]
     header = ("ALIAS", "UUID", "BRAND", "STATE", "NODE")
     if containers and max(map(cells_of, aligned(header, rows))) > width:
@@ -428,16 +429,16 @@ def container_table(containers: Sequence[Container], width: int) -> list[str]:
 
 
 def screen_size() -> os.terminal_size:
-    """Columns and lines of the terminal as it is now: COLUMNS stays when the window changes."""
+    """Columns and lines of the terminal now; COLUMNS does not follow a resized window."""
     try:
         found = os.get_terminal_size(sys.stdout.fileno())
-    except (OSError, ValueError):       # no terminal, or no file at all
+    except (OSError, ValueError):       # no terminal, or no file descriptor
         found = os.terminal_size((0, 0))
     return found if found.columns and found.lines else os.terminal_size((80, 24))
 
 
 def screen_width() -> int:
-    """Columns of the terminal; a pipe or a file has room for everything."""
+    """Columns of the terminal; unlimited for a pipe or a file."""
     return screen_size().columns if sys.stdout.isatty() else 10_000
 
 
@@ -459,7 +460,7 @@ def brief(value: Number, step: int = 1000, prefixes: str = "kMGTPE") -> str:
 
 
 def amount(value: Number | None, unit: str) -> str:
-    """A value with its unit, for people; "-" where there is none."""
+    """A value with its unit, for people; "-" for no value."""
     if value is None:
         return "-"
     rate = "/s" if unit.endswith("/s") else ""
@@ -483,7 +484,7 @@ def amount(value: Number | None, unit: str) -> str:
 
 
 class Painter:
-    """Shows tables and pages one after another, or in place of each other."""
+    """Prints tables and pages below each other or, in place, over each other."""
 
     def __init__(self, in_place: bool) -> None:
         self._in_place = in_place and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
@@ -491,11 +492,11 @@ class Painter:
         self._note = ""
 
     def raw(self, page: Page) -> None:
-        """A page as it came; on a terminal, with nothing in it that would drive the terminal."""
+        """A page as received; on a terminal, with control characters replaced."""
         if self._in_place or sys.stdout.isatty():
             lines = ["".join(char if char.isprintable() else "?" for char in line)
                      for line in page.body.decode("utf-8", "replace").splitlines()]
-            if self._in_place:      # there is room for the samples at most
+            if self._in_place:      # the screen has no room for comments
                 lines = [clipped(line, screen_width()) for line in lines
                          if not line.startswith("#")]
             self.lines(lines)
@@ -515,14 +516,14 @@ class Painter:
             lines = [*lines, "", clipped(self._note, columns)]
         if len(lines) >= height:
             lines = [*lines[:height - 2], f"… {len(lines) - height + 2} more lines"]
-        # each line is cleared behind its end, and all below: what was there before does not flash
+        # Clearing each line's end, and what is below the last, avoids flicker.
         print(("\x1b[H" if self._shown else "\x1b[2J\x1b[H")
               + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
         self._shown = True
         self._note = ""
 
     def end(self) -> None:
-        """Leave the prompt a line of its own, behind the `^C` that the terminal shows."""
+        """End the line on which the terminal shows `^C`, so that the prompt starts a new one."""
         if self._in_place:
             print(flush=True)
 
@@ -531,7 +532,7 @@ class Painter:
         print(text, flush=True)
 
     def note(self, text: str) -> None:
-        """What went wrong meanwhile: below the next table, or on stderr."""
+        """A problem: shown below the next table, or on stderr."""
         if self._in_place and self._shown:
             self._note = text
             height = screen_size().lines
@@ -543,8 +544,8 @@ class Painter:
 
 # --- figures --------------------------------------------------------------------------------------
 
-LEAST_SPAN = 0.05               # seconds; closer readings are one reading, answered twice
-OLDEST_COPY = 60.0              # seconds that another proxy's copy may be older than the last page
+LEAST_SPAN = 0.05               # seconds; readings closer than this are the same reading
+OLDEST_COPY = 60.0              # seconds; another proxy may answer with a copy this much older
 _METRIC = r'[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})?'
 _OPERAND = rf"rate\(\s*{_METRIC}\s*\)|{_METRIC}"
 _EXPRESSION = re.compile(rf"\s*({_OPERAND})\s*(?:/\s*({_OPERAND})\s*)?")
@@ -555,7 +556,7 @@ OK, WARNING, CRITICAL, UNKNOWN = range(4)       # of the plugin guidelines, and 
 
 @functools.lru_cache(maxsize=None)
 def facts() -> dict[str, dict[str, Any]]:
-    """What the agent's tables say of each metric, by name; `collectors` of zones and of nodes."""
+    """The agent's metadata of each metric, by name; `collectors` has those of zones and nodes."""
     found: dict[str, dict[str, Any]] = {}
     for row in metadata():
         found.setdefault(row["name"], {**row, "collectors": []})["collectors"].append(
@@ -572,18 +573,18 @@ class Page(NamedTuple):
 
 
 class Figures:
-    """The samples of a page by name and labels; with an earlier page, rates of its counters.
+    """The samples of a page by name and labels; with an earlier page, also rates of counters.
 
-    A rate is taken over the true time between two readings: the node's clock less the age that the
-    agent states for the collector. Where a collector was not read again since, its last rates stay.
-    A counter that has become smaller began again at 0.
+    A rate covers the time between the two readings: the node's clock minus the age that the agent
+    reports for the collector. A collector that has not been read again keeps its last rates.
+    A counter that is lower than before has been reset to 0.
     """
 
     def __init__(self, page: Page, before: Figures | None = None) -> None:
         self.page = page
         self.values: dict[str, dict[Labels, Number]] = {}
         self.rates: dict[str, dict[Labels, float]] = {}
-        self.kinds: dict[str, str] = {}     # of a sample's name: with its suffix
+        self.kinds: dict[str, str] = {}     # by sample name, with its suffix
         try:
             self.families = parse(page.body.decode())
         except (ExpositionError, UnicodeDecodeError) as error:
@@ -609,7 +610,7 @@ class Figures:
         if self.now - before.now >= ours / 2 - 1:
             spans = {collector: taken - before.taken.get(collector, before.now)
                      for collector, taken in self.taken.items()}
-        else:       # the node's clock stands still or was set back
+        else:       # the node's clock stopped or was set back
             spans = dict.fromkeys(self.taken, ours)
         for collector, span in spans.items():
             if -OLDEST_COPY < span < LEAST_SPAN:
@@ -618,7 +619,7 @@ class Figures:
             span, values = spans[self.collector(name)], self.values[name]
             earlier = before.values.get(name, {})
             if span < LEAST_SPAN and values != earlier:
-                span = ours         # it was read again, whatever the page says
+                span = ours         # the values changed, so this is a new reading
             if span < LEAST_SPAN:
                 if name in before.rates and span > -OLDEST_COPY:
                     self.rates[name] = before.rates[name]
@@ -629,18 +630,18 @@ class Figures:
                 for labels, value in values.items() if labels in earlier}
 
     def counters(self) -> list[str]:
-        """The names of all that is no gauge."""
+        """The names of all samples that are not gauges."""
         return [name for name, kind in self.kinds.items() if kind != GAUGE]
 
     def collector(self, name: str) -> str:
-        """Which collector of the page a metric comes from; "" when the page does not say."""
+        """The collector that a metric comes from; "" if the page does not tell."""
         known = facts().get(name, {}).get("collectors", ())
         return next((one for one in known if one in self.ages), "") or next(
             (one for one in self.ages if name.startswith(one + "_")), "")
 
 
 def quotient(value: Number, divisor: Number) -> float:
-    """A division of numbers of any size; infinite where the result is too large for a float."""
+    """Divide numbers of any size; infinite if the result is too large for a float."""
     try:
         return value / divisor
     except OverflowError:
@@ -661,7 +662,7 @@ class Operand(NamedTuple):
                 if set(self.labels) <= set(labels) and math.isfinite(quotient(value, 1))}
 
     def unit(self) -> str:
-        """The unit of its values, as the agent's tables have it."""
+        """The unit of its values, from the agent's metadata."""
         unit = str(facts().get(self.name, {}).get("unit", ""))
         return (unit + "/s").replace("boolean", "") if self.rate else unit
 
@@ -683,8 +684,8 @@ class Expression(NamedTuple):
         return cls(text.strip(), operand(over), operand(under) if under else None)
 
     def of(self, figures: Figures) -> dict[Labels, Number]:
-        """Its value for each set of labels; divided are samples with the same labels, or by the one
-        that there is. What cannot be divided has no value."""
+        """Its value for each set of labels. A/B divides samples with the same labels, or by the
+        only sample of B; where that is impossible, there is no value."""
         over = self.over.of(figures)
         if self.under is None:
             return over
@@ -694,24 +695,24 @@ class Expression(NamedTuple):
                 for labels, value in over.items() if under.get(labels, single)}
 
     def unit(self) -> str:
-        """The unit of its values; "" for a count, "share" for what is divided."""
+        """The unit of its values; "" for a count, "share" for a quotient."""
         return "share" if self.under is not None else self.over.unit()
 
 
 def operand(text: str) -> Operand:
-    """One operand of an expression, its labels read as a page's are."""
+    """Parse one operand of an expression; labels are written as on a page."""
     rate = text.startswith("rate(")
     series = text[5:-1].strip() if rate else text
     try:
         family, = parse(f"{series} 0\n")
     except ExpositionError:
-        raise Usage(f"{text!r} is not an expression: labels stand as in a page, "
+        raise Usage(f"{text!r} is not an expression: write labels as on a page, "
                     "{label=\"value\"}") from None
     return Operand(family.name, tuple(sorted(family.samples[0].labels)), rate)
 
 
 class Range(NamedTuple):
-    """A range of the plugin guidelines: it alerts outside of `low` to `high`, with `@` inside."""
+    """A range of the plugin guidelines: alerts outside `low` to `high`, or inside with `@`."""
     text: str
     low: float
     high: float
@@ -726,34 +727,34 @@ class Range(NamedTuple):
         low = -math.inf if match.group(2) == "~" else float(match.group(2) or 0)
         high = float(match.group(3) or "inf")
         if low > high:
-            raise Usage(f"{text!r} is not a range: it begins above its end")
+            raise Usage(f"{text!r} is not a range: its start is greater than its end")
         return cls(text, low, high, match.group(1) == "@")
 
     def words(self) -> str:
-        """What is wrong with a value that it alerts for."""
+        """Why a value alerts: `outside 0:10`."""
         text = self.text.lstrip("@")
         return ("inside " if self.inverted else "outside ") + (text if ":" in text else "0:" + text)
 
     def alerts(self, value: Number) -> bool:
-        """Whether the value is one to alert for."""
+        """Whether this value alerts."""
         return (self.low <= value <= self.high) == self.inverted
 
 
 class Threshold(NamedTuple):
-    """`EXPR,WARN,CRIT`: what to look at, and when to be worried."""
+    """`EXPR,WARN,CRIT`: an expression, and the ranges that its values must stay in."""
     expression: Expression
     warning: Range | None
     critical: Range | None
 
     @classmethod
     def of_text(cls, text: str) -> Threshold:
-        """From a word of the command line; both ranges may be empty or missing. Raises Usage."""
+        """Parse an argument; both ranges may be empty or missing. Raises Usage."""
         match = _EXPRESSION.match(text)
         rest = text[match.end():] if match else ""
         words = rest.split(",") if rest else ["", ""]
         if match is None or words[0] or len(words) > 3:
-            raise Usage(f"{text!r} is not EXPR,WARN,CRIT: 'load_average,4,8', "
-                        "'rate(net_drops_in_total),0', 'mem_agg_usage/mem_limit,0.8,0.9'")
+            raise Usage(f"{text!r} is not EXPR,WARN,CRIT, such as 'load_average,4,8', "
+                        "'rate(net_drops_in_total),0' or 'mem_agg_usage/mem_limit,0.8,0.9'")
         ranges = [Range.of_text(word.strip()) if word.strip() else None for word in words[1:]]
         return cls(Expression.of_text(match.group()), *(ranges + [None, None])[:2])
 
@@ -769,25 +770,25 @@ VERDICT_WORDS = ("ok", "watch", "bad")
 
 
 class Cell(NamedTuple):
-    """One cell of the USE table: its verdict (None: nothing to judge by) and its figures."""
+    """One cell of the USE table: its verdict (None: cannot be judged) and its figures."""
     resource: str
     name: str
     verdict: int | None
     figures: tuple[Expression, ...]
-    share: str = ""             # how much of it is used, in words beside the figure of `shared`
+    share: str = ""             # how much is used, in words, shown beside the metric `shared`
     shared: str = ""
 
 
 @functools.lru_cache(maxsize=None)
 def figure_of(name: str) -> Expression:
-    """What is shown of a metric: the rate of a counter, the value of a gauge."""
+    """The figure shown for a metric: the rate of a counter, the value of a gauge."""
     counts = facts().get(name, {}).get("type") == COUNTER
     return Expression.of_text(f"rate({name})" if counts else name)
 
 
 @functools.lru_cache(maxsize=None)
 def cell_thresholds(use: Use, cell: str) -> tuple[Threshold, ...]:
-    """What judges saturation, which is worth a look, and errors, which are bad, from USE_FROM."""
+    """The thresholds of a cell, from USE_FROM: saturation is `watch`, errors are `bad`."""
     thresholds: list[Threshold] = []
     for name in use.saturation if cell == "saturation" else use.errors:
         limit = Range.of_text("1:") if name in USE_UP else below(USE_FROM.get(name, 0))
@@ -799,7 +800,7 @@ def cell_thresholds(use: Use, cell: str) -> tuple[Threshold, ...]:
 
 
 def share_of(use: Use, figures: Figures) -> float | None:
-    """The part of a resource that is used, as the table says; of several, the fullest."""
+    """The used share of a resource, as its table row defines it; of several, the highest."""
     if not use.share:
         return None
     used, whole = figure_of(use.share[0]), use.share[1:]
@@ -812,7 +813,7 @@ def share_of(use: Use, figures: Figures) -> float | None:
 
 
 def below(limit: float) -> Range:
-    """The range that alerts from this value on; for 0, above it."""
+    """The range that alerts at this value and above; for 0, only above."""
     return Range("", -math.inf, math.nextafter(limit, 0) if limit else 0, False)
 
 
@@ -823,7 +824,7 @@ def scope_of(figures: Figures) -> str:
 
 
 def verdict_of(use: Use, cell: str, figures: Figures) -> int | None:
-    """The verdict of a cell; None where there is nothing to judge by."""
+    """The verdict of a cell; None if it cannot be judged."""
     if cell == "utilisation":
         share = share_of(use, figures)
         return None if share is None else CRITICAL if share >= USE_FULL else int(share >= USE_BUSY)
@@ -832,7 +833,7 @@ def verdict_of(use: Use, cell: str, figures: Figures) -> int | None:
 
 
 def share_words(use: Use, figures: Figures) -> str:
-    """The share of a resource that is used, beside the figure that says so."""
+    """The used share of a resource, in words."""
     share = share_of(use, figures)
     if share is None:
         return ""
@@ -841,7 +842,7 @@ def share_words(use: Use, figures: Figures) -> str:
 
 
 def use_cells(figures: Figures) -> list[Cell]:
-    """The USE table of a page; resources of which the page says nothing are left out."""
+    """The USE table of a page, without resources that the page has no metrics of."""
     cells: list[Cell] = []
     scope = scope_of(figures)
     for use in USE:
@@ -860,8 +861,8 @@ def use_cells(figures: Figures) -> list[Cell]:
 
 # --- monitor --------------------------------------------------------------------------------------
 
-ONCE_SECONDS = 2.0              # between the two scrapes of a table with rates, and of --watch
-MOST_SCRAPES = 5                # for one table: an agent that saves CPU may repeat its last values
+ONCE_SECONDS = 2.0              # between scrapes, for a table with rates and for --watch
+MOST_SCRAPES = 5                # for one table; a throttled agent may repeat its last values
 RECORD_SECONDS = 10.0
 
 
@@ -887,14 +888,14 @@ CAPS = (
 
 
 class Column(NamedTuple):
-    """A column of --net and --disk: an expression, and the unit to show it in, if not its own."""
+    """A column of --net or --disk: an expression, and a unit if not the metric's own."""
     title: str
     expression: str
     unit: str = ""
 
 
 class Layout(NamedTuple):
-    """A table with a row for each value of some labels; its last columns are dropped first."""
+    """A table with a row for each set of label values; the last columns are dropped first."""
     labels: tuple[str, ...]
     columns: tuple[Column, ...]
 
@@ -946,12 +947,12 @@ DISK = (
 
 
 def one_value(figures: Figures, text: str) -> Number | None:
-    """The value of an expression that has one, for the whole container."""
+    """The value of an expression without labels, for the whole container."""
     return Expression.of_text(text).of(figures).get(()) if text else None
 
 
 def caps_rows(figures: Figures) -> list[dict[str, Any]]:
-    """--caps, exactly; where there is no cap, it and the share are None."""
+    """--caps as exact values; without a cap, cap and share are None."""
     rows = []
     for row in CAPS:
         cap, used, highest, above = (one_value(figures, text) for text in row[1:])
@@ -976,7 +977,7 @@ def caps_lines(figures: Figures, width: int) -> list[str]:
 
 
 def use_rows(figures: Figures) -> list[dict[str, Any]]:
-    """--use, exactly: a row for each cell."""
+    """--use as exact values: a row for each cell."""
     return [{"resource": cell.resource, "cell": cell.name,
              "verdict": None if cell.verdict is None else VERDICT_WORDS[cell.verdict],
              "figures": {one.text: [{"labels": dict(labels), "value": value}
@@ -985,7 +986,7 @@ def use_rows(figures: Figures) -> list[dict[str, Any]]:
 
 
 def use_lines(figures: Figures, width: int) -> list[str]:
-    """--use for people: the figures of a cell beside it, or below it where it is narrow."""
+    """--use for people: figures beside their cell or, on a narrow screen, below it."""
     cells = use_cells(figures)
     heads = aligned(("RESOURCE", "CELL", "VERDICT"), [
         (clipped(cell.resource, 16 if width < 100 else 40), cell.name,
@@ -997,7 +998,7 @@ def use_lines(figures: Figures, width: int) -> list[str]:
     for head, cell in zip(heads[1:], cells):
         texts = [f"{one.over.name} {combined(one, figures)}"
                  + (cell.share if one.over.name == cell.shared else "") for one in cell.figures]
-        if beside:      # a figure is not torn apart
+        if beside:      # never break a line inside a figure
             words = ", ".join(texts).replace(" ", "\0").replace(",\0", ", ").replace("\0(", " (")
             texts = [clipped(text.replace("\0", " "), width - indent) for text in
                      textwrap.wrap(words, width - indent, break_long_words=False)]
@@ -1010,14 +1011,14 @@ def use_lines(figures: Figures, width: int) -> list[str]:
 
 
 def judged(line: str) -> str:
-    """A line that ends with a verdict, in its colour."""
+    """A line that ends with a verdict, in the verdict's colour."""
     word = line.rsplit(" ", 1)[-1]
     return coloured(line, {"watch": 33, "bad": 31}.get(word, 0))
 
 
 def combined(expression: Expression, figures: Figures) -> str:
-    """What an expression says of the whole container: the sum over its samples; of samples that
-    contain each other (`over`) the largest, of yes and no whether all say yes."""
+    """An expression for the whole container: the sum of its samples; the largest if they include
+    each other (label `over`); for booleans, whether all are true."""
     found = expression.of(figures)
     if not found:
         return "-"
@@ -1028,7 +1029,7 @@ def combined(expression: Expression, figures: Figures) -> str:
 
 def layout_rows(layouts: Sequence[Layout], figures: Figures
                 ) -> list[tuple[Layout, list[tuple[tuple[str, ...], list[Number | None]]]]]:
-    """The rows of each layout that the page has something for: label values, then columns."""
+    """The rows of each layout that the page has metrics for: label values, then columns."""
     tables = []
     for layout in layouts:
         columns = [Expression.of_text(column.expression) for column in layout.columns]
@@ -1048,7 +1049,7 @@ def layout_rows(layouts: Sequence[Layout], figures: Figures
 
 
 def layout_objects(layouts: Sequence[Layout], figures: Figures) -> list[dict[str, Any]]:
-    """--net or --disk, exactly: label names and expressions are the keys."""
+    """--net or --disk as exact values: label names and expressions are the keys."""
     return [{**dict(zip(layout.labels, key)),
              **{column.expression: value for column, value in zip(layout.columns, values)}}
             for layout, rows in layout_rows(layouts, figures) for key, values in rows]
@@ -1070,7 +1071,7 @@ def layout_lines(layouts: Sequence[Layout], figures: Figures, width: int) -> lis
         upright = aligned(turned[0], turned[1:], range(1, len(rows) + 1))
         lines += [""] * bool(lines)
         if max(map(cells_of, aligned(header, rows))) > width >= max(map(cells_of, upright)):
-            lines += upright            # narrow: a line for each column, and none is lost
+            lines += upright            # narrow screen: a line for each column, so that all fit
         else:
             lines += fitted(header, rows, width, left=left, drop=("NIC TAG", *(
                 column.title for column in reversed(layout.columns[2:]))))
@@ -1078,7 +1079,7 @@ def layout_lines(layouts: Sequence[Layout], figures: Figures, width: int) -> lis
 
 
 class Table(NamedTuple):
-    """One way to look at a page: for people and exactly; `rates`: it takes two scrapes."""
+    """A view of a page, for people and as exact values; with `rates` it needs two scrapes."""
     help: str
     rates: bool
     lines: Callable[[Figures, int], list[str]]
@@ -1086,25 +1087,25 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "caps": Table("its caps: cap, used, share, highest use, seconds above the cap", False,
+    "caps": Table("show caps: cap, used, share, highest usage, seconds above the cap", False,
                   caps_lines, caps_rows),
-    "use": Table("utilisation, saturation and errors of each resource, with a verdict", True,
+    "use": Table("show utilisation, saturation and errors of each resource, with verdicts", True,
                  use_lines, use_rows),
-    "net": Table("its network interfaces, as rates", True,
+    "net": Table("show network interfaces, as rates", True,
                  functools.partial(layout_lines, NET), functools.partial(layout_objects, NET)),
-    "disk": Table("its file systems, as rates, and disk space", True,
+    "disk": Table("show file systems, as rates, and disk space", True,
                   functools.partial(layout_lines, DISK), functools.partial(layout_objects, DISK)),
 }
 
 
 def page_objects(figures: Figures) -> dict[str, Any]:
-    """A whole page, exactly."""
+    """All metrics of a page as exact values."""
     return {name: [{"labels": dict(labels), "value": value} for labels, value in found.items()]
             for name, found in figures.values.items()}
 
 
 def as_json(figures: Figures, table: Table | None, indent: int | None) -> str:
-    """One page or table as one object. JSON knows no infinity: what is no number becomes text."""
+    """A page or table as one object. JSON has no infinities or NaN, so they become strings."""
     page = figures.page
 
     def plain(value: Any) -> Any:
@@ -1122,7 +1123,8 @@ Scrape = Union[Page, Failure]
 
 
 def live_pages(proxy: Proxy, container: Container, interval: float) -> Iterator[Scrape]:
-    """A page of the container every so many seconds; a later one that fails is a Failure."""
+    """Scrape the container at this interval. A failure of the first scrape raises; later ones are
+    yielded."""
     due = time.monotonic()
     first = True
     while True:
@@ -1143,15 +1145,15 @@ def monitor(arguments: argparse.Namespace) -> int:
     name = next((name for name in TABLES if getattr(arguments, name)), "")
     table = TABLES.get(name)
     if not arguments.container and not arguments.replay:
-        raise Usage("whose metrics? give an alias, a UUID or the beginning of one")
+        raise Usage("no container given: use an alias, a UUID or the beginning of a UUID")
     if arguments.record and arguments.replay:
-        raise Usage("--record and --replay exclude each other: a recording is already there")
+        raise Usage("--record and --replay cannot be used together")
     for flag in ("speed", "count"):
         if getattr(arguments, flag) is not None and not (
                 arguments.replay if flag == "speed" else arguments.record or
                 arguments.watch is not None):
-            raise Usage("--speed goes with --replay" if flag == "speed" else
-                        "--count goes with --watch or --record")
+            raise Usage("--speed requires --replay" if flag == "speed" else
+                        "--count requires --watch or --record")
     if arguments.replay:
         return show_pages(arguments, table, replayed_pages(arguments), math.inf)
     proxy = proxy_of(arguments)
@@ -1168,14 +1170,14 @@ def monitor(arguments: argparse.Namespace) -> int:
 
 def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterator[Scrape],
                most: float) -> int:
-    """Record and show pages until there are `most`, the source ends, or Ctrl-C."""
+    """Record and show at most `most` pages, until the source ends or Ctrl-C."""
     several = most > 1
     recorder = Recorder(arguments.record) if arguments.record else None
     painter = Painter(in_place=several and arguments.watch is not None)
     silent = recorder is not None and table is None and arguments.watch is None \
         and not arguments.json
     earlier: dict[str, Figures] = {}        # by container
-    waiting: Figures | None = None          # a first page, for which there are no rates yet
+    waiting: Figures | None = None          # a first page, which has no rates yet
     done = shown = 0
     try:
         for page in pages:
@@ -1208,7 +1210,7 @@ def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterat
             recorder.close()
             print(f"cmon: {plural(done, 'page')} in {arguments.record}", file=sys.stderr)
     if not done and arguments.replay:
-        raise Failure(f"{arguments.replay} has no whole page"
+        raise Failure(f"{arguments.replay} contains no complete page"
                       + (f" of {arguments.container}" if arguments.container else ""))
     return 0
 
@@ -1220,7 +1222,7 @@ def paint(painter: Painter, figures: Figures, table: Table | None, arguments: ar
         painter.line(as_json(figures, table, None if several else 2))
         return
     assert table is not None
-    lines = table.lines(figures, screen_width()) or ["the page has no figures for this table"]
+    lines = table.lines(figures, screen_width()) or ["the page has no metrics for this table"]
     if several:
         page = figures.page
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(page.at))
@@ -1230,17 +1232,17 @@ def paint(painter: Painter, figures: Figures, table: Table | None, arguments: ar
 
 # --- recordings -----------------------------------------------------------------------------------
 
-# A recording is pages, each behind a line that says when and of whom it is and how long. With .gz
-# each page is a gzip member of its own, so that a recording that was cut off is good up to the cut,
-# and pages can be appended to it.
-LONGEST_PAUSE = 60.0            # seconds that --replay waits where the recording has a gap
+# A recording is a sequence of pages, each after a line with its time, container and length. In a
+# .gz file each page is a gzip member of its own, so that a truncated recording is valid up to the
+# cut and pages can be appended.
+LONGEST_PAUSE = 60.0            # seconds that --replay waits at most where the recording has a gap
 HEAD = re.compile(rb"# cmon page at=([0-9]{1,12}(?:\.[0-9]{1,6})?) uuid=(" + UUID.pattern.encode()
                   + rb") alias=(\S{1,1500}) bytes=([0-9]{1,9})\n")
 LONGEST_HEAD = 2000
 
 
 class Recorder:
-    """Appends pages to a file; what an interrupted recording has left of a page is cut away."""
+    """Appends pages to a file, after removing the partial page of an interrupted recording."""
 
     def __init__(self, path: str) -> None:
         self.packed = path.endswith(".gz")
@@ -1255,7 +1257,7 @@ class Recorder:
             raise Failure(f"will not append to {path}: {failure}") from None
 
     def _whole(self) -> int:
-        """How many bytes of the file are whole pages; Failure if what follows is no cut-off one."""
+        """Size of the complete pages; Failure if anything but a partial page follows them."""
         self._file.seek(0)
         end = 0
         if self.packed:
@@ -1266,7 +1268,7 @@ class Recorder:
         self._file.seek(end)
         magic = b"\x1f\x8b" if self.packed else b"# cmon page "
         if not magic.startswith(self._file.read(len(magic))):
-            raise Failure("it holds something else than a recording")
+            raise Failure("it is not a recording")
         return end
 
     def add(self, page: Page) -> None:
@@ -1281,7 +1283,7 @@ class Recorder:
 
 
 def recorded_page(page: Page) -> bytes:
-    """A page as it stands in a recording."""
+    """A page in the form of a recording."""
     return (f"# cmon page at={page.at:.3f} uuid={page.uuid} alias={urllib.parse.quote(page.alias)} "
             f"bytes={len(page.body)}\n").encode() + page.body
 
@@ -1307,7 +1309,7 @@ def whole_members(file: IO[bytes]) -> int:
 
 
 def recorded(file: Union[IO[bytes], gzip.GzipFile]) -> Iterator[Page]:
-    """The pages of a recording, up to where it is cut off."""
+    """The complete pages of a recording."""
     try:
         while True:
             match = HEAD.fullmatch(file.readline(LONGEST_HEAD))
@@ -1324,7 +1326,7 @@ def recorded(file: Union[IO[bytes], gzip.GzipFile]) -> Iterator[Page]:
 
 
 def recording(path: str) -> Iterator[Page]:
-    """The pages of a file; Failure if it cannot be read or is none."""
+    """The pages of a recording; Failure if the file cannot be read."""
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             yield from recorded(file)
@@ -1333,8 +1335,8 @@ def recording(path: str) -> Iterator[Page]:
 
 
 def replayed_pages(arguments: argparse.Namespace) -> Iterator[Scrape]:
-    """The pages of --replay: with --watch at the pace of the recording times --speed, or at the one
-    that --watch gives; else at once."""
+    """The pages of --replay. With --watch they come at the interval that it gives or, without one,
+    at the recording's own pace times --speed; otherwise without pauses."""
     name = (arguments.container or "").lower()
     last: Page | None = None
     for page in recording(arguments.replay):
@@ -1351,35 +1353,35 @@ def replayed_pages(arguments: argparse.Namespace) -> Iterator[Scrape]:
 # --- top ------------------------------------------------------------------------------------------
 
 TOP_SECONDS = 5.0               # between two rounds
-OFF_SCREEN = 4                  # rounds in which what is off the screen is asked for once
-QUOTA_SHARE = 0.5               # of the account's quota: others of the account ask, too
-READINGS = 60                   # that are kept for a sparkline
-LEAST_DRAW = 0.2                # seconds between two screens, but for keys
-LEAST_SPARK = 8                 # columns of it, before it is worth its place
+OFF_SCREEN = 4                  # rounds; containers off the screen are scraped once in so many
+QUOTA_SHARE = 0.5               # of the account's quota; the rest is for its other clients
+READINGS = 60                   # kept for a sparkline
+LEAST_DRAW = 0.2                # seconds between redraws, except after a key
+LEAST_SPARK = 8                 # columns; a narrower sparkline is left out
 SPARKS = "▁▂▃▄▅▆▇█"
-PLAIN_SPARKS = "_.:-=+*#"       # for terminals without the letters
-FAST = ("cpucap", "memcap", "link", "zone_vfs", "zone_misc")    # collectors of what is shown
+PLAIN_SPARKS = "_.:-=+*#"       # for terminals without those characters
+FAST = ("cpucap", "memcap", "link", "zone_vfs", "zone_misc")    # collectors of the columns
 KEYS = re.compile(r"\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Za-z]|.", re.S)
 KEY_NAMES = {"\x1b[A": "up", "\x1bOA": "up", "k": "up", "\x1b[B": "down", "\x1bOB": "down",
              "j": "down", "\x1b[5~": "page up", "\x1b[6~": "page down", "\x1b[D": "<",
              "\x1bOD": "<", "\x1b[C": ">", "\x1bOC": ">", "\r": "enter", "\n": "enter",
              "u": "enter", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
 TOP_HELP = ("q quit  < > sort  r reverse  / filter  space pause  enter USE",
-            "q quit <> sort r / filter space enter")        # where that is too wide
+            "q quit <> sort r / filter space enter")        # if that is too wide
 DETAIL_HELP = ("q back  arrows, page up, page down scroll  space pause",
                "q back  j k scroll  space")
 FILTER_HELP = ("enter keeps the filter  escape clears it", "enter keep  escape clear")
 
 
 class TopColumn(NamedTuple):
-    """A column of top: its title, the unit of its values, and how they come from a page."""
+    """A column of top: its title, its unit, and its value from a page."""
     title: str
     unit: str
     value: Callable[[Figures], Number | None]
 
 
 def total(*texts: str) -> Callable[[Figures], Number | None]:
-    """The sum of all samples of some expressions; None where there are none."""
+    """The sum of all samples of these expressions; None if there are none."""
     def value(figures: Figures) -> Number | None:
         found = [number for text in texts
                  for number in Expression.of_text(text).of(figures).values()]
@@ -1388,7 +1390,7 @@ def total(*texts: str) -> Callable[[Figures], Number | None]:
 
 
 def cpus_used(figures: Figures) -> Number | None:
-    """CPUs in use: by the cap's usage as CPU%; without a cap by the counters."""
+    """CPUs in use: from the cap's usage, as CPU%; without a cap, from the counters."""
     percent = one_value(figures, "cpucap_cur_usage_percentage")
     if percent is not None:
         return quotient(percent, 100)
@@ -1406,7 +1408,7 @@ TOP_COLUMNS = (
                                        "rate(vfs_bytes_written_count)")),
 )
 TOP_TITLES = ("NAME", *(column.title for column in TOP_COLUMNS), "WORST", "AGE")
-# In this order where it is narrow; what rows are sorted by stays, so `>` shows each in turn.
+# Dropped in this order on a narrow screen, except the sort column, so `>` shows each in turn.
 TOP_DROP = ("CPU", "MEM", "AGE", "DISK", "NET", "MEM%", "WORST")
 
 
@@ -1425,7 +1427,7 @@ class Row:
         self.history: collections.deque[float] = collections.deque(maxlen=READINGS)
 
     def take(self, answer: Scrape) -> None:
-        """A page, or why there is none."""
+        """Take a page, or the reason why there is none."""
         self.pending = False
         try:
             if isinstance(answer, Failure):
@@ -1443,7 +1445,7 @@ class Row:
         self.history.append(quotient(used or 0, 1))
 
     def age(self, now: float) -> float | None:
-        """Seconds since what is shown was read in the kernel."""
+        """Seconds since the agent read the values that are shown."""
         if self.figures is None:
             return None
         ages = [age for collector, age in self.figures.ages.items() if collector in FAST]
@@ -1459,7 +1461,7 @@ class Row:
         return "-" if verdict < 0 else "ok" if verdict == OK else resource
 
     def rank(self, title: str, now: float) -> tuple[bool, Any]:
-        """What rows are sorted by; without a value they come last."""
+        """The sort key of a column; rows without a value come last."""
         if title == "NAME":
             return False, self.alias
         value = (self.worst[0] + 4 * bool(self.failure)) if title == "WORST" else \
@@ -1467,7 +1469,7 @@ class Row:
         return value is None, -quotient(value or 0, 1)
 
     def spark(self, width: int, letters: str) -> str:
-        """Its CPU over time; full height is the cap, without a cap the most that was seen."""
+        """CPU over time; full height is the cap or, without one, the highest value so far."""
         found = list(self.history)[-width:]
         full = 1.0 if self.values.get("CPU%") is not None else max(found, default=0.0)
         return "".join(letters[min(max(int(value / full * len(letters)), 0), len(letters) - 1)]
@@ -1475,7 +1477,7 @@ class Row:
 
 
 class Top:
-    """What top knows and shows; it asks nobody and knows no terminal."""
+    """The state of top and its screen; does no input or output."""
 
     def __init__(self, sort: str = "CPU%", interval: float = TOP_SECONDS) -> None:
         self.sort, self.interval = sort, interval
@@ -1483,18 +1485,18 @@ class Top:
         self.reverse = self.paused = self.typing = self.ended = False
         self.filter = ""
         self.selected = ""                  # a UUID
-        self.moved = False                  # by the user; until then it is the first row
+        self.moved = False                  # by the user; until then the first row is selected
         self.detail = False                 # its USE table, instead of all containers
         self.first = 0                      # row or line at the top of the screen
-        self.failure = ""                   # why the last round came to nothing
-        self.behind = ""                    # why it cannot keep up
+        self.failure = ""                   # why the last round failed
+        self.behind = ""                    # why it falls behind
         self.quota: Number | None = None    # requests a minute
         self._shown: list[Row] = []         # on the screen when it was last drawn
 
     # what is known
 
     def take_fleet(self, figures: Figures) -> None:
-        """The containers that there are, and what the account may ask."""
+        """Take the account's containers and quota from the fleet page."""
         found: dict[str, Row] = {}
         for labels in figures.values.get("cmon_instance_info", {}):
             uuid, alias = dict(labels).get("instance", ""), dict(labels).get("alias", "")
@@ -1506,17 +1508,17 @@ class Top:
         self.rows = found
         self.quota = one_value(figures, "cmon_quota_limit")
         limited = one_value(figures, "cmon_quota_limited")
-        self.failure = "over the account's quota: figures may be old" if limited else ""
+        self.failure = "over the account's quota: metrics may be old" if limited else ""
 
     def take_page(self, answer: Scrape, uuid: str) -> None:
-        """A container's page, or why there is none."""
+        """Take a container's page, or the reason why there is none."""
         row = self.rows.get(uuid)
         if row is not None:
             row.take(answer)
 
     def due(self, now: float) -> list[Row]:
-        """Whom to ask in this round: all on the screen, and an equal part of the others; within a
-        share of the quota, those first whose figures are oldest."""
+        """The rows to scrape in this round: all on the screen and an equal part of the others,
+        oldest first, within a share of the quota."""
         shown = {row.uuid for row in self._shown}
         running = [row for row in self.rows.values() if row.state == "running"]
         waiting = [row for row in running if row.pending]
@@ -1529,10 +1531,10 @@ class Top:
         if self.quota is not None:
             most = max(int(self.quota * QUOTA_SHARE * self.interval / 60) - 1, 1)
         if waiting:
-            self.behind = f"cannot keep up: {len(waiting)} of the last round's pages have not come"
+            self.behind = f"falling behind: {len(waiting)} pages of the last round are missing"
         elif most < len(wanted):
-            self.behind = (f"cannot keep up: {most} of {len(wanted)} pages a round, half of the "
-                           f"quota of {brief(self.quota or 0)} a minute")
+            self.behind = (f"falling behind: {most} of {len(wanted)} pages a round, to use at most "
+                           f"half of the quota of {brief(self.quota or 0)} requests a minute")
         for row in wanted[:most]:
             row.asked, row.pending = now, True
         return wanted[:most]
@@ -1540,7 +1542,7 @@ class Top:
     # what is asked for by keys
 
     def visible(self, now: float) -> list[Row]:
-        """The rows that the filter lets through, sorted."""
+        """The rows that match the filter, sorted."""
         word = self.filter.lower()
         found = sorted((row for row in self.rows.values() if word in row.alias.lower()
                         or row.uuid.startswith(word)), key=lambda row: (row.alias, row.uuid))
@@ -1548,7 +1550,7 @@ class Top:
         return sorted(found, key=lambda row: row.rank(self.sort, now)[0])
 
     def keys(self, text: str, now: float, height: int) -> None:
-        """What was typed."""
+        """Handle typed keys."""
         for key in KEYS.findall(text):
             name = KEY_NAMES.get(key, key)
             if self.typing:
@@ -1598,8 +1600,8 @@ class Top:
 
     def table(self, rows: Sequence[Row], width: int, now: float, marked: bool = False
               ) -> list[str]:
-        """Rows with a header; the sparkline takes what is left of the width. `marked`: the column
-        that they are sorted by says so."""
+        """Rows with a header; the sparkline takes the remaining width. `marked`: mark the sort
+        column."""
         longest = max(10, min(40, width // 5))
         cells = [[clipped(row.alias, longest),
                   *(amount(row.values.get(column.title), column.unit) for column in TOP_COLUMNS),
@@ -1671,7 +1673,7 @@ def seconds_words(value: float | None) -> str:
 
 
 def sparks() -> tuple[str, str]:
-    """Letters for sparklines and for the order of a column, as far as the terminal has them."""
+    """Characters for sparklines and sort order that the terminal's encoding has."""
     try:
         SPARKS.encode(sys.stdout.encoding or "ascii")
         return SPARKS, "▼▲"
@@ -1680,17 +1682,18 @@ def sparks() -> tuple[str, str]:
 
 
 class Poller:
-    """Asks in the background, AT_ONCE at a time; `answers` has what came, and `wake` is called."""
+    """Sends requests in the background, AT_ONCE at a time; puts results into `answers` and calls
+    `wake`."""
 
     def __init__(self, proxy: Proxy, groups: str, wake: Callable[[], None]) -> None:
         self._proxy, self._groups, self._wake = proxy, groups, wake
         self._jobs: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[tuple[Row | None, Scrape]] = queue.SimpleQueue()
-        for _ in range(AT_ONCE):        # daemons: what hangs does not keep anybody from leaving
+        for _ in range(AT_ONCE):        # daemon threads: a hanging request must not block exit
             threading.Thread(target=self._work, daemon=True).start()
 
     def ask(self, row: Row | None) -> None:
-        """For a container's page; None is the fleet page."""
+        """Request a container's page or, with None, the fleet page."""
         self._jobs.put(row)
 
     def _work(self) -> None:
@@ -1708,16 +1711,16 @@ class Poller:
 
 
 class Rounds:
-    """Keeps a Top fresh: the fleet page once a round, then the pages that are due."""
+    """Updates a Top: once a round the fleet page, then the pages that are due."""
 
     def __init__(self, top: Top, poller: Poller) -> None:
         self.top, self.poller = top, poller
-        self.next = -math.inf               # monotonic; when the next round begins
-        self.asked = 0                      # answers that have not come
-        self._fleet = False                 # its page is on its way
+        self.next = -math.inf               # monotonic; start of the next round
+        self.asked = 0                      # requests in flight
+        self._fleet = False                 # the fleet page is in flight
 
     def work(self, now: float) -> None:
-        """Take what has come; begin a round when it is time."""
+        """Take the answers that have arrived; start the next round when it is due."""
         while not self.poller.answers.empty():
             row, answer = self.poller.answers.get()
             self.asked -= 1
@@ -1745,9 +1748,9 @@ class Rounds:
 
 
 class Terminal:
-    """The user's terminal while top has it: alternate screen, keys one by one; always given back.
+    """The user's terminal while top runs: alternate screen, single keys; always restored.
 
-    Signals and threads wake the loop by a byte in a pipe: a signal's number, or 0.
+    Signals and threads wake the loop through a pipe, with a signal's number or 0.
     """
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH, signal.SIGTSTP)
 
@@ -1767,7 +1770,7 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)       # nothing may cut the restoring short
+            signal.signal(number, signal.SIG_IGN)       # nothing may interrupt this
         self.give_back()
 
     def take(self) -> None:
@@ -1776,7 +1779,7 @@ class Terminal:
         self._write("\x1b[?1049h\x1b[?25l")
 
     def give_back(self) -> None:
-        """As it was before; a terminal that is gone needs nothing."""
+        """Restore the terminal, if it still exists."""
         try:
             self._write("\x1b[?25h\x1b[?1049l")
             termios.tcsetattr(self._keys, termios.TCSADRAIN, self._saved)
@@ -1784,16 +1787,16 @@ class Terminal:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def wake(self) -> None:
-        """From any thread."""
-        with contextlib.suppress(OSError):      # full: it wakes anyway
+        """Wake the loop, from any thread."""
+        with contextlib.suppress(OSError):      # a full pipe wakes it too
             os.write(self._wake, b"\0")
 
     def draw(self, lines: Sequence[str]) -> None:
-        """A whole screen, in one write."""
+        """Write a whole screen at once."""
         self._write("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J")
 
     def wait(self, seconds: float) -> str | None:
-        """The keys that were pressed meanwhile; None when it is time to leave."""
+        """Wait for keys, at most so long; None means quit."""
         ready, _, _ = select.select([self._keys, self._wakes], [], [], max(seconds, 0))
         numbers = os.read(self._wakes, 4096) if self._wakes in ready else b""
         if signal.SIGTSTP in numbers:
@@ -1819,7 +1822,7 @@ def top(arguments: argparse.Namespace) -> int:
     live = not arguments.once and sys.stdin.isatty() and sys.stdout.isatty() \
         and os.environ.get("TERM") != "dumb"
     if arguments.speed is not None and not arguments.replay:
-        raise Usage("--speed goes with --replay")
+        raise Usage("--speed requires --replay")
     if arguments.replay:
         return top_replayed(state, arguments, live)
     proxy = proxy_of(arguments)
@@ -1833,13 +1836,13 @@ def top(arguments: argparse.Namespace) -> int:
 
 def top_loop(state: Top, terminal: Terminal, work: Callable[[float], None],
              clock: Callable[[], float]) -> int:
-    """Work, draw, wait, until the user has seen enough or the terminal is gone."""
+    """Work, draw and wait, until the user quits or the terminal is gone."""
     drawn, pressed = -math.inf, ""
     try:
         while not state.ended:
             now = time.monotonic()
             work(now)
-            if pressed or now - drawn >= LEAST_DRAW:    # not for each page of hundreds
+            if pressed or now - drawn >= LEAST_DRAW:    # not for every page
                 drawn = now
                 width, height = screen_size()
                 terminal.draw(state.screen(width, height, clock()))
@@ -1871,7 +1874,7 @@ def top_once(state: Top, proxy: Proxy, groups: str) -> int:
 
 
 def top_table(state: Top, now: float) -> int:
-    """The table of all containers, and what went wrong on stderr."""
+    """Print the table of all containers; problems go to stderr."""
     rows = state.visible(now)
     lines = state.table(rows, screen_width() + 2, now)
     print("\n".join([emphasis(lines[0]), *lines[1:]]))
@@ -1884,11 +1887,11 @@ def top_table(state: Top, now: float) -> int:
 
 
 def top_replayed(state: Top, arguments: argparse.Namespace, live: bool) -> int:
-    """top on a recording: at its pace times --speed; at once where nobody looks on."""
+    """Replay a recording at its own pace times --speed or, without a terminal, at once."""
     pages = recording(arguments.replay)
     last = next(pages, None)
     if last is None:
-        raise Failure(f"{arguments.replay} has no whole page")
+        raise Failure(f"{arguments.replay} contains no complete page")
     began, first, shown = time.monotonic(), last.at, last.at
     waiting: Page | None = last
 
@@ -1915,27 +1918,27 @@ def top_replayed(state: Top, arguments: argparse.Namespace, live: bool) -> int:
 
 # https://www.monitoring-plugins.org/doc/guidelines.html
 STATUS_WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
-GRAVITY = (OK, UNKNOWN, WARNING, CRITICAL)      # of several findings the gravest counts
+GRAVITY = (OK, UNKNOWN, WARNING, CRITICAL)      # of several findings, the last of these counts
 UOMS = {"bytes": "B", "seconds": "s", "milliseconds": "ms", "percent": "%"}
-AT_ONCE = 8                     # pages that are asked for at the same time
+AT_ONCE = 8                     # concurrent requests for pages
 LONGEST_OUTPUT = 8000           # characters; Nagios takes 8192
-MOST_PROBLEMS = 5               # told in words; all are in the exit status and the performance data
-OLDEST_FIGURES = 300.0          # seconds; older ones are UNKNOWN, but for what is read less often
+MOST_PROBLEMS = 5               # in the text; exit status and performance data cover all
+OLDEST_FIGURES = 300.0          # seconds; older is UNKNOWN, except what is read less often
 COLLECTORS_UP = "cmon_collector_up,1:"
-RESPONSE = "response_seconds"           # what is known beside the fleet page's metrics
+RESPONSE = "response_seconds"           # added to the metrics of the fleet page
 DAYS_LEFT = "certificate_days_left"
 DAYS_LEFT_LIMITS = f"{DAYS_LEFT},30:,7:"
 
 
 class Finding(NamedTuple):
-    """What came of one sample, or of one that is missing; no words: another finding tells it."""
+    """The result for one sample, or for a missing one; no words if another finding covers it."""
     status: int
     words: str
     perfdata: str = ""
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """`cmon.py check`: one line, and an exit status of its own."""
+    """`cmon.py check`: one line, with the exit status of a plugin."""
     try:
         findings = check_findings(arguments)
     except (Failure, OSError, KeyboardInterrupt) as error:
@@ -1964,12 +1967,12 @@ def report(findings: Sequence[Finding]) -> int:
 
 
 def check_findings(arguments: argparse.Namespace) -> list[Finding]:
-    """Ask what was chosen, and judge it."""
+    """Scrape what was selected, and apply the thresholds."""
     words = list(arguments.words)
     selected = arguments.all or arguments.groups or arguments.proxy or arguments.certificate
     name = "" if selected else (words.pop(0) if words else "")
     if not selected and not name:
-        raise Usage("what is to be checked? NAME, --all, --groups, --proxy or --certificate")
+        raise Usage("nothing to check: give NAME, --all, --groups, --proxy or --certificate")
     default = RESPONSE if arguments.proxy else DAYS_LEFT_LIMITS if arguments.certificate \
         else COLLECTORS_UP
     thresholds = [Threshold.of_text(word) for word in words or [default]]
@@ -1982,7 +1985,8 @@ def check_findings(arguments: argparse.Namespace) -> list[Finding]:
     chosen = [proxy.find(name)] if name else proxy.containers(arguments.groups)[1]
     running = [one for one in chosen if name or one.state == "running"]
     if not running:
-        raise Failure("no container runs" + (f" in {arguments.groups}" if arguments.groups else ""))
+        raise Failure("no running containers" + (
+            f" in {arguments.groups}" if arguments.groups else ""))
     findings: list[Finding] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for one, page in zip(running, pool.map(functools.partial(scraped, proxy), running)):
@@ -1992,7 +1996,7 @@ def check_findings(arguments: argparse.Namespace) -> list[Finding]:
                 continue
             try:
                 findings += check_page(state.figures(page), thresholds, who)
-            except Failure as failure:      # the page is none
+            except Failure as failure:      # not a valid page
                 findings.append(Finding(UNKNOWN, str(failure)))
     state.save()
     if not name and all(finding.status == OK for finding in findings):
@@ -2006,7 +2010,7 @@ def plural(number: int, word: str) -> str:
 
 
 def scraped(proxy: Proxy, container: Container) -> Scrape:
-    """One page, or why there is none."""
+    """Scrape a page; a Failure is returned, not raised."""
     try:
         body = proxy.scrape(container.uuid)
         return Page(time.time(), container.uuid, container.alias, body)
@@ -2015,7 +2019,7 @@ def scraped(proxy: Proxy, container: Container) -> Scrape:
 
 
 def fleet_page(proxy: Proxy) -> Page:
-    """The fleet page with what was learnt on the way; no day is left of an expired certificate."""
+    """The fleet page, with the response time and the days until the certificate expires."""
     begin = time.monotonic()
     answer = proxy.get("/v1/fleet/metrics")
     elapsed = time.monotonic() - begin
@@ -2066,7 +2070,7 @@ def check_page(figures: Figures, thresholds: Sequence[Threshold], who: str) -> l
 
 
 def telling(found: Sequence[Labels]) -> set[str]:
-    """The names of labels that tell samples apart: one that does so alone, or all that differ."""
+    """The labels that distinguish samples: a single one if it suffices, else all that differ."""
     if len(found) < 2:
         return set()
     names = {name for labels in found for name, _ in labels}
@@ -2075,17 +2079,17 @@ def telling(found: Sequence[Labels]) -> set[str]:
     return set(alone[:1]) or {name for name in names if len(values[name]) > 1}
 
 
-# A label stands between single quotes and ends at the equals sign.
+# In performance data a label is in single quotes and must not contain an equals sign.
 PERFDATA_LABEL = {ord("'"): None, ord('"'): None, ord("="): ":", ord("|"): "/"}
 
 
 def unit_of(expression: Expression) -> str:
-    """The unit of a value that is told in words."""
+    """The unit of a value in the text."""
     return {RESPONSE: "seconds", DAYS_LEFT: "days"}.get(expression.text, expression.unit())
 
 
 def uom(expression: Expression, figures: Figures) -> str:
-    """The unit of measurement in performance data; the guidelines know none for a rate."""
+    """The unit of measurement in performance data; the guidelines have none for a rate."""
     if expression.under is None and not expression.over.rate \
             and figures.kinds.get(expression.over.name) == COUNTER:
         return "c"
@@ -2093,8 +2097,7 @@ def uom(expression: Expression, figures: Figures) -> str:
 
 
 def too_old(expression: Expression, figures: Figures) -> str:
-    """Why the figures say nothing of the present: the proxy answers with old copies to an account
-    that is over its quota."""
+    """Why the figures are too old to judge, or "": an account over its quota gets old copies."""
     for part in (expression.over, expression.under):
         if part is not None:
             age = figures.ages.get(figures.collector(part.name), 0)
@@ -2110,18 +2113,18 @@ def missing(expression: Expression, figures: Figures) -> str:
             continue
         if part.rate and part._replace(rate=False).of(figures):
             if figures.kinds.get(part.name) == GAUGE:
-                return f"{part.name} is a gauge: a rate is for counters"
+                return f"{part.name} is a gauge: rate() needs a counter"
             return f"{expression.text} " + (
-                "was not read again since the last run: the next one has two readings"
-                if figures.compared else "has no earlier reading yet: the next run has")
+                "has not been read again since the last run: wait for the next run"
+                if figures.compared else "needs an earlier reading: wait for the next run")
         return f"no sample of {expression.text}" if part is expression.over and \
             expression.under is None else f"no sample of {part.name}"
-    return f"{expression.text} cannot be divided: by zero, or no sample with the same labels"
+    return f"{expression.text} has no value: B is zero or has no sample with the same labels"
 
 
 class RateState:
-    """The last two readings of the counters whose rates are asked for, in a file of the user's: a
-    recording of those metrics alone. Two, since a run may see the reading that the last run saw."""
+    """The last two readings of the counters in rate(), kept in a file: a recording of only those
+    metrics. Two, because a run may see the same reading as the last run."""
 
     def __init__(self, arguments: argparse.Namespace, thresholds: Sequence[Threshold]) -> None:
         self._names = {part.name for one in thresholds
@@ -2131,7 +2134,7 @@ class RateState:
         self._kept: list[Page] = []
         if not self._names:
             return
-        # each check has a file of its own: they run at intervals of their own
+        # Each check has its own file, because checks run at different intervals.
         what = "\0".join((arguments.url, arguments.cert, str(arguments.all), arguments.groups,
                           str(arguments.proxy), str(arguments.certificate), *arguments.words))
         self._path = cache_folder(arguments.state) / (
@@ -2141,7 +2144,7 @@ class RateState:
                 self._pages.setdefault(page.uuid, []).append(page)
 
     def figures(self, page: Page) -> Figures:
-        """The figures of a page, with the rates that are asked for."""
+        """The figures of a page, with the rates that the thresholds need."""
         if not self._names:
             return Figures(page)
         last: Figures | None = None
@@ -2149,7 +2152,7 @@ class RateState:
         try:
             for one in known:
                 last = Figures(one, last)
-        except Failure:                     # not what we wrote: as if it were not there
+        except Failure:                     # the file is damaged: start over
             last, known = None, []
         figures = Figures(page, last)
         collectors = {figures.collector(name) for name in self._names}
@@ -2173,7 +2176,7 @@ NO_UUID = "00000000-0000-0000-0000-000000000000"       # of the fleet page
 
 
 def cache_folder(chosen: str) -> Path:
-    """Where readings are kept; made if it is not there. Failure when it cannot be."""
+    """The folder for readings, created if missing; Failure if that is impossible."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = Path(chosen) if chosen else (
@@ -2181,8 +2184,8 @@ def cache_folder(chosen: str) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         words = words_of(error) if isinstance(error, OSError) else str(error)
-        raise Failure(f"no folder for the readings that rates need: {words}; "
-                      "--state DIR names one") from None
+        raise Failure(f"rate() needs a folder for its readings: {words}; "
+                      "use --state DIR") from None
     return folder
 
 
@@ -2209,7 +2212,7 @@ def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
 def discover(arguments: argparse.Namespace) -> int:
     """`cmon.py discover`"""
     if arguments.every and not arguments.file_sd:
-        raise Usage("--every goes with --file-sd FILE")
+        raise Usage("--every requires --file-sd FILE")
     proxy = proxy_of(arguments)
     if arguments.file_sd:
         return keep_file_sd(proxy, arguments)
@@ -2218,7 +2221,7 @@ def discover(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     elif not containers:
         print("cmon: no containers" + (f" in {arguments.groups}" if arguments.groups else
-                                       ": this account has none that run"), file=sys.stderr)
+                                       ": this account has no running containers"), file=sys.stderr)
     elif arguments.hosts or arguments.zone:
         host = urllib.parse.urlsplit(proxy.url).hostname or ""
         print("\n".join(name_lines(containers, host, arguments.suffix or host,
@@ -2230,11 +2233,11 @@ def discover(arguments: argparse.Namespace) -> int:
 
 def name_lines(containers: Sequence[Container], host: str, suffix: str,
                address: str) -> Iterator[str]:
-    """The containers' own names, for sites without wildcard DNS: for /etc/hosts with an address,
-    else records to include in a zone file."""
+    """The containers' host names, for sites without wildcard DNS: lines of /etc/hosts if there is
+    an address, else records for a zone file."""
     for container in containers:
         if not UUID.fullmatch(container.uuid):
-            raise Failure(f"the proxy lists a container whose UUID is none: {container.uuid!r}")
+            raise Failure(f"the proxy lists a container with an invalid UUID: {container.uuid!r}")
         name = f"{container.uuid}.{suffix}"
         if address:
             yield f"{address}\t{name}\t# {container.alias}"
@@ -2246,7 +2249,7 @@ def name_lines(containers: Sequence[Container], host: str, suffix: str,
 
 
 def is_address(text: str) -> bool:
-    """Whether it is an IP address in digits."""
+    """Whether the text is an IP address."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -2255,7 +2258,7 @@ def is_address(text: str) -> bool:
 
 
 def keep_file_sd(proxy: Proxy, arguments: argparse.Namespace) -> int:
-    """`--file-sd FILE`: write it once, or again and again. A failure leaves the file as it is."""
+    """`--file-sd FILE`: write the file once or repeatedly. A failure leaves it unchanged."""
     path = Path(arguments.file_sd)
     while True:
         try:
@@ -2263,14 +2266,14 @@ def keep_file_sd(proxy: Proxy, arguments: argparse.Namespace) -> int:
         except Failure as failure:
             if not arguments.every:
                 raise
-            print(f"cmon: {failure}; {path} stays as it is", file=sys.stderr, flush=True)
+            print(f"cmon: {failure}; {path} is unchanged", file=sys.stderr, flush=True)
         if not arguments.every:
             return 0
         time.sleep(arguments.every)
 
 
 def write_file_sd(path: Path, body: bytes) -> None:
-    """Targets as Prometheus' file_sd_configs read them, whole or not at all."""
+    """Write targets for Prometheus' file_sd_configs, whole or not at all."""
     try:
         groups = json.loads(body)
         good = isinstance(groups, list) and all(
@@ -2279,30 +2282,30 @@ def write_file_sd(path: Path, body: bytes) -> None:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
-        raise Failure("the proxy answers /v1/sd with something else than targets")
+        raise Failure("the proxy's answer to /v1/sd is not a list of targets")
     content = (json.dumps(groups, indent=1, ensure_ascii=False) + "\n").encode()
     try:
         if path.is_file() and path.read_bytes() == content:
-            return                          # Prometheus reads again what is written
+            return                          # a rewrite would make Prometheus reload it
     except OSError as error:
         raise Failure(f"cannot write {path}: {words_of(error)}") from None
-    write_whole(path, content, 0o644)       # Prometheus may be another user
+    write_whole(path, content, 0o644)       # Prometheus may run as another user
 
 
 # --- certificates ---------------------------------------------------------------------------------
 
 LOGIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,63}")    # also a file's name; X.509 takes 64
 DAYS = 3650                 # as `triton profile cmon-certgen`
-BACKDATED_SECONDS = 300     # clocks differ, and the original proxy makes no allowance for that
-RENEW_DAYS = 30             # --renew leaves alone what lasts longer; also when the alert fires
-AGENT_SECONDS = 120.0       # ssh-agent may ask its owner to confirm
+BACKDATED_SECONDS = 300     # clocks differ, and the original proxy does not allow for that
+RENEW_DAYS = 30             # --renew keeps a certificate that lasts longer; the alert's limit too
+AGENT_SECONDS = 120.0       # ssh-agent may ask its user to confirm
 AGENT_MESSAGE = 262_144     # bytes; ssh-agent's own limit
-ANOTHER_KEY = ("make one with `ssh-keygen -t ecdsa`, add it to the account, and use it here")
-WRONG_KIND = "is of kind {kind}, and certificates are signed with RSA or ECDSA: " + ANOTHER_KEY
+ANOTHER_KEY = "make one with `ssh-keygen -t ecdsa`, add it to the account, and use it here"
+WRONG_KIND = "is of kind {kind}, but certificates need an RSA or ECDSA key: " + ANOTHER_KEY
 
 
 class SshAgent:
-    """The user's ssh-agent (draft-miller-ssh-agent), asked over its socket."""
+    """A client of the user's ssh-agent (draft-miller-ssh-agent)."""
     IDENTITIES, SIGN, SHA256 = 11, 13, 2        # requests, and the flag for RSA with SHA-256
     ANSWERS = {IDENTITIES: 12, SIGN: 14}
 
@@ -2310,13 +2313,13 @@ class SshAgent:
         self.path = path
 
     def keys(self) -> list[tuple[Any, str]]:
-        """Public keys of the kinds that we know, each with its comment."""
+        """Public keys of the kinds that we support, each with its comment."""
         from cmon_proxy import CertificateError, public_key
         rest = self._ask(self.IDENTITIES, b"")
         count, = struct.unpack(">I", rest[:4])
         fields = self._fields(rest[4:])
         if len(fields) != 2 * count:
-            raise Failure("ssh-agent answers with something else than a list of keys")
+            raise Failure("the answer of ssh-agent is not a list of keys")
         found = []
         for blob, comment in zip(fields[::2], fields[1::2]):
             kind = b"".join(self._fields(blob)[:1]).decode("ascii", "replace")
@@ -2347,8 +2350,9 @@ class SshAgent:
         except struct.error:
             answer = b""
         if answer[:1] != bytes([self.ANSWERS[kind]]):
-            raise Failure("ssh-agent refuses" + (
-                " to sign: `ssh-add -l` shows whether it is locked" if kind == self.SIGN else ""))
+            raise Failure("ssh-agent refused" + (
+                " to sign: check with `ssh-add -l` whether it is locked" if kind == self.SIGN
+                else " to list its keys"))
         return answer[1:]
 
     @staticmethod
@@ -2357,7 +2361,7 @@ class SshAgent:
         while content:
             length = int.from_bytes(content[:4], "big")
             if len(content) < 4 + length:
-                raise Failure("ssh-agent answers with a message that is cut off")
+                raise Failure("the answer of ssh-agent is truncated")
             fields.append(content[4:4 + length])
             content = content[4 + length:]
         return fields
@@ -2378,8 +2382,8 @@ def certgen(arguments: argparse.Namespace) -> int:
             print(f"{paths[0]} is valid until {utc(end)}: nothing to do yet")
             return 0
     elif taken and not arguments.force:
-        raise Failure(f"{taken[0]} exists: --renew replaces it when it is about to end, --force "
-                      "at once")
+        raise Failure(f"{taken[0]} exists: use --renew to replace it when it is about to expire, "
+                      "or --force to replace it now")
     try:
         cert, key, signer = make_credentials(arguments)
     except (CertificateError, OSError) as error:
@@ -2387,12 +2391,12 @@ def certgen(arguments: argparse.Namespace) -> int:
     write_both(list(zip(paths, (cert, key))), replace=bool(taken))
     made = certificate(first_certificate(cert.decode()))
     print(f"wrote {paths[0]} and {paths[1]}, valid until {utc(made.not_after)}; "
-          f"the account must have the key {signer.sha256}")
+          f"make sure that the account has the key {signer.sha256}")
     return 0
 
 
 def make_credentials(arguments: argparse.Namespace) -> tuple[bytes, bytes, Any]:
-    """A certificate and its key, PEM, and the public key that signed it."""
+    """A certificate and its key (PEM), and the public key of the signer."""
     from cmon_proxy import (
         CLIENT_PURPOSE, CMON_PURPOSE, SERVER_PURPOSE, Signer, make_certificate, make_key,
         private_key)
@@ -2400,13 +2404,13 @@ def make_credentials(arguments: argparse.Namespace) -> tuple[bytes, bytes, Any]:
     dates = {"not_before": now - BACKDATED_SECONDS, "not_after": now + arguments.days * 86400}
     if arguments.agent:
         if arguments.old_style:
-            raise Usage("--old-style uses the SSH key itself, which ssh-agent does not hand out: "
-                        "give --ssh-key FILE without --agent")
+            raise Usage("--old-style needs the SSH key itself, which ssh-agent does not give out: "
+                        "use --ssh-key FILE without --agent")
         agent = SshAgent(os.environ.get("SSH_AUTH_SOCK", ""))
         signer = agent_key(agent, arguments.ssh_key)
         holder: Any = Signer(signer, lambda message: agent.sign(signer.blob, message))
     elif not arguments.ssh_key:
-        raise Usage("with which key? give --ssh-key FILE, or --agent for a key of ssh-agent")
+        raise Usage("no SSH key given: use --ssh-key FILE, or --agent for a key of ssh-agent")
     else:
         holder = account_key(Path(arguments.ssh_key))
         signer = private_key(holder)
@@ -2414,7 +2418,7 @@ def make_credentials(arguments: argparse.Namespace) -> tuple[bytes, bytes, Any]:
         return make_certificate(holder, login, **dates), holder, signer
     key = make_key()
     digest = base64.b64encode(bytes.fromhex(signer.md5.replace(":", "")))
-    # what the original's certgen writes; serverAuth is there, too
+    # As the original's certgen writes it, serverAuth included.
     cert = make_certificate(
         key, login, issuer="MD5:" + digest.decode().rstrip("="), signing_key=holder, serial=1,
         names=[login], purposes=[CLIENT_PURPOSE, SERVER_PURPOSE, CMON_PURPOSE], **dates)
@@ -2422,7 +2426,7 @@ def make_credentials(arguments: argparse.Namespace) -> tuple[bytes, bytes, Any]:
 
 
 def agent_key(agent: SshAgent, wanted: str) -> Any:
-    """The key of ssh-agent that a file, a fingerprint or nothing names."""
+    """The key of ssh-agent that a file or fingerprint names; without either, its only key."""
     from cmon_proxy import CertificateError, public_key
     if not agent.path:
         raise Failure("no ssh-agent: SSH_AUTH_SOCK is not set; start one with "
@@ -2435,7 +2439,7 @@ def agent_key(agent: SshAgent, wanted: str) -> Any:
             fingerprint = public_key(read_text(public, "public key")).sha256
         except CertificateError as error:
             raise Failure(f"{public} is not a public key: {error}") from None
-        except Failure:                 # OpenSSH's form has the public half beside the private one
+        except Failure:                 # OpenSSH's format contains the public key as well
             tool = shutil.which("ssh-keygen")
             done = tool and subprocess.run([tool, "-l", "-f", wanted], stdin=subprocess.DEVNULL,
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -2448,16 +2452,16 @@ def agent_key(agent: SshAgent, wanted: str) -> Any:
              or not fingerprint and key.kind != "ssh-ed25519"]
     if not found:
         raise Failure(f"ssh-agent has no {'key ' + fingerprint if wanted else 'RSA or ECDSA key'}: "
-                      "`ssh-add -l` lists those it has, `ssh-add FILE` adds one")
+                      "list its keys with `ssh-add -l`, add one with `ssh-add FILE`")
     if len(found) > 1:
-        raise Failure("ssh-agent has several keys: give one as --ssh-key, "
+        raise Failure("ssh-agent has several keys: choose one with --ssh-key, "
                       + " or ".join(key.sha256 for key in found[:8]))
     check_signing_key(f"the key {found[0].sha256}", found[0])
     return found[0]
 
 
 def check_signing_key(what: str, key: Any) -> None:
-    """Failure for a kind of key that CMON does not know, and for one that proxies refuse."""
+    """Failure for a kind of key that certificates cannot use, and for one that proxies refuse."""
     from cmon_proxy import RSA_BITS
     if key.kind == "ssh-ed25519":
         raise Failure(f"{what} " + WRONG_KIND.format(kind="Ed25519"))
@@ -2466,15 +2470,15 @@ def check_signing_key(what: str, key: Any) -> None:
 
 
 def account_key(path: Path) -> bytes:
-    """The private key in a file as PEM without a passphrase, which is asked for if there is one."""
+    """The private key in a file, as PEM without a passphrase; asks for the passphrase."""
     from cmon_proxy import CertificateError, plain_key, private_key
     pem = read_text(path, "SSH key").encode()
     if b"-----BEGIN OPENSSH PRIVATE KEY-----" in pem:
         pem = openssh_key(path, pem)
     elif b"PRIVATE KEY-----" not in pem:
         raise Failure(f"{path} is not a private key; " + (
-            "it is the public one: give the other file" if pem.startswith((b"ssh-", b"ecdsa-"))
-            else "OpenSSH's form and PEM can be read"))
+            "it is a public key: use the file without .pub" if pem.startswith((b"ssh-", b"ecdsa-"))
+            else "use a key in OpenSSH's format or PEM"))
     secret = b"ENCRYPTED" in pem
     try:
         pem = plain_key(pem, ask_passphrase(f"the key {path}").encode() if secret else b"")
@@ -2486,11 +2490,11 @@ def account_key(path: Path) -> bytes:
 
 
 def openssh_key(path: Path, content: bytes) -> bytes:
-    """A private key of ssh-keygen's own form as PEM; ssh-keygen asks for its passphrase."""
+    """Convert a private key from OpenSSH's format to PEM; ssh-keygen asks for its passphrase."""
     tool = shutil.which("ssh-keygen")
     if tool is None:
-        raise Failure(f"{path} has OpenSSH's own form, and ssh-keygen is not here to read it: "
-                      "install OpenSSH's client, or give a key in PEM")
+        raise Failure(f"{path} is in OpenSSH's format, and ssh-keygen, which reads it, is not "
+                      "installed: install OpenSSH's client, or use a key in PEM form")
     with tempfile.TemporaryDirectory(prefix="cmon-") as folder:     # mode 700
         copied = Path(folder) / "key"
         write_private(copied, content)
@@ -2510,14 +2514,14 @@ def openssh_key(path: Path, content: bytes) -> bytes:
         if not run(*to_pem, "-P", "")[0]:
             need_terminal(f"the key {path}")
             print(f"cmon: the key {path} has a passphrase", file=sys.stderr)
-            # it asks on the terminal by itself: a flag would show the passphrase to everybody
+            # ssh-keygen asks on the terminal; a flag would show the passphrase to all users
             if not run(*to_pem, stdin=None)[0]:
                 raise Failure(f"wrong passphrase for {path}")
         return copied.read_bytes()
 
 
 def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
-    """All of the files, mode 600, or none of them; what is there is replaced only if asked for."""
+    """Write all of the files, with mode 600, or none; existing ones only with `replace`."""
     done: list[tuple[Path, Path | None]] = []       # written, with what was there before
     try:
         folder = files[0][0].parent
@@ -2533,7 +2537,7 @@ def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
                     if replace:
                         os.replace(Path(work) / path.name, path)
                     else:
-                        os.link(Path(work) / path.name, path)   # fails if it has come meanwhile
+                        os.link(Path(work) / path.name, path)   # fails if the file exists now
                     done.append((path, old))
             except OSError:
                 for path, old in done:
@@ -2548,7 +2552,7 @@ def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """A file that is its owner's alone from the start."""
+    """Write a file that only its owner can read, from the start."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
         file.flush()
@@ -2556,7 +2560,7 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """A small file; Failure says which."""
+    """Read a small file; a Failure names it."""
     try:
         return path.read_bytes()[:1_000_000].decode("utf-8", "replace")
     except OSError as error:
@@ -2566,31 +2570,31 @@ def read_text(path: Path, what: str) -> str:
 # --- doctor ---------------------------------------------------------------------------------------
 
 PROMETHEUS_URL = "http://localhost:9090"
-CLOCK_SECONDS = 30.0        # more makes figures look old; certificates stand 300
+CLOCK_SECONDS = 30.0        # beyond this, metrics look old; certificates allow for 300
 OLD_SECONDS = 60.0          # kernel statistics are kept for 8 s
-OLD_SLOWLY_SECONDS = 900.0  # what is asked for less often, as `zfs list` is: 300 s
+OLD_SLOWLY_SECONDS = 900.0  # for what is read less often; `zfs list` every 300 s
 SLOWLY = ("zfs", "zpool", "ntp", "triton_core")
 DOCKER_PURPOSE = "1.3.6.1.4.1.38678.1.4.1"
 OVER_QUOTA = ("the account is over its quota: pages are old copies",
-              "scrape less often, or ask the operator for a larger quota")
+              "scrape less often, or ask the operator for a higher quota")
 
 
 class Broken(Exception):
-    """A link that does not hold: what is wrong, and what to do about it."""
+    """A link has failed: what is wrong, and what to do about it."""
 
     def __init__(self, what: str, step: str, link: str = "") -> None:
         super().__init__(what)
         self.step = step
-        self.link = link        # of a later link, if it is that one that this one has found broken
+        self.link = link        # the later link that is at fault, if it is not the current one
 
 
 class Skipped(Exception):
-    """A link that is not there to be looked at, and why."""
+    """A link that cannot be checked, and why."""
 
 
 class Doctor:
-    """The chain from the user's files to Prometheus. Each link is a method that returns a few words
-    on what is well, or raises Broken, Skipped or Failure; it may rely on the links before it."""
+    """The chain from the user's files to Prometheus. Each link is a method that returns a short
+    result or raises Broken, Skipped or Failure. It may rely on the links before it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.url = proxy_url(arguments.url)
@@ -2611,19 +2615,19 @@ class Doctor:
         self.node_clock = 0.0                       # of the compute node
 
     def files(self) -> str:
-        """Files that are there, and a key that is nobody else's."""
+        """The files exist, and only the user can read the key."""
         for what, path in (("certificate", self.arguments.cert), ("key", self.arguments.key),
                            ("CA", self.arguments.ca)):
             if path:
                 read_text(Path(path), what)
         mode = os.stat(self.arguments.key).st_mode & 0o777
         if mode & 0o077:
-            raise Broken(f"others may read the key {self.arguments.key} (mode {mode:o})",
-                         f"`chmod 600 {self.arguments.key}`")
+            raise Broken(f"other users can read the key {self.arguments.key} (mode {mode:o})",
+                         f"run `chmod 600 {self.arguments.key}`")
         return f"{self.arguments.cert} and {self.arguments.key}"
 
     def key(self) -> str:
-        """The key is the certificate's."""
+        """Certificate and key are a pair, and strong enough."""
         from cmon_proxy import (
             RSA_BITS, STRONG_DIGESTS, CertificateError, certificate, first_certificate)
         try:
@@ -2635,14 +2639,14 @@ class Doctor:
         bits, digest = self.cert.key.bits, self.cert.digest
         weak = f"has an RSA key of {bits} bits, which is too short" if 0 < bits < RSA_BITS else (
             "" if digest in (*STRONG_DIGESTS, "") else f"is signed with {digest.upper()}")
-        if weak:                                    # OpenSSL does not even load it
-            raise Broken(f"the certificate {weak}", f"{CERTGEN}, and "
-                         "with another SSH key if that is the short one", "signature")
+        if weak:                                    # OpenSSL would refuse to load it
+            raise Broken(f"the certificate {weak}", f"{CERTGEN}, with another SSH key if this one "
+                         "is too short", "signature")
         self.tls = client_context(self.arguments.cert, self.arguments.key, self.arguments.ca)
         return f"fits the certificate, {self.cert.key.kind}"
 
     def style(self) -> str:
-        """One of the two styles that proxies know, or a CA's."""
+        """The certificate has one of the two styles, or is issued by a CA."""
         from cmon_proxy import CMON_PURPOSE, key_id_of
         cert = self.cert
         if not cert.subject:
@@ -2652,39 +2656,39 @@ class Doctor:
             if key_id_of(cert.issuer) is None:
                 raise Broken(f"the certificate's issuer {printable(cert.issuer)!r} is not the MD5 "
                              "fingerprint of an SSH key", CERTGEN)
-            return f"new, for {printable(cert.subject)}, issued by {cert.issuer}"
-        kind = "old" if cert.self_issued else f"of the CA {printable(cert.issuer)}"
+            return f"new style, for {printable(cert.subject)}, issued by {cert.issuer}"
+        kind = "old style" if cert.self_issued else f"issued by the CA {printable(cert.issuer)}"
         return f"{kind}, for {printable(cert.subject)}"
 
     def purpose(self) -> str:
-        """Made for clients, and for this service."""
+        """The certificate is for clients of this service."""
         from cmon_proxy import CLIENT_PURPOSE
         purposes = self.cert.purposes
         if DOCKER_PURPOSE in purposes and not self.new_style:
-            raise Broken("the certificate is made for Docker", CERTGEN)
+            raise Broken("the certificate is for Docker", CERTGEN)
         if purposes and CLIENT_PURPOSE not in purposes:
-            raise Broken("the certificate is not made for clients (clientAuth)", CERTGEN)
+            raise Broken("the certificate is not for clients (it lacks clientAuth)", CERTGEN)
         return "for clients" if purposes else "not restricted"
 
     def dates(self) -> str:
-        """Begun, and not ended."""
+        """The certificate is valid now."""
         from cmon_proxy import CLOCK_SKEW_SECONDS, utc
         cert, now = self.cert, time.time()
         if now < cert.not_before - CLOCK_SKEW_SECONDS:
-            raise Broken(f"the certificate begins on {utc(cert.not_before)}",
+            raise Broken(f"the certificate is not valid before {utc(cert.not_before)}",
                          "check this machine's clock, or wait")
         if now > cert.not_after and (self.new_style or not cert.self_issued):
-            raise Broken(f"the certificate ended on {utc(cert.not_after)}",
-                         f"`{PROGRAM} certgen --renew` makes a new one")
+            raise Broken(f"the certificate expired on {utc(cert.not_after)}",
+                         f"make a new one with `{PROGRAM} certgen --renew`")
         return ("valid until " if now <= cert.not_after else
-                "ended, which the proxy allows in the old style: ") + utc(cert.not_after)
+                "expired, which the proxy accepts in the old style: ") + utc(cert.not_after)
 
     def signature(self) -> str:
-        """Strong, and by the key that the certificate names where that key is at hand."""
+        """The signature is by the key that the certificate names, if that key is in ~/.ssh."""
         from cmon_proxy import CertificateError, key_id_of, public_key, signed_by
         cert = self.cert
         if cert.self_issued and not signed_by(cert, cert.key):
-            raise Broken("the certificate says that it is signed by its own key, and is not",
+            raise Broken("the certificate claims to be self-signed, but its signature is wrong",
                          CERTGEN)
         if self.new_style:
             for path in sorted(Path.home().glob(".ssh/*.pub")):
@@ -2695,12 +2699,12 @@ class Doctor:
                 if key.md5 == key_id_of(cert.issuer):
                     if signed_by(cert, key):
                         return f"by {path}"
-                    raise Broken(f"the certificate names {path} as its issuer, which has not "
-                                 "signed it", CERTGEN)
+                    raise Broken(f"the certificate names {path} as its issuer, but is not signed "
+                                 "with it", CERTGEN)
         return str(cert.digest or cert.signature)
 
     def name(self) -> str:
-        """DNS knows the proxy."""
+        """The proxy's name resolves."""
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
@@ -2709,12 +2713,12 @@ class Doctor:
         return ", ".join(dict.fromkeys(str(one[4][0]) for one in found))
 
     def tcp(self) -> str:
-        """Something listens."""
+        """Something listens on the port."""
         with self._connect() as connection:
             return f"connected to {connection.getpeername()[0]}"
 
     def handshake(self) -> str:
-        """It speaks TLS, in a version of today."""
+        """It speaks TLS, in a current version."""
         lenient = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         lenient.check_hostname = False
         lenient.verify_mode = ssl.CERT_NONE
@@ -2725,42 +2729,42 @@ class Doctor:
         except OSError as error:                    # SSLError is one
             plain = re.search("wrong version number|record layer failure", tls_words(error))
             raise Broken(f"no TLS with {self.netloc}: {tls_words(error)}",
-                         "give --url the proxy's address for tenants: this one speaks plain HTTP, "
-                         "as an agent or the proxy's admin_listen" if plain else
-                         "check that the port is the proxy's") from None
+                         "give --url the proxy's address for tenants: this port speaks plain HTTP, "
+                         "as an agent or the proxy's admin_listen does" if plain else
+                         "check that the port in --url is the proxy's") from None
 
     def server(self) -> str:
-        """Its certificate is for this name, by a CA that we trust, and valid."""
+        """The proxy's certificate is trusted, valid, and for this name."""
         from cmon_proxy import utc
         try:
             with self._connect() as raw, self.tls.wrap_socket(
                     raw, server_hostname=self.host) as connection:
                 shown: Any = connection.getpeercert()
         except ssl.SSLCertVerificationError as error:
-            step = "--ca FILE or CMON_CA names the CA of the proxy's certificate, PEM"
+            step = "give the CA of the proxy's certificate with --ca FILE or CMON_CA (PEM)"
             if "mismatch" in str(error) or "not valid for" in error.verify_message:
-                step = "give --url with a name that the certificate is for"
+                step = "use --url with a name that the certificate is valid for"
             elif error.verify_code in (9, 10):      # X509_V_ERR_CERT_NOT_YET_VALID, _HAS_EXPIRED
                 step = "tell the operator, or check this machine's clock"
             raise Broken(f"the proxy's certificate is not accepted: {error.verify_message}", step
                          ) from None
         except OSError as error:
-            raise Broken(f"the proxy ends the handshake: {tls_words(error)}",
+            raise Broken(f"the proxy ended the TLS handshake: {tls_words(error)}",
                          "ask the operator what the proxy's log says") from None
         return f"valid until {utc(ssl.cert_time_to_seconds(shown['notAfter']))}"
 
     def discovery(self) -> str:
-        """The proxy knows the account."""
+        """The proxy accepts the account."""
         self.proxy = Proxy(self.url, self.tls, self.arguments.timeout)
         self.discovered = self._ask("/v1/discover").body
-        return "the proxy knows the account"
+        return "the proxy accepts the account"
 
     def listed(self) -> str:
-        """There is something to scrape."""
+        """The account has running containers."""
         _, self.containers = self.proxy.listed(self.discovered)
         if not self.containers:
-            raise Broken("the account has no container that runs", "start one, or check that the "
-                         f"certificate is for the right account, {self.cert.subject}")
+            raise Broken("the account has no running containers", "start one, or check that the "
+                         f"certificate is for the right account (it is for {self.cert.subject})")
         if self.arguments.container:
             self.chosen = self.proxy.find(self.arguments.container)
         else:
@@ -2769,7 +2773,7 @@ class Doctor:
         return f"{len(self.containers)} containers"
 
     def scrape(self) -> str:
-        """One page comes."""
+        """The page of one container can be scraped."""
         before = time.time()
         answer = self._ask(f"/v1/{self.chosen.uuid}/metrics")
         try:
@@ -2785,18 +2789,19 @@ class Doctor:
         return f"{sum(map(len, self.families.values()))} samples of {self.chosen.alias}"
 
     def whole(self) -> str:
-        """No collector has failed."""
+        """No collector of the page has failed."""
         ups = self.families.get("cmon_collector_up")
         if ups is None:                             # the original's agent
-            raise Skipped("this agent does not say")
+            raise Skipped("this agent does not report it")
         failed = [dict(one.labels).get("collector", "?") for one in ups if one.value == 0]
         if failed:
-            raise Broken(f"the page of {self.chosen.alias} lacks {', '.join(failed)}",
-                         "tell the operator: the agent's log on the compute node says why")
+            raise Broken(f"on the page of {self.chosen.alias}, collectors have failed: "
+                         f"{', '.join(failed)}",
+                         "tell the operator; the agent's log on the compute node says why")
         return f"all {len(ups)} collectors"
 
     def age(self) -> str:
-        """Its figures are of now."""
+        """The metrics are current."""
         if self._limited():
             raise Broken(*OVER_QUOTA, "quota")
         ages = [(float(one.value), dict(one.labels).get("collector", "?"))
@@ -2805,13 +2810,13 @@ class Doctor:
                      age > (OLD_SLOWLY_SECONDS if name in SLOWLY else OLD_SECONDS))
         if old:
             raise Broken(f"{old[-1][1]} of {self.chosen.alias} is {old[-1][0]:.0f} s old", "tell "
-                         "the operator: the compute node is short of time, or a command hangs")
+                         "the operator: the agent is over its CPU budget, or a command hangs")
         if not ages:
-            raise Skipped("this agent does not say")
+            raise Skipped("this agent does not report it")
         return f"at most {max(ages)[0]:.0f} s"
 
     def quota(self) -> str:
-        """The account may ask as often as it does."""
+        """The account is within its quota."""
         answer = self._ask("/v1/fleet/metrics", Skipped("this proxy has no fleet page"))
         try:
             values = {family.name: family.samples[0].value
@@ -2824,17 +2829,17 @@ class Doctor:
         return "no limit" if limit is None else f"{limit:g} requests a minute"
 
     def clocks(self) -> str:
-        """This machine, the proxy and the node agree on the time."""
-        proxy = self.clock if math.isfinite(self.clock) else 0.0    # without a date: who knows
+        """The clocks of this machine, the proxy and the node agree."""
+        proxy = self.clock if math.isfinite(self.clock) else 0.0    # no Date header: unknown
         for whose, apart in (("proxy", proxy), ("compute node", self.node_clock)):
             if abs(apart) > CLOCK_SECONDS:
                 raise Broken(f"this machine's clock is {abs(apart):.0f} s "
                              f"{'behind' if apart > 0 else 'ahead of'} the {whose}'s",
                              "check the clocks of both (NTP)")
-        return f"{max(abs(proxy), abs(self.node_clock)):.0f} s apart"
+        return f"at most {max(abs(proxy), abs(self.node_clock)):.0f} s apart"
 
     def configuration(self) -> str:
-        """The file of Prometheus names the same files and the same proxy."""
+        """Prometheus' configuration names the same files and proxy."""
         if not self.arguments.prometheus:
             raise Skipped("no --prometheus FILE")
         path = Path(self.arguments.prometheus)
@@ -2846,24 +2851,24 @@ class Doctor:
             if done.returncode:
                 lines = done.stdout.decode("utf-8", "replace").strip().splitlines() or ["no reason"]
                 raise Broken(f"promtool refuses {path}: {printable(lines[-1])}",
-                             f"`promtool check config {path}` says more")
+                             f"run `promtool check config {path}`")
         hosts = {urllib.parse.urlsplit(url).hostname for key, url in said if key == "url"}
         hosts |= {value for key, value in said if key == "endpoint"}
         if self.host not in hosts:
             raise Broken(f"{path} has no job that discovers containers from {self.host}",
-                         f"`{PROGRAM} setup` writes one that does")
+                         f"add one; `{PROGRAM} setup` writes a complete file")
         for key, mine in (("cert_file", self.arguments.cert), ("key_file", self.arguments.key)):
             named = {(path.parent / value).resolve() for name, value in said if name == key}
             if Path(mine).resolve() not in named:
                 raise Broken(f"{path} does not use {mine}, but " + (
                     " and ".join(sorted(map(str, named))) or f"no {key}"),
-                    f"use the same {key} there, or give that one to this command")
+                    f"use the same {key} in both places")
         for suffix in (value for name, value in said if name == "dns_suffix"):
             self._own_name(f"{self.chosen.uuid}.{suffix}", suffix)
         return f"{path} uses the same files and {self.host}"
 
     def targets(self) -> str:
-        """Prometheus has targets of this proxy, and all are up."""
+        """Prometheus has targets at this proxy, and all of them are up."""
         if not self.arguments.prometheus:
             raise Skipped("no --prometheus FILE")
         base = self.arguments.prometheus_url.rstrip("/")
@@ -2882,20 +2887,20 @@ class Doctor:
                     for one in active if (urllib.parse.urlsplit(one["scrapeUrl"]).hostname or "")
                     .endswith(self.host)]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise Broken(f"{base} does not answer as Prometheus does", "check --prometheus-url"
+            raise Broken(f"{base} is not a Prometheus", "check --prometheus-url"
                          ) from None
         if not mine:
-            raise Broken(f"Prometheus at {base} has no target of {self.host}", "give it the file, "
-                         "or reload it (SIGHUP)")
+            raise Broken(f"Prometheus at {base} has no target at {self.host}", "start it with this "
+                         "configuration, or reload it (SIGHUP)")
         down = [(url, why) for health, url, why in mine if health == "down"]
         if down:
-            raise Broken(f"{len(down)} of {len(mine)} targets are down, the first: "
+            raise Broken(f"{len(down)} of {len(mine)} targets are down, for example "
                          + printable(f"{down[0][0]}: {down[0][1]}"),
-                         "if the other links hold, reload Prometheus (SIGHUP) and look again")
+                         "reload Prometheus (SIGHUP), then run this command again")
         return f"{len(mine)} targets, none down"
 
     def _own_name(self, name: str, suffix: str) -> None:
-        """Where each container is a host of its own: certificate and DNS cover its name."""
+        """With a host name for each container, the certificate and DNS must cover it."""
         instead = f"or run `{PROGRAM} setup` without --dns"
         try:
             with self._connect() as raw, self.tls.wrap_socket(raw, server_hostname=name):
@@ -2907,17 +2912,17 @@ class Doctor:
         try:
             socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
         except OSError:
-            raise Broken(f"{name} cannot be resolved", f"let *.{suffix} lead to the proxies in "
-                         f"DNS (`{PROGRAM} discover --zone` prints records), {instead}") from None
+            raise Broken(f"{name} cannot be resolved", f"let *.{suffix} resolve to the proxies "
+                         f"(`{PROGRAM} discover --zone` prints DNS records), {instead}") from None
 
     def _connect(self) -> socket.socket:
         try:
             return socket.create_connection((self.host, self.port), self.arguments.timeout)
         except OSError as error:
-            step = "check the port in --url, and firewalls between here and there"
+            step = "check the port in --url, and the firewalls on the way"
             if urllib.parse.urlsplit(self.url).port is None:
-                step = f"the proxy's usual port is {PROXY_PORT}: " \
-                    f"--url https://{self.host}:{PROXY_PORT}"
+                step = f"the proxy's default port is {PROXY_PORT}: " \
+                    f"try --url https://{self.host}:{PROXY_PORT}"
             raise Broken(f"cannot connect to {self.host}:{self.port}: {words_of(error)}", step
                          ) from None
 
@@ -2925,15 +2930,15 @@ class Doctor:
         return any(one.value == 1 for one in self.families.get("cmon_quota_limited", ()))
 
     def _ask(self, path: str, missing: Skipped | None = None) -> ClientResponse:
-        """An answer with status 200; its date tells the proxy's clock, in whole seconds."""
+        """An answer with status 200; its Date header tells the proxy's clock, to the second."""
         before = time.time()
         answer = self.proxy.get(path)
         try:
             date = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
         except (LookupError, ValueError, TypeError, OverflowError):
             date = -math.inf
-        if not path.startswith("/v1/" + self.chosen.uuid):      # a page has the agent's date
-            # an answer may have been made before it was asked for: the latest counts
+        if not path.startswith("/v1/" + self.chosen.uuid):      # a page has the agent's Date
+            # a cached answer can be older than its request, so the latest Date counts
             self.clock = max(self.clock, date + 0.5 - (before + time.time()) / 2)
         if answer.status == 200:
             return answer
@@ -2941,14 +2946,14 @@ class Doctor:
             raise missing
         words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
         raise Broken(f"the proxy says {answer.status}: {words}", {
-            401: "add the SSH key to the account, or make a certificate with a key that it has",
+            401: "add the SSH key to the account, or make a certificate with a key of the account",
             404: f"check the name: {DISCOVER}",
-            429: "scrape less often, or ask the operator for a larger quota",
-        }.get(answer.status, "try again in a minute; if it stays so, tell the operator"),
+            429: "scrape less often, or ask the operator for a higher quota",
+        }.get(answer.status, "try again in a minute; if it fails again, tell the operator"),
             "quota" if answer.status == 429 else "")
 
 
-# in the order in which they depend on each other
+# Each link depends on those before it.
 LINKS: tuple[tuple[str, Callable[[Doctor], str]], ...] = (
     ("files", Doctor.files), ("key", Doctor.key), ("style", Doctor.style),
     ("purpose", Doctor.purpose), ("dates", Doctor.dates), ("signature", Doctor.signature),
@@ -2980,15 +2985,15 @@ def doctor(arguments: argparse.Namespace) -> int:
             except Failure as failure:
                 broken = Broken(str(failure), {
                     "list": DISCOVER if arguments.container
-                    else "check that the URL is the proxy's",
-                    "files": f"{CERTGEN}, or give --cert, --key and --ca the files that are there",
+                    else "check that --url is the proxy's address",
+                    "files": f"{CERTGEN}, or name existing files with --cert, --key and --ca",
                     "configuration": "give --prometheus the file that Prometheus reads",
                     "key": CERTGEN}.get(
-                        name, "check the files and the URL that the command was given"))
+                        name, "check the files and the URL given to this command"))
                 word, said = "FAIL", str(failure)
         print(coloured(f"{word:<4}", {"ok": 32, "FAIL": 31}.get(word, 0))
               + f"  {name}" + (f": {said}" if said else ""), flush=True)
-    print(f"Next: {broken.step}." if broken else "All is well.")
+    print(f"Next: {broken.step}." if broken else "All checks passed.")
     return 1 if broken else 0
 
 
@@ -2999,8 +3004,8 @@ def tls_words(error: OSError) -> str:
 
 
 def scalars(text: str) -> list[tuple[str, str]]:
-    """The settings `key: value` of a YAML or JSON file in their order. The standard library has no
-    parser for YAML, and which files and names occur is all that is asked here."""
+    """The settings `key: value` of a YAML or JSON file, in order. The standard library has no YAML
+    parser, and this needs only the names of files and hosts."""
     found = re.findall(r"""["']?\b(\w+)["']?\s*:\s+("[^"\n]*"|'[^'\n]*'|[^\s,{}\[\]]+)""",
                        re.sub(r"(?m)(^|\s)#.*$", "", text))
     return [(key, value.strip("\"'")) for key, value in found]
@@ -3017,7 +3022,7 @@ def example(name: str) -> Path:
     for folder in (HERE / "examples", Path(sys.prefix) / "share" / "cmon" / "examples"):
         if (folder / name).is_file():
             return folder / name
-    raise Failure(f"{HERE / 'examples' / name} is missing: run cmon.py in a copy of the whole "
+    raise Failure(f"{HERE / 'examples' / name} is missing: run cmon.py from a copy of the whole "
                   "project, or install it with pip")
 
 
@@ -3053,10 +3058,10 @@ providers:
 
 
 class Profile(NamedTuple):
-    """What a profile of node-triton (~/.triton) tells."""
+    """What a profile of node-triton (~/.triton) contains."""
     account: str = ""
     key_id: str = ""            # a fingerprint, MD5 or SHA256
-    url: str = ""               # of the proxy, as CloudAPI's name suggests
+    url: str = ""               # of the proxy, derived from CloudAPI's name
 
 
 def triton_profile(home: Path) -> Profile:
@@ -3078,7 +3083,7 @@ def triton_profile(home: Path) -> Profile:
         account = account or str(said.get("account") or "")
         host = urllib.parse.urlsplit(cloudapi).hostname or ""
     except (OSError, ValueError, AttributeError, RecursionError):
-        return Profile()                    # whatever is wrong with it, the flags serve
+        return Profile()                    # unusable: the flags are needed
     if re.fullmatch("(?:[0-9a-f]{2}:){15}[0-9a-f]{2}", key_id):
         key_id = "MD5:" + key_id
     service = re.sub(r"^cloudapi\.", "cmon.", host)
@@ -3105,7 +3110,7 @@ def setup(arguments: argparse.Namespace) -> int:
     profile = triton_profile(home)
     arguments.account = arguments.account or profile.account
     if not arguments.account:
-        raise Usage("for which account? give --account LOGIN")
+        raise Usage("no account given: use --account LOGIN")
     if not arguments.ssh_key:
         arguments.ssh_key = key_of_profile(home, profile.key_id)
         if not arguments.ssh_key and profile.key_id and os.environ.get("SSH_AUTH_SOCK"):
@@ -3113,12 +3118,12 @@ def setup(arguments: argparse.Namespace) -> int:
     arguments.url = proxy_url(arguments.url or profile.url)
     config = folder / "prometheus.yml"
     if os.path.lexists(config) and not arguments.force:
-        raise Failure(f"{config} exists: --force replaces what setup wrote; give another folder to "
-                      "start afresh")
+        raise Failure(f"{config} exists: use --force to replace the files of an earlier setup, or "
+                      "another folder")
     ca = read_text(Path(arguments.ca), "CA") if arguments.ca else ""
     cert, key = (folder / f"{arguments.account}-{kind}.pem" for kind in ("cert", "key"))
     if cert.exists() and key.exists():
-        print(f"using {cert} and {key}, which are there")
+        print(f"using the existing {cert} and {key}")
     else:
         arguments.out, arguments.renew = str(folder), False
         certgen(arguments)
@@ -3139,31 +3144,31 @@ def setup(arguments: argparse.Namespace) -> int:
                 DATASOURCE_YML.replace("URL", json.dumps(arguments.prometheus_url)))
     write_plain(provisioning / "dashboards" / "cmon.yml", DASHBOARDS_YML.replace(
         "DASHBOARDS", json.dumps(str((folder / "dashboards").resolve()), ensure_ascii=False)))
-    print(f"wrote {config}, rules.yml, dashboards/ and grafana/ beside it\n", flush=True)
+    print(f"wrote {config} and, beside it, rules.yml, dashboards/ and grafana/\n", flush=True)
     arguments.container, arguments.prometheus = "", str(config)
     status = doctor(arguments)
     quoted = shlex.quote(str(config))
     data = shlex.quote(str(folder / "data"))
     print(f"\n{'Then start' if status else 'Start'} Prometheus:\n\n"
           f"    prometheus --config.file={quoted} --storage.tsdb.path={data}\n\n"
-          "and Grafana, if there is one:\n\n"
+          "and Grafana, if you use it:\n\n"
           f"    GF_PATHS_PROVISIONING={shlex.quote(str(provisioning.resolve()))} grafana server")
     return status
 
 
 def operates(arguments: argparse.Namespace) -> bool:
-    """Whether the account may see compute nodes; where nobody can be asked, no."""
+    """Whether the account may see compute nodes; False if the proxy cannot be asked."""
     try:
         proxy = Proxy(arguments.url, client_context(arguments.cert, arguments.key, arguments.ca),
                       arguments.timeout)
         return proxy.get("/v1/gz/discover").status == 200
     except Failure:
-        return False                        # doctor says why, in a moment
+        return False                        # doctor, which follows, says why
 
 
 def prometheus_yml(url: str, account: str, ca: bool, suffix: str = "", nodes: bool = False) -> str:
-    """The example for Prometheus, with this proxy and account: with ca.pem, by names below a suffix
-    instead of by HTTP, with compute nodes, if so. Its files lie beside it."""
+    """The example configuration for this proxy and account. Options: with ca.pem; with Triton
+    discovery below a DNS suffix; with compute nodes. All files are in the same folder."""
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "", parts.port or 443
     text = example("prometheus-dns.yml" if suffix else "prometheus.yml").read_text("utf-8")
@@ -3184,7 +3189,7 @@ def prometheus_yml(url: str, account: str, ca: bool, suffix: str = "", nodes: bo
 
 
 def write_plain(path: Path, text: str) -> None:
-    """A file for everybody to read, in folders that are made for it."""
+    """Write a file that anyone may read, and create its folders."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
@@ -3195,30 +3200,30 @@ def write_plain(path: Path, text: str) -> None:
 # --- demo -----------------------------------------------------------------------------------------
 
 LOOPBACK = "127.0.0.1"
-SUFFIX = "demo.localhost"       # OpenSSL takes no wildcard right below a top-level name
+SUFFIX = "demo.localhost"       # OpenSSL rejects wildcards directly below a top-level name
 SILENT_NODE = "5a5a5a5a-0008-4000-8000-00000000cafe"
 SILENT_VM = "5a5a5a5a-0008-4000-8000-000000000001"
-DEMO_DAYS = 90                  # of its certificates: longer than what alerts ask for
-START_SECONDS = 30.0            # for a child to listen: a small machine may compile for ten
+DEMO_DAYS = 90                  # validity of its certificates; no alert fires
+START_SECONDS = 30.0            # until a child listens; a small machine may compile for ten
 STOP_SECONDS = 5.0
 
 
 class Program:
-    """One of our servers as a process, with its log in a file."""
+    """One of the servers as a child process, with its log in a file."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
         self.name, self.log = name, log
         with log.open("wb") as sink:
-            # in a session of its own, so that Ctrl-C reaches us alone and we stop it in order
+            # A session of its own, so that Ctrl-C reaches only us and we stop the child in order.
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink,
                                              stderr=sink, start_new_session=True)
-        # its end of the pipe closes with us, also when we are killed: then it ends the program
+        # When we exit, even if killed, the pipe closes and the guard ends the child.
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", f"read -r _; kill {self._process.pid}"], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def port(self) -> int:
-        """The port it listens on, as it says itself."""
+        """The port that the program listens on, from its log."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             heard = re.search(rb"listening on 127\.0\.0\.1:([0-9]+)", self.log.read_bytes())
@@ -3226,23 +3231,24 @@ class Program:
                 return int(heard.group(1))
             self.check()
             time.sleep(0.02)
-        raise Failure(f"the {self.name} does not listen after {START_SECONDS:g} s; "
+        raise Failure(f"the {self.name} did not listen within {START_SECONDS:g} s; "
                       + self.last_words())
 
     def check(self) -> None:
-        """Failure with its last words if it has ended."""
+        """Raise Failure if the program has exited."""
         status = self._process.poll()
         if status is not None:
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            how = f"was killed by signal {-status}" if status < 0 else \
+                f"exited with status {status}"
             raise Failure(f"the {self.name} {how}; {self.last_words()}")
 
     def last_words(self) -> str:
-        """The end of its log, on one line."""
+        """The last line of its log, in words."""
         lines = self.log.read_text("utf-8", "replace").strip().splitlines()
-        return f"its last words: {printable(lines[-1])}" if lines else "it left no word"
+        return f"last line of its log: {printable(lines[-1])}" if lines else "its log is empty"
 
     def stop(self) -> None:
-        """End it, by force when it does not."""
+        """Stop the program; kill it if it does not stop in time."""
         self._guard.kill()
         self._guard.communicate()
         if self._process.poll() is None:
@@ -3255,7 +3261,7 @@ class Program:
 
 
 class Demo:
-    """A recorded compute node with its agent, a proxy and accounts' certificates, in one folder."""
+    """An agent that replays a recorded node, a proxy, and certificates of accounts, in a folder."""
 
     def __init__(self, folder: Path, agent_port: int, proxy_port: int) -> None:
         self.folder = folder
@@ -3274,13 +3280,13 @@ class Demo:
         try:
             self._certificates()
         except (OSError, CertificateError) as error:
-            raise Failure("the demo makes certificates with the OpenSSL of this Python, and "
-                          f"cannot: {error}") from None
+            raise Failure("the demo cannot make certificates with the OpenSSL of this Python: "
+                          f"{error}") from None
         recorded = json.loads(recording.read_text("utf-8"))
         recorded["load"] = json.loads(example("load.json").read_text("utf-8"))
         self._write("node.json", json.dumps(recorded).encode())
         self.agent_port = self._run("agent", ["-I"], "--replay", str(self.folder / "node.json"))
-        for server in self.inventory["servers"]:        # one agent plays all the nodes
+        for server in self.inventory["servers"]:        # one agent stands in for all nodes
             server["admin_ip"] = f"{LOOPBACK}:{self.agent_port}"
         self._add_silent_node()
         self._write("inventory.json", json.dumps(self.inventory, indent=2).encode())
@@ -3293,7 +3299,7 @@ class Demo:
         self.proxy_port = self._run("proxy", ["-sE"], "--config", str(self.folder / "proxy.json"))
 
     def forward(self, login: str, sink: Mapping[str, Any]) -> int:
-        """Start the forwarder as this account; samples that the sink has taken, or Failure."""
+        """Start the forwarder as this account; returns how many samples the sink has accepted."""
         self._write("forwarder.json", json.dumps({
             "proxy": {"url": f"https://localhost:{self.proxy_port}", "ca": "ca.pem",
                       "cert": f"{login}-cert.pem", "key": f"{login}-key.pem"},
@@ -3324,37 +3330,37 @@ class Demo:
             "state": "running"})
 
     def stop(self) -> None:
-        """End all programs."""
+        """Stop all programs."""
         for program in reversed(self._programs):
             program.stop()
 
     def check(self) -> None:
-        """Failure if one of the programs has ended."""
+        """Raise Failure if one of the programs has exited."""
         for program in self._programs:
             program.check()
 
     def proxy(self, login: str) -> Proxy:
-        """The proxy, seen by this account."""
+        """The proxy as this account sees it."""
         tls = client_context(str(self.folder / f"{login}-cert.pem"),
                              str(self.folder / f"{login}-key.pem"), str(self.folder / "ca.pem"))
         return Proxy(f"https://localhost:{self.proxy_port}", tls, 10.0, (LOOPBACK, self.proxy_port))
 
     def credentials(self, login: str, flags: Sequence[str], between: str = " ") -> str:
-        """Flags or variables of a command that is to act as this account."""
+        """Flags or variables that let a command act as this account."""
         files = ("ca.pem", f"{login}-cert.pem", f"{login}-key.pem")
         return " ".join(f"{flag}{between}{shlex.quote(str(self.folder / file))}"
                         for flag, file in zip(flags, files))
 
     def curl(self, login: str, url: str, curl: str = "curl") -> str:
-        """A command that asks the proxy as this account, from any shell on this machine."""
+        """A command that requests this URL as this account, for any shell on this machine."""
         flags = self.credentials(login, ("--cacert", "--cert", "--key"))
         return f"{curl} {flags} --connect-to ::{LOOPBACK}: {url}"
 
     def bundle(self, login: str) -> str:
-        """A command that makes what a browser imports."""
+        """A command that makes a PKCS#12 file for a browser."""
         cert, key, bundle = (shlex.quote(str(self.folder / f"{login}{end}"))
                              for end in ("-cert.pem", "-key.pem", ".p12"))
-        return f"openssl pkcs12 -export -passout pass: --in {cert} --inkey {key} --out {bundle}"
+        return f"openssl pkcs12 -export -passout pass: -in {cert} -inkey {key} -out {bundle}"
 
     def _run(self, name: str, python: Sequence[str], *arguments: str) -> int:
         command = [sys.executable, *python, str(HERE / f"cmon_{name}.py"), *arguments,
@@ -3366,8 +3372,8 @@ class Demo:
         write_private(self.folder / name, content)
 
     def _certificates(self) -> None:
-        """A CA with the proxy's certificate; and for each account a key and, signed by it, the
-        certificate that `triton profile cmon-certgen` would make."""
+        """A CA with the proxy's certificate and, for each account, a key and the certificate that
+        `triton profile cmon-certgen` would make with it."""
         from cmon_proxy import (
             CMON_PURPOSE, make_certificate, make_key, public_key, ssh_public_key)
         ca_key, server_key = make_key(), make_key()
@@ -3398,17 +3404,17 @@ def require_free(program: str, port: int) -> None:
         try:
             probe.bind((LOOPBACK, port))
         except OSError as error:
-            why = ("is taken" if error.errno == errno.EADDRINUSE
-                   else f"cannot be had: {words_of(error)}")
-            raise Failure(f"port {port} for the {program} {why}; another: --{program}-port PORT, "
-                          "and without the flag a free one is found") from None
+            why = ("is in use" if error.errno == errno.EADDRINUSE
+                   else f"cannot be used: {words_of(error)}")
+            raise Failure(f"port {port} for the {program} {why}: choose another with "
+                          f"--{program}-port PORT, or omit the flag to use a free one") from None
 
 
 class Forward(NamedTuple):
-    """A sink for the demo: where it mostly listens, and a command that shows what has arrived."""
+    """A sink for the demo: its default address, and a command that shows what has arrived."""
     where: str
-    key: str                        # the setting that says where
-    look: str                       # WHERE stands for it
+    key: str                        # the setting for the address
+    look: str                       # WHERE stands for the address
     more: Mapping[str, Any] = {}
 
 
@@ -3422,7 +3428,7 @@ FORWARDS = {
     "statsd": Forward("127.0.0.1:8125", "address", "echo gauges | nc 127.0.0.1 8126"),
     "syslog": Forward("127.0.0.1:514", "address", "grep cmon@38678 /var/log/syslog"),
     "gelf": Forward("127.0.0.1:12201", "address", "# search for short_message:mem_agg_usage"),
-    "http": Forward("http://127.0.0.1:8080/", "url", "see what listens there"),
+    "http": Forward("http://127.0.0.1:8080/", "url", "# see the log of that server"),
     "remote_write": Forward("http://127.0.0.1:9090/api/v1/write", "url",
                             f"curl -G http://127.0.0.1:9090/api/v1/query {QUERY} "
                             "query=mem_agg_usage"),
@@ -3435,7 +3441,7 @@ def forwarding(word: str) -> tuple[str, str]:
     kind, _, where = word.partition("=")
     if kind not in FORWARDS:
         raise argparse.ArgumentTypeError(
-            f"{kind!r} is not one of {', '.join(FORWARDS)}, or one of them with =WHERE")
+            f"{kind!r} is not one of {', '.join(FORWARDS)}, optionally with =WHERE")
     return kind, where or FORWARDS[kind].where
 
 
@@ -3451,10 +3457,10 @@ def demo(arguments: argparse.Namespace) -> int:
         running.start()
         show(running, arguments.forward)
         if arguments.once:
-            print("All of it works. Its files are gone now; without --once everything stays up "
-                  "until\nCtrl-C, so that you can repeat the steps.")
+            print("All steps succeeded. The demo's files have been removed; without --once, it "
+                  "runs until\nCtrl-C, so that you can repeat the steps.")
             return 0
-        print("Everything runs until Ctrl-C.", flush=True)
+        print("The demo runs until Ctrl-C.", flush=True)
         while True:
             time.sleep(0.5)
             running.check()
@@ -3462,14 +3468,14 @@ def demo(arguments: argparse.Namespace) -> int:
         return 0
     finally:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)       # nothing may cut the cleaning short
+            signal.signal(number, signal.SIG_IGN)       # nothing may interrupt the cleanup
         running.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def show(running: Demo, forward: tuple[str, str] | None = None) -> None:
-    """Do as a tenant what a tenant's Prometheus does; print each step as a command. Failure if the
-    product does not do what it promises."""
+    """Send the requests that a tenant's Prometheus sends, and print each as a command. Raises
+    Failure if an answer is wrong."""
     vms = running.inventory["vms"]
     login, mine, foreign = cast(running.inventory)
     proxy = running.proxy(login)
@@ -3482,20 +3488,23 @@ def show(running: Demo, forward: tuple[str, str] | None = None) -> None:
         print("".join(f"    {line}\n" for line in result), end="\n" if result else "", flush=True)
 
     run = sum(vm["state"] == "running" for vm in vms)
+    accounts = len(running.inventory["accounts"])
     print(f"""
-Container Monitor on one machine: an agent that replays a recorded compute node, {len(vms)} zones
-of {len(running.inventory["accounts"])} accounts ({run} running), and the proxy in front of it.
+Container Monitor is running on this machine: an agent that replays a recorded compute node with
+{len(vms)} zones of {accounts} accounts ({run} running), and a proxy in front of it.
+
+To see the containers in a browser, open
 
     {base}/
 
-is the page for people. A browser needs {login}'s certificate: make {login}.p12 as below, import it
+The browser needs {login}'s certificate: make {login}.p12 with the command below, import it
 (Firefox: Settings, Certificates, Your Certificates; Chrome: Settings, Security, Manage
-certificates), and accept the demo's CA. Within minutes db01 reaches its CPU cap, web02 runs out
-of memory and lb01 loses packets; the page of carol has a container on a silent compute node.
+certificates), and accept the demo's CA. Within minutes db01 reaches its CPU cap, web02 runs out of
+memory and lb01 drops packets. Among carol's containers is one on a silent compute node.
 
     {wrapped(running.bundle(login)).strip()}
 
-Each step below has just been done; its command repeats it from any shell.
+The demo has just run the steps below. To repeat one, run its command in any shell.
 """)
     _, containers = proxy.containers()
     if mine["uuid"] not in [container.uuid for container in containers]:
@@ -3506,31 +3515,31 @@ Each step below has just been done; its command repeats it from any shell.
     step(f"{login} scrapes {mine['alias']}, from outside the zone",
          running.curl(login, f"{base}/v1/{mine['uuid']}/metrics"), summary(page))
     named = f"https://{mine['uuid']}.{SUFFIX}:{running.proxy_port}/metrics"
-    step("the same page by host name: one node exporter for each container",
+    step("the same page by host name: each container looks like a node exporter of its own",
          running.curl(login, named), [f"{samples(by_name(running, login, named))} samples"])
     refused = proxy.get(f"/v1/{foreign['uuid']}/metrics")
     if refused.status != 404:
-        raise Failure(f"a foreign container is answered with {refused.status} instead of 404")
-    step(f"another account's container, {foreign['alias']}, is not there for {login}",
+        raise Failure(f"a request for a foreign container got {refused.status} instead of 404")
+    step(f"for {login}, another account's container ({foreign['alias']}) does not exist",
          running.curl(login, f"{base}/v1/{foreign['uuid']}/metrics", "curl -i"),
          textwrap.wrap(f"{refused.status}: {printable(refused.body.decode())}", 74))
     direct = f"http://{LOOPBACK}:{running.agent_port}"
-    step(f"the operator asks the agent itself; {direct}/ is for a browser",
+    step(f"the operator asks the agent directly (web page: {direct}/)",
          f"curl {direct}/v1/gz/metrics", summary(fetch(f"{direct}/v1/gz/metrics")))
     config = running.folder / "prometheus.yml"
     write_plain(config, prometheus_yml(proxy.url, login, ca=True))
     write_plain(running.folder / "rules.yml", example("rules.yml").read_text("utf-8"))
     python = shlex.quote(sys.executable)
     flags = running.credentials(login, ("--ca", "--cert", "--key"))
-    step("the same with our own command",
+    step(f"{login} scrapes it with cmon.py",
          f"{python} {shlex.quote(str(HERE / 'cmon.py'))} monitor {shlex.quote(mine['alias'])} "
          f"--url {base} {flags}", [])
     variables = running.credentials(login, ("CMON_CA", "CMON_CERT", "CMON_KEY"), "=")
-    step("its other commands, without flags once a shell has these variables",
+    step("with these variables set, the other commands need no flags",
          f"export CMON_URL={base} {variables}",
          [f"{python} {shlex.quote(str(HERE / 'cmon.py'))} {words}" for words in (
              "top", "doctor", "check --all")])
-    step("and a Prometheus, if there is one; see http://127.0.0.1:9090/targets then",
+    step("Prometheus, if installed, scrapes everything; then see http://127.0.0.1:9090/targets",
          f"prometheus --config.file={shlex.quote(str(config))} "
          f"--storage.tsdb.path={shlex.quote(str(running.folder.parent / 'cmon-prometheus'))} "
          "--web.listen-address=127.0.0.1:9090", [])
@@ -3539,7 +3548,7 @@ Each step below has just been done; its command repeats it from any shell.
         sink = FORWARDS[kind]
         if kind == "file":
             where = str(running.folder / where)
-        if kind == "influxdb":      # version 1 wants the database to be there
+        if kind == "influxdb":      # version 1 needs an existing database
             try:
                 Client().request("POST", f"{where}/query", {
                     "Content-Type": "application/x-www-form-urlencoded"},
@@ -3547,14 +3556,14 @@ Each step below has just been done; its command repeats it from any shell.
             except ClientError as error:
                 raise Failure(f"InfluxDB: {error}") from None
         sent = running.forward(login, {"type": kind, sink.key: where, **sink.more})
-        step(f"the forwarder pushes {login}'s containers to {where}; this shows what has arrived",
+        step(f"the forwarder pushes {login}'s metrics to {where}; this shows what has arrived",
              sink.look.replace("WHERE", shlex.quote(where)),
-             [f"{sent} samples sent; {running.folder / 'forwarder.json'} is its configuration"])
+             [f"{sent} samples sent; its settings: {running.folder / 'forwarder.json'}"])
     proxy.close()
 
 
 def cast(inventory: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Who plays: the first ordinary account with a running zone, that zone, and a foreign one."""
+    """The demo's roles: an ordinary account, one of its running zones, and a foreign zone."""
     ordinary = {account["uuid"]: account["login"] for account in inventory["accounts"]
                 if not account.get("operator")}
     running = [vm for vm in inventory["vms"] if vm["state"] == "running"]
@@ -3582,7 +3591,7 @@ def fetch(url: str, tls: ssl.SSLContext | None = None,
 
 
 def by_name(running: Demo, login: str, url: str) -> bytes:
-    """The page of a container's own name, without DNS."""
+    """The page at a container's own host name, without DNS."""
     tls = client_context(*(str(running.folder / name) for name in (
         f"{login}-cert.pem", f"{login}-key.pem", "ca.pem")))
     host = urllib.parse.urlsplit(url).hostname or ""
@@ -3590,7 +3599,7 @@ def by_name(running: Demo, login: str, url: str) -> bytes:
 
 
 def samples(page: bytes) -> int:
-    """How many samples a page has; Failure if it is none."""
+    """The number of samples on a page; Failure if it is not one."""
     try:
         return sum(len(family.samples) for family in parse(page.decode()))
     except (ExpositionError, UnicodeDecodeError) as error:
@@ -3602,7 +3611,7 @@ SHOWN = ("cpucap_cur_usage_percentage", "mem_agg_usage", "mem_limit", "net_agg_b
 
 
 def summary(page: bytes) -> list[str]:
-    """The size of a page, and a few samples that everybody understands."""
+    """A few well-known samples of a page, and its size."""
     count = samples(page)
     found = {family.name: family.samples for family in parse(page.decode())}
     lines = [f"{name}{short_labels(found[name][0])} {found[name][0].value}"
@@ -3611,15 +3620,15 @@ def summary(page: bytes) -> list[str]:
 
 
 def short_labels(sample: Sample) -> str:
-    """`{interface="vnic0"}`, cut to what a line has room for."""
+    """`{interface="vnic0"}`, shortened to fit on a line."""
     inner = ",".join(f'{name}="{value}"' for name, value in sample.labels)
     return "{" + (inner if len(inner) <= 36 else inner[:35] + "…") + "}" if inner else ""
 
 
 def wrapped(command: str) -> str:
-    """A command over several lines, which a shell takes as they are."""
+    """A command on several lines, joined by backslashes for the shell."""
     lines = [""]
-    for unit in re.split(r" (?=--|CMON_)|(?<!--url) (?=https?:)", command):
+    for unit in re.split(r" (?=--|-in |-inkey |-out |CMON_)|(?<!--url) (?=https?:)", command):
         if not lines[-1] or len(lines[-1]) + len(unit) < 66:
             lines[-1] = f"{lines[-1]} {unit}".strip()
         else:
@@ -3629,7 +3638,7 @@ def wrapped(command: str) -> str:
 
 # --- completion -----------------------------------------------------------------------------------
 
-PROGRAMS = "cmon cmon.py"               # as pip installs it, and as it lies in a checkout
+PROGRAMS = "cmon cmon.py"               # as installed by pip, and in a checkout
 BASH = """\
 # bash completion of cmon: in ~/.bashrc, `source <(cmon.py completion bash)`
 _cmon() {
@@ -3700,7 +3709,7 @@ def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def bash_completion(parser: argparse.ArgumentParser) -> str:
-    """What bash has to source."""
+    """A script for bash to source."""
     commands = parsers_of(parser)
     kinds: dict[str, set[str]] = {"FILES": set(), "FOLDERS": set(), "VALUES": set()}
     lines = []
@@ -3721,7 +3730,7 @@ def bash_completion(parser: argparse.ArgumentParser) -> str:
 
 
 def zsh_completion(parser: argparse.ArgumentParser) -> str:
-    """What zsh has to find in its $fpath."""
+    """A function for a folder of zsh's $fpath."""
     def quoted(text: str) -> str:
         return "'" + text.replace("'", "'\\''") + "'"
 
@@ -3768,14 +3777,14 @@ class Command(NamedTuple):
     example: str
 
 
-seconds = within(float, 0.001, 3600, "a number of seconds, at most 3600")
-count = within(int, 1, 10 ** 9, "a whole number from 1")
+seconds = within(float, 0.001, 3600, "a number of seconds up to 3600")
+count = within(int, 1, 10 ** 9, "a whole number, at least 1")
 port_number = within(int, 1, 65535, "a port from 1 to 65535")
 
 
 def connection_arguments(parser: argparse.ArgumentParser, first: bool = False) -> None:
-    """Where the proxy is and who asks. They may be given before the command (`first`) and behind
-    it, which wins; both win over the environment."""
+    """The flags for the proxy and the client's certificate. They may come before the command
+    (`first`) or after it, which wins; both override the environment."""
     def add(flag: str, default: Any, **more: Any) -> None:
         parser.add_argument(flag, default=default if first else argparse.SUPPRESS, **more)
     environment = os.environ.get
@@ -3785,8 +3794,8 @@ def connection_arguments(parser: argparse.ArgumentParser, first: bool = False) -
         help="your certificate, PEM (CMON_CERT)")
     add("--key", environment("CMON_KEY", ""), metavar="FILE", help="its key, PEM (CMON_KEY)")
     add("--ca", environment("CMON_CA", ""), metavar="FILE", help="the CA of the proxy's "
-        "certificate, PEM, where it is not one that this system trusts (CMON_CA)")
-    add("--timeout", 10.0, metavar="SECONDS", type=seconds, help="for one answer (10)")
+        "certificate, PEM; needed if this system does not trust it (CMON_CA)")
+    add("--timeout", 10.0, metavar="SECONDS", type=seconds, help="timeout of a request (10)")
 
 
 def groups_argument(parser: argparse.ArgumentParser) -> None:
@@ -3799,17 +3808,17 @@ def discover_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `discover`."""
     groups_argument(parser)
     forms = parser.add_mutually_exclusive_group()
-    forms.add_argument("--json", action="store_true", help="the proxy's answer as JSON")
+    forms.add_argument("--json", action="store_true", help="print the proxy's answer as JSON")
     forms.add_argument("--file-sd", metavar="FILE", default="", help="write targets for "
-                       "Prometheus' file_sd_configs; a failure leaves the file as it is")
-    forms.add_argument("--hosts", metavar="ADDRESS", type=address, help="the "
-                       "containers' own names as lines of /etc/hosts, with the proxy's address")
+                       "Prometheus' file_sd_configs; a failure leaves the file unchanged")
+    forms.add_argument("--hosts", metavar="ADDRESS", type=address, help="print the "
+                       "containers' host names as lines of /etc/hosts, with the proxy's ADDRESS")
     forms.add_argument("--zone", action="store_true",
-                       help="the same as records to include in a zone file")
+                       help="print the containers' host names as records for a DNS zone file")
     parser.add_argument("--every", metavar="SECONDS", type=seconds,
-                        help="with --file-sd: write it again and again, until Ctrl-C")
-    parser.add_argument("--suffix", metavar="NAME", default="", help="what the containers' own "
-                        "names end with (the host name of the URL)")
+                        help="with --file-sd: rewrite the file at this interval, until Ctrl-C")
+    parser.add_argument("--suffix", metavar="NAME", default="", help="suffix of the containers' "
+                        "host names (the host name of the URL)")
     connection_arguments(parser)
 
 
@@ -3817,20 +3826,21 @@ def monitor_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `monitor`."""
     add = parser.add_argument
     add("container", metavar="NAME|UUID", nargs="?", default="",
-        help="an alias, a UUID, or the beginning of a UUID that only one has")
+        help="the container: its alias, its UUID, or an unambiguous beginning of its UUID")
     tables = parser.add_mutually_exclusive_group()
     for name, one in TABLES.items():
         tables.add_argument(f"--{name}", action="store_true", help=one.help)
-    add("--json", action="store_true", help="as one JSON object, numbers exact")
+    add("--json", action="store_true", help="print a JSON object with exact numbers")
     add("--watch", metavar="SECONDS", nargs="?", type=seconds, const=0.0,
-        help=f"again and again, in place on a terminal, until Ctrl-C ({ONCE_SECONDS:g})")
+        help=f"repeat at this interval, in place on a terminal, until Ctrl-C ({ONCE_SECONDS:g})")
     add("--record", metavar="FILE", default="",
-        help="append pages with their time, until Ctrl-C; gzip if it ends with .gz; every "
+        help="append pages to FILE until Ctrl-C, compressed if its name ends with .gz; every "
              f"{RECORD_SECONDS:g} s without --watch")
-    add("--count", metavar="N", type=count, help="end --watch or --record after so many pages")
-    add("--replay", metavar="FILE", default="", help="show a recording instead; with --watch at "
-        "its own pace, without at once")
-    add("--speed", metavar="FACTOR", type=seconds, help="of --replay with --watch (1)")
+    add("--count", metavar="N", type=count, help="end --watch or --record after N pages")
+    add("--replay", metavar="FILE", default="", help="show a recording; with --watch at its own "
+        "pace, otherwise without pauses")
+    add("--speed", metavar="FACTOR", type=seconds,
+        help="with --replay and --watch: play FACTOR times as fast (1)")
     connection_arguments(parser)
 
 
@@ -3853,25 +3863,26 @@ def certgen_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `certgen`."""
     signing_arguments(parser, required=True)
     add = parser.add_argument
-    add("--out", metavar="DIR", default=".", help="where LOGIN-cert.pem and LOGIN-key.pem go (.)")
-    add("--force", action="store_true", help="replace what is there")
-    add("--renew", action="store_true", help="replace what is there if it ends within "
-        f"{RENEW_DAYS} days; otherwise leave it")
+    add("--out", metavar="DIR", default=".", help="folder for LOGIN-cert.pem and LOGIN-key.pem (.)")
+    add("--force", action="store_true", help="replace existing files")
+    add("--renew", action="store_true", help="replace an existing certificate if it "
+        f"expires within {RENEW_DAYS} days")
 
 
 def signing_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """Whose certificate is to be made, how and with which key."""
+    """The flags for making a certificate."""
     add = parser.add_argument
-    profile = "" if required else " (the one of your triton profile)"
+    profile = "" if required else " (from your triton profile)"
     add("--account", metavar="LOGIN", type=login, required=required,
         help="the account's login" + profile)
-    add("--ssh-key", metavar="FILE", default="", help="a private key of the account, RSA or ECDSA, "
-        "as ssh-keygen makes it or PEM; with --agent its public half or its fingerprint")
-    add("--agent", action="store_true", help="let ssh-agent sign, with the one key that it has or "
-        "with --ssh-key")
-    add("--old-style", action="store_true", help="the SSH key itself, self-signed, as "
-        "sdc-docker-setup.sh makes it, instead of a key of its own")
-    add("--days", metavar="N", type=days, default=DAYS, help=f"how long it is valid ({DAYS})")
+    add("--ssh-key", metavar="FILE", default="", help="a private RSA or ECDSA key of the account, "
+        "in OpenSSH's format or PEM; with --agent its public key or its fingerprint")
+    add("--agent", action="store_true", help="let ssh-agent sign, with the key that --ssh-key "
+        "names or its only key")
+    add("--old-style", action="store_true", help="make a self-signed certificate for the SSH "
+        "key itself, as sdc-docker-setup.sh does")
+    add("--days", metavar="N", type=days, default=DAYS,
+        help=f"days that the certificate is valid ({DAYS})")
 
 
 def address(text: str) -> str:
@@ -3882,9 +3893,9 @@ def address(text: str) -> str:
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `doctor`."""
     parser.add_argument("container", metavar="NAME|UUID", nargs="?", default="",
-                        help="the container to scrape (the first that runs)")
+                        help="the container to scrape (the first that is running)")
     parser.add_argument("--prometheus", metavar="FILE", default="",
-                        help="a prometheus.yml that should use the same files and proxy")
+                        help="a prometheus.yml to check: does it use the same files and proxy?")
     prometheus_url_argument(parser)
     connection_arguments(parser)
 
@@ -3892,19 +3903,19 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def prometheus_url_argument(parser: argparse.ArgumentParser) -> None:
     """Where Prometheus answers."""
     parser.add_argument("--prometheus-url", metavar="URL", default=PROMETHEUS_URL,
-                        help=f"where its API answers ({PROMETHEUS_URL})")
+                        help=f"URL of Prometheus ({PROMETHEUS_URL})")
 
 
 def setup_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `setup`."""
     add = parser.add_argument
-    add("dir", metavar="DIR", help="where the files go")
+    add("dir", metavar="DIR", help="folder for the files")
     signing_arguments(parser)
-    add("--dns", action="store_true", help="discover by names of the containers' own, where "
-        "wildcard DNS leads to the proxy, instead of by HTTP")
-    add("--suffix", metavar="NAME", default="", help="with --dns: what those names end with (the "
-        "host name of the URL)")
-    add("--force", action="store_true", help="replace the files that setup wrote, but not the "
+    add("--dns", action="store_true", help="use Triton discovery with a host name for each "
+        "container, which needs wildcard DNS, instead of HTTP discovery")
+    add("--suffix", metavar="NAME", default="", help="with --dns: suffix of those host names "
+        "(the host name of the URL)")
+    add("--force", action="store_true", help="replace the files of an earlier setup, except the "
         "certificate")
     prometheus_url_argument(parser)
     connection_arguments(parser)
@@ -3913,7 +3924,7 @@ def setup_arguments(parser: argparse.ArgumentParser) -> None:
 def dashboard_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `dashboard`."""
     parser.add_argument("name", metavar="NAME", nargs="?", choices=DASHBOARDS,
-                        help=" or ".join(DASHBOARDS) + "; without it, a list of them")
+                        help=", ".join(DASHBOARDS) + "; without NAME, list them")
 
 
 def completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -3928,7 +3939,7 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
 def top_column(text: str) -> str:
     """A flag's value: a column of top."""
     if text.upper() not in TOP_TITLES:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of " + ", ".join(TOP_TITLES))
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of " + ", ".join(TOP_TITLES))
     return text.upper()
 
 
@@ -3937,12 +3948,13 @@ def top_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     groups_argument(parser)
     add("--sort", metavar="COLUMN", type=top_column, default="CPU%",
-        help=", ".join(TOP_TITLES).replace("%", "%%") + " (CPU%%)")
+        help="sort by " + ", ".join(TOP_TITLES).replace("%", "%%") + " (CPU%%)")
     add("--interval", metavar="SECONDS", type=seconds, default=TOP_SECONDS,
-        help=f"between two rounds ({TOP_SECONDS:g})")
-    add("--once", action="store_true", help="one table, then end; so does a pipe")
-    add("--replay", metavar="FILE", default="", help="show a recording of `monitor` instead")
-    add("--speed", metavar="FACTOR", type=seconds, help="of --replay (1)")
+        help=f"seconds between rounds ({TOP_SECONDS:g})")
+    add("--once", action="store_true", help="print one table and exit, as when writing to a pipe")
+    add("--replay", metavar="FILE", default="", help="show a recording made by `monitor`")
+    add("--speed", metavar="FACTOR", type=seconds,
+        help="with --replay: play FACTOR times as fast (1)")
     connection_arguments(parser)
 
 
@@ -3950,30 +3962,30 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `check`."""
     add = parser.add_argument
     add("words", metavar="NAME EXPR,WARN,CRIT", nargs="*",
-        help="a container (not with --all and its like), then what to look at: METRIC, "
-             "METRIC{label=\"value\"}, rate(METRIC) or A/B, with the ranges of the plugin "
-             "guidelines, which may be empty; of several samples the worst counts. Default: "
-             f"whether all collectors work ({COLLECTORS_UP})")
+        help="a container (omitted with --all, --groups, --proxy and --certificate), then what to "
+             "check: METRIC, METRIC{label=\"value\"}, rate(METRIC) or A/B, with ranges as in the "
+             "plugin guidelines, which may be empty; of several samples the worst counts. Default: "
+             f"that all collectors work ({COLLECTORS_UP})")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--all", action="store_true", help="every container of your account")
+    chosen.add_argument("--all", action="store_true", help="check every container of your account")
     chosen.add_argument("--groups", metavar="A,B", default="",
-                        help="every container in one of these groups")
-    chosen.add_argument("--proxy", action="store_true", help=f"the proxy: {RESPONSE}, and metrics "
-                        "of its fleet page, as cmon_quota_used")
+                        help="check every container in one of these groups")
+    chosen.add_argument("--proxy", action="store_true", help=f"check the proxy: {RESPONSE}, and "
+                        "metrics of its fleet page, such as cmon_quota_used")
     chosen.add_argument("--certificate", action="store_true",
-                        help=f"how long your certificate is good ({DAYS_LEFT_LIMITS})")
-    add("--state", metavar="DIR", default="", help="where the last readings for rates are kept "
-        "(cmon in the cache folder of the user)")
+                        help=f"check how long your certificate is valid ({DAYS_LEFT_LIMITS})")
+    add("--state", metavar="DIR", default="", help="folder for the readings that rate() needs "
+        "(cmon in your cache folder)")
     connection_arguments(parser)
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `demo`."""
     parser.add_argument("--once", action="store_true",
-                        help="end after the check instead of at Ctrl-C")
+                        help="exit after the steps instead of at Ctrl-C")
     parser.add_argument("--forward", metavar="TYPE[=WHERE]", type=forwarding,
-                        help="also start the forwarder, to a server that listens: "
-                        + ", ".join(FORWARDS) + " at its usual address, or WHERE")
+                        help="also start the forwarder and push to a running server: "
+                        + ", ".join(FORWARDS) + "; at its default address, or at WHERE")
     for program in ("agent", "proxy"):
         parser.add_argument(f"--{program}-port", metavar="PORT", type=port_number, default=0,
                             help=f"the {program}'s port on {LOOPBACK} (a free one)")
@@ -3986,44 +3998,45 @@ COMMANDS = (
             monitor_arguments, "cmon.py monitor web01 --use --watch 5"),
     Command("top", "watch all containers of your account, live", top, top_arguments,
             "cmon.py top --groups web --sort mem%"),
-    Command("check", "be a plugin of Nagios and Icinga: one line, exit status 0, 1, 2 or 3", check,
+    Command("check", "check metrics against thresholds, as a plugin of Nagios or Icinga", check,
             check_arguments, "cmon.py check web01 mem_agg_usage/mem_limit,0.8,0.9 "
             "'rate(net_drops_in_total),0'"),
     Command("certgen", "make a certificate for the proxy with an SSH key of your account", certgen,
             certgen_arguments, "cmon.py certgen --account alice --ssh-key ~/.ssh/id_rsa"),
-    Command("doctor", "walk from your files to a page and say which link is broken", doctor,
+    Command("doctor", "check every step from your files to Prometheus, and say what to fix", doctor,
             doctor_arguments, "cmon.py doctor web01 --prometheus prometheus.yml"),
-    Command("setup", "make all that a Prometheus needs: certificate, configuration, rules", setup,
-            setup_arguments, "cmon.py setup monitoring --account alice --ssh-key ~/.ssh/id_rsa"),
-    Command("rules", "print rules for Prometheus: what to record, and when to alert", rules,
+    Command("setup", "write everything that Prometheus needs: certificate, configuration, rules",
+            setup, setup_arguments,
+            "cmon.py setup monitoring --account alice --ssh-key ~/.ssh/id_rsa"),
+    Command("rules", "print recording rules and alerts for Prometheus", rules,
             no_arguments, "cmon.py rules > rules.yml"),
     Command("dashboard", "print a dashboard for Grafana", dashboard, dashboard_arguments,
             "cmon.py dashboard fleet > fleet.json"),
-    Command("completion", "print what makes a shell complete this command", completion,
+    Command("completion", "print a completion script for your shell", completion,
             completion_arguments, "source <(cmon.py completion bash)"),
-    Command("demo", "see all of it work on this machine, with nothing installed", demo,
+    Command("demo", "run an agent, a proxy and a tenant on this machine; installs nothing", demo,
             demo_arguments, "cmon.py demo"),
 )
 
 
 class Parser(CommandLine):
-    """A parser whose errors a monitoring system understands, too."""
-    words: Sequence[str] = ()           # that it was given
+    """A parser whose errors are valid output of a plugin, for `check`."""
+    words: Sequence[str] = ()           # the arguments, as given
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Keep the words: a misspelt flag explains why another is missing."""
+        """Keep the arguments: a misspelt flag may explain why another is missing."""
         self.words = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
     def unrecognized(self, words: Sequence[str]) -> str:
-        """What is wrong with words that mean nothing here."""
+        """The message for unknown arguments, with similar flags."""
         near = [flag for word in words for flag in difflib.get_close_matches(
             word.partition("=")[0], self._option_string_actions, 1, 0.7)]
         return "unrecognized arguments: " + " ".join(words) + (
             f"; did you mean {' and '.join(near)}?" if near else "")
 
     def error(self, message: str) -> NoReturn:
-        """A line on stderr and 2; for `check` on stdout and 3, since 2 is CRITICAL there."""
+        """Exit 2 with a line on stderr; `check`: 3 (2 is CRITICAL) with a line on stdout."""
         strange = [word for word in self.words if word.startswith("--")
                    and word.partition("=")[0] not in (*self._option_string_actions, "--")]
         if strange and "are required" in message:
@@ -4036,7 +4049,7 @@ class Parser(CommandLine):
 def command_line() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = Parser(
-        prog=PROGRAM, description="Container Monitor: metrics of zones, for their owners.",
+        prog=PROGRAM, description="Container Monitor: metrics of containers, for their owners.",
         allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cmon {__version__}")
     connection_arguments(parser, first=True)
@@ -4052,12 +4065,12 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; what goes wrong is one line on stderr."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")    # closed by who started us
+    """Run a command; an error is one line on stderr."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")    # closed by the parent
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")        # a locale without "…" is no reason to end
+            stream.reconfigure(errors="replace")        # the locale may lack "…"
     arguments, rest = command_line().parse_known_args(argv)
     if rest:
         arguments.parser.error(arguments.parser.unrecognized(rest))
@@ -4070,10 +4083,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(failure, Usage) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:             # the reader has seen enough, as `head` has
+    except BrokenPipeError:             # the reader has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except OSError as error:            # a full disk below stdout or the temporary folder
+    except OSError as error:            # e.g. a full disk behind stdout or the temporary folder
         print(f"cmon: {words_of(error)}" + (f": {error.filename}" if error.filename else ""),
               file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

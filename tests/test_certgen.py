@@ -244,7 +244,8 @@ def test_nothing_is_overwritten_unless_asked_for(keys: Path, tmp_path: Path) -> 
     certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path)
     before = pair(tmp_path)
     one_line(certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path), 1,
-             "alice-cert.pem exists: --renew replaces it when it is about to end, --force at once")
+             "alice-cert.pem exists: use --renew to replace it when it is about to expire, or "
+             "--force to replace it now")
     assert pair(tmp_path) == before
     (tmp_path / "alice-cert.pem").unlink()
     one_line(certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path), 1, "alice-key.pem exists")
@@ -299,11 +300,11 @@ def test_wrong_keys(keys: Path, tmp_path: Path) -> None:
     ed25519 = tmp_path / "ed25519.pem"
     printed(tool("openssl"), "genpkey", "-algorithm", "ED25519", "-out", ed25519)
     what_to_do = "with `ssh-keygen -t ecdsa`, add it to the account, and use it here"
-    for path, words in ((keys / "ed25519", f"is of kind Ed25519, and .*{what_to_do}"),
-                        (ed25519, f"is of kind Ed25519, and .*{what_to_do}"),
+    for path, words in ((keys / "ed25519", f"is of kind Ed25519, but .*{what_to_do}"),
+                        (ed25519, f"is of kind Ed25519, but .*{what_to_do}"),
                         (keys / "short", "is an RSA key of 1024 bits, which is too short: make"),
-                        (keys / "rsa.pub", "it is the public one: give the other file"),
-                        (tmp_path / "text", "is not a private key; OpenSSH's form and PEM can be"),
+                        (keys / "rsa.pub", "it is a public key: use the file without .pub"),
+                        (tmp_path / "text", "is not a private key; use a key in OpenSSH's format"),
                         (tmp_path / "garbage", "not a private key that ssh-keygen can read"),
                         (tmp_path / "garbage.pem", "cannot be read: "),
                         (tmp_path / "none", "cannot read the SSH key .*: no such file"),
@@ -340,7 +341,7 @@ def test_other_commands_ask_for_the_passphrase_too(keys: Path, tmp_path: Path) -
 def test_without_ssh_keygen(keys: Path, tmp_path: Path) -> None:
     env = {"PATH": str(tmp_path)}
     one_line(certgen("--ssh-key", keys / "rsa", "--out", tmp_path, env=env), 1,
-             "ssh-keygen is not here to read it: install OpenSSH's client, or give a key in PEM")
+             "ssh-keygen, which reads it, is not installed: install OpenSSH's client")
     assert certgen("--ssh-key", keys / "pem", "--out", tmp_path, env=env).returncode == 0
 
 
@@ -350,9 +351,10 @@ def test_agent_that_cannot_be_used(keys: Path, tmp_path: Path, agent: dict[str, 
     one_line(certgen("--agent"), 1, "no ssh-agent: SSH_AUTH_SOCK is not set")
     one_line(certgen("--agent", env={"SSH_AUTH_SOCK": str(tmp_path / "none")}), 1,
              "cannot talk to ssh-agent", "no such file")
-    one_line(certgen("--agent", env=agent), 1, "ssh-agent has no RSA or ECDSA key: `ssh-add -l`")
+    one_line(certgen("--agent", env=agent), 1,
+             "ssh-agent has no RSA or ECDSA key: list its keys with `ssh-add -l`")
     add(agent, keys / "ed25519", keys / "rsa", keys / "ecdsa")
-    one_line(certgen("--agent", env=agent), 1, "several keys: give one as --ssh-key, SHA256:")
+    one_line(certgen("--agent", env=agent), 1, "several keys: choose one with --ssh-key, SHA256:")
     one_line(certgen("--agent", "--ssh-key", keys / "ecdsa384", env=agent), 1,
              "ssh-agent has no key SHA256:")
     one_line(certgen("--agent", "--ssh-key", keys / "ed25519", env=agent), 1, "of kind Ed25519")
@@ -363,8 +365,8 @@ def test_agent_that_cannot_be_used(keys: Path, tmp_path: Path, agent: dict[str, 
     (tmp_path / "odd.pub").write_text("odd")
     one_line(certgen("--agent", "--ssh-key", tmp_path / "odd.pub", env=agent), 1,
              "odd.pub is not a public key")
-    one_line(certgen("--agent", "--old-style", env=agent), 2, "which ssh-agent does not hand out")
-    one_line(certgen(), 2, "give --ssh-key FILE, or --agent")
+    one_line(certgen("--agent", "--old-style", env=agent), 2, "which ssh-agent does not give out")
+    one_line(certgen(), 2, "use --ssh-key FILE, or --agent")
 
 
 def frame(kind: int, content: bytes) -> bytes:
@@ -381,14 +383,14 @@ def blob_of(keys: Path, name: str) -> bytes:
 
 # name, what it answers to the list of keys and to the request for a signature, what we say
 HOSTILE = [
-    ("hangs up", b"", b"", "ssh-agent refuses"),
-    ("says failure", frame(5, b""), b"", "ssh-agent refuses"),
-    ("is huge", struct.pack(">IB", 1 << 30, 12), b"", "ssh-agent refuses"),
-    ("counts wrongly", frame(12, struct.pack(">I", 7)), b"", "something else than a list of keys"),
-    ("is cut off", frame(12, struct.pack(">I", 1) + b"\0\0\0\x09abc"), b"", "cut off"),
+    ("hangs up", b"", b"", "ssh-agent refused"),
+    ("says failure", frame(5, b""), b"", "ssh-agent refused"),
+    ("is huge", struct.pack(">IB", 1 << 30, 12), b"", "ssh-agent refused"),
+    ("counts wrongly", frame(12, struct.pack(">I", 7)), b"", "is not a list of keys"),
+    ("is cut off", frame(12, struct.pack(">I", 1) + b"\0\0\0\x09abc"), b"", "truncated"),
     ("has odd keys only", frame(12, struct.pack(">I", 1) + ssh(ssh(b"x"), b"c")), b"",
      "no RSA or ECDSA key"),
-    ("is locked", None, frame(5, b""), "refuses to sign: `ssh-add -l` shows whether it is locked"),
+    ("is locked", None, frame(5, b""), "refused to sign: check with `ssh-add -l`"),
     ("signs with SHA-1", None, frame(14, ssh(ssh(b"ssh-rsa", b"x"))), "a signature of type"),
     ("signs something else", None, frame(14, ssh(ssh(b"rsa-sha2-256", b"x" * 256))),
      "the signature is not by SHA256:"),

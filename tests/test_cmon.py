@@ -203,7 +203,7 @@ def test_discover_without_containers_says_so(proxy: StandIn, files: Files) -> No
     proxy.answers["/v1/discover"] = Answer(200, b'{"containers": []}')
     done = run("discover", *connection(proxy, files))
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "cmon: no containers: this account has none that run\n"
+    assert done.stderr == "cmon: no containers: this account has no running containers\n"
 
 
 def test_environment_names_proxy_and_user_and_flags_win(proxy: StandIn, files: Files) -> None:
@@ -237,7 +237,7 @@ def test_connection_flags_stand_before_the_command_or_behind_it(proxy: StandIn,
 ], ids=["html", "empty", "a list", "a number", "numbers", "not UTF-8", "nodes", "deep"])
 def test_discovery_of_something_else_is_refused(body: bytes, proxy: StandIn, files: Files) -> None:
     proxy.answers["/v1/discover"] = Answer(200, body)
-    one_line(run("discover", *connection(proxy, files)), 1, "not as a proxy: is the URL right?")
+    one_line(run("discover", *connection(proxy, files)), 1, "not a proxy's answer: check the URL")
 
 
 # --- monitor --------------------------------------------------------------------------------------
@@ -274,15 +274,15 @@ def test_monitor_of_a_uuid_needs_no_discovery(proxy: StandIn, files: Files) -> N
 
 
 def test_monitor_wants_a_name(proxy: StandIn, files: Files) -> None:
-    one_line(run("monitor", "", *connection(proxy, files)), 2, "whose metrics?")
+    one_line(run("monitor", "", *connection(proxy, files)), 2, "no container given")
 
 
 @pytest.mark.parametrize("name, words", [
     ("web03", "no container 'web03'; did you mean web01 or web02?"),
     ("WEB", "did you mean web01 or web02?"),
     ("ngnix", "no container 'ngnix'; `cmon.py discover` lists them"),
-    ("0b7e", "'0b7e' may be 0b7e2c1a-5d44-4f0e-9c3a-7f21d8aa6b10 (web01, running) or 0b7e9999-"),
-    ("db", "(db, running) or bbbbbbbb-0000-4f0e-9c3a-7f21d8aa6b13 (db, stopped): give the UUID"),
+    ("0b7e", "'0b7e' matches 0b7e2c1a-5d44-4f0e-9c3a-7f21d8aa6b10 (web01, running) and 0b7e9999-"),
+    ("db", "(db, running) and bbbbbbbb-0000-4f0e-9c3a-7f21d8aa6b13 (db, stopped): use the UUID"),
     ("a", "no container 'a'"),
 ])
 def test_monitor_names_the_candidates(name: str, words: str, proxy: StandIn, files: Files) -> None:
@@ -292,12 +292,13 @@ def test_monitor_names_the_candidates(name: str, words: str, proxy: StandIn, fil
 def test_monitor_of_many_namesakes_names_some(proxy: StandIn, files: Files) -> None:
     many = [container("x", f"{number:08d}-5d44-4f0e-9c3a-7f21d8aa6b10") for number in range(12)]
     proxy.answers["/v1/discover"] = Answer(200, json.dumps({"containers": many}).encode())
-    one_line(run("monitor", "x", *connection(proxy, files)), 1, "or 4 more: give the UUID")
+    one_line(run("monitor", "x", *connection(proxy, files)), 1, "and 4 more: use the UUID")
 
 
 def test_monitor_without_any_container(proxy: StandIn, files: Files) -> None:
     proxy.answers["/v1/discover"] = Answer(200, b'{"containers": []}')
-    one_line(run("monitor", "web01", *connection(proxy, files)), 1, "account has none that run")
+    one_line(run("monitor", "web01", *connection(proxy, files)), 1,
+             "account has no running containers")
 
 
 @pytest.mark.parametrize("answer, words", [
@@ -323,7 +324,8 @@ def test_nobody_listens(files: Files) -> None:
 
 def test_port_left_out(files: Files) -> None:
     one_line(run("discover", *connection("https://proxy.invalid", files)), 1,
-             "cannot reach proxy.invalid:443", "usual port is 9163: --url https://proxy.invalid:9163")
+             "cannot reach proxy.invalid:443",
+             "default port is 9163: try --url https://proxy.invalid:9163")
 
 
 def test_silent_proxy(files: Files) -> None:
@@ -339,7 +341,7 @@ def test_silent_proxy(files: Files) -> None:
 
 def test_unknown_authority(proxy: StandIn, files: Files) -> None:
     arguments = connection(proxy, files)[:-2]
-    one_line(run("discover", *arguments), 1, "certificate is not trusted", "--ca FILE names the CA")
+    one_line(run("discover", *arguments), 1, "certificate is not trusted", "with --ca FILE")
 
 
 def test_certificate_for_another_name(files: Files) -> None:
@@ -348,7 +350,7 @@ def test_certificate_for_another_name(files: Files) -> None:
     try:
         url = f"https://127.0.0.2:{server.port}"
         one_line(run("discover", *connection(url, files)), 1, "certificate is not trusted",
-                 "give --url with the name that the certificate is for")
+                 "use --url with a name that the certificate is valid for")
     finally:
         server.close()
 
@@ -368,17 +370,18 @@ def test_plain_http_port(files: Files) -> None:
     "cmon.dc.example", "http://cmon.dc.example", "https://", "https://a:b", "https://a:99999",
     "https://a/v1", "https://u@a", "https://a?x", "x y", "https://[::1"])
 def test_what_is_not_a_url(url: str, files: Files) -> None:
-    one_line(run("discover", *connection(url, files)), 2, "not the URL of a proxy: https://HOST:PORT")
+    one_line(run("discover", *connection(url, files)), 2,
+             "not the URL of a proxy: use https://HOST:PORT")
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 def test_no_url() -> None:
-    one_line(run("discover"), 2, "set CMON_URL or give --url")
+    one_line(run("discover"), 2, "set CMON_URL or use --url")
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "set CMON_CERT or give --cert"), (["--cert", "x"], "set CMON_KEY or give --key")])
+    ([], "set CMON_CERT or use --cert"), (["--cert", "x"], "set CMON_KEY or use --key")])
 def test_no_certificate(flags: list[str], words: str) -> None:
     one_line(run("discover", "--url", "https://a:1", *flags), 2, words)
 
@@ -391,7 +394,7 @@ def test_no_certificate(flags: list[str], words: str) -> None:
     ({"key": "other_key"}, "does not belong to the certificate"),
     ({"key": "cert"}, "are not a certificate and its key in PEM"),
     ({"cert": "key"}, "are not a certificate and its key in PEM"),
-    ({"ca": "key"}, "holds no CA certificate in PEM"),
+    ({"ca": "key"}, "contains no CA certificate in PEM form"),
     ({"key": "secret_key"}, "has a passphrase, and there is no terminal to ask for it"),
 ])
 def test_wrong_files(change: Mapping[str, str], words: str, files: Files) -> None:
@@ -691,7 +694,8 @@ def test_demo_says_which_child_died(name: str, tmp_path: Path, start_demo: Any) 
     program = start_demo()
     os.kill(demo_children(program)[name], signal.SIGKILL)
     assert program.wait() == 1
-    assert re.fullmatch(f"cmon: the {name} was killed by signal 9; its last words: .+", program.log)
+    assert re.fullmatch(f"cmon: the {name} was killed by signal 9; last line of its log: .+",
+                        program.log)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -718,7 +722,7 @@ def test_demo_that_is_killed_takes_its_children_along(start_demo: Any) -> None:
 def test_demo_begins_with_the_page_and_its_certificate(running: Running, tmp_path: Path) -> None:
     output = running.program.output
     assert re.search(r"(?m)^    https://localhost:\d+/$", output)
-    assert "17 zones\nof 4 accounts (16 running)" in output
+    assert "17 zones of 4 accounts (16 running)" in output
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     command = re.findall(r"(?m)^    (openssl (?:.*\\\n)*.*)$", output)[0]
@@ -736,7 +740,7 @@ def test_demo_keeps_no_file_that_a_running_prometheus_needs(running: Running) ->
 
 
 def test_demo_once_says_that_its_files_are_gone() -> None:
-    assert "Its files are gone now" in run("demo", "--once").stdout
+    assert "The demo's files have been removed" in run("demo", "--once").stdout
 
 
 @pytest.mark.parametrize("name", ["agent", "proxy"])
@@ -747,7 +751,8 @@ def test_demo_says_which_port_is_taken(name: str) -> None:
         taken.listen(1)
         port = taken.getsockname()[1]
         done = run("demo", "--once", f"--{name}-port", port)
-    one_line(done, 1, f"port {port} for the {name} is taken; another: --{name}-port PORT")
+    one_line(done, 1, f"port {port} for the {name} is in use: choose another with "
+             f"--{name}-port PORT")
     assert temporary_folders() == before
 
 
@@ -775,7 +780,7 @@ def copy(tmp_path: Path) -> Callable[..., "Done[str]"]:
 @pytest.mark.parametrize("name", ["node.json", "inventory.json", "load.json"])
 def test_demo_without_examples(name: str, copy: Any) -> None:
     one_line(copy(lambda folder: (folder / "examples" / name).unlink()), 1,
-             f"examples/{name} is missing: run cmon.py in a copy of the whole project")
+             f"examples/{name} is missing: run cmon.py from a copy of the whole project")
 
 
 def test_demo_with_a_program_that_does_not_start(copy: Any) -> None:
@@ -785,7 +790,7 @@ def test_demo_with_a_program_that_does_not_start(copy: Any) -> None:
         assert entry in text
         proxy.write_text(text.replace(entry, f"{entry}\n    raise SystemExit('no luck')"), "utf-8")
     done = copy(break_it)
-    one_line(done, 1, "the proxy ended with status 1; its last words: no luck")
+    one_line(done, 1, "the proxy exited with status 1; last line of its log: no luck")
 
 
 def test_demo_without_openssl(copy: Any) -> None:
@@ -794,5 +799,5 @@ def test_demo_without_openssl(copy: Any) -> None:
         text = proxy.read_text("utf-8")
         assert "OpenSSL_version" in text
         proxy.write_text(text.replace('"OpenSSL_version"', '"OpenSSL_version_of_nobody"'), "utf-8")
-    one_line(copy(break_it), 1, "the demo makes certificates with the OpenSSL of this Python, and "
-             "cannot", "install")
+    one_line(copy(break_it), 1,
+             "the demo cannot make certificates with the OpenSSL of this Python", "install")

@@ -157,7 +157,7 @@ def test_the_demo_forwards_to_influxdb_and_shows_how_to_see_it(tmp_path: Path) -
     try:
         wait_until(lambda: answers(ports["influx"], "/ping"))
         demo = Program.cmon("demo", "--forward", f"influxdb=http://127.0.0.1:{ports['influx']}")
-        wait_until(lambda: "Everything runs until Ctrl-C." in demo.output
+        wait_until(lambda: "The demo runs until Ctrl-C." in demo.output
                    or demo.process.poll() is not None)
         assert re.search(r"\n    [1-9][0-9]* samples sent", demo.output), demo.output + demo.log
         command, = re.findall(r"(?m)^    (curl -G (?:.*\\\n)*.*)$", demo.output)

@@ -188,8 +188,8 @@ def test_https_to_an_agent_is_named(demo: Demo) -> None:
 def test_an_own_container_that_is_stopped_is_not_unknown(demo: Demo) -> None:
     done = demo.cmon("monitor", "old-web")
     assert done.returncode == 1
-    assert re.fullmatch(r"cmon: container \S+ \(old-web, stopped\) is not running: it has metrics "
-                        r"while it runs\n", done.stderr)
+    assert re.fullmatch(r"cmon: container \S+ \(old-web, stopped\) is not running; metrics are "
+                        r"available only while it runs\n", done.stderr)
     assert "no container 'old-wab'" in demo.cmon("monitor", "old-wab").stderr
 
 

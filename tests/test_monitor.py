@@ -326,7 +326,7 @@ def test_json_is_one_object_with_exact_numbers(web01: Container, monitor: Any) -
 
 def test_a_table_without_figures_says_so(monitor: Any) -> None:
     done = monitor("web01", "--disk")
-    assert (done.returncode, done.stdout) == (0, "the page has no figures for this table\n")
+    assert (done.returncode, done.stdout) == (0, "the page has no metrics for this table\n")
 
 
 def test_watch_in_a_pipe_is_one_table_after_another(web01: Container, monitor: Any) -> None:
@@ -351,8 +351,10 @@ def test_a_page_that_is_none_is_refused_in_one_line(body: bytes, proxy: StandIn,
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], "whose metrics?"), (["web01", "--record", "a", "--replay", "b"], "exclude each other"),
-    (["web01", "--count", "2"], "--count goes with"), (["web01", "--speed", "2"], "--speed goes"),
+    ([], "no container given"),
+    (["web01", "--record", "a", "--replay", "b"], "cannot be used together"),
+    (["web01", "--count", "2"], "--count requires"),
+    (["web01", "--speed", "2"], "--speed requires"),
 ])
 def test_flags_that_do_not_go_together(arguments: list[str], words: str, monitor: Any) -> None:
     one_line(monitor(*arguments), 2, words)
@@ -413,12 +415,12 @@ def test_nothing_else_is_overwritten_or_taken_for_a_recording(tmp_path: Path, we
     for name, content in (("a.txt", b"my thesis\n"), ("a.gz", b"my thesis\n")):
         path = tmp_path / name
         path.write_bytes(content)
-        one_line(monitor("web01", "--record", path, "--count", "1"), 1, "else than a recording")
+        one_line(monitor("web01", "--record", path, "--count", "1"), 1, "it is not a recording")
         assert path.read_bytes() == content
-        one_line(inside("monitor", "--replay", path), 1, "has no whole page")
+        one_line(inside("monitor", "--replay", path), 1, "contains no complete page")
     packed = tmp_path / "b.gz"
     packed.write_bytes(gzip.compress(b"my thesis\n"))
-    one_line(inside("monitor", "--replay", packed), 1, "has no whole page")
+    one_line(inside("monitor", "--replay", packed), 1, "contains no complete page")
 
 
 def test_recordings_that_cannot_be(tmp_path: Path, web01: Container, monitor: Any) -> None:
@@ -428,7 +430,7 @@ def test_recordings_that_cannot_be(tmp_path: Path, web01: Container, monitor: An
              "cannot record to", "no such file")
     good = tmp_path / "good"
     monitor("web01", "--record", good, "--count", "1")
-    one_line(inside("monitor", "db01", "--replay", good), 1, "no whole page of db01")
+    one_line(inside("monitor", "db01", "--replay", good), 1, "no complete page of db01")
 
 
 def test_a_recording_ends_at_ctrl_c(tmp_path: Path, web01: Container, proxy: StandIn,  # noqa: F811

@@ -188,7 +188,7 @@ def test_file_sd_stays_as_it_is_when_discovery_fails(site: Site, port: int, tmp_
                                   b"[" * 100_000])
 def test_file_sd_is_written_from_targets_only(body: bytes, tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
-    with pytest.raises(cmon.Failure, match="something else than targets"):
+    with pytest.raises(cmon.Failure, match="is not a list of targets"):
         cmon.write_file_sd(path, body)
     assert not path.exists()
 
@@ -212,7 +212,7 @@ def test_file_sd_is_kept_up_to_date_until_it_is_ended(site: Site, tmp_path: Path
         os.replace(site.folder / "changing.new", site.folder / "changing.inventory")
         wait_until(lambda: listed() == count - 1, "one target less")
         site.programs[-1].kill()
-        program.wait_for_log("connection refused; .*targets.json stays as it is")
+        program.wait_for_log("connection refused; .*targets.json is unchanged")
         assert listed() == count - 1
         program.signal(signal.SIGINT)
         assert program.wait() == 130
@@ -240,7 +240,7 @@ def test_names_point_to_an_address_where_the_proxy_has_no_name() -> None:
     for host, kind in (("10.0.0.9", "A"), ("fd00::9", "AAAA")):
         assert list(cmon.name_lines([one], host, "cmon.dc.example", "")) == [
             f"{one.uuid}.cmon.dc.example.\t60\tIN\t{kind}\t{host}\t; web01"]
-    with pytest.raises(cmon.Failure, match="whose UUID is none"):
+    with pytest.raises(cmon.Failure, match="with an invalid UUID"):
         list(cmon.name_lines([one._replace(uuid="a\nb")], "h", "s", ""))
 
 
@@ -284,7 +284,7 @@ def test_from_an_empty_folder_to_a_prometheus_with_all_targets_up(site: Site, po
                                                                   tmp_path: Path) -> None:
     done = run("setup", "monitoring", *setup_flags(site, port), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert "All is well.\n" in done.stdout
+    assert "All checks passed.\n" in done.stdout
     command = re.search(r"(?m)^    prometheus (.*)$", done.stdout)
     assert command is not None
     config = tmp_path / command.group(1).split()[0].partition("=")[2]
@@ -345,10 +345,10 @@ def test_setup_again(site: Site, port: int, tmp_path: Path) -> None:
     flags = setup_flags(site, port)
     assert run("setup", tmp_path, *flags).returncode == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    one_line(run("setup", tmp_path, *flags), 1, "prometheus.yml exists: --force replaces")
+    one_line(run("setup", tmp_path, *flags), 1, "prometheus.yml exists: use --force to replace")
     (tmp_path / "rules.yml").write_text("old")
     done = run("setup", tmp_path, "--force", *flags)
-    assert done.returncode == 0 and "which are there" in done.stdout
+    assert done.returncode == 0 and "using the existing" in done.stdout
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -379,10 +379,10 @@ def test_setup_takes_what_a_triton_profile_tells(site: Site, port: int, tmp_path
     done = run("setup", tmp_path / "c", env={"HOME": str(home)})
     assert "FAIL  name: cmon.nowhere.invalid cannot be resolved" in done.stdout, done.stderr
     done = run("setup", tmp_path / "b", env={"HOME": str(home), "TRITON_PROFILE": "b"})
-    one_line(done, 2, "with which key? give --ssh-key FILE")
+    one_line(done, 2, "no SSH key given: use --ssh-key FILE")
     (home / ".triton" / "config.json").write_text("garbage")
-    one_line(run("setup", tmp_path / "d", env={"HOME": str(home)}), 2, "give --account LOGIN")
-    one_line(run("setup", tmp_path / "d"), 2, "for which account? give --account LOGIN")
+    one_line(run("setup", tmp_path / "d", env={"HOME": str(home)}), 2, "use --account LOGIN")
+    one_line(run("setup", tmp_path / "d"), 2, "no account given: use --account LOGIN")
 
 
 # --- doctor ---------------------------------------------------------------------------------------
@@ -410,11 +410,12 @@ def shown(flags: Flags, tmp: Path, certificate: str, key: str = "client") -> Non
 
 SHOWN = [       # what doctor says of these certificates of tests/tls: link, words, name, key
     ("style", "is not the MD5 fingerprint of an SSH key", "no_fingerprint", "client"),
-    ("purpose", "made for Docker", "docker", "client"),
-    ("dates", "ended on 2019-01-01 .*\nNext: `cmon.py certgen --renew`", "new_expired", "client"),
-    ("dates", "begins on 2110-01-01", "new_future", "client"),
+    ("purpose", "is for Docker", "docker", "client"),
+    ("dates", "expired on 2019-01-01 .*\nNext: make a new one with `cmon.py certgen --renew`",
+     "new_expired", "client"),
+    ("dates", "not valid before 2110-01-01", "new_future", "client"),
     ("signature", "signed with SHA1", "new_sha1", "client"),
-    ("signature", "says that it is signed by its own key, and is not", "old_forged", "rsa"),
+    ("signature", "claims to be self-signed, but its signature is wrong", "old_forged", "rsa"),
 ]
 FAULTS += [(link, said, name, lambda site, flags, tmp, name=name, key=key: shown(
     flags, tmp, name, key)) for link, said, name, key in SHOWN]
@@ -431,7 +432,7 @@ def no_certificate(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--cert"] = str(tmp / "none.pem")
 
 
-@fault("files", r"others may read the key .* \(mode 644\)\nNext: `chmod 600 ")
+@fault("files", r"other users can read the key .* \(mode 644\)\nNext: run `chmod 600 ")
 def key_for_all_to_read(site: Site, flags: Flags, tmp: Path) -> None:
     shutil.copy(flags["--key"], str(tmp / "key.pem"))
     (tmp / "key.pem").chmod(0o644)
@@ -448,7 +449,7 @@ def certificate_that_is_none(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--cert"] = flags["--key"]
 
 
-@fault("purpose", "not made for clients")
+@fault("purpose", "not for clients")
 def certificate_for_a_server(site: Site, flags: Flags, tmp: Path) -> None:
     site.credentials("alice", (site.folder / "alice.ssh").read_bytes(), "for-servers",
                      purposes=[SERVER_PURPOSE, CMON_PURPOSE])
@@ -467,7 +468,7 @@ def short_key(site: Site, flags: Flags, tmp: Path) -> None:
     flags.update({"--cert": str(cert), "--key": str(key)})
 
 
-@fault("signature", r"names .*id_rsa.pub as its issuer, which has not signed it")
+@fault("signature", r"names .*id_rsa.pub as its issuer, but is not signed with it")
 def signature_of_another_key(site: Site, flags: Flags, tmp: Path) -> None:
     (tmp / ".ssh").mkdir()
     shutil.copy(str(TLS / "rsa.pub"), str(tmp / ".ssh" / "id_rsa.pub"))
@@ -496,12 +497,12 @@ def silence(site: Site, flags: Flags, tmp: Path) -> Any:
     return silent
 
 
-@fault("server certificate", "not accepted: .*\nNext: --ca FILE or CMON_CA names the CA")
+@fault("server certificate", "not accepted: .*\nNext: give the CA of .* with --ca FILE")
 def unknown_ca(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--ca"] = str(TLS / "ca.pem")
 
 
-@fault("server certificate", "not accepted: .*\nNext: give --url with a name that")
+@fault("server certificate", "not accepted: .*\nNext: use --url with a name that")
 def another_name(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--url"] = flags["--url"].replace("localhost", "127.0.0.1")
 
@@ -526,7 +527,7 @@ def proxy_without_inventory(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--url"] = f"https://localhost:{port}"
 
 
-@fault("list", "has no container that runs")
+@fault("list", "has no running containers")
 def account_without_containers(site: Site, flags: Flags, tmp: Path) -> None:
     act_as(site, flags, "dave")
 
@@ -536,7 +537,7 @@ def unknown_container(site: Site, flags: Flags, tmp: Path) -> str:
     return "wbe01"
 
 
-@fault("list", "container .*old-web, stopped.* is not running: it has metrics while it runs")
+@fault("list", "container .*old-web, stopped.* is not running; metrics are available")
 def stopped_container(site: Site, flags: Flags, tmp: Path) -> str:
     return "old-web"
 
@@ -547,7 +548,7 @@ def silent_node(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--url"] = f"https://localhost:{port}"
 
 
-@fault("page", "the page of web01 lacks ")
+@fault("page", "on the page of web01, collectors have failed: ")
 def failed_collectors(site: Site, flags: Flags, tmp: Path) -> str:
     port = site.start_proxy("failing", site.start_agent(CAPTURES / "failing.json"))
     flags["--url"] = f"https://localhost:{port}"
@@ -600,7 +601,7 @@ def fake(site: Site, flags: Flags, answers: Mapping[str, bytes]) -> FakeProxy:
     return proxy
 
 
-@fault("list", "answers, but not as a proxy: is the URL right.\nNext: check that the URL")
+@fault("list", "is not a proxy's answer: check the URL\nNext: check that --url")
 def another_service(site: Site, flags: Flags, tmp: Path) -> FakeProxy:
     return fake(site, flags, {"/v1/discover": b"<html>"})
 
@@ -685,7 +686,7 @@ sys.exit(cmon_proxy.main(sys.argv[1:]))
     return program
 
 
-@fault("quota", "says 429: .*\nNext: scrape less often, or ask the operator for a larger quota")
+@fault("quota", "says 429: .*\nNext: scrape less often, or ask the operator for a higher quota")
 def quota_used_up(site: Site, flags: Flags, tmp: Path) -> None:
     port = site.start_proxy("refusing", quota={"per_minute": 0, "burst": 1, "over_quota": "refuse",
                                                "hard_per_minute": 0})
@@ -769,7 +770,7 @@ class Closing:
         self.close = prometheus.program.kill
 
 
-@fault("targets", "has no target of localhost")
+@fault("targets", "has no target at localhost")
 def prometheus_with_another_file(site: Site, flags: Flags, tmp: Path) -> Closing:
     (tmp / "other.yml").write_text("scrape_configs: []\n")
     configuration(flags, tmp, ("", ""))
@@ -778,7 +779,7 @@ def prometheus_with_another_file(site: Site, flags: Flags, tmp: Path) -> Closing
     return Closing(prometheus)
 
 
-@fault("targets", "1 of 1 targets are down, the first: https://localhost:.*401")
+@fault("targets", "1 of 1 targets are down, for example https://localhost:.*401")
 def prometheus_that_is_refused(site: Site, flags: Flags, tmp: Path) -> Closing:
     host = flags["--url"].partition("//")[2]
     (tmp / "other.yml").write_text(json.dumps({"scrape_configs": [{
@@ -792,7 +793,7 @@ def prometheus_that_is_refused(site: Site, flags: Flags, tmp: Path) -> Closing:
     return Closing(prometheus)
 
 
-@fault("targets", "does not answer as Prometheus does")
+@fault("targets", "is not a Prometheus")
 def prometheus_that_is_none(site: Site, flags: Flags, tmp: Path) -> FakeAgent:
     configuration(flags, tmp, ("", ""))
     agent = FakeAgent("")
@@ -855,7 +856,7 @@ def test_doctor_of_a_healthy_chain(site: Site, port: int, tmp_path: Path) -> Non
     assert list(found) == LINKS
     assert [name for name, word in found.items() if word != "ok"] == ["targets"]
     assert "samples of db01" in done.stdout and f"by {tmp_path}/.ssh/own.pub" in done.stdout
-    assert done.stdout.endswith("\nAll is well.\n")
+    assert done.stdout.endswith("\nAll checks passed.\n")
 
 
 def test_doctor_accepts_an_ended_certificate_of_the_old_style(site: Site, port: int) -> None:
@@ -863,9 +864,9 @@ def test_doctor_accepts_an_ended_certificate_of_the_old_style(site: Site, port: 
     site.write("old-key.pem", key)
     site.write("old-cert.pem", make_certificate(key, "alice", not_before=1e9, not_after=1.1e9))
     done = run("doctor", *words(site.flags(port, "old")))
-    assert done.returncode == 0 and "ended, which the proxy allows" in done.stdout, done.stdout
+    assert done.returncode == 0 and "expired, which the proxy accepts" in done.stdout, done.stdout
 
 
 def test_doctor_needs_to_know_whom_to_ask(site: Site) -> None:
-    one_line(run("doctor"), 2, "set CMON_URL or give --url")
-    one_line(run("doctor", "--url", "https://localhost:1"), 2, "set CMON_CERT or give --cert")
+    one_line(run("doctor"), 2, "set CMON_URL or use --url")
+    one_line(run("doctor", "--url", "https://localhost:1"), 2, "set CMON_CERT or use --cert")

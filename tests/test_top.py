@@ -250,7 +250,8 @@ def test_it_asks_within_the_quota_in_turn_and_says_so() -> None:
         for row in due:
             row.pending = False
     assert len(set(asked[:40])) == 40
-    assert top.behind.startswith("cannot keep up: 9 of 40 pages a round, half of the quota of 240")
+    assert top.behind.startswith("falling behind: 9 of 40 pages a round, "
+                                 "to use at most half of the quota of 240")
     assert top.behind[:30] in top.screen(80, 50, 1000.0)[1]
 
 
@@ -258,7 +259,7 @@ def test_it_says_when_pages_take_longer_than_a_round() -> None:
     top = state()
     top.due(0.0)
     assert top.due(5.0) == []
-    assert top.behind == "cannot keep up: 2 of the last round's pages have not come"
+    assert top.behind == "falling behind: 2 pages of the last round are missing"
 
 
 class Asked:
@@ -359,8 +360,9 @@ def test_groups_are_asked_for(cloud: Cloud, files: Files) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--sort", "colour"], "'colour' is none of NAME, CPU%"), (["--interval", "0"], "--interval"),
-    (["--speed", "2"], "--speed goes with --replay"), (["web01"], "unrecognized")])
+    (["--sort", "colour"], "'colour' is not one of NAME, CPU%"),
+    (["--interval", "0"], "--interval"),
+    (["--speed", "2"], "--speed requires --replay"), (["web01"], "unrecognized")])
 def test_wrong_command_lines_of_top(arguments: list[str], words: str) -> None:
     done = inside("top", *arguments)
     assert done.returncode == 2 and words in done.stderr
@@ -379,7 +381,7 @@ def test_a_recording_in_a_pipe(tmp_path: Path) -> None:
         ["c-0b7e", "90.0"], ["c-0b7e", "13.0"]]
     assert "CPU TREND" in done.stdout and "▁▁▁▂" in done.stdout
     path.write_bytes(b"")
-    one_line(inside("top", "--replay", path), 1, "has no whole page")
+    one_line(inside("top", "--replay", path), 1, "contains no complete page")
 
 
 # --- on a terminal --------------------------------------------------------------------------------
