@@ -4833,7 +4833,7 @@ class Proxy:
                                   "them silent"),
                 ("containers", str(len(inventory.vms))),
                 ("inventory confirmed", utc(inventory.confirmed_at)),
-                ("pages under way", str(len(self.pages.relays))),
+                ("pages in flight", str(len(self.pages.relays))),
                 *((f"relayed, {name}", str(count))
                   for name, count in self.pages.scrapes.results.items() if count),
                 ("version", __version__)]
@@ -4937,8 +4937,8 @@ def people_page(rows: Sequence[FleetRow], first: int, caller: Caller,
         links.append(link(first + ROWS_SHOWN, "next", "next"))
     silent = sum(map(_silent, rows))
     known = (f"{silent} of {len(rows)} containers are on compute nodes that do not answer."
-             if silent else f"{len(rows)} containers. Live figures need JavaScript; "
-             "this table is complete without.")
+             if silent else f"{len(rows)} containers. Live values need JavaScript; "
+             "this table is complete without it.")
     body = "".join([_row(row, now) for row in rows[first:first + ROWS_SHOWN]])
     machines = "".join([_node_row(node, up) for node, up in nodes])
     machines = machines and f"""<h3>Compute nodes</h3>
@@ -4957,14 +4957,14 @@ def people_page(rows: Sequence[FleetRow], first: int, caller: Caller,
 <option value="!">in trouble</option></select></label>
 <label>Sort by <select name="sort"></select></label>
 <label>Shown <output></output></label>
-<p class="dim">Charts: the last 15 minutes. Dashed: the limit.</p></form>
+<p class="dim">Charts show the last 15 minutes; dashed lines are limits.</p></form>
 <table class="rows" data-scope="zone" aria-label="Containers"><thead><tr><th>container</th>\
 <th class="static">state</th>\
 <th class="static">compute node</th><th class="static">last scrape</th></tr></thead><tbody>
 {body}</tbody></table>
 <p>{" · ".join(links)}</p>
-{machines}{own}<p class="dim">As text: <a href="/v1/fleet/metrics">fleet</a> ·
-<a href="/v1/discover">discovery</a> · <a href="/v1/sd">discovery by HTTP</a></p>
+{machines}{own}<p class="dim">As text: <a href="/v1/fleet/metrics">fleet metrics</a> ·
+<a href="/v1/discover">Triton discovery</a> · <a href="/v1/sd">HTTP discovery</a></p>
 </main>""", "", caller)
 
 
@@ -4995,7 +4995,7 @@ def _alias(vm: Vm) -> str:
 
 def _row(row: FleetRow, now: float) -> str:
     vm = row.vm
-    last = "never here"
+    last = "none yet"
     if row.last is not None:
         last = (_mark(row.last.result in ("ok", "partial"), row.last.result)
                 + f" <small>{max(now - row.last.at, 0):.0f} s ago</small>")
@@ -5034,11 +5034,11 @@ def _details(data: str, name: str, facts: Sequence[str], scope: str, uuid: str, 
 <p><a href="/">All containers</a></p>
 <h2 tabindex="-1">{html.escape(name)}</h2>
 <ul class="facts"><li>{"</li><li>".join(map(html.escape, facts))}</li></ul>
-<div id="summary" role="status">Live figures need JavaScript.
-<a href="/v1/{uuid}/metrics">All metrics as text</a> need none.</div>
+<div id="summary" role="status">Live values need JavaScript;
+<a href="/v1/{uuid}/metrics">all metrics as text</a> do not.</div>
 <div class="charts"></div>
-{_use_table(scope)}<h3>Missing, and why</h3>
-<ul id="missing"><li>A collector with <code>cmon_collector_up</code> 0 in the metrics.</li></ul>
+{_use_table(scope)}<h3>Missing metrics</h3>
+<ul id="missing"><li>Those of collectors whose <code>cmon_collector_up</code> is 0.</li></ul>
 {rest}<p class="dim">As text: <a href="/v1/{uuid}/metrics">all metrics</a></p>
 </main>"""
 
@@ -5068,7 +5068,7 @@ def container_page(row: FleetRow, caller: Caller, host: str) -> str:
                                login=caller.account.login)
     return framed(_details(_vm_data(row), name, facts, "zone", vm.uuid, f"""\
 <h3>Scrape configuration</h3>
-<p>For this container; <a href="/v1/sd">discovery</a> finds all of the account.
+<p>For this container only; <a href="/v1/sd">discovery</a> finds all containers of the account.
 <button type="button" id="copy" hidden>Copy</button></p>
 <pre tabindex="0">{html.escape(config)}</pre>
 """), f"{name} – ", caller)
@@ -5157,22 +5157,22 @@ figcaption b { font-variant-numeric: tabular-nums; }
 """
 PAGE_JS = r"""
 'use strict';
-// Live figures for the tables. They come from the pages of metrics that Prometheus reads, in no
-// more requests a minute than the body's data-per-minute says. The browser keeps one hour of them.
+// Live values for the tables, from the same pages of metrics that Prometheus scrapes, with at most
+// data-per-minute (an attribute of body) requests a minute. The browser keeps them for an hour.
 (() => {
 
 // --- settings
 
 const MINUTE = 60000, HOUR = 60 * MINUTE, FRAME = 15 * MINUTE;
-const LIST_PACE = 5000, ONE_PACE = 2000;    // milliseconds between two looks at a container
-const SLOW_PACE = MINUTE;                   // for those off the screen
+const LIST_PACE = 5000, ONE_PACE = 2000;    // milliseconds between scrapes of a container
+const SLOW_PACE = MINUTE;                   // for containers off the screen
 const AT_ONCE = 4;                          // requests in flight
-const HOLD = MINUTE;                        // how long a trouble is named after it was seen
-const MOST_ROWS = 2000;                     // more are left on the following pages
+const HOLD = MINUTE;                        // how long a problem stays listed after it ends
+const MOST_ROWS = 2000;                     // the rest stays on further pages
 const perMinute = Number(document.body.dataset.perMinute);
-const rules = RULES;                        // put in front of this script: the kit's USE table
+const rules = RULES;                        // the kit's USE table; the server prepends it
 
-// --- numbers in words
+// --- formatting
 
 const scaled = (number, base, units, last) => {
   let step = 0;
@@ -5193,8 +5193,8 @@ const sum = (...parts) => parts.some(part => part === null) ? null : parts.reduc
 
 // --- a page of metrics
 
-// By name: kind, help, sum and least of the samples, how many there are. Of the agent's own
-// (cmon_…) also each sample with its labels.
+// For each name: kind, help, and the sum, minimum and number of its samples. For the agent's own
+// metrics (cmon_…) also each sample with its labels.
 const parse = text => {
   const found = {};
   for (const line of text.split('\n')) {
@@ -5218,7 +5218,7 @@ const parse = text => {
   return found;
 };
 
-// A page with the one before it. Each function gives a number, or null for one that is not there.
+// A page and the one before it. Each method returns a number, or null if there is none.
 class Look {
   constructor(page, before, elapsed) {
     this.page = page;
@@ -5229,7 +5229,7 @@ class Look {
   now(name) { const family = this.family(name); return family ? family.sum : null; }
   least(name) { const family = this.family(name); return family ? family.least : null; }
   count(name) { const family = this.family(name); return family ? family.count : null; }
-  more(name) {                              // growth of a counter; it may have started again at 0
+  more(name) {                              // increase of a counter; null after a reset
     const now = this.family(name), before = this.before && this.before[name];
     return now && before && now.sum >= before.sum ? now.sum - before.sum : null;
   }
@@ -5240,7 +5240,7 @@ class Look {
   }
 }
 
-// --- what is in trouble: utilisation, saturation and errors by the rules that came with the page
+// --- problems: utilisation, saturation and errors, by the rules of the USE table
 
 const shareOf = (use, look) => {
   if (!use.share.length) return null;
@@ -5256,7 +5256,7 @@ const isTrouble = (name, look) => {
   return value !== null && from !== null && value > 0 && value >= from;
 };
 
-// For one resource: [level, words] for each cell. Levels: 0 well, 2 look at it, 3 trouble.
+// For one resource: [level, words] for each cell. Levels: 0 good, 2 warning, 3 bad.
 const judge = (use, look) => {
   const share = shareOf(use, look);
   const full = share !== null && share >= rules.full;
@@ -5273,7 +5273,7 @@ const judge = (use, look) => {
 };
 const CELLS = ['utilisation', 'saturation', 'errors'];
 
-// --- what is drawn: `cap` is the limit that belongs to it, `wide` is left out on a phone
+// --- charts by scope; `cap` is the limit of a value
 
 const LOST = ['net_drops_in_total', 'net_drops_out_total', 'net_errors_in_total',
   'net_errors_out_total'];
@@ -5290,11 +5290,11 @@ const SERIES = {
       cap: look => look.now('mem_swap_limit')},
     net: {title: 'Network', show: perSecond,
       of: look => sum(look.rate('net_agg_bytes_in'), look.rate('net_agg_bytes_out'))},
-    disk: {title: 'Files read and written', show: perSecond, of: look =>
+    disk: {title: 'File I/O', show: perSecond, of: look =>
       sum(look.rate('vfs_bytes_read_count'), look.rate('vfs_bytes_written_count'))},
-    lost: {title: 'Drops and errors of the network', show: rate,
+    lost: {title: 'Network drops and errors', show: rate,
       of: look => sum(...LOST.map(name => look.rate(name)))},
-    retransmitted: {title: 'TCP segments sent again', show: rate,
+    retransmitted: {title: 'TCP retransmissions', show: rate,
       of: look => look.rate('tcp_retransmitted_segment_count')},
     processes: {title: 'Processes', show: count, of: look => look.now('proc_processes'),
       cap: look => look.now('proc_processes_limit')},
@@ -5324,7 +5324,7 @@ const SERIES = {
       cap: look => look.now('alloc_memory_bytes')},
   },
 };
-// Counters that move in a sample that is new, and the collector whose age says when it was taken.
+// Counters that grow in every new sample, and the collector whose age tells when it was taken.
 const MOVES = {zone: ['cpu_user_usage', 'cpu_sys_usage'], node: ['cpu_idle_seconds_total']};
 const DATED = {zone: '"zone_misc"', node: '"cpu_util"'};
 
@@ -5346,7 +5346,7 @@ class Target {
       look: null, refusal: '', refusalLevel: 0, partial: ''});
   }
 
-  // What the server knows: data-asks: it has a page; data-silent: its node does not answer.
+  // From the server. data-asks: the target has a page; data-silent: its node does not answer.
   facts(element) {
     this.asks = 'asks' in element.dataset;
     this.silent = element.dataset.silent || '';
@@ -5363,18 +5363,18 @@ class Target {
       return found ? found[1] * 1000 : 0;
     };
     const at = now - age(DATED[this.scope]), told = page.time_of_day;
-    // The node's clock when the counters were read: answers take their time, and rates must not.
+    // The node's clock when it read the counters, so that rates do not depend on response times.
     const clock = told && told.count ? told.sum + age('"time"') - age(DATED[this.scope]) : at;
     this.refusal = '';
     this.silent = '';
     this.partial = partial;
     const same = before && at - this.at < 30000 && MOVES[this.scope].every(name =>
       page[name] && before[name] && page[name].sum === before[name].sum);
-    if (before && (same || at <= this.at)) {        // the same sample again is no rate of zero
+    if (before && (same || at <= this.at)) {        // a repeated sample is not a rate of zero
       this.look = new Look(page, this.look && this.look.before, this.look && this.look.elapsed);
       return;
     }
-    const ours = at - this.at, theirs = clock - this.clock;     // unless its clock was set
+    const ours = at - this.at, theirs = clock - this.clock; // if its clock was not set
     const elapsed = theirs > 0 && Math.abs(theirs - ours) < 5000 + ours / 2 ? theirs : ours;
     const look = new Look(page, before, elapsed / 1000);
     const point = {at};
@@ -5393,7 +5393,7 @@ class Target {
     }
   }
 
-  // [level, words] of each trouble at present, the worst first.
+  // [level, words] of each current problem, worst first.
   troubles() {
     if (this.silent) return [[3, 'compute node does not answer']];
     if (this.refusal) return [[this.refusalLevel, this.refusal]];
@@ -5411,7 +5411,7 @@ class Target {
       if (this.points[i][name] !== null) return this.points[i][name];
     return null;
   }
-  // What a column sorts by: of those with a cap, how much of it.
+  // The sort key of a column: for values with a cap, the share of it.
   rank(name) {
     const value = this.value(name), cap = this.caps[name];
     return value === null || value === undefined ? -1 : cap ? value / cap : value / 1e15;
@@ -5423,9 +5423,9 @@ class Target {
   }
 }
 
-// --- asking
+// --- requests
 
-const sent = [];                            // times of the requests of the last minute
+const sent = [];                            // when the requests of the last minute were sent
 let flying = 0, silentSince = 0, failures = 0, restUntil = 0;
 
 const left = () => {
@@ -5445,7 +5445,7 @@ const rest = (milliseconds, words) => {
   say(words);
 };
 
-// An answer, or null when there was none; what concerns all requests alike is dealt with here.
+// The answer, or null if there is none. Handles refusals and failures that concern all requests.
 const ask = async path => {
   sent.push(Date.now());
   flying++;
@@ -5463,8 +5463,8 @@ const ask = async path => {
   } catch (error) {
     silentSince = silentSince || Date.now();
     const pause = Math.min(MINUTE, 2500 * Math.pow(2, failures++));
-    rest(pause, `The proxy has not answered since ${clock(silentSince)}: these figures are old. ` +
-      'It is asked again by itself.');
+    rest(pause, `The proxy has not answered since ${clock(silentSince)}. The values below are ` +
+      'old; retrying automatically.');
     return null;
   } finally {
     clearTimeout(timer);
@@ -5503,7 +5503,7 @@ const next = () => {
     const late = target.waiting ? 0 : now - target.asked - Math.max(pause, target.retry);
     return late > best[0] ? [late, target] : best;
   }, [0, null])[1];
-  const spare = open >= perMinute * .25;    // kept for what is on the screen
+  const spare = open >= perMinute * .25;    // the last quarter is for what is on the screen
   return open <= 0 ? null : latest(seen.filter(target => !target.asked), 0) ||
     spare && latest(all.filter(target => !target.asked), 0) || latest(seen, pace) ||
     spare && latest(all, SLOW_PACE);
@@ -5543,7 +5543,7 @@ const draw = svg => {
     area += `${gap ? `M${from} ${HEIGHT}L` : 'L'}${x.toFixed(1)} ${y(point[name])}`;
     last = point.at;
     if (index === points.length - 1) area += `V${HEIGHT}H${from}Z`;
-    if (gap) line += 'h1.5';                // a lone point is a dot
+    if (gap) line += 'h1.5';                // draw a single point as a dot
   });
   svg.querySelector('.line').setAttribute('d', line);
   svg.querySelector('.area').setAttribute('d', area);
@@ -5552,10 +5552,10 @@ const draw = svg => {
   svg.most = values.length ? 'highest ' + show(Math.max(...values)) : '';
   svg.setAttribute('aria-label', `${SERIES[target.scope][name].title} of ${target.name}: ` +
     (values.length ? `${target.said(name)}; from ${show(Math.min(...values))} to ` +
-      `${show(Math.max(...values))} in ${span / MINUTE} minutes` : 'no figures yet'));
+      `${show(Math.max(...values))} in ${span / MINUTE} minutes` : 'no values yet'));
 };
 
-// Value and time under the pointer, or under the arrow keys.
+// Value and time at the pointer, or at the position chosen with the arrow keys.
 const tip = document.createElement('div');
 tip.id = 'tip';
 tip.hidden = true;
@@ -5602,7 +5602,7 @@ document.addEventListener('keydown', event => {
   mark(svg, Math.min(1, Math.max(0, (svg.share === undefined ? 1 : svg.share) + step / 60)));
 });
 
-// --- what is on the screen: the overview, or one container or compute node
+// --- the screen: the overview, or one container or compute node
 
 let shown = {};                             // {main, uuid, figures}
 
@@ -5657,7 +5657,7 @@ const paintOne = target => {
     put(most, svg.most);
   }
   const summary = main.querySelector('#summary'), level = target.level();
-  put(summary, target.words() || (target.page ? 'No trouble seen.' : 'Asking …'));
+  put(summary, target.words() || (target.page ? 'No trouble seen.' : 'Loading …'));
   summary.className = level > 2 ? 'bad' : level > 1 ? 'warn' : 'good';
   const look = target.look;
   if (!look) return;
@@ -5685,12 +5685,12 @@ const paintOne = target => {
     test(number)).map(([labels, number]) => [labels.split('"')[1], number]);
   const said = [
     ...own('cmon_collector_up', number => number === 0).map(([name]) =>
-      `${name}: the agent cannot read it now; its log and its page say why`),
+      `${name}: the agent cannot read it; see the agent's log or web page`),
     ...own('cmon_sample_age_seconds', number => number > 60).map(([name, age]) =>
-      `${name}: read ${seconds(age)} ago`),
+      `${name}: last read ${seconds(age)} ago`),
     ...Object.keys(look.page).filter(name => name.endsWith('_metrics_available_boolean') &&
       look.now(name) === 0).map(name => name.replace('_metrics_available_boolean', '') +
-      ': this ' + (target.scope === 'zone' ? 'container' : 'node') + ' has none'),
+      ': not available on this ' + (target.scope === 'zone' ? 'container' : 'node')),
     ...rules.use[target.scope].filter(use => use.share.length > 1 && !look.family(use.share[1]) &&
       look.family(use.share[0])).map(use => `${use.resource}: no limit is set (${use.share[1]})`),
   ];
@@ -5706,20 +5706,20 @@ const paintOne = target => {
 const onScreen = new IntersectionObserver(entries => {
   for (const entry of entries) {
     const target = targets.get(entry.target.dataset.uuid);
-    if (!target || shown.uuid) continue;    // its row has left with the list
+    if (!target || shown.uuid) continue;    // the list is no longer shown
     target.visible = entry.isIntersecting;
     if (target.visible) paint(target);
   }
 }, {rootMargin: '60px'});
 
-// Rows of a page from the server become targets, or news of targets.
+// Create or update targets from the rows of a page from the server.
 const adopt = (main, fresh) => {
   for (const row of main.querySelectorAll('tr[data-uuid]')) {
     const {uuid} = row.dataset, scope = row.closest('table').dataset.scope;
     let target = targets.get(uuid);
     if (!target) targets.set(uuid, target = new Target(uuid, scope));
     target.facts(row);
-    if (fresh && target.row) {              // keep the row that is shown; take what changed
+    if (fresh && target.row) {              // keep the displayed row, update its data
       Object.assign(target.row.dataset, {state: target.state, groups: row.dataset.groups || ''});
       const old = target.row.querySelectorAll('.static'), now = row.querySelectorAll('.static');
       old.forEach((cell, index) => now[index] && cell.replaceWith(now[index]));
@@ -5737,7 +5737,7 @@ const adopt = (main, fresh) => {
   }
 };
 
-// --- the overview: sort, filter, what to look at first
+// --- the overview: sort, filter, summary
 
 const form = () => shown.main.querySelector('form');
 let sortBy = 'trouble', upwards = false, touched = 0;
@@ -5783,8 +5783,8 @@ const summarise = () => {
   const ill = all.filter(target => target.level() > 1).sort((a, b) => b.level() - a.level());
   const summary = shown.main.querySelector('#summary');
   const named = ill.slice(0, matchMedia('(max-width: 44rem)').matches ? 5 : 12);
-  const words = (ill.length ? `${ill.length} of ${all.length} need a look. ` : '') +
-    (known < all.length ? `Asking: ${known} of ${all.length} so far …` :
+  const words = (ill.length ? `${ill.length} of ${all.length} need attention. ` : '') +
+    (known < all.length ? `Loaded ${known} of ${all.length} …` :
       ill.length ? '' : 'No trouble seen.');
   const lines = named.map(target => `${target.name}\n${target.words()}`);
   const key = words + lines.join('\n');
@@ -5804,7 +5804,7 @@ const summarise = () => {
   document.title = (ill.length ? `(${ill.length}) ` : '') + 'Container Monitor';
 };
 
-// Buttons that sort, in place of the first heading and behind the others.
+// Sort buttons: one replaces the first heading, the others follow the existing headings.
 const headings = table => {
   const columns = COLUMNS[table.dataset.scope], row = table.tHead.rows[0];
   for (const name of Object.keys(columns)) {
@@ -5842,7 +5842,7 @@ const fill = () => {
 
 const home = '/' + (location.pathname === '/' ? location.search : '');
 
-// The other pages of a long list, and each minute what has changed on the server.
+// Loads the other pages of a long list and, each minute, what has changed on the server.
 let renewed = Date.now(), renewing = false;
 const renew = async first => {
   renewing = true;
@@ -5909,7 +5909,7 @@ const openOne = main => {
   if (copy && navigator.clipboard) {
     copy.hidden = false;
     copy.onclick = () => navigator.clipboard.writeText(main.querySelector('pre').textContent)
-      .then(() => put(copy, 'Copied'), () => put(copy, 'Select and copy it by hand'));
+      .then(() => put(copy, 'Copied'), () => put(copy, 'Copying failed: select the text'));
   }
   paintOne(target);
 };
@@ -5946,7 +5946,7 @@ const open = main => {
   if (main.dataset.uuid) openOne(main); else openList(main);
 };
 
-// Links between the pages exchange <main>, so that the figures so far are kept.
+// Links between the pages only replace <main>, so that the values so far are kept.
 let list = null, scrolled = 0;
 const go = async path => {
   let main = path === '/' ? list : null;
@@ -5977,7 +5977,7 @@ document.addEventListener('click', async event => {
 });
 window.addEventListener('popstate', () => go(location.pathname));
 
-// --- figures and the count of requests outlive a reload
+// --- keep values and the request count across a reload
 
 const KEPT = 'cmon-figures';
 window.addEventListener('pagehide', () => {
@@ -5988,10 +5988,10 @@ window.addEventListener('pagehide', () => {
     try {
       sessionStorage.setItem(KEPT, JSON.stringify(kept));
       return;
-    } catch (error) { /* too large: without the figures */ }
+    } catch (error) { /* too large: try without the values */ }
 });
 
-// --- begin
+// --- start
 
 document.body.classList.add('on');
 const main = document.querySelector('main');
@@ -6016,7 +6016,7 @@ setInterval(() => {
   for (const target of targets.values()) if (target.visible) paintAge(target);
   summarise();
 }, 1000);
-setInterval(() => {                         // no row moves under the pointer or the keyboard
+setInterval(() => {                         // never move rows under the pointer or focus
   if (document.hidden || shown.uuid) return;
   for (const target of targets.values()) paint(target);
   const rows = shown.main.querySelector('tbody');
