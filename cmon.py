@@ -3504,7 +3504,7 @@ memory and lb01 drops packets. Among carol's containers is one on a silent compu
 
     {wrapped(running.bundle(login)).strip()}
 
-The demo has just run the steps below. To repeat one, run its command in any shell.
+The demo has just sent the requests below. To repeat one, run its command in any shell.
 """)
     _, containers = proxy.containers()
     if mine["uuid"] not in [container.uuid for container in containers]:
@@ -3531,7 +3531,7 @@ The demo has just run the steps below. To repeat one, run its command in any she
     write_plain(running.folder / "rules.yml", example("rules.yml").read_text("utf-8"))
     python = shlex.quote(sys.executable)
     flags = running.credentials(login, ("--ca", "--cert", "--key"))
-    step(f"{login} scrapes it with cmon.py",
+    step(f"{login} scrapes {mine['alias']} with cmon.py",
          f"{python} {shlex.quote(str(HERE / 'cmon.py'))} monitor {shlex.quote(mine['alias'])} "
          f"--url {base} {flags}", [])
     variables = running.credentials(login, ("CMON_CA", "CMON_CERT", "CMON_KEY"), "=")

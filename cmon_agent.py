@@ -7518,31 +7518,31 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
             (("zone", f"<code>{zone}</code>"), ("id", str(zone_id)),
              ("brand", escape(vm.brand) if vm else ""),
              ("age", f"{min(ages):.0f} s" if ages else '<span class="dim">not scraped</span>'),
-             ("fails", f'<span class="bad">{escape(", ".join(bad))}</span>' if bad else ""))))
+             ("failing", f'<span class="bad">{escape(", ".join(bad))}</span>' if bad else ""))))
     broken = [page_row(escape(where), (
         ("collector", escape(name)),
-        ("why", f'<span class="bad">{escape(trouble.why)}</span>'),
-        ("tried", f"{now - trouble.tried:.0f} s ago"),
-        ("next", "stopped for a while" if trouble.is_stopped else "tries again")))
+        ("reason", f'<span class="bad">{escape(trouble.why)}</span>'),
+        ("last try", f"{now - trouble.tried:.0f} s ago"),
+        ("next", "paused, then retried" if trouble.is_stopped else "retried")))
         for where, name, trouble in scraper.broken()]
     budget, info = scraper.settings.cpu_budget, scraper.sysinfo
     facts = [f"compute node {info.hostname or '?'} {info.uuid}", f"version {__version__}",
              f"zones {len(rows)}", f"kstats {scraper.kstats.chain_length}",
-             f"CPU used {governor.used:.2%} of one",
-             "no CPU budget" if budget is None else f"budget {budget:.2%} of one",
-             f"lifetimes stretched {governor.stretch:.1f} times",
-             f"blocked reads {scraper.kstats.blocked}",
-             f"vminfod {scraper.host.vms.problem or 'followed'}"]
+             f"using {governor.used:.2%} of one CPU",
+             "no CPU budget" if budget is None else f"CPU budget {budget:.2%}",
+             f"lifetimes stretched by {governor.stretch:.1f}",
+             f"blocked kstat reads {scraper.kstats.blocked}",
+             f"vminfod {scraper.host.vms.problem or 'connected'}"]
     if isinstance(scraper.host, RecordedHost):
-        facts.insert(0, f"this is a replay of {scraper.host.path}")
-    trouble = broken and ("<h2>What fails now</h2>\n" + page_table(
-        ("page", "collector", "why", "tried", "next"), broken))
+        facts.insert(0, f"replay of {scraper.host.path}")
+    trouble = broken and ("<h2>Failing collectors</h2>\n" + page_table(
+        ("page", "collector", "reason", "last try", "next"), broken))
     return plain_page("Container Monitor agent", facts, (
         f'<p class="bad" role="alert">{escape(problem)}</p>' if problem else "") + f"""\
 <p><a href="/v1/gz/metrics">Compute node</a> · <a href="/v1/zones/metrics">all zones</a> ·
-<a href="/metrics">the agent itself</a> · <a href="/v1/metadata">what the metrics mean</a></p>
+<a href="/metrics">this agent</a> · <a href="/v1/metadata">metadata of all metrics</a></p>
 {trouble or ""}<h2>Zones</h2>
-{page_table(("alias", "zone", "id", "brand", "age", "fails"), rows)}""")
+{page_table(("alias", "zone", "id", "brand", "age", "failing"), rows)}""")
 
 # --- logging and settings [kit] -------------------------------------------------------------------
 
