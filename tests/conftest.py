@@ -40,7 +40,7 @@ def pytest_sessionstart() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--units and --fewer, for the Pythons before the newest (tests/run.sh), and --rewrite."""
     parser.addoption("--rewrite", action="store_true",
-                     help="write tests/golden anew (make golden); then read the diff")
+                     help="rewrite tests/golden (make golden); then read the diff")
     parser.addoption("--units", action="store_true",
                      help="only the modules that start none of the programs")
     parser.addoption("--fewer", action="store_true",

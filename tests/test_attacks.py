@@ -524,7 +524,7 @@ def test_no_alias_makes_a_500(path: str, alias: str, house: Any) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"garbage", gzip.compress(b"x 1\n")[:-4],
                                   gzip.compress(bytes(2 << 20))])
-def test_a_copy_with_broken_gzip_is_none(body: bytes, house: Any) -> None:
+def test_a_copy_with_broken_gzip_is_not_used(body: bytes, house: Any) -> None:
     world = house(1, per_minute=1, burst=1, hard_per_minute=1000)
     world.bucket.soft = 0.0
     world.proxy.pages._copies.put((WEB, False), Copy(world.owner.uuid, Reply(200, body, True), 0.0))

@@ -398,7 +398,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("what, listed, signed, words", HOSTILE, ids=[row[0] for row in HOSTILE])
-def test_agent_that_is_odd(what: str, listed: bytes | None, signed: bytes, words: str, keys: Path,
+def test_odd_answers_of_ssh_agent_are_refused(
+        what: str, listed: bytes | None, signed: bytes, words: str, keys: Path,
                            tmp_path: Path) -> None:
     if listed is None:
         listed = frame(12, struct.pack(">I", 1) + ssh(blob_of(keys, "rsa"), b"comment"))

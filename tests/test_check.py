@@ -315,7 +315,7 @@ def test_rates_of_several_containers_and_of_the_proxy(check: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish\n", b"\x00" * 100, None])
-def test_broken_readings_are_as_none(content: bytes | None, check: Any, tmp_path: Path) -> None:
+def test_broken_readings_count_as_absent(content: bytes | None, check: Any, tmp_path: Path) -> None:
     check.page(at(100, 1000))
     check("web01", DROPS)
     file, = (tmp_path / "cache" / "cmon").iterdir()

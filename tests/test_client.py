@@ -86,7 +86,7 @@ def test_an_answer_is_read(raw: bytes, body: bytes, kept: bool,
 
 @pytest.mark.parametrize("raw, problem", [row[1:] for row in BROKEN],
                          ids=[row[0] for row in BROKEN])
-def test_a_broken_answer_is_told(raw: bytes, problem: str) -> None:
+def test_a_broken_answer_is_reported(raw: bytes, problem: str) -> None:
     with pytest.raises(ClientError, match=problem):
         read(raw, at_once)
 

@@ -480,7 +480,7 @@ def test_details_of_ntp_with_the_units_that_ntpd_sends() -> None:
         "ntp_kod_responses_total": 8}
 
 
-def test_ntpd_that_says_nothing_is_told() -> None:
+def test_a_silent_ntpd_is_reported() -> None:
     with pytest.raises(CollectError, match="is ntpd running"):
         agent.ntp_part(agent.parse_apeers(""), agent.parse_ntp_details(""))
 

@@ -66,7 +66,7 @@ def test_only_the_first_scrape_waits_for_a_command_that_hangs(machine: MakeMachi
     assert down(one.zone()) == {"zfs"}
 
 
-def test_one_who_has_more_time_goes_on_waiting(machine: MakeMachine) -> None:
+def test_a_client_with_a_later_deadline_keeps_waiting(machine: MakeMachine) -> None:
     one = machine()
     go = one.commands / "go"
     slow = (one.commands / "zfs").read_text().replace(
@@ -211,7 +211,7 @@ def test_what_fails_is_tried_no_more_often_than_the_operator_allows(machine: Mak
     assert one.own("cmon_agent_kstat_reads_total") == before
 
 
-def test_all_that_is_wrong_is_told_where_it_stands(tmp_path: Path) -> None:
+def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "agent.json"
     path.write_text(json.dumps({"collectors": {"zfs": {"ttl": -1}, "zsf": {}, "mem": {}},
                                 "commands": {"zfss": "x", "npt": 5}, "cpu_budget": 0}))

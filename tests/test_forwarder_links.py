@@ -193,7 +193,7 @@ def test_deadlines_hold_and_free_the_connection(peer: Peer, run: Run) -> None:
     fetcher.close()
 
 
-def test_nobody_there_is_said_and_found_again(peer: Peer, run: Run) -> None:
+def test_an_absent_proxy_is_reported_and_found_again(peer: Peer, run: Run) -> None:
     peer.close()
     fetcher = fetcher_of(peer.text)
     assert [reply.problem for reply in run(fetcher, "/", "/", "/")] == ["connection refused"] * 3

@@ -258,7 +258,7 @@ def test_a_sink_that_confirms_is_not_believed_when_it_is_silent(keep: Keep) -> N
     assert server.lines() == ["a", "b", "b"]
 
 
-def test_nobody_there(keep: Keep) -> None:
+def test_an_absent_sink_is_retried_with_all_its_data(keep: Keep) -> None:
     for where in (sink("graphite", address="127.0.0.1:1"), sink("statsd", address="127.0.0.1:1"),
                   sink("graphite", address="no.such.host.invalid:1"),
                   sink("statsd", address="no.such.host.invalid:1")):

@@ -92,7 +92,7 @@ TAKERS: list[tuple[str, Any, Callable[[Any, Path], Any], Any]] = [
 
 @pytest.mark.parametrize("good, take, allowed", [row[1:] for row in TAKERS],
                          ids=[row[0] for row in TAKERS])
-def test_bent_input_is_taken_or_refused_in_words(
+def test_malformed_input_is_accepted_or_refused_with_a_message(
         good: Any, take: Callable[[Any, Path], Any], allowed: Any, tmp_path: Path) -> None:
     take(good, tmp_path)
     for seed in range(150):

@@ -595,7 +595,7 @@ def test_silent_clients_do_not_hold_up_handshakes_and_are_ended(secure: Served, 
         connection.close()
 
 
-def test_plain_http_to_a_tls_port_is_told(secure: Served) -> None:
+def test_plain_http_to_a_tls_port_is_reported(secure: Served) -> None:
     with Connection(secure.address) as connection:
         connection.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = connection.answer()

@@ -103,7 +103,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_inventory(tmp_path / "absent.json", 9163)
 
 
-def test_all_problems_are_told_but_not_without_end(tmp_path: Path) -> None:
+def test_problems_are_reported_up_to_a_limit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, {"accounts": [1] * 3, "servers": [], "vms": [2] * 100})
     assert len(caught.value.problems) == 20
@@ -436,7 +436,7 @@ def test_states_are_all_here_and_a_new_one_does_not_vanish() -> None:
 @pytest.mark.parametrize("record", [None, [], 7, "x", {}, {"uuid": WEB}, {"owner_uuid": ALICE},
                                     {"uuid": 7, "owner_uuid": ALICE},
                                     {"uuid": "../../etc", "owner_uuid": ALICE}])
-def test_a_record_that_cannot_be_used_is_none(record: Any) -> None:
+def test_an_unusable_record_counts_as_absent(record: Any) -> None:
     assert vm_of(record, "test", 0) is None
 
 

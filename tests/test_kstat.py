@@ -263,7 +263,7 @@ def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", ["libkstat.so.1", "/nonexistent/libkstat.so", "libc.so.6"])
-def test_a_library_that_is_none_names_the_replay(path: str) -> None:
+def test_what_is_not_libkstat_is_refused_with_a_hint_at_replay(path: str) -> None:
     with pytest.raises(LibraryError) as caught:
         agent.Libkstat(path)
     assert path in str(caught.value) and "--replay FILE" in str(caught.value)

@@ -180,7 +180,7 @@ def test_map_in_the_docstring_is_the_list_of_banners(program: str) -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_banner_is_one(program: str) -> None:
+def test_what_looks_like_a_banner_is_one(program: str) -> None:
     """What looks like a banner but is not would be missing from the table of contents."""
     text = source(program)
     assert len(re.findall(r"^# ---", text, re.M)) == len(sections(text))

@@ -300,7 +300,7 @@ def test_a_table_of_rates_takes_two_scrapes(web01: Container, monitor: Any) -> N
     assert web01.asked == 2
 
 
-def test_caps_take_one(web01: Container, monitor: Any) -> None:
+def test_caps_need_only_one_scrape(web01: Container, monitor: Any) -> None:
     done = monitor("web01", "--caps")
     assert done.stdout == """\
 RESOURCE    CAP  USED   SHARE  HIGHEST  ABOVE
@@ -344,7 +344,7 @@ def test_watch_of_a_page_that_never_came_fails(web01: Container, monitor: Any) -
 
 
 @pytest.mark.parametrize("body", [b"\xff", b"a{b 1\n", b"cut off", b"a 1\na 2\n"])
-def test_a_page_that_is_none_is_refused_in_one_line(body: bytes, proxy: StandIn,  # noqa: F811
+def test_an_invalid_page_is_refused_in_one_line(body: bytes, proxy: StandIn,  # noqa: F811
                                                     monitor: Any) -> None:
     proxy.answers[PATH] = Answer(200, body)
     one_line(monitor("web01", "--caps"), 1, "the page of web01 is not in Prometheus' text format")

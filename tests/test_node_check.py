@@ -362,7 +362,8 @@ def test_kstats_that_are_not_there(node: MakeNode, recorded_node: dict[str, Any]
     assert any(text.startswith("no vmm kstat of ") for _, text in found.of("guests"))
 
 
-def test_an_unknown_form_of_no_cap_is_told(node: MakeNode, recorded_node: dict[str, Any]) -> None:
+def test_an_unknown_form_of_no_cap_is_reported(
+        node: MakeNode, recorded_node: dict[str, Any]) -> None:
     kstats = json.loads(json.dumps(recorded_node["frames"][0]["kstats"]))
     for one in kstats:
         if one["module"] == "memory_cap" and zone_of(one):
@@ -375,7 +376,8 @@ def test_an_unknown_form_of_no_cap_is_told(node: MakeNode, recorded_node: dict[s
         "form of no cap"]
 
 
-def test_a_chain_of_another_layout_is_told(node: MakeNode, recorded_node: dict[str, Any]) -> None:
+def test_a_chain_of_another_layout_is_reported(
+        node: MakeNode, recorded_node: dict[str, Any]) -> None:
     kstats = [*recorded_node["frames"][0]["kstats"], {
         "module": "x", "instance": 0, "name": "x", "class": "x", "type": 9, "crtime": 10 ** 18,
         "snaptime": 0, "data": {}}]
@@ -383,7 +385,7 @@ def test_a_chain_of_another_layout_is_told(node: MakeNode, recorded_node: dict[s
                for text in node(kstats).check().bad())
 
 
-def test_a_kstat_of_another_type_is_told(node: MakeNode, recorded_node: dict[str, Any]) -> None:
+def test_a_kstat_of_another_type_is_reported(node: MakeNode, recorded_node: dict[str, Any]) -> None:
     """zone_vfs looks like a disk, and is of named values."""
     kstats = [{**one, "type": 3} if one["module"] == "zone_vfs" else one
               for one in recorded_node["frames"][0]["kstats"]]
@@ -491,7 +493,7 @@ def test_who_is_not_root_is_told_what_only_root_sees(
         agent.check_user)
 
 
-def test_bad_settings_are_told_as_elsewhere(node: MakeNode) -> None:
+def test_bad_settings_are_reported_as_by_the_servers(node: MakeNode) -> None:
     one = node()
     one.machine.config.write_text('{"listne": 1}')
     found = one.check("--user", ME)

@@ -428,7 +428,7 @@ def test_names_and_the_most_that_run(tmp_path: Path) -> None:
     "{", "[]", "7", '{"p.sh": 7}', '{"p.sh": {"timeout": 0}}', '{"p.sh": {"timeout": "x"}}',
     '{"p.sh": {"ttl": -1}}', '{"p.sh": {"vms": "all"}}', '{"p.sh": {"timeout": true}}',
     '{"p.sh": {"timeout": NaN}}', '{"p.sh": {}, "p.sh": {}}'])
-def test_a_bad_plugin_json_is_told(tmp_path: Path, content: str) -> None:
+def test_a_bad_plugin_json_is_reported(tmp_path: Path, content: str) -> None:
     folder = write(tmp_path / "p", {"p.sh": "", "plugin.json": content})
     _, problems = plugins_in(folder)
     assert problems and all(str(folder) in problem for problem in problems)

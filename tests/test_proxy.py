@@ -340,7 +340,7 @@ def test_no_more_than_so_many_requests_to_a_node(folder: Path, agent: Agent) -> 
         assert agent.connections == 3
 
 
-def test_a_silent_node_is_told_at_once_and_comes_back(folder: Path, agent: Agent) -> None:
+def test_a_silent_node_is_reported_at_once_and_recovers(folder: Path, agent: Agent) -> None:
     hole = socket.create_server(("127.0.0.1", 0), backlog=1)
     address = hole.getsockname()
     fill = [socket.socket() for _ in range(4)]              # its backlog is full: nothing answers
@@ -534,7 +534,7 @@ def test_quota_in_two_steps(folder: Path, agent: Agent) -> None:
     ({"quota": {"over_quota": "maybe"}}, "quota.over_quota: must be one of"),
     ({"workers": 0}, "workers: must be at least 1"),
 ], ids=lambda value: str(value)[:40])
-def test_bad_settings_are_told_and_end_with_2_or_96(change: Any, problem: str, folder: Path
+def test_bad_settings_are_reported_with_exit_status_2_or_96(change: Any, problem: str, folder: Path
                                                     ) -> None:
     path = proxy_config(folder, **change)
     for flags, status in (((), 2), (("--check-config",), 2), (("--smf",), 96)):

@@ -97,7 +97,7 @@ def test_the_chain_is_walked_only_when_it_has_changed(
     assert len(walks) == 2 and one.kernel["opens"] == 1
 
 
-def test_fifty_askers_at_once_cost_one_collection_and_get_one_answer(machine: MakeMachine) -> None:
+def test_fifty_concurrent_clients_share_one_collection(machine: MakeMachine) -> None:
     one = machine(start=False)
     one.kernel.log_reads()
     one.kernel.faults(("delay", "zone_vfs:5:*", "200"))
@@ -141,11 +141,11 @@ def test_sixty_zones_and_four_clients(machine: MakeMachine) -> None:
         for part in parts:
             part.join()
         pages.append(mine)
-    askers = [threading.Thread(target=ask) for _ in range(4)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
     assert [len(mine) for mine in pages] == [60] * 4
     for zone in zones:
         page = pages[0][zone]
@@ -177,7 +177,7 @@ def rebooted(kstats: list[dict[str, Any]], zone: str, old: int, new: int, **memb
 
 @pytest.mark.parametrize("victim", ["memory_cap:7:*", "tcp:7:tcp", "caps:7:cpucaps*", "zones:7:*"])
 @pytest.mark.parametrize("new", [33, 7], ids=["under a new id", "under the same id"])
-def test_a_zone_that_reboots_while_it_is_read_is_read_anew(machine: MakeMachine, victim: str,
+def test_a_zone_that_reboots_during_a_read_is_read_again(machine: MakeMachine, victim: str,
                                                            new: int) -> None:
     one = machine(cpu_budget=None)
     kstats = one.frame["kstats"]
@@ -753,7 +753,7 @@ def test_neighbours_in_time_are_never_one_sample_twice(desk: Callable[..., Desk]
     assert fresh == [float(number) for number in range(3, len(seen))]
 
 
-def test_one_who_asks_all_the_time_gets_a_new_sample_once_a_second(desk: Callable[..., Desk]
+def test_a_client_that_polls_all_the_time_gets_a_new_sample_each_second(desk: Callable[..., Desk]
                                                                    ) -> None:
     one: Any = desk()
     seen = []
@@ -787,7 +787,7 @@ def test_the_interval_is_that_of_one_asker_not_the_time_between_two(desk: Callab
     assert all(collections[2::2]) and not any(collections[3::2]), collections
 
 
-def test_many_askers_are_forgotten_and_the_one_who_comes_often_is_not(desk: Callable[..., Desk]
+def test_many_clients_are_forgotten_but_not_a_frequent_one(desk: Callable[..., Desk]
                                                                        ) -> None:
     one: Any = desk()
     seen = []

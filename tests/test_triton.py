@@ -441,7 +441,7 @@ def test_heartbeats_and_pings(inside: Any, cloud: Cloud) -> None:
     wait_until(lambda: len(cloud.vmapi.order("stats")["registrations"]) > 1)
 
 
-def test_nodes_that_are_gone_twice_are_gone(inside: Any, cloud: Cloud) -> None:
+def test_nodes_missing_from_two_lists_are_removed(inside: Any, cloud: Cloud) -> None:
     _, proxy = inside
     assert set(proxy.inventory.nodes) == {NODE_1, NODE_2}
     cloud.cnapi.order("servers", servers=[
@@ -761,7 +761,7 @@ def known(desk: Any) -> Any:
     return mahi.find("alice")
 
 
-def test_an_account_is_used_refreshed_and_read_anew_by_its_age(desk: Any) -> None:
+def test_an_account_is_used_refreshed_or_read_again_by_its_age(desk: Any) -> None:
     mahi, shelf, clock = desk
     first = known(desk)
     assert first.login == "alice" and shelf.asked == 1

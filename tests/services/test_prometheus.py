@@ -17,7 +17,7 @@ from datacenter import SERVICE, SUFFIX, DataCenter, live_agent, need_root, same_
 from support import NODE, ROOT, Program, free_port, http_get, samples, wait_until
 
 # What `promtool check metrics` says of our pages, once: all of it is of names that dashboards of
-# the original depend on. `CMON_REWRITE=1` writes it anew; then read the diff.
+# the original depend on. `CMON_REWRITE=1` rewrites it; then read the diff.
 SAID = Path(__file__).with_name("promtool.txt")
 INHERITED = {line.split("\t")[2] for line in (ROOT / "tests" / "metrics.tsv").read_text()
              .splitlines()[1:]}
