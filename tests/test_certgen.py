@@ -69,8 +69,12 @@ def agent(tmp_path: Path) -> Iterator[dict[str, str]]:
     path = tmp_path / "agent"
     process = subprocess.Popen([tool("ssh-agent"), "-D", "-a", str(path)],
                                stdout=subprocess.DEVNULL)
+
+    def listens() -> bool:              # a moment after its socket is there
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(path)) == 0
     try:
-        wait_until(path.exists, "ssh-agent")
+        wait_until(listens, "ssh-agent")
         yield {"SSH_AUTH_SOCK": str(path)}
     finally:
         process.terminate()
