@@ -441,7 +441,7 @@ def test_a_recording_ends_at_ctrl_c(tmp_path: Path, web01: Container, proxy: Sta
     wait_until(lambda: web01.asked > 2)
     program.signal(signal.SIGINT)
     assert program.wait() == 0
-    assert re.fullmatch(r"cmon: \d+ pages in .*", program.log)
+    assert re.fullmatch(r"cmon: recording web01 .*\ncmon: \d+ pages in .*", program.log)
 
 
 # --- on a terminal --------------------------------------------------------------------------------
