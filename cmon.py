@@ -4083,6 +4083,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(failure, Usage) else 1
     except KeyboardInterrupt:
         return 130
+    except ImportError as error:        # of the proxy, which has what concerns certificates
+        print(f"cmon: {error}: cmon_proxy.py of the same version must be beside cmon.py",
+              file=sys.stderr)
+        return 1
     except BrokenPipeError:             # the reader has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

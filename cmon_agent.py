@@ -7883,12 +7883,15 @@ class CommandLine(argparse.ArgumentParser):
             return message.replace("argument ", "", 1) if message.startswith("argument ") \
                 else message.replace("the following arguments are required:", "missing:")
         name, value, listed = wrong.groups()
-        choices = re.findall(r"[\w.-]+", listed)
-        near = difflib.get_close_matches(value, choices, 1)
-        what = f"no command {value!r}" if name == "COMMAND" else \
-            f"{name} {value!r} is not known"
-        return what + (f", did you mean {near[0]}?" if near else
-                       ": one of " + ", ".join(choices) if len(choices) < 20 else "")
+        return not_known(name, value, re.findall(r"[\w.-]+", listed))
+
+
+def not_known(name: str, value: str, choices: Sequence[str]) -> str:
+    """What is wrong with a command or a flag's value that is none of the choices."""
+    near = difflib.get_close_matches(value, choices, 1)
+    what = f"no command {value!r}" if name == "COMMAND" else f"{name} {value!r} is not known"
+    return what + (f", did you mean {near[0]}?" if near else
+                   ": one of " + ", ".join(choices) if len(choices) < 20 else "")
 
 
 def command_line(program: str, description: str) -> argparse.ArgumentParser:
@@ -8977,7 +8980,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ConfigError as error:
             complain("cmon_agent", error.problems)
             return EXIT_USAGE
-    arguments = agent_command_line().parse_args(words)
+    parser = agent_command_line()
+    if words[:1] and not words[0].startswith("-"):
+        parser.error(not_known("COMMAND", words[0], list(COMMANDS)))
+    arguments = parser.parse_args(words)
     running = Running(arguments)
     return run_daemon("agent", arguments, running.load, running.start, running.reload,
                       running.check)

@@ -37,6 +37,7 @@ def run(*words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     (("cmon.py", "discover", "--timeout", "soon"), "--timeout: 'soon' is not a number of seconds"),
     (("cmon_agent.py", "--log-level", "verbose"),
      "--log-level 'verbose' is not known: one of debug"),
+    (("cmon_agent.py", "chek"), "no command 'chek', did you mean check?"),
     (("cmon_agent.py", "--listen"), "--listen: expected one argument"),
     (("cmon_agent.py", "capture"), "missing: FILE"),
     (("cmon_agent.py", "capture", "x", "--frames", "0"), "'0' is not a number from 1 to 100"),
@@ -68,6 +69,17 @@ def test_a_program_without_its_neighbour_says_so(program: str, tmp_path: Path) -
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert f"cmon_agent.py of the same version must be beside {program}.py" in done.stderr
+
+
+def test_a_command_that_needs_the_proxys_code_says_so_where_it_is_missing(tmp_path: Path) -> None:
+    for name in ("cmon.py", "cmon_agent.py"):
+        shutil.copy(str(ROOT / name), str(tmp_path))
+    done = subprocess.run([sys.executable, str(tmp_path / "cmon.py"), "certgen", "--account", "a",
+                           "--ssh-key", "k"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"cmon: .+: cmon_proxy.py of the same version must be beside cmon.py\n",
+                        done.stderr)
 
 
 def test_warn_is_a_level_and_a_port_alone_an_address() -> None:
