@@ -2,6 +2,7 @@
 """The forwarder's spool: bounded, in order, whole after any end; full disks and damaged files."""
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
@@ -342,6 +343,66 @@ def fill(path: Path) -> None:
                     file.write(b"x" * size)
             except OSError:
                 pass
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_the_account_is_right(make: Any, tmp_path: Path, seed: int,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full disks, crashes that leave torn entries, limits: all is delivered once and in order,
+    counted as dropped, or there still. A held batch alone may go with its segment and a crash."""
+    chance, real = random.Random(seed), os.write
+    full = False
+
+    def write(file: int, content: Any) -> int:
+        if full and chance.random() < 0.7:
+            raise OSError(errno.ENOSPC, "no space")
+        return real(file, content[:chance.randrange(1, len(content) + 1)] if full else content)
+    monkeypatch.setattr(os, "write", write)
+    limit = chance.choice((4096, 8192, 20_000, 1 << 20))
+    spool = make(limit)
+    appended = dropped = 0
+    delivered: list[int] = []
+    for _ in range(200):
+        action = chance.random()
+        if action < 0.5:
+            numbers = range(appended, appended + chance.randrange(1, 5))
+            put(spool, *numbers, size=chance.choice((8, 50, 300, 1500)))
+            appended = numbers[-1] + 1
+        elif action < 0.75 and waiting(spool):
+            batch = spool.take(chance.choice((1, 1000, 1 << 20)), 0.0, STOP)
+            if chance.random() < 0.8:
+                delivered += [int(record) for record in batch.records]
+                spool.settle()
+        elif action < 0.85:
+            held, before = spool._held, waiting(spool)
+            lost = sum(spool.dropped.values())
+            if chance.random() < 0.5:
+                spool.close()
+                dropped += sum(spool.dropped.values())
+                lost = sum(spool.dropped.values()) - lost
+            else:                           # a crash: what is in memory only goes with it
+                unwritten = sum(count for _, count, _ in spool._memory) + (
+                    held.unwritten if held else 0)
+                dropped, lost = dropped + lost + unwritten, unwritten
+                for file in (spool._writer, spool._cursor, spool._reader and spool._reader[1]):
+                    if file is not None:
+                        os.close(file)
+                if segments(tmp_path):
+                    with open(segments(tmp_path)[-1], "ab") as torn:
+                        torn.write(bytes(chance.randrange(40)))
+            spool = make(limit)
+            gap = before - lost - waiting(spool)
+            assert 0 <= gap <= (len(held.records) if held else 0)
+            dropped += gap
+        else:
+            full = not full
+        assert appended == len(delivered) + waiting(spool) + dropped + sum(spool.dropped.values())
+    full = False
+    delivered += everything(spool)
+    assert delivered == sorted(set(delivered))
+    assert appended == len(delivered) + dropped + sum(spool.dropped.values())
+    assert sum(path.stat().st_size for path in segments(tmp_path)) == 0
+    spool.close()
 
 
 def test_a_forwarder_on_a_full_disk_goes_on(small_disk: Path) -> None:
