@@ -89,59 +89,60 @@ class ProxySettings:
 @dataclass(frozen=True)
 class SinkSettings:
     """Where samples go; which keys a type takes is in the table SINKS."""
-    type: str = setting(dataclasses.MISSING, "what listens there")
+    type: str = setting(dataclasses.MISSING, "type of the sink")
     url: str | None = setting(None, "http or https URL")
     database: str | None = setting(None, "InfluxDB 1: the database")
     org: str | None = setting(None, "InfluxDB 2: the organisation")
     bucket: str | None = setting(None, "InfluxDB 2: the bucket")
-    token: str | None = setting(None, "secret that the sink wants")
+    token: str | None = setting(None, "API token")
     token_file: Path | None = setting(None, "file that holds the token; read for each request")
-    headers: dict[str, str] | None = setting(None, "further HTTP headers")
+    headers: dict[str, str] | None = setting(None, "additional HTTP headers")
     gzip: bool | None = setting(None, "compress requests (InfluxDB: true, else false)")
     address: str | None = setting(None, "HOST:PORT", lambda value: None
                                   if value is None else is_address(value))
     transport: str | None = setting(None, "udp, tcp or tls")
-    form: str | None = setting(None, "which of the sink's formats")
-    prefix: str | None = setting(None, "first part of dotted names (cmon)")
-    tags: bool | None = setting(None, "StatsD: tags as DogStatsD has them (false)")
+    form: str | None = setting(None, "format, for types that have several")
+    prefix: str | None = setting(None, "prefix of dotted names (cmon)")
+    tags: bool | None = setting(None, "StatsD: send DogStatsD tags (false)")
     index: str | None = setting(None, "Elasticsearch: index or data stream (cmon)")
     path: Path | None = setting(None, "the file")
-    rotate_bytes: int | None = setting(None, "size at which a new file begins (64 MiB)",
+    rotate_bytes: int | None = setting(None, "rotate the file at this size (64 MiB)",
                                        at_least(1))
     keep: int | None = setting(None, "rotated files to keep (5)", at_least(0))
     cert: Path | None = setting(None, "PEM file: client certificate for the sink")
     key: Path | None = setting(None, "PEM file: its private key")
     ca: Path | None = setting(None, "PEM file: CA of the sink's certificate; null: the system's")
-    timeout: float = setting(10.0, "seconds for one delivery", at_least(0.1))
-    batch_bytes: int = setting(1 << 20, "a delivery is at most about as large as this",
+    timeout: float = setting(10.0, "timeout of a delivery in seconds", at_least(0.1))
+    batch_bytes: int = setting(1 << 20, "approximate maximum size of a delivery",
                                at_least(1))
-    batch_age: float = setting(1.0, "seconds that a sample waits for company", at_least(0))
+    batch_age: float = setting(1.0, "seconds that a sample waits for a full batch", at_least(0))
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of the forwarder."""
-    proxy: ProxySettings = setting(dataclasses.MISSING, "whose containers are scraped")
-    sinks: dict[str, SinkSettings] = setting(dataclasses.MISSING, "where samples go, by name")
-    interval: float = setting(15.0, "seconds between two scrapes of a container", at_least(0.1))
+    proxy: ProxySettings = setting(dataclasses.MISSING, "the proxy to scrape")
+    sinks: dict[str, SinkSettings] = setting(dataclasses.MISSING, "sinks by name")
+    interval: float = setting(15.0, "scrape interval in seconds", at_least(0.1))
     groups: list[str] = setting([], "only containers of these groups; empty: all")
     shard: str | None = setting(None, "k/n: this forwarder's share of the containers, k from 1")
-    timeout: float = setting(10.0, "seconds for a scrape, at most the interval", at_least(0.1))
-    max_in_flight: int = setting(32, "scrapes, and connections to the proxy, at once", at_least(1))
-    spool: Path | None = setting(None, "folder for what waits; null: `spool` beside this file")
-    spool_bytes: int = setting(256 << 20, "disk that one sink's spool may take", at_least(4096))
+    timeout: float = setting(10.0, "timeout of a scrape in seconds, at most the interval",
+                             at_least(0.1))
+    max_in_flight: int = setting(32, "maximum concurrent scrapes and connections", at_least(1))
+    spool: Path | None = setting(None, "folder of the spools; null: `spool` beside this file")
+    spool_bytes: int = setting(256 << 20, "maximum size of a sink's spool", at_least(4096))
     listen: str = setting("127.0.0.1:9164", "address for health and own metrics", is_address)
-    labels: dict[str, str] = setting({}, "labels that every sample gets")
+    labels: dict[str, str] = setting({}, "labels added to every sample")
     include: list[str] = setting([], "globs: only these metrics; empty: all")
     exclude: list[str] = setting([], "globs: not these metrics")
-    rename: dict[str, str] = setting({}, "new names of metrics, by the old one")
+    rename: dict[str, str] = setting({}, "new metric names by old name")
     log_level: str = setting("info", "least level that is logged", one_of(*LEVELS))
     log_format: str = setting("", "text or bunyan; empty: text on a terminal, else bunyan",
                               one_of("", "text", "bunyan"))
 
 
 def problems_of(settings: Settings) -> list[str]:
-    """What the types of the settings cannot say."""
+    """Problems that the types of the settings cannot express."""
     problems: list[str] = []
 
     def check(wrong: object, message: str) -> None:
@@ -161,17 +162,17 @@ def problems_of(settings: Settings) -> list[str]:
         check(match is None or not 1 <= int(match.group(1)) <= int(match.group(2)),
               f"shard: must be k/n with k from 1 to n, not {settings.shard!r}")
     for group in settings.groups:
-        check(not group or "," in group, f"groups: {group!r} is no group")
+        check(not group or "," in group, f"groups: {group!r} is not a group name")
     for name in settings.labels:
-        check(not valid_label_name(name), f"labels: {name!r} is no name of a label")
-        check(name in OWN_LABELS, f"labels: {name} is the container's")
+        check(not valid_label_name(name), f"labels: {name!r} is not a label name")
+        check(name in OWN_LABELS, f"labels: {name} is reserved")
     for name in ("include", "exclude"):
         for pattern in getattr(settings, name):
             check(Pattern.read(pattern) is None,
                   f"{name}: {pattern!r} is not NAME or NAME{{LABEL=GLOB,…}}")
     for old, new in settings.rename.items():
-        check(not valid_metric_name(new), f"rename.{old}: {new!r} is no name of a metric")
-    check(not settings.sinks, "sinks: there is none")
+        check(not valid_metric_name(new), f"rename.{old}: {new!r} is not a metric name")
+    check(not settings.sinks, "sinks: at least one is needed")
     for name, sink in settings.sinks.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name):
             problems.append(f"sinks: {name!r}: names are letters, digits, _ and -, at most 64")
@@ -184,7 +185,7 @@ TLS_KEYS = ("cert", "key", "ca")
 
 
 def problems_of_sink(sink: SinkSettings) -> list[str]:
-    """Which keys are missing, not for this type, or wrong; each begins with the key's path."""
+    """Keys that are missing, wrong, or not for this type; each problem begins with its key."""
     row = SINKS.get(sink.type)
     if row is None:
         return [f".type: must be one of {', '.join(SINKS)}, not {sink.type!r}"]
@@ -216,7 +217,7 @@ def problems_of_sink(sink: SinkSettings) -> list[str]:
 
 
 def is_url(value: str) -> bool:
-    """Whether a client of ours can be sent there."""
+    """Whether our HTTP clients accept this URL."""
     try:
         parts = urllib.parse.urlsplit(value)
         return (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -258,7 +259,7 @@ OWN_LABELS = ("alias", "instance")      # every sample has them, before all othe
 
 
 class Target(NamedTuple):
-    """A container: who it is, where its page is, and the labels that all its samples get."""
+    """A container: its identity, the path of its page, and the labels of all its samples."""
     instance: str                           # UUID
     alias: str
     path: str                               # of its page, at the proxy
@@ -266,11 +267,11 @@ class Target(NamedTuple):
 
 
 class DiscoveryError(ValueError):
-    """The proxy's answer is no list of targets; the targets that are known stay."""
+    """The proxy's answer is not a list of targets; known targets stay."""
 
 
 def discovery_path(groups: Sequence[str], shard: str | None) -> str:
-    """What to ask the proxy for."""
+    """Path and query of discovery."""
     query = {name: value for name, value in (("groups", ",".join(groups)), ("shard", shard))
              if value}
     return "/v1/sd" + ("?" + urllib.parse.urlencode(query) if query else "")
@@ -290,7 +291,7 @@ def read_targets(body: bytes, static: Mapping[str, str]) -> dict[str, Target]:
         if not isinstance(labels, dict) or not all(
                 isinstance(value, str) for value in labels.values()):
             raise DiscoveryError("a target has no labels")
-        # half a surrogate pair is JSON, and no text
+        # JSON may hold half a surrogate pair, UTF-8 may not
         labels = {name: value.encode("utf-8", "replace").decode()
                   for name, value in labels.items()}
         instance = labels.get("instance") or labels.get("__meta_triton_machine_id")
@@ -307,10 +308,10 @@ def read_targets(body: bytes, static: Mapping[str, str]) -> dict[str, Target]:
 
 
 class Series(NamedTuple):
-    """Name and labels of a sample, those of its target left out."""
+    """Name and labels of a sample, without the labels of its target."""
     name: str
     labels: Labels
-    counter: bool = False                   # it only grows, until it starts again at zero
+    counter: bool = False                   # it only increases, or restarts at zero
 
 
 class Scrape(NamedTuple):
@@ -318,15 +319,15 @@ class Scrape(NamedTuple):
     target: Target
     at: int                                 # when it began, milliseconds since 1970
     points: Sequence[tuple[Series, Number]]
-    increases: Mapping[Series, Number] = {}     # of counters, since the scrape before
-    gone: Sequence[Series] = ()             # series of the scrape before that this one has not
+    increases: Mapping[Series, Number] = {}     # of counters, since the previous scrape
+    gone: Sequence[Series] = ()             # series that only the previous scrape had
 
 
 UP = Series("up", ())
 DURATION = Series("scrape_duration_seconds", ())
 SCRAPED = Series("scrape_samples_scraped", ())
 MADE_HERE = (UP, DURATION, SCRAPED)
-SHAPES = 65_536             # lines whose parse is remembered; all zones' pages share most of theirs
+SHAPES = 65_536             # cached lines; the pages of all zones share most of them
 
 
 class Pattern(NamedTuple):
@@ -336,7 +337,7 @@ class Pattern(NamedTuple):
 
     @classmethod
     def read(cls, word: str) -> Pattern | None:
-        """From the settings; None when it is none."""
+        """Parse a setting; None if it is not a pattern."""
         match = re.fullmatch(r"([^{}=,]*)(?:\{([^{}]+)\})?", word)
         if match is None or not word:
             return None
@@ -347,7 +348,7 @@ class Pattern(NamedTuple):
         return cls(match.group(1) or "*", tuple((name, glob) for name, _, glob in pairs))
 
     def fits(self, name: str, labels: Mapping[str, str]) -> bool:
-        """Whether a sample is meant."""
+        """Whether a sample matches."""
         return fnmatch.fnmatchcase(name, self.name) and all(
             fnmatch.fnmatchcase(labels.get(label, ""), glob) for label, glob in self.labels)
 
@@ -368,7 +369,7 @@ def exported(labels: Labels, reserved: Container[str]) -> Labels:
 
 
 class Selector:
-    """Which samples go on, and under which name, as the settings say."""
+    """Which samples are forwarded, and under which name."""
 
     def __init__(self, settings: Settings) -> None:
         self.include, self.exclude = ([pattern for pattern in map(Pattern.read, words) if pattern]
@@ -377,30 +378,30 @@ class Selector:
         self.reserved = frozenset((*OWN_LABELS, *settings.labels))
         self.own = {series: self.series(series) for series in MADE_HERE}
         self.own_names = {(series.name, series.labels) for series in self.own.values()}
-        # patterns on labels of the target cannot be decided once for all targets
+        # patterns on labels of the target cannot be decided for all targets at once
         self.by_target = any(name in self.reserved for pattern in (*self.include, *self.exclude)
                              for name, _ in pattern.labels)
 
     def takes(self, name: str, labels: Mapping[str, str]) -> bool:
-        """Whether a sample of a page goes on."""
+        """Whether a sample of a page is forwarded."""
         return ((not self.include or any(one.fits(name, labels) for one in self.include))
                 and not any(one.fits(name, labels) for one in self.exclude))
 
     def made_here(self, target: Target, points: Iterable[tuple[Series, Number]]
                   ) -> list[tuple[Series, Number]]:
-        """`up` and its like: only `exclude` holds for them."""
+        """`up` and its companions: only `exclude` applies to them."""
         labels = dict(target.labels)
         return [(self.own[series], value) for series, value in points
                 if not any(one.fits(series.name, labels) for one in self.exclude)]
 
     def series(self, series: Series) -> Series:
-        """As it goes on: a label that is the target's by name becomes `exported_…`."""
+        """The series as it is forwarded: `exported_…` for labels that the target has."""
         labels = exported(tuple([label for label in series.labels if label[1]]), self.reserved)
         return Series(self.rename.get(series.name, series.name), labels, series.counter)
 
     def points(self, target: Target, points: Sequence[tuple[Series, Series, Number]]
                ) -> list[tuple[Series, Number]]:
-        """What goes on of a page's samples (as they are, as they go on, value)."""
+        """Samples to forward, of a page's (series on the page, series as forwarded, value)."""
         if self.by_target:
             labels = dict(target.labels)
             return [(series, value) for bare, series, value in points
@@ -412,30 +413,30 @@ _PLAIN_FLOAT = re.compile(r"-?[0-9]{1,40}\.[0-9]{1,40}", re.ASCII)
 
 
 class PageReader:
-    """Parses pages; a line that was seen before costs a look into a table.
+    """Parses pages; a known line costs one dict lookup.
 
-    Pages of zones differ in their values and little else. The kit's parser is the judge: it reads
-    the whole page whenever a line is new or the lines come in a way that is not plainly right.
+    Pages of zones differ in little but their values. The kit's parser decides what is valid: it
+    reads the whole page whenever a line is new or the lines are in an unusual order.
     """
 
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
-        # `NAME{LABELS}` as written -> name and TYPE, as it is, as it goes on (None: not at all)
+        # `NAME{LABELS}` as written -> name and TYPE, series, series as forwarded (None: dropped)
         self._shapes: dict[str, tuple[tuple[str, str], Series, Series | None]] = {}
         self._heads: dict[str, tuple[str, str] | None] = {}     # comment -> name and TYPE
 
     def read(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
-        """Samples that go on, and how many the page has; raises ExpositionError."""
+        """Samples to forward, and how many the page has; raises ExpositionError."""
         found = self._quick(page)
         if found is None:
             self._learn(page)
             found = self._quick(page)
-        if found is None:                   # more shapes than are remembered, or odd order
+        if found is None:                   # too many shapes, or an unusual order
             found = self._slow(page)
         return found
 
     def _quick(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int] | None:
-        """As `read`; None for a page that has something new."""
+        """`read` for pages of known lines; None for others."""
         if not page.endswith("\n"):
             return None
         shapes, heads = self._shapes, self._heads
@@ -480,7 +481,7 @@ class PageReader:
         return parse(f"x {word}\n")[0].samples[0].value
 
     def _learn(self, page: str) -> None:
-        """Let the kit read the page, and remember its lines; raises ExpositionError."""
+        """Have the kit parse the page, and cache its lines; raises ExpositionError."""
         parse(page)
         if len(self._shapes) > SHAPES or len(self._heads) > SHAPES:
             self._shapes.clear()
@@ -495,7 +496,7 @@ class PageReader:
             elif line.strip(" \t\r"):
                 name, _, _, (sample,) = parse(line + "\n")[0]
                 key = line.rpartition(" ")[0]
-                # with a timestamp, or apart from its family: remains the slow way's
+                # lines with a timestamp, or apart from their family, are left to `_slow`
                 if (key == name or key.endswith("}")) and name in [family] + [
                         family + suffix for suffix in SUFFIXES.get(kind, ())]:
                     self._shapes[key] = ((family, kind), *self._series(name, kind, sample.labels))
@@ -507,7 +508,7 @@ class PageReader:
         if not (self.selector.by_target or self.selector.takes(name, dict(labels))):
             return bare, None
         series = self.selector.series(bare)
-        # a page's own `up` must not be there beside ours
+        # drop a page's own `up`: ours has the same name
         return bare, None if (series.name, series.labels) in self.selector.own_names else series
 
     def _slow(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
@@ -538,11 +539,11 @@ def raise_error_of(connection: socket.socket) -> None:
 
 
 Finish = Callable[[Reply], None]
-IDLE_SECONDS = 60.0         # kept connections to the proxy that are not used are closed then
+IDLE_SECONDS = 60.0         # unused connections to the proxy are closed after this
 
 
 class Fetch:
-    """One GET: its deadline starts when a connection is free for it."""
+    """One GET; its deadline starts when it gets a connection."""
     __slots__ = ("path", "timeout", "finish", "done", "began", "started", "again", "tried",
                  "max_body")
 
@@ -551,12 +552,12 @@ class Fetch:
         self.path, self.timeout, self.finish, self.max_body = path, timeout, finish, max_body
         self.began = began
         self.started = self.done = False
-        self.again = False                  # it was lost on a kept connection, and sent again
-        self.tried: tuple[Any, ...] = ()    # addresses that could not be reached for it
+        self.again = False                  # it was lost on a reused connection and retried
+        self.tried: tuple[Any, ...] = ()    # addresses that failed
 
 
 class Link:
-    """One connection to the proxy, in the loop's selector; TLS in steps."""
+    """One connection to the proxy, in the loop's selector; never blocks, TLS included."""
 
     def __init__(self, fetcher: Fetcher, address: Any, family: int, fetch: Fetch) -> None:
         self.fetcher, self.fetch = fetcher, fetch
@@ -571,7 +572,7 @@ class Link:
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.connect_ex(address)     # what is wrong shows when it becomes writable
+        self.socket.connect_ex(address)     # errors show when it becomes writable
         fetcher.loop.watch(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
@@ -599,7 +600,7 @@ class Link:
         if context is None:
             self.send(self.fetch)
             return
-        self.fetcher.loop.unwatch(self.socket)    # before it changes hands
+        self.fetcher.loop.unwatch(self.socket)    # wrap_socket() detaches it
         self.socket = context.wrap_socket(self.socket, do_handshake_on_connect=False,
                                           server_hostname=self.fetcher.host)
         self._step = self._shake
@@ -635,7 +636,7 @@ class Link:
         while True:
             received = self.socket.recv(READ_SIZE)
             if reader is None:
-                raise ClientError("")       # idle: closed, or it says what nobody asked
+                raise ClientError("")       # closed while idle, or data that nobody requested
             if received:
                 reader.feed(received)
             else:
@@ -651,7 +652,7 @@ class Link:
 
     @property
     def begun(self) -> bool:
-        """Whether a byte of the answer has come."""
+        """Whether the answer has begun."""
         return self._reader is not None and self._reader.begun
 
     def close(self) -> None:
@@ -671,17 +672,17 @@ class Fetcher:
         self._queue: collections.deque[Fetch] = collections.deque()
         self._flying: dict[Fetch, Link] = {}
         self._addresses: collections.deque[tuple[int, Any]] = collections.deque()   # by turns
-        self._dead: set[Any] = set()        # addresses that could not be reached lately
+        self._dead: set[Any] = set()        # addresses that failed lately
         self._resolving = False
         self._patience = 0.0                # seconds that a request waits for a connection
-        self.generation = 0                 # of settings; connections of an older one are not kept
+        self.generation = 0                 # of settings; connections of older ones are not reused
         self.host, self.port, self.context, self.most = "", 0, context, 1
         self.use(settings, context)
         loop.every(IDLE_SECONDS / 4, self._close_idle)
         loop.every(IDLE_SECONDS, self._dead.clear)
 
     def use(self, settings: Settings, context: ssl.SSLContext | None) -> None:
-        """Follow new settings; requests under way end as they began."""
+        """Apply new settings; requests in flight finish with the old ones."""
         parts = urllib.parse.urlsplit(settings.proxy.url)
         self.context = context
         self.host = parts.hostname or ""
@@ -704,7 +705,7 @@ class Fetcher:
         return len(self._flying)
 
     def resolve(self) -> None:
-        """Look the proxy's addresses up, in a worker: a resolver may take its time."""
+        """Resolve the proxy's name, in a worker: it may take long."""
         if not self._resolving:
             self._resolving = self._resolver.submit(self._look_up, self.host, self.port)
 
@@ -803,7 +804,7 @@ class Fetcher:
             self._idle.remove(link)
 
     def lost(self, link: Link, problem: str) -> None:
-        """A connection failed: try the next address; once more when it was a reused one."""
+        """A connection failed: try the next address, or once again if it was a reused one."""
         fetch = link.fetch
         self._drop(link)
         if self._flying.get(fetch) is not link:
@@ -819,11 +820,11 @@ class Fetcher:
             del self._flying[fetch]
             self._connect(fetch)
             return
-        self.resolve()                      # it may have moved
+        self.resolve()                      # its address may have changed
         self._end(fetch, Reply(0, b"", problem))
 
     def answered(self, link: Link, reader: AnswerReader) -> None:
-        """A whole answer came."""
+        """A complete answer arrived."""
         fetch = link.fetch
         body, problem = reader.body, ""
         if reader.headers.get("content-encoding", "").lower() == "gzip":
@@ -854,15 +855,15 @@ class Fetcher:
             self._drop(link)
 
     def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         self._resolver.close()
         for link in list(self.links):
             self._drop(link)
 
 
 MAX_PAGE = 16 << 20
-SETS = 4096                 # sets of series that are shared
-FORGET_AFTER = 4            # a target keeps values of counters that are away for some scrapes
+SETS = 4096                 # shared sets of series
+FORGET_AFTER = 4            # how many pages' counters a target keeps, for those that return
 
 
 class TargetState:
@@ -875,7 +876,7 @@ class TargetState:
         self.started = 0.0                  # monotonic
         self.began = 0                      # milliseconds since 1970
         self.values: dict[Series, Number] = {}      # counters' last values
-        self.live: frozenset[Series] = frozenset()      # what the scrape before had
+        self.live: frozenset[Series] = frozenset()      # of the previous scrape
 
 
 def is_finite(value: Number) -> bool:
@@ -890,7 +891,7 @@ def offset_of(instance: str, interval: float) -> float:
 
 
 def increase(value: Number, before: Number) -> Number:
-    """What a counter has grown by; one that is lower than before has started again at zero."""
+    """The increase of a counter; a lower value means that it restarted at zero."""
     return value - before if value >= before else value
 
 
@@ -907,21 +908,21 @@ class Scraper:
         self.ready = False                  # targets are known
         self.reader = PageReader(Selector(settings))
         self.baseline: dict[str, dict[str, Number]] = {}    # counters before the restart
-        self.differences = self.stale = True    # whether a sink wants them
-        self.once: Callable[[str], None] | None = None      # told when a round is over
+        self.differences = self.stale = True    # whether a sink uses them
+        self.once: Callable[[str], None] | None = None      # called when a round ends
         self._discovered = b""
         self._problem = ""
-        self._waiting = 0                   # targets of the one round
+        self._waiting = 0                   # targets of `--once` still to be scraped
         self._sets: dict[frozenset[Series], frozenset[Series]] = {}     # shared by like targets
         self._results = registry.counter(
-            "cmon_forwarder_scrapes_total", "Scrapes by what became of them.", "result")
+            "cmon_forwarder_scrapes_total", "Scrapes by result.", "result")
         self._samples = registry.counter(
             "cmon_forwarder_samples_scraped_total", "Samples on the pages that were scraped.")
         self._skipped = registry.counter(
             "cmon_forwarder_scrapes_skipped_total",
-            "Scrapes left out because the one before had not ended.")
+            "Scrapes skipped because the previous one had not ended.")
         self._discoveries = registry.counter(
-            "cmon_forwarder_discoveries_total", "Discoveries by what became of them.", "result")
+            "cmon_forwarder_discoveries_total", "Discoveries by result.", "result")
         registry.collect(self._families)
 
     def _families(self) -> list[Family]:
@@ -943,7 +944,7 @@ class Scraper:
         self.loop.call_later(self.settings.interval, self._again)
 
     def use(self, settings: Settings, context: ssl.SSLContext | None) -> None:
-        """Follow new settings."""
+        """Apply new settings."""
         before, self.settings = self.settings, settings
         self.fetcher.use(settings, context)
         self.reader = PageReader(Selector(settings))
@@ -1019,7 +1020,7 @@ class Scraper:
         self._vanish(state)
 
     def _vanish(self, state: TargetState) -> None:
-        """All series of a target end: it is gone, or has another alias now."""
+        """End all series of a target that is gone or was renamed."""
         if state.live:
             self.deliver(Scrape(state.target, int(self.clock() * 1000), (),
                                 gone=[*state.live]))
@@ -1031,7 +1032,7 @@ class Scraper:
         """The next scrape, at the target's place in the interval."""
         interval = self.settings.interval
         wait = (offset_of(state.target.instance, interval) - self.clock()) % interval
-        if wait < interval * 0.01:          # this one has just been
+        if wait < interval * 0.01:          # this turn is already taken
             wait += interval
         self.loop.call_later(wait, self._due, state)
 
@@ -1077,7 +1078,7 @@ class Scraper:
 
     def _made(self, state: TargetState, page: Sequence[tuple[Series, Series, Number]], count: int,
               good: bool) -> Scrape:
-        """A scrape with what is known by comparing it with the one before."""
+        """A scrape, compared with the previous one of the same target."""
         selector = self.reader.selector
         target = state.target
         points = selector.points(target, page)
@@ -1116,7 +1117,7 @@ class Scraper:
     # counters over a restart
 
     def counters(self) -> dict[str, dict[str, Number]]:
-        """Values of counters, to go on from after a restart."""
+        """Counter values to continue from after a restart."""
         waiting = {instance: values for instance, values in self.baseline.items()
                    if instance in self.targets or not self.ready}       # the others are gone
         return {**waiting, **{
@@ -1126,15 +1127,15 @@ class Scraper:
 
 # --- encoders -------------------------------------------------------------------------------------
 
-# An encoder is a pure function: a sink's settings and a scrape in, records out, one a sample. What
-# a sink can carry arrives as it was; a character that it cannot carry becomes `_`; a NaN or an
-# infinity that it cannot carry is left out (docs/FORWARDER.md). To add a sink: write its encoder
-# (and `frame`, how records follow one another on the wire), then a row in SINKS.
+# An encoder is a pure function: a sink's settings and a scrape in, records out, one for each
+# sample. What a format can represent arrives unchanged; other characters become `_`; NaN and
+# infinities are left out where it has none (docs/FORWARDER.md). To add a sink, write its encoder
+# (and `stream` or `packets`, if its records are framed), then a row in SINKS.
 
 Records = list[bytes]
 Encoder = Callable[[SinkSettings, Scrape], Records]
 MAX_INT64, MAX_UINT64 = 2 ** 63 - 1, 2 ** 64 - 1
-REMEMBERED = 65_536         # encoded names and labels; as many as SHAPES
+REMEMBERED = 65_536         # cached encodings of names and labels; as many as SHAPES
 
 
 def lines(records: Iterable[bytes]) -> bytes:
@@ -1143,7 +1144,7 @@ def lines(records: Iterable[bytes]) -> bytes:
 
 
 def unprintable(word: str, odd: re.Pattern[str]) -> str:
-    """A text with `_` for what a sink cannot carry."""
+    """Replace what a format cannot represent by `_`."""
     return odd.sub("_", word)
 
 
@@ -1162,7 +1163,7 @@ def _influx_tags(labels: Labels) -> str:
 
 
 def influx_value(value: Number, unsigned: bool) -> str | None:
-    """A field's value; None for what the line protocol has no word for."""
+    """A field's value; None for what the line protocol cannot express."""
     if isinstance(value, int):
         if -MAX_INT64 - 1 <= value <= MAX_INT64:
             return f"{value}i"
@@ -1202,7 +1203,7 @@ def _graphite_tags(labels: Labels) -> str:
 
 @functools.lru_cache(REMEMBERED)
 def dotted(*parts: str) -> str:
-    """Parts of a path: each a word, so that a dot in one makes no level."""
+    """A path; dots within a part do not make levels."""
     return ".".join([unprintable(part, _DOTTED_ODD) or "_" for part in parts])
 
 
@@ -1236,8 +1237,8 @@ def _statsd_tags(labels: Labels) -> str:
 
 
 def statsd_records(sink: SinkSettings, scrape: Scrape) -> Records:
-    """`cmon.ALIAS.NAME.LABELVALUES:VALUE|g`, or `cmon.NAME:VALUE|g|#alias:…`; counters as what they
-    have grown by since the scrape before."""
+    """`cmon.ALIAS.NAME.LABELVALUES:VALUE|g`, or `cmon.NAME:VALUE|g|#alias:…`; counters as their
+    increase since the previous scrape."""
     records: Records = []
     tags = "|#" + _statsd_tags(scrape.target.labels) if sink.tags else ""
     prefix = "cmon" if sink.prefix is None else sink.prefix
@@ -1254,7 +1255,7 @@ def statsd_records(sink: SinkSettings, scrape: Scrape) -> Records:
                 records.append(f"{name}:{number(grown)}|c{end}".encode())
         elif is_finite(value):
             line = f"{name}:{number(value)}|g{end}"
-            if value < 0:       # a sign makes it a difference, so it starts from zero
+            if value < 0:       # a sign would make it a change: set it to zero first
                 line = f"{name}:0|g{end}\n{line}"
             records.append(line.encode())
     return records
@@ -1268,7 +1269,7 @@ _SD_ESCAPE = re.compile(r'(["\\\]])')
 
 @functools.lru_cache(REMEMBERED)
 def _syslog_parameters(labels: Labels) -> str:
-    # name and value are the sample's; names have 32 characters at the most
+    # the sample has `name` and `value`; names have at most 32 characters
     return "".join([f' {name[:32]}="' + _SD_ESCAPE.sub(r"\\\1", value) + '"'
                     for name, value in exported(labels, ("name", "value"))])
 
@@ -1289,13 +1290,13 @@ def syslog_records(_sink: SinkSettings, scrape: Scrape) -> Records:
 
 
 def octet_counted(records: Iterable[bytes]) -> bytes:
-    """Messages with their lengths before them."""
+    """Messages, each preceded by its length."""
     return b"".join([b"%d %s" % (len(record), record) for record in records])
 
 
 # GELF 1.1: https://go2docs.graylog.org/current/getting_in_log_data/gelf.html
 
-GELF_CHUNK = 1420                   # bytes of a datagram that pass any network
+GELF_CHUNK = 1420                   # bytes of a datagram that any network carries
 GELF_CHUNKS = 128
 _GELF_RESERVED = frozenset(("id", "value"))     # `_id` is refused by the format, `_value` is ours
 
@@ -1330,7 +1331,7 @@ def gelf_datagrams(record: bytes) -> list[bytes]:
 
 
 def nul_ended(records: Iterable[bytes]) -> bytes:
-    """Messages with a NUL after each."""
+    """Messages, each followed by a NUL."""
     return b"".join([record + b"\0" for record in records])
 
 
@@ -1347,7 +1348,7 @@ def _json_labels(target: Labels, series: Series) -> str:
 
 
 def json_value(value: Number) -> str:
-    """A number; NaN and infinities, which JSON has not, as texts."""
+    """A number; NaN and infinities, which JSON lacks, as strings."""
     return number(value) if is_finite(value) else f'"{number(value)}"'
 
 
@@ -1359,7 +1360,7 @@ def json_records(_sink: SinkSettings, scrape: Scrape) -> Records:
 
 
 def elasticsearch_records(sink: SinkSettings, scrape: Scrape) -> Records:
-    """Two lines of a bulk request; the id makes that a document is not there twice."""
+    """Two lines of a bulk request; the id keeps a retry from duplicating the document."""
     index = json.dumps("cmon" if sink.index is None else sink.index)
     end = f', "@timestamp": "{utc(scrape.at)}"}}'
     records: Records = []
@@ -1487,14 +1488,14 @@ def read_time_series(record: bytes) -> str:
 
 
 class Refusal(NamedTuple):
-    """What a sink said about records of a delivery: those to try again, those never to."""
+    """Records that a sink did not accept: to be retried, and refused for good."""
     again: Records
     never: Records
     reason: str
 
 
 def read_bulk(records: Sequence[bytes], body: bytes) -> Refusal:
-    """Elasticsearch's answer to a bulk request, which is 200 whatever became of its documents."""
+    """Elasticsearch's answer to a bulk request; its status is 200 even if documents failed."""
     again: Records = []
     never: Records = []
     reason = ""
@@ -1506,7 +1507,7 @@ def read_bulk(records: Sequence[bytes], body: bytes) -> Refusal:
             status = int(result["status"])
             if status == 429 or status >= 500:
                 again.append(record)
-            elif status >= 400 and status != 409:   # 409: it is there already
+            elif status >= 400 and status != 409:   # 409: the document exists already
                 never.append(record)
             if status >= 400 and status != 409:
                 reason = reason or f"{status} {json.dumps(result.get('error'))[:200]}"
@@ -1516,11 +1517,11 @@ def read_bulk(records: Sequence[bytes], body: bytes) -> Refusal:
 
 
 class Post(NamedTuple):
-    """How records become the body of a request, and what stands in its head."""
-    path: str                               # used when the URL of the settings has none
+    """How records become a request."""
+    path: str                               # if the URL of the settings has none
     body: Callable[[Sequence[bytes]], bytes]
     headers: Mapping[str, str]
-    authorization: str                      # the word before the token
+    authorization: str                      # scheme before the token
     packs: bool = False                     # gzip unless the settings say otherwise
     judge: Callable[[Sequence[bytes], bytes], Refusal] | None = None
 
@@ -1560,7 +1561,7 @@ def post_url(sink: SinkSettings) -> str:
 
 
 DATAGRAM_BYTES = 1432       # of lines in one datagram: what Ethernet carries in one frame
-Packet = tuple[list[bytes], int]        # datagrams that go together, and how many records they are
+Packet = tuple[list[bytes], int]        # datagrams of one packet, and how many records they hold
 
 
 def packed_lines(records: Sequence[bytes]) -> list[Packet]:
@@ -1585,25 +1586,25 @@ def one_by_one(records: Sequence[bytes]) -> list[Packet]:
 
 
 def gelf_packets(records: Sequence[bytes]) -> list[Packet]:
-    """As GELF wants them."""
+    """Each record in as many datagrams as it needs."""
     return [(gelf_datagrams(record), 1) for record in records]
 
 
 class SinkType(NamedTuple):
-    """All that is special about a type of sink."""
+    """Everything that is specific to a type of sink."""
     required: tuple[str, ...]
     optional: tuple[str, ...]
     encoders: Mapping[str | None, Encoder]          # by form; the first is the default
     transports: tuple[str, ...] = ()                # for sinks with an address; first: default
-    stream: Callable[[Iterable[bytes]], bytes] = lines      # framing on a connection
-    packets: Callable[[Sequence[bytes]], list[Packet]] = one_by_one     # and in datagrams
-    differences: bool = False                       # wants counters' differences
-    stale: bool = False                             # wants to know which series have ended
+    stream: Callable[[Iterable[bytes]], bytes] = lines      # framing in a stream
+    packets: Callable[[Sequence[bytes]], list[Packet]] = one_by_one     # framing in datagrams
+    differences: bool = False                       # uses increases of counters
+    stale: bool = False                             # uses series that have ended
     inexact: str = ""                               # what does not arrive exactly
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The words that `form` may be."""
+        """Valid values of `form`."""
         return tuple(form for form in self.encoders if form is not None)
 
 
@@ -1653,16 +1654,16 @@ def encode(sink: SinkSettings, scrape: Scrape) -> Records:
 
 
 def shown(sink: SinkSettings, record: bytes) -> str:
-    """A record for people."""
+    """A record as --dry-run prints it."""
     return read_time_series(record) if sink.type == "remote_write" else record.decode()
 
 # --- spool ----------------------------------------------------------------------------------------
 
 # A folder for each sink. `0000000000000007.log` is a segment: entries of a header and records, each
-# record behind its length. `cursor` says up to where all is delivered. Entries are written whole
-# with one call and never changed, so that a process that is killed leaves at most one torn entry at
-# a segment's end; a new process begins a new segment. Nothing waits for the disk itself: a machine
-# that loses power may lose the last seconds.
+# record after its length. `cursor` is the position up to which all is delivered. An entry is
+# written whole with one call and never changed, so a process that is killed leaves at most one torn
+# entry, at a segment's end; a new process begins a new segment. There is no fsync (see
+# docs/FORWARDER.md): after a power failure, checksums tell what was written.
 
 ENTRY = struct.Struct(">IIId")          # bytes of the records, CRC-32, how many, and when
 COVERED = struct.Struct(">Id")          # of the header, the CRC covers these before the records
@@ -1677,13 +1678,13 @@ REFUSED_BYTES = 64 << 20
 
 
 def entry_of(body: bytes, samples: int, at: float) -> bytes:
-    """Records with their header."""
+    """Records, preceded by their header."""
     return ENTRY.pack(len(body), zlib.crc32(body, zlib.crc32(COVERED.pack(samples, at))), samples,
                       at) + body
 
 
 def body_of(header: bytes, read: Callable[[int], bytes]) -> tuple[bytes, int] | None:
-    """The records behind a header, and how many; None when they are torn or damaged."""
+    """The records after a header, and how many; None if they are torn or damaged."""
     if len(header) < ENTRY.size:
         return None
     size, check, samples, at = ENTRY.unpack(header)
@@ -1696,14 +1697,14 @@ def body_of(header: bytes, read: Callable[[int], bytes]) -> tuple[bytes, int] | 
 
 
 class SpoolError(Exception):
-    """The spool cannot be used; the text is for the operator."""
+    """The spool cannot be used; the message is for the operator."""
 
 
 class Batch(NamedTuple):
     """Records that are delivered together."""
     records: Records
     oldest: float                           # when the first was scraped, seconds since 1970
-    end: tuple[int, int]                    # segment and offset behind it
+    end: tuple[int, int]                    # segment and offset of its end
     unwritten: int                          # samples of it that a full disk did not take
 
 
@@ -1727,8 +1728,8 @@ class Spool:
         self._segments: list[_Segment] = []     # the oldest first
         self._writer: int | None = None         # descriptor of the last segment
         self._reader: tuple[int, int] | None = None     # number and descriptor of a segment
-        self._head = (0, 0)                     # behind what was taken last
-        self._delivered = (0, 0)                # behind what was settled last
+        self._head = (0, 0)                     # end of what was taken last
+        self._delivered = (0, 0)                # end of what was settled last
         # The end of a batch that was under way when an earlier process ended. It is sent again as
         # it was: a sink that has it may refuse it whole, and with it what else would be in it.
         self._again: tuple[int, int] | None = None
@@ -1752,7 +1753,7 @@ class Spool:
             self._delivered, under_way = self._read_cursor()
             self._head = self._delivered
             self._again = under_way if under_way > self._head else None
-            self._write_cursor(under_way)       # takes its room now: later the disk may be full
+            self._write_cursor(under_way)       # allocated now: the disk may be full later
             numbers = sorted(int(path.name[:16], 16) for path in self.folder.glob("*.log")
                              if re.fullmatch(r"[0-9a-f]{16}\.log", path.name))
             for number_of in numbers:
@@ -1792,17 +1793,17 @@ class Spool:
             segment, offset, end_segment, end_offset, check = CURSOR.unpack(content)
             if zlib.crc32(content[:-LENGTH.size]) == check:
                 return (segment, offset), (end_segment, end_offset)
-        return (0, 0), (0, 0)               # none, or torn by a power failure: all is sent again
+        return (0, 0), (0, 0)               # none, or torn by a power failure: send everything
 
     def _write_cursor(self, under_way: tuple[int, int]) -> None:
         packed = CURSOR.pack(*self._delivered, *under_way, 0)[:-LENGTH.size]
         try:
             os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
-        except OSError as error:            # after a restart some is sent twice
+        except OSError as error:            # after a restart, some is sent twice
             log.warning("spool %s: cursor: %s", self.folder, reason_of(error))
 
     def _scan(self, number_of: int) -> _Segment:
-        """What a segment of an earlier process holds behind the cursor."""
+        """What a segment of an earlier process holds after the cursor."""
         segment = _Segment(number_of)
         with open(self._path(number_of), "rb") as file:
             while True:
@@ -1890,8 +1891,8 @@ class Spool:
             if self._writer is not None:
                 try:
                     os.ftruncate(self._writer, self._segments[-1].size)
-                except OSError:             # a torn entry that nobody reads: behind it begins
-                    self._end_writer()      # another segment
+                except OSError:             # the torn entry is never read: what follows
+                    self._end_writer()      # goes to a new segment
             return reason_of(error)
         segment.size += len(entry)
         segment.samples += samples
@@ -1903,7 +1904,7 @@ class Spool:
             self._writer = None
 
     def _drop_oldest(self, reason: str, least: int) -> bool:
-        """Give the oldest segment up when there are at least so many, and it takes room."""
+        """Drop the oldest segment, if there are at least `least` and it is not empty."""
         if len(self._segments) < least or not self._segments[0].size:
             return False
         if self._segments[0] is self._last():
@@ -1928,7 +1929,7 @@ class Spool:
                     return self._held
                 if self._oldest is not None:
                     past = self._clock() - self._oldest
-                    # a time to come is a clock that was set back
+                    # a negative age: the clock was set back
                     if not 0 <= past < age or self._waiting_bytes() >= most_bytes:
                         batch = self._take(most_bytes)
                         if batch.records:
@@ -1942,12 +1943,12 @@ class Spool:
             return None
 
     def wake(self) -> None:
-        """Have `take` look at its `stop`."""
+        """Make `take` check its `stop`."""
         with self._lock:
             self._lock.notify_all()
 
     def settle(self) -> None:
-        """What was taken last is delivered, or set aside: forget it."""
+        """Forget the batch that was taken last: it is delivered or set aside."""
         with self._lock:
             assert self._held is not None
             end, self._held = self._held.end, None
@@ -1959,7 +1960,7 @@ class Spool:
                 self._unlink(segment.number)
             last = self._last()
             if last is not None and last.size and (last.number, last.size) <= end:
-                self._end_writer()          # all is delivered: take no room
+                self._end_writer()          # everything is delivered: free the space
                 self._segments.remove(last)
                 self._unlink(last.number)
             self._find_head()
@@ -2047,7 +2048,7 @@ class Spool:
         return records
 
     def _find_head(self) -> None:
-        """Move the head to where there is something, or will be."""
+        """Move the head to the next entry, or to where it will be written."""
         for segment in self._segments:
             if segment.number > self._head[0]:
                 self._head = (segment.number, 0)
@@ -2057,7 +2058,7 @@ class Spool:
                 return
 
     def _peek(self) -> None:
-        """Note how old what comes next is."""
+        """Note the age of the next entry."""
         self._oldest = self._memory[0][2] if self._memory else None
         for segment in self._segments:
             if segment.number < self._head[0]:
@@ -2091,7 +2092,7 @@ class Spool:
     # for both
 
     def state(self) -> tuple[int, int, float]:
-        """Samples that wait, bytes on disk, and the age of the oldest sample."""
+        """Samples waiting, bytes on disk, and the age of the oldest sample."""
         with self._lock:
             held = self._held
             samples = (sum(segment.samples for segment in self._segments)
@@ -2102,7 +2103,7 @@ class Spool:
                     0.0 if oldest is None else max(self._clock() - oldest, 0.0))
 
     def set_limit(self, limit: int) -> None:
-        """Another limit, from the next append on."""
+        """Change the limit, from the next append on."""
         with self._lock:
             self._limit = limit
 
@@ -2139,12 +2140,12 @@ class Spool:
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between tries
 MOST_RETRY_AFTER = 3600.0
-SILENT_SECONDS = 1.0        # for a sink that has never confirmed a delivery
-GRACE_SECONDS = 3.0         # at the end: how long a delivery that is under way may take
+SILENT_SECONDS = 1.0        # wait for a sink that does not confirm deliveries
+GRACE_SECONDS = 3.0         # at the end, for deliveries in flight
 
 
 class Later(Exception):
-    """A delivery failed and is tried again; `left`: what of it has not been accepted."""
+    """A delivery failed and is retried; `left` are the records that were not accepted."""
 
     def __init__(self, reason: str, left: Sequence[bytes], after: float | None = None) -> None:
         super().__init__(reason)
@@ -2152,11 +2153,11 @@ class Later(Exception):
 
 
 class TooLarge(Exception):
-    """The sink wants less at once."""
+    """The sink wants smaller requests."""
 
 
 class Never(Exception):
-    """The sink refuses records for good; `left`: what of the delivery is still to be sent."""
+    """The sink refuses records for good; `left` are those still to be sent."""
 
     def __init__(self, reason: str, records: Sequence[bytes], left: Sequence[bytes] = ()) -> None:
         super().__init__(reason)
@@ -2164,7 +2165,7 @@ class Never(Exception):
 
 
 def retry_after(value: str, now: float) -> float | None:
-    """Seconds that a Retry-After asks for, bounded; None when it is none."""
+    """Seconds that a Retry-After asks for, bounded; None if it is not valid."""
     try:
         if re.fullmatch(r"[0-9]{1,9}", value.strip()):
             seconds = float(value)
@@ -2187,7 +2188,7 @@ class HttpTransport:
         self._client = Client(tls, max_idle=1, max_body=1 << 20)
 
     def headers(self) -> dict[str, str]:
-        """The head of a request; the token is read again each time."""
+        """Headers of a request; the token file is read each time."""
         found = {"User-Agent": USER_AGENT, **self.post.headers}
         token = self.sink.token
         if self.sink.token_file is not None:
@@ -2334,7 +2335,7 @@ class StreamTransport:
 
 
 def unacknowledged(connection: socket.socket) -> bool:
-    """Whether bytes wait that the other machine has not taken, where the system tells."""
+    """Whether the peer's machine has not acknowledged all bytes, where the system tells."""
     try:                                    # SIOCOUTQ, <linux/sockios.h>; the same as TIOCOUTQ
         packed = fcntl.ioctl(connection.fileno(), 0x5411, b"\0" * 4)
         return sys.platform == "linux" and packed != b"\0" * 4
@@ -2350,9 +2351,9 @@ def _left(deadline: float) -> float:
 
 
 MAX_DATAGRAM = 65_507               # IPv4
-BURST = 16                          # datagrams between two pauses: receivers' buffers are small
+BURST = 16                          # datagrams between pauses: receivers' buffers are small
 BURST_PAUSE = 0.002
-REFUSAL_PAUSE = 0.02                # within which a machine nearby says that nobody listens
+REFUSAL_PAUSE = 0.02                # in which a nearby machine reports a closed port
 
 
 class DatagramTransport:
@@ -2362,7 +2363,7 @@ class DatagramTransport:
         self.sink = sink
         self.address = parse_address(sink.address or "")
         self._packets = SINKS[sink.type].packets
-        self._turn = 0                      # which of its addresses; another after a failure
+        self._turn = 0                      # index of its address; the next after a failure
 
     def _connect(self) -> socket.socket:
         found = socket.getaddrinfo(*self.address, type=socket.SOCK_DGRAM)
@@ -2378,7 +2379,7 @@ class DatagramTransport:
 
     def send(self, records: Sequence[bytes]) -> None:
         """Deliver, or raise Later or Never."""
-        done = sure = 0                     # records sent; and those that nothing spoke against
+        done = sure = 0                     # records sent; and those past the last check for errors
         count = 0
         try:
             with self._connect() as connection:
@@ -2400,7 +2401,7 @@ class DatagramTransport:
             raise Later("%s:%d: %s" % (*self.address, reason_of(error)), records[sure:]) from None
 
     def check(self) -> None:
-        """Its name resolves, and it can be routed; nothing more can be known."""
+        """Its name resolves and there is a route; nothing more can be known."""
         self._connect().close()
 
     def close(self) -> None:
@@ -2419,7 +2420,7 @@ TORN = b'{"name": "'                # how a sample of ours begins
 
 
 class FileTransport:
-    """JSON lines in a file that is rotated; a line that was cut off by a crash is taken away."""
+    """JSON lines in a file that is rotated; a line that a crash cut off is removed."""
 
     def __init__(self, sink: SinkSettings) -> None:
         assert sink.path is not None
@@ -2449,7 +2450,7 @@ class FileTransport:
         """Append, or raise Later."""
         try:
             if self._file is not None and not self._same(self._file):
-                self.close()                # somebody else rotates it
+                self.close()                # it was rotated by another program
             if self._file is None:
                 self._file = self._open()
             size = os.fstat(self._file).st_size
@@ -2501,7 +2502,7 @@ Transport = Union[HttpTransport, StreamTransport, DatagramTransport, FileTranspo
 
 
 def transport_of(sink: SinkSettings) -> Transport:
-    """What carries a sink's records; raises ConfigError."""
+    """The transport of a sink; raises ConfigError."""
     if sink.url is not None:
         return HttpTransport(sink)
     if sink.path is not None:
@@ -2525,19 +2526,19 @@ class Delivery:
         self.form = form_of(self.sink)
         self.spool = Spool(folder / name, self.form, limit)
         self._stop = threading.Event()
-        self._news = threading.Event()      # set with _stop, and when settings have changed
-        # counted by the thread, read by the server's
+        self._news = threading.Event()      # set with _stop, and when settings change
+        # written by the sink's thread, read by the server's
         self.sent = self.refused = self.failures = 0
-        self.problem = ""                   # why nothing is delivered just now
-        self._refusing = ""                 # why the last delivery was set aside
+        self.problem = ""                   # why the last delivery failed, if it did
+        self._refusing = ""                 # status with which the last delivery was refused
         self._thread = threading.Thread(target=self._run, name=f"sink-{name}", daemon=True)
 
     def start(self) -> None:
-        """Begin to deliver."""
+        """Start to deliver."""
         self._thread.start()
 
     def use(self, sink: SinkSettings, limit: int) -> None:
-        """Follow new settings, of the same form; what waits is delivered by them."""
+        """Apply new settings of the same form, also to what waits."""
         self.spool.set_limit(limit)
         if with_defaults(sink) != self.sink:
             self.sink = with_defaults(sink)
@@ -2549,11 +2550,11 @@ class Delivery:
         return self._thread.is_alive()
 
     def give(self, scrape: Scrape) -> None:
-        """Encode a scrape, and have it delivered."""
+        """Encode a scrape and queue it."""
         self.spool.append(encode(self.sink, scrape), scrape.at / 1000)
 
     def stop(self) -> None:
-        """End after what is under way; the rest stays in the spool."""
+        """Stop after the delivery in flight; the rest stays in the spool."""
         self._stop.set()
         self._news.set()
         self.spool.wake()
@@ -2572,7 +2573,7 @@ class Delivery:
                 return
             try:
                 done = self._deliver(batch.records)
-            except Exception:               # a bug of ours must not end deliveries for good
+            except Exception:               # a bug must not stop deliveries
                 log.exception("sink %s: a delivery failed", self.name)
                 self.spool.set_aside(batch.records, "internal error; see the log")
                 self.refused += len(batch.records)
@@ -2622,17 +2623,17 @@ class Delivery:
         return True
 
     def _follow(self, records: Records) -> None:
-        """Settings have changed."""
+        """Apply new settings."""
         try:
             fresh = transport_of(self.sink)
-        except ConfigError as error:        # a certificate has gone since they were read
+        except ConfigError as error:        # a certificate has disappeared since the reload
             raise Later(str(error), records) from None
         self._transport.close()
         self._transport = fresh
 
     def _refuse(self, records: Records, reason: str) -> None:
         self.refused += len(records)
-        word = reason.partition(" ")[0]     # the status: not an error a second for the same
+        word = reason.partition(" ")[0]     # the status; log each reason once
         if word != self._refusing:
             log.error("sink %s refuses %d samples for good, they are in %s: %s", self.name,
                       len(records), self.spool.folder / "refused", reason)
@@ -2671,7 +2672,7 @@ class SinkState(NamedTuple):
 
 
 class Forwarder:
-    """All parts while they run; the server's thread's."""
+    """All parts of a running forwarder; used by the server's thread."""
 
     def __init__(self, settings: Settings, once: bool = False) -> None:
         self.settings = settings
@@ -2709,7 +2710,7 @@ class Forwarder:
     def deliver(self, scrape: Scrape) -> None:
         """Give a scrape to each sink."""
         for delivery in self.deliveries.values():
-            self.server.loop.guarded(delivery.give, (scrape,))      # each by itself
+            self.server.loop.guarded(delivery.give, (scrape,))      # a failure stays the sink's own
 
     def _use_sinks(self, settings: Settings, once: bool = False) -> None:
         """Start new sinks, stop old ones; raises ConfigError before it changes anything."""
@@ -2743,7 +2744,7 @@ class Forwarder:
         self.scraper.stale = any(row.stale for row in rows)
 
     def reload(self, settings: Settings) -> None:
-        """Follow new settings; raises ConfigError for those that need a restart."""
+        """Apply new settings; raises ConfigError for those that need a restart."""
         fixed = [name for name in ("listen",) if getattr(settings, name) != getattr(
             self.settings, name)]
         if spool_of(settings) != spool_of(self.settings):
@@ -2753,7 +2754,7 @@ class Forwarder:
                               "restart it")
         context = proxy_context(settings)
         for name, sink in settings.sinks.items():
-            transport_of(with_defaults(sink))       # certificates are looked at before all else
+            transport_of(with_defaults(sink))       # check certificates before anything changes
             known = self.deliveries.get(name)
             if known is not None and known.form != form_of(with_defaults(sink)):
                 raise ConfigError(f"sinks.{name}: another type or form needs another name or a "
@@ -2765,7 +2766,7 @@ class Forwarder:
         self.scraper.use(settings, context)
 
     def finish(self) -> None:
-        """At the end: the spools keep what is not delivered, and counters are remembered."""
+        """At the end: spools keep what is not delivered, and counters are saved."""
         ending = [*self.deliveries.values(), *self._leaving.values()]
         for delivery in ending:
             delivery.stop()
@@ -2798,25 +2799,25 @@ class Forwarder:
                    for name, delivery in self.deliveries.items()
                    for reason, count in delivery.spool.dropped.copy().items()]
         return [
-            family("up", GAUGE, "1: the last delivery was accepted, or there was none.",
+            family("up", GAUGE, "1 if the last delivery was accepted, or there was none.",
                    [int(not state.problem) for state in states]),
             family("samples_sent_total", COUNTER, "Samples that the sink accepted.",
                    [state.sent for state in states]),
             family("samples_refused_total", COUNTER, "Samples that the sink refused for good.",
                    [state.refused for state in states]),
-            family("spool_samples", GAUGE, "Samples that wait.",
+            family("spool_samples", GAUGE, "Samples waiting in the spool.",
                    [state.spooled for state in states]),
-            family("spool_bytes", GAUGE, "Disk that the spool takes, in bytes.",
+            family("spool_bytes", GAUGE, "Size of the spool on disk in bytes.",
                    [delivery.spool.state()[1] for delivery in self.deliveries.values()]),
-            family("spool_oldest_seconds", GAUGE, "Age of the oldest sample that waits.",
+            family("spool_oldest_seconds", GAUGE, "Age of the oldest waiting sample.",
                    [round(state.oldest, 3) for state in states]),
-            family("failures_total", COUNTER, "Deliveries that failed and were tried again.",
+            family("failures_total", COUNTER, "Deliveries that failed and were retried.",
                    [delivery.failures for delivery in self.deliveries.values()]),
             Family("cmon_forwarder_sink_samples_dropped_total", COUNTER,
-                   "Samples given up, the oldest first.", dropped)]
+                   "Samples dropped, the oldest first.", dropped)]
 
     def routes(self) -> tuple[Route, ...]:
-        """What is served on `listen`."""
+        """Routes of `listen`."""
         return (Route("GET", "/", self._overview), Route("GET", "/metrics", self._metrics),
                 Route("GET", "/-/healthy", lambda _: text(200, "OK")),
                 Route("GET", "/-/ready", self._is_ready))
@@ -2855,7 +2856,7 @@ def proxy_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def read_counters(path: Path) -> dict[str, dict[str, Number]]:
-    """Counters as the process before left them; the file goes, so that nothing counts twice."""
+    """Counters of the previous process; removes the file, so that nothing counts twice."""
     try:
         content = json.loads(path.read_bytes())
         path.unlink()
@@ -2873,7 +2874,7 @@ def read_counters(path: Path) -> dict[str, dict[str, Number]]:
 
 
 def write_counters(path: Path, counters: Mapping[str, Mapping[str, Number]]) -> None:
-    """Leave counters for the next process, whole or not at all."""
+    """Save counters for the next process, atomically."""
     fresh = path.with_suffix(".new")
     try:
         fresh.write_text(json.dumps(counters, separators=(",", ":")))
@@ -2892,7 +2893,7 @@ def load_forwarder(arguments: argparse.Namespace) -> Settings:
 
 
 def reach(settings: Settings) -> list[str]:
-    """--check-config: what of the proxy and the sinks cannot be reached."""
+    """--check-config: which of the proxy and the sinks cannot be reached."""
     problems: list[str] = []
     try:
         client = Client(proxy_context(settings), max_body=MAX_JSON_BYTES)
@@ -2931,7 +2932,7 @@ def reach(settings: Settings) -> list[str]:
 
 
 def run_round(scraper: Scraper) -> str:
-    """Discover and scrape all once; what is wrong, or nothing."""
+    """Discover and scrape everything once; the problem, or an empty string."""
     problems: list[str] = []
     scraper.once = problems.append
     scraper.start()
