@@ -1216,7 +1216,7 @@ class Job(NamedTuple):
 
 
 class KstatThreads:
-    """The readers of kstats: one at work, and those that are blocked in the library.
+    """The readers of kstats: one is active, the others are blocked in the library.
 
     `watch` is to be called after a job was submitted, and again when it says so: it gives up a
     thread that is blocked, keeps others from the kstat that blocked it, and lets a new thread with
@@ -1239,7 +1239,8 @@ class KstatThreads:
         self._lock = threading.Lock()       # the two above, and changes of `quarantine`
 
     def submit(self, job: Job) -> None:
-        """Have it done; `job.done` is called from a reader's thread, or from this one."""
+        """Queue a job. `job.done` is called from a reader's thread or, when libkstat blocks all of
+        them, from this one."""
         with self._lock:
             if self._active is None:
                 self._start()
@@ -1252,7 +1253,6 @@ class KstatThreads:
     def watch(self) -> float | None:
         """Give up a reader that is blocked. In how many seconds to look again; None: when there is
         another job."""
-        waiting: list[Job] = []
         with self._lock:
             active = self._active
             if active is None or active.job is None and active.jobs.empty():
@@ -1261,26 +1261,20 @@ class KstatThreads:
             left = STUCK_SECONDS if doing is None else STUCK_SECONDS - (self.now() - doing[1])
             if doing is None or left > 0:
                 return left
-            job = active.job    # what it ends now may be done twice, but is not lost
+            waiting = [active.job]      # which may be done twice, but is not lost
             active.abandoned = True
             self.given_up += 1
             self.quarantine[str(doing[0])] = doing[1]
-            log.warning("reading kstat %s does not return; others are read on", doing[0])
-            if job is not None:
-                waiting.append(job)
+            log.warning("reading kstat %s has not returned; continuing with a new handle", doing[0])
             while not active.jobs.empty():
-                later = active.jobs.get()
-                if later is not None:
-                    waiting.append(later)
-            active.jobs.put(None)           # it may have come back just now, and wait for a job
+                waiting.append(active.jobs.get())
+            active.jobs.put(None)       # it may have returned just now, and wait for a job
             self._start()
-            fresh = self._active
+            left = math.inf if self._active is None else STUCK_SECONDS
         for job in waiting:
-            if fresh is not None:
-                fresh.jobs.put(job)
-            else:
-                job.done(KstatError(self._blocked()))
-        return STUCK_SECONDS if fresh is not None else None
+            if job is not None:
+                self.submit(job)
+        return left if left < math.inf else None
 
     def check_quarantine(self, ref: Ref) -> None:
         """Raises KstatError for a kstat that another thread is blocked on."""
@@ -1295,12 +1289,12 @@ class KstatThreads:
             if not reader.abandoned:
                 reader.job = job
                 return job
-        if job is not None:                 # given up just now: another one does it
+        if job is not None:                 # given up just now: for another reader
             self.submit(job)
         return None
 
     def is_done(self, reader: Reader) -> bool:
-        """A reader has done its job; False when it was given up, and another one has the job."""
+        """A reader has done its job; False when it was given up and another has the job."""
         with self._lock:                    # `watch` sees all of this, or nothing
             reader.job = None
             return not reader.abandoned
@@ -1315,13 +1309,13 @@ class KstatThreads:
                     if other.abandoned and other.doing is not None}
             self.quarantine = {what: since for what, since in self.quarantine.items()
                                if what in held}
-            log.info("a blocked read of kstats has returned")
+            if reader.abandoned:
+                log.info("a blocked read of kstats has returned")
 
     def forget_names(self, index: Index) -> None:
-        """The chain is new: drop the names of zones that have gone, now and then."""
+        """The chain has changed: drop the names of zones that are gone, now and then."""
         if len(self.names) > 2 * len(index.zones) + 100:
-            born = {(zone_id, ref.name, ref.crtime) for zone_id, refs in index.zones.items()
-                    for ref in refs if ref.module == "zones"}
+            born = {(zone_id, ref.name, ref.crtime) for zone_id, ref in index.misc.items()}
             self.names = {key: name for key, name in self.names.items() if key in born}
         self.guests = {}
 
@@ -1329,7 +1323,7 @@ class KstatThreads:
         """A reader's figures for /metrics."""
         if handle is not None:
             self.chain_length, self.rebuild_seconds = handle.index.count, handle.rebuild_seconds
-            self.rebuilds += handle.rebuilds    # handles come and go, what is counted stays
+            self.rebuilds += handle.rebuilds    # handles come and go, the sums stay
             self.reads += handle.calls
             handle.rebuilds = handle.calls = 0
 
@@ -1340,7 +1334,7 @@ class KstatThreads:
             return sum(reader.abandoned for reader in self._readers)
 
     def close(self) -> None:
-        """Let the readers end; one that is blocked is left to the end of the process."""
+        """Let the readers end; blocked ones stay until the process ends."""
         with self._lock:
             for reader in self._readers:
                 reader.jobs.put(None)
@@ -1596,7 +1590,7 @@ class Host:
                  open_kstats: Callable[[], Handle | RecordedHandle] | None = None) -> None:
         self.commands_of = dict(settings.commands)
         self._sysinfo_file = settings.sysinfo_file
-        self._commands = Commands()
+        self.commands = Commands()
         self.vms = vms or Vms(settings.vminfod)
         self.page_size = resource.getpagesize()
         # a kstat handle, for one thread; raises KstatError
@@ -1609,24 +1603,16 @@ class Host:
     def stop(self) -> None:
         """Stop following them, and kill running commands."""
         self.vms.stop()
-        self._commands.kill()
+        self.commands.kill()
 
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
         """One of the commands of the settings; raises CommandError."""
-        return self._commands.run(name, [self.commands_of[name], *arguments], timeout)
+        return self.commands.run(name, [self.commands_of[name], *arguments], timeout)
 
     def run_program(self, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
         """An operator's plugin, or a part of this program; raises CommandError."""
-        return self._commands.run(" ".join(argv), argv, timeout, limit)
+        return self.commands.run(" ".join(argv), argv, timeout, limit)
 
-    @property
-    def hanging_commands(self) -> int:
-        """Commands that could not be killed."""
-        return self._commands.hanging
-
-    def time(self) -> float:
-        """Seconds since 1970."""
-        return time.time()
 
     def raw_sysinfo(self) -> Any:
         """sysinfo's JSON, from the file that the set-up service writes or else from the command,
@@ -7061,7 +7047,7 @@ class Scraper:
         """The page as text, and which of its collectors do not work; what came after `since` was
         not in the cache."""
         forms: list[Any] = []
-        values = [str(int(self.host.time() * 1000)), "0.0"]
+        values = [str(int(time.time() * 1000)), "0.0"]
         notes: tuple[tuple[str, str], ...] = ()
         for cell in page.cells:
             if cell.troubles:
@@ -7248,7 +7234,7 @@ class Scraper:
                 "blocked.", kstats.given_up),
             one("kstat_blocked_threads", GAUGE, "Threads that libkstat blocks.", kstats.blocked),
             one("commands_hanging", GAUGE, "Commands that could not be killed.",
-                self.host.hanging_commands),
+                self.host.commands.hanging),
             one("cpu_usage_ratio", GAUGE, "CPUs that the agent and its commands use.",
                 governor.used),
             one("cpu_budget_ratio", GAUGE, "CPUs that the agent may use.",
@@ -8270,7 +8256,7 @@ def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
         if collector.collect is not None and not collector.foreign:
             with contextlib.suppress(CommandError, CollectError):
                 collector.collect(task)     # what fails shows in what the command said
-    return {"at": host.time(), "kstats": kstats, "commands": commands,
+    return {"at": time.time(), "kstats": kstats, "commands": commands,
             "vms": _captured_vms(settings) if not host.recorded else []}
 
 
@@ -8316,7 +8302,7 @@ def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
 
 # --- check ----------------------------------------------------------------------------------------
 
-# Is all there that the agent needs, and are its values those of `kstat -p`?
+# Whether everything that the agent needs is there, and its values are those of `kstat -p`.
 
 GOOD, BAD, NOTE = "ok", "FAIL", "note"
 CHECK_SECONDS = 55.0                        # for everything: an operator waits a minute
@@ -8324,7 +8310,7 @@ READS_A_TABLE = 3                           # kstats of one kind that are read a
 ORIGINAL = "svc:/smartdc/agent/cmon-agent:default"
 OURS = ("svc:/site/cmon-agent-setup:default", "svc:/site/cmon-agent:default")
 PRIVILEGES = "basic,!file_link_any,!proc_info"      # of the service, as its manifest has them
-# What need not be there, and what it means when it is not.
+# Kstats that may be missing, and what that means.
 ABSENT = {"cpucaps_zone_*": "no zone has a CPU cap, or no zone runs",
           "vcpu*": "no bhyve zone runs",
           "lockedmem_zone_*": "no zone runs", "nprocs_zone_*": "no zone runs",
@@ -8350,7 +8336,7 @@ def listed(begin: str, names: Iterable[str], most: int = 5) -> str:
 
 
 class Examined:
-    """What the checks share: settings, the machine, and how long they may take."""
+    """What the checks share: settings, what earlier ones have read, and the time limit."""
 
     def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
         self.arguments, self.settings = arguments, settings
@@ -8396,7 +8382,7 @@ class Examined:
 
 def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: float = math.inf
               ) -> Any:
-    """Read kstats outside of the server; one that blocks is given up, as there."""
+    """Read kstats outside of the server; a blocked read is given up, as there."""
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     readers.submit(Job(work, done.put))
     end = time.monotonic() + timeout
@@ -8492,7 +8478,7 @@ def check_user(node: Examined) -> Iterator[Finding]:
 
 
 def check_python(_node: Examined) -> Iterator[Finding]:
-    """The interpreter, and what its server waits with."""
+    """The interpreter, its selector and its OpenSSL."""
     yield GOOD, f"Python {sys.version.split()[0]} at {sys.executable}, " \
         f"{8 * ctypes.sizeof(ctypes.c_void_p)} bits, on {sys.platform}, " \
         f"{selectors.DefaultSelector.__name__}, {ssl.OPENSSL_VERSION}"
@@ -8517,8 +8503,8 @@ def check_libkstat(node: Examined) -> Iterator[Finding]:
     node.readers = KstatThreads(functools.partial(Handle, library))
     if not node.headers or chain_id <= 0 or kids != sorted(set(kids)) or any(
             not header.module or not header.name or header.type > TIMER for header in node.headers):
-        yield BAD, f"the chain does not make sense: {len(kids)} headers, id {chain_id}; this " \
-            "library has another layout than <sys/kstat.h>"
+        yield BAD, f"the chain is inconsistent: {len(kids)} headers, id {chain_id}; this library " \
+            "has another layout than <sys/kstat.h>"
         return
     by_module = collections.Counter(header.module for header in node.headers)
     yield GOOD, f"{len(kids)} kstats, {by_module['unix']} of them in module unix"
@@ -8562,8 +8548,8 @@ def _same(before: Any, said: str, after: Any) -> bool:
 
 
 def check_kstats(node: Examined) -> Iterator[Finding]:
-    """Each table: are its kstats there, with its members, and with the values of `kstat -p`."""
-    # one job, which begins again with a new handle when a read blocks
+    """Each table's kstats: whether they exist, with all members and the values of `kstat -p`."""
+    # one job, which starts again with a new handle when a read blocks
     yield from node.job(lambda reader: list(_check_tables(node, reader)))
 
 
@@ -8594,7 +8580,7 @@ def _check_tables(node: Examined, reader: Reader) -> Iterator[Finding]:
             except CommandError as error:
                 problem, wrong = str(error), []
             if wrong:
-                yield BAD, listed(f"{what}: kstat -p says otherwise of ", wrong, 3)
+                yield BAD, listed(f"{what}: kstat -p differs: ", wrong, 3)
             elif not problem:
                 compared, values = compared + 1, values + len(data)
             missing |= {row.member for row in table.metrics} - set(data)
@@ -8606,8 +8592,8 @@ def _check_tables(node: Examined, reader: Reader) -> Iterator[Finding]:
 
 
 def _differing(node: Examined, reader: Reader, ref: Ref) -> list[str]:
-    """Members of which `kstat -p` says something else; raises CommandError, KstatError. What moves
-    to and fro may differ once, not three times."""
+    """Members of which `kstat -p` has another value; raises CommandError, KstatError. A gauge may
+    differ once, not three times."""
     which = ("-c", "disk") if ref.module == "disk" else ("-m", ref.module)
     begin = f":{ref.instance}:{ref.name}:"
     wrong: list[str] = []
@@ -8783,7 +8769,7 @@ def check_plugins(node: Examined) -> Iterator[Finding]:
 
 
 class Item(NamedTuple):
-    """A check: its name, what does it, and what to do when something is wrong."""
+    """A check, and the advice for what needs attention."""
     name: str
     look: Callable[[Examined], Iterator[Finding]]
     todo: str
@@ -8812,7 +8798,7 @@ CHECKS = (                                  # in this order: the first two want 
 
 
 def check(arguments: argparse.Namespace, settings: Settings) -> int:
-    """`cmon_agent.py check`: what the agent will find on this machine; changes nothing."""
+    """`cmon_agent.py check`: whether the agent will work on this machine; changes nothing."""
     node = Examined(arguments, settings)
     logging.getLogger().addHandler(logging.NullHandler())
     rows: list[dict[str, str]] = []
@@ -8827,7 +8813,7 @@ def check(arguments: argparse.Namespace, settings: Settings) -> int:
     for item in CHECKS:
         try:
             if node.late:
-                tell(item, BAD, "not looked at: the minute is over")
+                tell(item, BAD, "not checked: the minute is over")
                 continue
             for finding in item.look(node):
                 tell(item, *finding)

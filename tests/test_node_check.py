@@ -266,7 +266,7 @@ FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {
         (prints("svcs"), "note services", "the original agent is absent"),
         (without("ppriv"), "note user", "privileges are not known: "),
         (line("rss", "12"), "FAIL kstats",
-         "memory_cap:*:*: kstat -p says otherwise of memory_cap:0:global:rss (12, not "),
+         "memory_cap:*:*: kstat -p differs: memory_cap:0:global:rss (12, not "),
         (prints("zfs", status=1), "FAIL commands", "zfs list: exit 1"),
         (prints("zpool"), "FAIL commands", "zpool list: 0 pools"),
         (prints("ntpq"), "FAIL clock", "ntpq: exit 0 and no message"),
@@ -381,7 +381,7 @@ def test_a_chain_of_another_layout_is_reported(
     kstats = [*recorded_node["frames"][0]["kstats"], {
         "module": "x", "instance": 0, "name": "x", "class": "x", "type": 9, "crtime": 10 ** 18,
         "snaptime": 0, "data": {}}]
-    assert any(text.startswith("libkstat: the chain does not make sense: ")
+    assert any(text.startswith("libkstat: the chain is inconsistent: ")
                for text in node(kstats).check().bad())
 
 
@@ -507,4 +507,4 @@ def test_a_minute_is_the_most_that_it_takes(node: MakeNode, monkeypatch: pytest.
     arguments = agent.agent_command_line("check").parse_args(["--config", str(one.machine.config)])
     assert agent.check(arguments, agent.load_agent(arguments)) == 1
     said = capsys.readouterr().out
-    assert said.count("not looked at: the minute is over") == len(agent.CHECKS)
+    assert said.count("not checked: the minute is over") == len(agent.CHECKS)
