@@ -253,7 +253,7 @@ def test_a_capture_goes_without_what_blocks(machine: MakeMachine, tmp_path: Path
         [sys.executable, "-I", str(ROOT / "cmon_agent.py"), "capture", str(path), "--config",
          str(one.config), "--frames", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, timeout=60, check=False)
-    assert ended.returncode == 0 and "tcp:5:tcp does not return" in ended.stderr
+    assert ended.returncode == 0 and "tcp:5:tcp has not returned" in ended.stderr
     names = {(kstat["module"], kstat["instance"]) for kstat
              in json.loads(path.read_text())["frames"][0]["kstats"]
              if kstat["name"] != "tcpstat"}
