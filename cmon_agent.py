@@ -937,8 +937,7 @@ class Commands:
                 stderr=subprocess.PIPE, start_new_session=True, cwd="/",
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"})
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise CommandError(f"{argv[0]}: {reason.lower()}") from None
+            raise CommandError(f"{argv[0]}: {reason_of(error)}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with self._lock:
@@ -1633,8 +1632,8 @@ def read_sysinfo_file(path: str) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: " + (error.strerror or str(error) if isinstance(error, OSError)
-                                         else f"not JSON: {error}")) from None
+        what = "" if isinstance(error, OSError) else "not JSON: "
+        raise ConfigError(f"{path}: {what}{reason_of(error)}") from None
 
 
 class RecordedKstat(NamedTuple):
@@ -6089,7 +6088,7 @@ class Client:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a connection failed, in readable form."""
+    """Why a connection, or another call of the system, has failed, in readable form."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -6370,7 +6369,7 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        problems.append(f"{folder}: {(error.strerror or str(error)).lower()}")
+        problems.append(f"{folder}: {reason_of(error)}")
         return []
     if not stat.S_ISDIR(status.st_mode) or not _is_owned(status):
         problems.append(f"{folder}: must be a folder that root owns and nobody else can write to")
@@ -6389,7 +6388,7 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
         try:
             status = os.stat(path)
         except OSError as error:
-            problems.append(f"{path}: {(error.strerror or str(error)).lower()}")
+            problems.append(f"{path}: {reason_of(error)}")
             continue
         plugin = _plugin(path, file_name, options)
         if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
@@ -8187,7 +8186,7 @@ def capture(arguments: argparse.Namespace, settings: Settings) -> int:
             output = open(os.open(arguments.file, os.O_WRONLY | os.O_CREAT, 0o600), "w",
                           encoding="utf-8")
     except OSError as error:
-        complain("cmon_agent", [f"cannot write {arguments.file}: {error.strerror or error}"])
+        complain("cmon_agent", [f"cannot write {arguments.file}: {reason_of(error)}"])
         return 1
     try:
         host = make_host(arguments, settings)
@@ -8209,7 +8208,7 @@ def capture(arguments: argparse.Namespace, settings: Settings) -> int:
         output.write(spread(content))
         output.flush()
     except (KstatError, OSError) as error:
-        complain("cmon_agent", [f"cannot capture: {getattr(error, 'strerror', None) or error}"])
+        complain("cmon_agent", [f"cannot capture: {reason_of(error)}"])
         return 1
     finally:
         if output is not sys.stdout:
@@ -8412,8 +8411,7 @@ def check_sysinfo(node: Examined) -> Iterator[Finding]:
         try:
             content = Path(node.settings.sysinfo_file).read_text("utf-8", "replace")
         except OSError as error:
-            yield NOTE, f"{node.settings.sysinfo_file}: {(error.strerror or str(error)).lower()}" \
-                "; root can run sysinfo"
+            yield NOTE, f"{node.settings.sysinfo_file}: {reason_of(error)}; root can run sysinfo"
             return
     node.sysinfo = json.loads(content, object_pairs_hook=counted)
     sysinfo = parse_sysinfo(node.sysinfo)
@@ -8748,7 +8746,7 @@ def check_port(node: Examined) -> Iterator[Finding]:
             yield GOOD, f"{shown} is free"
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            yield BAD, f"{shown}: {(error.strerror or str(error)).lower()}"
+            yield BAD, f"{shown}: {reason_of(error)}"
             return
         try:
             healthy = Client(max_idle=0).request("GET", f"http://{shown}/-/healthy",
@@ -8863,7 +8861,7 @@ def read_textfiles(root: str) -> int:
         try:
             files[shown] = _textfile(folder, name, device)
         except OSError as error:
-            files[shown] = [(error.strerror or str(error)).lower()]
+            files[shown] = [reason_of(error)]
     json.dump(files, sys.stdout)
     return 0
 
@@ -8957,7 +8955,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return read_textfiles(words[1])
         except OSError as error:
-            complain("cmon_agent", [f"{words[1]}: {(error.strerror or str(error)).lower()}"])
+            complain("cmon_agent", [f"{words[1]}: {reason_of(error)}"])
             return 1
     if words[:1] and words[0] in COMMANDS:
         arguments = agent_command_line(words[0]).parse_args(words[1:])

@@ -120,7 +120,7 @@ def test_capture_refuses_a_bad_path_before_it_reads(tmp_path: Path) -> None:
     done = run("cmon_agent.py", "capture", tmp_path / "no" / "x.json", "--libkstat", "/no/library")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"cmon_agent: cannot write {tmp_path}/no/x.json: " \
-        "No such file or directory\n"
+        "no such file or directory\n"
     done = run("cmon_agent.py", "capture", tmp_path / "x.json", "--libkstat", "/no/library")
     assert done.returncode and not (tmp_path / "x.json").exists()
 
