@@ -3073,50 +3073,48 @@ def ntp_part(peers: Sequence[NtpPeer], details: NtpDetails) -> Part:
         NTP_ROWS.part([NTP_ROWS.of(details.system)])])
 
 
-_CHRONY_TRACKING = {            # field of `chronyc -c tracking` -> metric of the same meaning
-    2: "ntp_stratum_number", 4: "ntp_pll_offset_seconds", 7: "ntp_frequency_offset_ppm",
-    10: "ntp_root_delay_seconds", 11: "ntp_root_dispersion_seconds"}
+MAX_SOURCES = 200
 _CHRONY_LEAP = {"Normal": 0, "Insert second": 1, "Delete second": 2, "Not synchronised": 3}
 _CHRONY_STATES = {"*": 6, "+": 4, "-": 3, "?": 0, "x": 1, "~": 1}
+ChronyFields = Mapping[int, tuple[str, Convert]]    # place -> metric of the same meaning
+_CHRONY_TRACKING: ChronyFields = {
+    2: ("ntp_stratum_number", word), 4: ("ntp_pll_offset_seconds", word),
+    7: ("ntp_frequency_offset_ppm", word), 10: ("ntp_root_delay_seconds", word),
+    11: ("ntp_root_dispersion_seconds", word),
+    3: ("ntp_reftime_seconds", matched(r"[0-9]{1,12}(\.[0-9]*)?", lambda match:
+                                       float(match[0]) + SINCE_1900)),
+    13: ("ntp_leap_indicator_status", lambda value: _CHRONY_LEAP.get(value.strip())),
+}
+_CHRONY_SOURCES: ChronyFields = {
+    1: ("ntp_peer_state", lambda value: _CHRONY_STATES.get(value, -1)),
+    3: ("ntp_peer_stratum_number", word),
+    4: ("ntp_peer_poll_interval_seconds", matched("[12]?[0-9]|3[0-2]", lambda match:
+                                                  2 ** int(match[0]))),
+    5: ("ntp_peer_last8_polls_failure_count", FAILED.convert),
+    6: ("ntp_peer_last_query_seconds", word), 7: ("ntp_peer_offset_seconds", word),
+}
 
 
 def chrony_families(tracking: str, sources: str) -> list[Family]:
     """The same metrics from chronyd, as far as it has them; raises CollectError."""
     values: dict[str, dict[Labels, Number]] = {}
 
-    def add(name: str, value: Number | None, labels: Labels = ()) -> None:
-        if value is not None:
-            values.setdefault(name, {}).setdefault(labels, value)
-
-    fields = tracking.strip().split(",")
-    if len(fields) >= 14:
-        for index, name in _CHRONY_TRACKING.items():
-            add(name, word(fields[index]))
-        reference = word(fields[3])
-        add("ntp_reftime_seconds", None if reference is None else reference + SINCE_1900)
-        add("ntp_leap_indicator_status", _CHRONY_LEAP.get(fields[13].strip()))
-    for line in sources.split("\n", MAX_SOURCES)[:MAX_SOURCES]:
+    def add(line: str, least: int, metrics: ChronyFields, label: bool) -> None:
         fields = line.split(",")
-        if len(fields) < 10:
-            continue
-        labels = (("remote", fields[2]),)
-        poll = word(fields[4])
-        add("ntp_peer_state", _CHRONY_STATES.get(fields[1], -1), labels)
-        add("ntp_peer_stratum_number", word(fields[3]), labels)
-        if isinstance(poll, int) and 0 <= poll <= 32:
-            add("ntp_peer_poll_interval_seconds", 2 ** poll, labels)
-        add("ntp_peer_last8_polls_failure_count", FAILED.convert(fields[5]), labels)
-        add("ntp_peer_last_query_seconds", word(fields[6]), labels)
-        add("ntp_peer_offset_seconds", word(fields[7]), labels)
+        for place, (name, convert) in metrics.items() if len(fields) >= least else ():
+            value = convert(fields[place])
+            if value is not None:
+                labels = (("remote", fields[2]),) if label else ()
+                values.setdefault(name, {}).setdefault(labels, value)
+    add(tracking.strip(), 14, _CHRONY_TRACKING, False)
+    for line in sources.split("\n", MAX_SOURCES)[:MAX_SOURCES]:
+        add(line, 10, _CHRONY_SOURCES, True)
     if not values:
         raise CollectError("ntp: chronyc prints nothing usable; is chronyd running?")
     known = {row.name: row for row in NTP_PEER + NTP}
     return [Family(name, known[name].kind, f"{known[name].help[:-1]} (chronyc).",
                    list(itertools.starmap(Sample, samples.items())))
             for name, samples in values.items()]
-
-
-MAX_SOURCES = 200
 
 
 class ZoneLine(NamedTuple):
@@ -8452,6 +8450,11 @@ def check_user(node: Examined) -> Iterator[Finding]:
                 "give --user the user in the service's manifest"
             return
         "x".encode("idna")              # loads the codec, which this user may not be able to read
+        if entry.pw_uid:                # setuid takes the effective ones from the inheritable ones
+            try:
+                node.run("ppriv", "-s", f"IL={PRIVILEGES}", str(os.getpid())).checked("ppriv")
+            except CommandError as error:
+                yield NOTE, f"{wanted} keeps all basic privileges: {error}"
         os.setgroups([])
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
@@ -8461,10 +8464,6 @@ def check_user(node: Examined) -> Iterator[Finding]:
         name = str(os.geteuid())
     yield (GOOD if name == wanted else NOTE), f"{name}, where the service runs as {wanted}"
     try:
-        if name == wanted != "root":        # which has more than a service of its own would
-            output = node.run("ppriv", "-s", f"A={PRIVILEGES}", str(os.getpid()))
-            if output.status:
-                yield NOTE, f"all privileges of {name} stay: ppriv: {output.last_line}"
         sets = dict(line.strip().split(": ", 1) for line in node.run(
             "ppriv", str(os.getpid())).stdout.splitlines() if ": " in line)
         yield NOTE, f"effective privileges {sets.get('E', '?')}, limit {sets.get('L', '?')}"

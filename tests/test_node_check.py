@@ -466,8 +466,8 @@ def test_root_becomes_the_services_user_and_says_what_that_one_cannot_read(
         assert ("ok", "nobody, where the service runs as nobody") in found.of("user")
         assert f"user: {config} is not readable for nobody" in found.bad()
         assert [words.split()[:2] for words in asked.read_text().splitlines()][0] == [
-            "-s", f"A={agent.PRIVILEGES}"], "less than what basic users have, as in the manifest"
-        assert any(text.startswith("all privileges of nobody stay: ppriv: ")
+            "-s", f"IL={agent.PRIVILEGES}"], "less than what basic users have, as in the manifest"
+        assert any(text.startswith("nobody keeps all basic privileges: ppriv: ")
                    for _, text in found.of("user")), "the stand-in refuses it"
         assert any(text.startswith("libkstat: cannot use ") for text in found.bad()), \
             "the folder of the tests is root's"
