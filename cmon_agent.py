@@ -1592,6 +1592,7 @@ class Host:
         self.commands = Commands()
         self.vms = vms or Vms(settings.vminfod)
         self.page_size = resource.getpagesize()
+        self.time = time.time
         # a kstat handle, for one thread; raises KstatError
         self.open_kstats = open_kstats or functools.partial(Handle, Libkstat(settings.libkstat))
 
@@ -7044,7 +7045,7 @@ class Scraper:
         """The page as text, and which of its collectors do not work; what came after `since` was
         not in the cache."""
         forms: list[Any] = []
-        values = [str(int(time.time() * 1000)), "0.0"]
+        values = [str(int(self.host.time() * 1000)), "0.0"]
         notes: tuple[tuple[str, str], ...] = ()
         for cell in page.cells:
             if cell.troubles:
@@ -8253,7 +8254,7 @@ def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
         if collector.collect is not None and not collector.foreign:
             with contextlib.suppress(CommandError, CollectError):
                 collector.collect(task)     # what fails shows in what the command said
-    return {"at": time.time(), "kstats": kstats, "commands": commands,
+    return {"at": host.time(), "kstats": kstats, "commands": commands,
             "vms": _captured_vms(settings) if not host.recorded else []}
 
 
