@@ -707,7 +707,7 @@ def test_on_the_platform_there_is_no_silent_fallback(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "platform", "sunos5")
     with pytest.raises(agent.ConfigError) as caught:
         agent.address_of(agent.Settings(), Real(), agent.Sysinfo(), "no sysinfo")   # type: ignore
-    assert "the admin IP is not known (no sysinfo): give listen" in str(caught.value)
+    assert "the admin IP is not known (no sysinfo): set listen" in str(caught.value)
 
 
 def test_gzip_is_what_gzip_reads(replay: Program) -> None:
