@@ -493,6 +493,39 @@ def test_a_new_owner_sees_nothing_of_the_former_owners_scrapes(house: Any) -> No
     assert not fresh.of(uuid(7)) and not fresh.of(world.owner.uuid)
 
 
+@pytest.mark.parametrize("path", LISTS[:4])
+def test_who_is_limited_to_a_group_shares_no_list_with_who_is_not(path: str, house: Any) -> None:
+    """Both are asked for at once, with certificates that differ in the key alone."""
+    world = house(0)
+    owner = world.owner
+    keys, peers = [make_key(), make_key()], []
+    publics = [cmon_proxy.private_key(one) for one in keys]
+    world.proxy.directory.replace({owner.login: owner._replace(keys={
+        publics[0].md5: AuthorizedKey(publics[0]),
+        publics[1].md5: AuthorizedKey(publics[1], "user", frozenset(("db",)))})})
+    for one in keys:
+        pem = make_certificate(one, owner.login, not_before=0, not_after=2e9)
+        peers.append(Peer("192.0.2.1", "main", first_certificate(pem.decode())))
+    made = [vm_of(vm(uuid(n + 500), owner.uuid, tags={"triton.cmon.groups": "db" if n else "web"}),
+                  "test", 0) for n in range(100)]
+    world.proxy.inventory.replace(*by_owner([one for one in made if one is not None]))
+    answers = [respond(world.proxy.routes(), world.request(path)._replace(peer=peer, gzip=False))
+               for peer in peers]
+    shown = [uuid(500).encode() in wire(world.settled(answer)) for answer in answers]
+    assert shown == [True, False]
+
+
+@pytest.mark.parametrize("which, core", [(0, b"eyJpc0NvcmVab25lIjogZmFsc2V9"),
+                                         (1, b"eyJpc0NvcmVab25lIjogdHJ1ZX0=")])
+def test_a_tag_makes_no_tenants_container_a_zone_of_the_platform(which: int, core: bytes, house: Any
+                                                                 ) -> None:
+    world = house(0)
+    made = vm_of(vm(WEB, world.accounts[which][0].uuid, tags={"smartdc_role": "vmapi"}), "test", 0)
+    world.proxy.inventory.replace(*by_owner([made]))
+    world.ask(page(WEB), which=which)
+    assert b"x-joyent-cmon-opts: " + core + b"\r\n" in world.agents.jobs[-1].wire
+
+
 def test_a_new_owner_over_the_quota_gets_no_copy_of_the_former_owners_page(house: Any) -> None:
     world = house(1)
     last = Copy(world.owner.uuid, Reply(200, b"secret 1\n"), 0.0)

@@ -28,8 +28,8 @@ from cmon_agent import (
     Server, _header_fields, network_of, parse_head, prepare, render, scrape_deadline, text,
     wire)
 from cmon_proxy import (
-    after_handshake, ask_for_any_certificate, check_any_certificate, make_certificate, make_key,
-    server_context)
+    _library, after_handshake, ask_for_any_certificate, check_any_certificate, make_certificate,
+    make_key, server_context)
 
 BIG = b"# a comment that repeats itself\n" * 400
 
@@ -760,9 +760,10 @@ def test_a_stranger_is_not_kept_as_long_as_a_tenant(crowded: Any, pems: Path) ->
 
 @pytest.mark.parametrize("names, copies, welcome", [
     (1, 1, True), (300, 1, True),       # 0.3 kB, 4 kB
+    (1, 4, True),                       # with three more behind it, which are freed
     (700, 1, False),                    # a certificate of 10 kB: larger than any that could be good
     (300, 4, False),                    # a list of 18 kB
-], ids=["small", "large", "too large", "a list that is too large"])
+], ids=["small", "large", "a list", "too large", "a list that is too large"])
 def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome: bool, pems: Path,
                                                tmp_path: Path) -> None:
     """Parsed names take ten times their size: 100 kB of them held 1.3 MB for each connection."""
@@ -778,6 +779,10 @@ def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome:
     def look(tls: ssl.SSLSocket) -> None:
         after_handshake(tls)
         after_handshake(tls)               # nothing is left, nothing is freed twice
+        library, inner = _library(), getattr(tls, "_sslobj")
+        _, pointer = (ctypes.c_void_p * 2).from_address(id(inner) + object.__basicsize__)
+        chain = library.SSL_get_peer_cert_chain(pointer)
+        assert not chain or library.OPENSSL_sk_num(chain) == 0
         chains.append(len(tls.getpeercert(True) or b""))
     listener = server.listen(("127.0.0.1", 0), PLAIN, context, on_handshake=look)
     threading.Thread(target=server.serve_forever, daemon=True).start()
