@@ -1489,8 +1489,8 @@ class Inventory:
             self._disown(before)
         self.owned.setdefault(vm.owner, {})[vm.uuid] = vm
         self._bump(vm.owner)
-        for told in self.changed:
-            told(before, vm)
+        for notify in self.changed:
+            notify(before, vm)
         return True
 
     def drop(self, uuid: str) -> bool:
@@ -1499,8 +1499,8 @@ class Inventory:
         if before is None:
             return False
         self._disown(before)
-        for told in self.changed:
-            told(before, None)
+        for notify in self.changed:
+            notify(before, None)
         return True
 
     def _disown(self, vm: Vm) -> None:
@@ -4291,13 +4291,13 @@ class Pages:
             except Refused as refused_now:
                 waiter.finish(refused_now.answer())
                 continue
-            bucket = waiter.caller.bucket
+            identity, bucket = waiter.caller.grant.identity, waiter.caller.bucket
             bucket.relays += 1
             bucket.bytes += len(reply.body)
             if bucket.soft < bucket.terms.burst * KEEP_COPIES_BELOW and len(reply.body) <= MAX_COPY:
                 self._copies.put((target.uuid, relay.core), Copy(
                     owner_of(target), reply, self._proxy.server.now()))
-            whole = b"".join((start, waiter.caller.header(), b"\r\n", reply.body))
+            whole = b"".join((start, identity.header, bucket.header(), b"\r\n", reply.body))
             waiter.finish(Prepared(200, whole, whole))
 
     def families(self) -> list[Family]:
@@ -6519,11 +6519,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def check(settings: Settings) -> list[str]:
         try:
-            told, warnings = summary_of(settings, time.time())
+            lines, warnings = summary_of(settings, time.time())
         except ConfigError as error:
             return error.problems
         complain("cmon_proxy", [f"warning: {warning}" for warning in warnings])
-        for line in told:
+        for line in lines:
             print(f"cmon_proxy: {line}")
         return []
 
