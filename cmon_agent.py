@@ -116,7 +116,7 @@ __all__ = [     # what the other programs import
     "text", "TooLarge",
     "Use", "USE", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
     "valid_label_name", "valid_metric_name",
-    "within",
+    "wire", "within",
 ]
 
 # --- data types [kit] -----------------------------------------------------------------------------
@@ -190,32 +190,26 @@ class Response(NamedTuple):
 class Prepared:
     """A whole answer as it goes on the wire, head and body, sent many times.
 
-    Each form is made when it is first asked for. Any thread may ask: at worst both make it.
+    Each form is made when it is first asked for, unless `whole` is all there is. Any thread may
+    ask: at worst two make it.
     """
     __slots__ = ("status", "_response", "_plain", "_packed")
 
-    def __init__(self, status: int, plain: bytes | None = None, packed: bytes | None = None,
-                 response: Response | None = None) -> None:
-        self.status = status
-        self._plain, self._packed = plain, packed
-        self._response = response           # what missing forms are made of
+    def __init__(self, status: int, whole: bytes | None = None, response: Response | None = None
+                 ) -> None:
+        self.status, self._plain, self._packed = status, whole, whole
+        self._response = response           # what forms are made of
 
-    @property
-    def plain(self) -> bytes:
-        """Without gzip."""
-        whole = self._plain
+    def form(self, packed: bool) -> bytes:
+        """With gzip, if the body is large enough to be worth it, or without."""
+        whole = self._packed if packed else self._plain
         if whole is None:
             assert self._response is not None
-            whole = self._plain = wire(self._response)
-        return whole
-
-    @property
-    def packed(self) -> bytes:
-        """With gzip, if the body is large enough to be worth it."""
-        whole = self._packed
-        if whole is None:
-            assert self._response is not None
-            whole = self._packed = wire(self._response, packed=True)
+            whole = wire(self._response, packed)
+            if packed:
+                self._packed = whole
+            else:
+                self._plain = whole
         return whole
 
 
@@ -4620,7 +4614,7 @@ def wire(answer: Answer, packed: bool = False, head_only: bool = False,
          close: bool = False) -> bytes:
     """An answer as the bytes that are sent."""
     if isinstance(answer, Prepared):
-        whole = answer.packed if packed else answer.plain
+        whole = answer.form(packed)
     elif not _packs(answer):
         whole = _wire(answer, answer.body, "")
     elif packed:
@@ -5145,7 +5139,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head.stats.count(answer.status, now - self.since)
         self.since = now
         if head.simple and type(answer) is Prepared and not self.server.stopping:
-            self._send(answer.packed if head.packed else answer.plain)
+            self._send(answer.form(head.packed))
             return
         keep = bool(head.fields[8]) and not self.server.stopping
         self._send(wire(answer, head.packed, head.fields[0] == "HEAD", not keep), keep)

@@ -74,7 +74,7 @@ try:
         call, command_line, command_settings, complain, gunzip, http_date, is_address, is_ip, log,
         network_of, one_of, page_headers, parse_address, plain_page, prepare, read_json,
         register_process_metrics, render, reused, run_daemon, scrape_deadline, setting, single,
-        text)
+        text, wire)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
@@ -4003,7 +4003,7 @@ def with_headers(status: int, whole: bytes, extra: bytes) -> Prepared:
     end = whole.index(b"\r\n", begin) + 2
     whole = b"".join((whole[:begin], b"Date: ", http_date().encode(), b"\r\n", extra,
                       memoryview(whole)[end:]))
-    return Prepared(status, whole, whole)
+    return Prepared(status, whole)
 
 
 class LastScrape(NamedTuple):
@@ -4298,7 +4298,7 @@ class Pages:
                 self._copies.put((target.uuid, relay.core), Copy(
                     owner_of(target), reply, self._proxy.server.now()))
             whole = b"".join((start, identity.header, bucket.header(), b"\r\n", reply.body))
-            waiter.finish(Prepared(200, whole, whole))
+            waiter.finish(Prepared(200, whole))
 
     def families(self) -> list[Family]:
         """For the admin side."""
@@ -4443,8 +4443,8 @@ class Builder:
             built = build_answer(build.version, build.make, build.packed)
         except Exception:
             log.exception("making %s failed", build.key[0])
-            built = Built(None, 500, prepare(
-                text(500, "internal error; see the log", ("X-Cmon-Error", "internal"))).plain)
+            built = Built(None, 500, wire(
+                text(500, "internal error; see the log", ("X-Cmon-Error", "internal"))))
         self._proxy.server.loop.call_soon(self._made, build, built)
 
     def _made(self, build: Build, built: Built) -> None:
@@ -4480,8 +4480,7 @@ def build_answer(version: object, make: Callable[[], Response], packed: bool) ->
         response = make()
     except Refused as refusal:
         response = refusal.answer()
-    prepared = prepare(response)
-    return Built(version, response.status, prepared.packed if packed else prepared.plain)
+    return Built(version, response.status, wire(response, packed))
 
 
 class View(NamedTuple):
@@ -4656,7 +4655,7 @@ def html_answer(page: str) -> Response:
 
 def page_file(prepared: Prepared, request: Request) -> Prepared:
     """A file of the page, which browsers may cache for a day."""
-    return with_headers(prepared.status, prepared.packed if request.gzip else prepared.plain, b"")
+    return with_headers(prepared.status, prepared.form(request.gzip), b"")
 
 
 Action = Callable[..., Union[Answer, Deferred]]

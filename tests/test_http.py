@@ -124,11 +124,11 @@ def test_a_prepared_answer_is_what_would_be_sent_anyway() -> None:
         assert wire(prepared, packed) == wire(response, packed)
         assert wire(prepared, packed, head_only=True).endswith(b"\r\n\r\n")
         assert b"Connection: close\r\n" in wire(prepared, packed, close=True)
-    head, _, body = prepared.packed.partition(b"\r\n\r\n")
+    head, _, body = prepared.form(True).partition(b"\r\n\r\n")
     assert gzip.decompress(body) == BIG and b"Content-Encoding: gzip" in head
     assert b"Vary: Accept-Encoding" in head and len(body) < len(BIG) / 5
     already = Response(200, gzip.compress(BIG), PAGE, (("Content-Encoding", "gzip"),))
-    assert gzip.decompress(prepare(already).packed.partition(b"\r\n\r\n")[2]) == BIG
+    assert gzip.decompress(prepare(already).form(True).partition(b"\r\n\r\n")[2]) == BIG
 
 
 # --- with sockets ---

@@ -221,9 +221,9 @@ def test_every_refusal_says_what_why_and_what_next() -> None:
 
 def test_a_kept_answer_has_the_date_at_which_it_is_sent() -> None:
     """It may have been made an hour ago; a client's clock and cache go by this header."""
-    made = prepare(Response(200, b"x" * 9, PAGE, (("X-A", "b"),))).plain
+    made = prepare(Response(200, b"x" * 9, PAGE, (("X-A", "b"),))).form(False)
     kept = re.sub(rb"Date: [^\r]+", b"Date: Thu, 01 Jan 1970 00:00:00 GMT", made)
-    sent = with_headers(200, kept, b"X-Own: c\r\n").plain
+    sent = with_headers(200, kept, b"X-Own: c\r\n").form(False)
     assert b"1970" not in sent and sent.count(b"\r\nDate: ") == 1
     lines = sent.split(b"\r\n")
     assert b"X-Own: c" in lines and b"X-A: b" in lines and lines[-1] == b"x" * 9
