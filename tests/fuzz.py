@@ -293,7 +293,7 @@ def websocket_frames(chance: random.Random) -> None:
     except ServiceError:
         assert not good
     feed = WebSocket.__new__(WebSocket)         # messages of the same frames, fragments and all
-    feed._frames, feed._messages, feed._parts = Frames(), [], None
+    feed._frames, feed._messages, feed._parts = Frames(), [], []
     feed.answers_pings = False
     feed.send = lambda opcode, payload: None  # type: ignore[method-assign]
     try:
