@@ -4763,8 +4763,8 @@ class Loop:
         try:
             ready = self._selector.select(None if wait == math.inf else wait)
         finally:
-            self._turn.acquire()
             self._waits_until = -math.inf
+            self._turn.acquire()
         for key, mask in ready:
             try:
                 key.data.ready(mask)
@@ -4875,7 +4875,7 @@ class Loop:
         if not events:
             self.unwatch(watched)
             return
-        self._notice()
+        self._end_wait()
         try:
             self._selector.modify(watched, events, owner)
         except KeyError:
@@ -4883,16 +4883,19 @@ class Loop:
 
     def unwatch(self, watched: socket.socket) -> None:
         """Stop watching; nothing happens when it is not watched."""
-        self._notice()
+        self._end_wait()
         try:
             self._selector.unregister(watched)
         except (KeyError, ValueError):
             pass
 
-    def _notice(self) -> None:
-        """Other sockets are watched: not all selectors see that while they wait."""
+    def _end_wait(self) -> None:
+        """Before another thread changes what is watched: a selector by /dev/poll reads and writes
+        one buffer for that and while it waits."""
         if self._guest:
             self.wake()
+            while self._waits_until > -math.inf:
+                time.sleep(0.0001)
 
 
 def _refusing(refusal: Refused) -> Handler:
@@ -6927,6 +6930,9 @@ class Scraper:
         where = "all zones" if cell.shared else page.zone
         form, values, failed = brought if isinstance(brought, Came) else \
             self._came(cell, page, brought)
+        if form.names and values.count(BETWEEN) != form.size - 1:   # a bug: nobody gets them
+            failed = {**failed, **dict.fromkeys(form.names, CollectError("values do not fit"))}
+            form = NO_FORM
         sources = [Source(form, values, at, seconds, True)] if form.names else []
         for source in cell.sources:
             rest = rest_of(source.form, form)
