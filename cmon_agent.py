@@ -4629,7 +4629,7 @@ def wire(answer: Answer, packed: bool = False, head_only: bool = False,
 
 
 class _Stats:
-    """Counts of one route; the server's thread alone writes and reads them."""
+    """Counts of one route; who has the loop's turn alone writes and reads them."""
     __slots__ = ("statuses", "durations")
 
     def __init__(self, durations: list[Number]) -> None:
@@ -6194,7 +6194,7 @@ NO_NAMES: AbstractSet[str] = frozenset()        # one object for all cells
 
 class Cell:
     """Collectors that do their work together, of a page or of all pages: what they have brought
-    last, which of them fail now, and whether they are at work. Belongs to the loop's thread."""
+    last, which of them fail now, whether they are at work. Belongs to who has the loop's turn."""
     __slots__ = ("name", "collectors", "lifetime", "shared", "sources", "proved", "by_zone", "at",
                  "seconds", "claims", "troubles", "began", "late", "pages")
 
@@ -6229,7 +6229,7 @@ class Cell:
 
 
 class Page:
-    """One page: its collectors, and who waits for it. Belongs to the loop's thread."""
+    """One page: its collectors, and who waits for it. Belongs to who has the loop's turn."""
     __slots__ = ("key", "zone", "core", "names", "cells", "proof", "generation", "waiting",
                  "waiting_since", "prepared", "until", "asked", "used", "since", "checked")
 
