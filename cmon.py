@@ -1439,7 +1439,7 @@ class Row:
         self.failure = ""
         self.values = {column.title: column.value(self.figures) for column in TOP_COLUMNS}
         self.worst = max(((cell.verdict, cell.resource) for cell in use_cells(self.figures)
-                          if cell.name == "saturation" and cell.verdict is not None),
+                          if cell.verdict is not None),
                          key=lambda one: one[0], default=(-1, ""))
         used = self.values["CPU%"] if self.values["CPU%"] is not None else self.values["CPU"]
         self.history.append(quotient(used or 0, 1))

@@ -185,6 +185,14 @@ def test_a_tiny_terminal_is_no_error(width: int, height: int) -> None:
             assert cmon.cells_of(line) <= max(width, 20)
 
 
+def test_the_worst_resource_may_be_full_rather_than_saturated() -> None:
+    top = state()
+    full = usage(10)
+    top.take_page(full._replace(body=full.body.replace(b"mem_agg_usage 50", b"mem_agg_usage 200")),
+                  WEB01)
+    assert top.rows[WEB01].state_words() == "memory" and top.rows[WEB01].worst[0] == cmon.CRITICAL
+
+
 def test_what_a_tenant_named_does_not_drive_the_terminal() -> None:
     top = state((WEB01, "a\x1b[2J\u202e", "running"))
     top.take_page(cmon.Failure("x\x1b[2J".replace("\x1b", "?")), WEB01)
@@ -333,8 +341,8 @@ def test_in_a_pipe_it_is_one_table(cloud: Cloud, files: Files) -> None:  # noqa:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == """\
 NAME     CPU%  CPU    MEM%   MEM  NET  DISK    WORST  AGE
-web02  90.0 %  0.9  25.0 %  50 B    -     -        -   0s
-web01  10.0 %  0.1  25.0 %  50 B    -     -        -   0s
+web02  90.0 %  0.9  25.0 %  50 B    -     -      CPU   0s
+web01  10.0 %  0.1  25.0 %  50 B    -     -       ok   0s
 db          -    -       -     -    -     -  stopped    -
 """
     assert [cloud.asked(path) for path in ("fleet", WEB01, WEB02, DB)] == [1, 2, 2, 0]
