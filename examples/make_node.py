@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""Makes node.json, one believable compute node, the inventory that goes with it, and load.json, an
-hour of its life.
+"""Makes node.json, a realistic compute node; inventory.json, its inventory; and load.json, an hour
+of load for the demo.
 
     python3 examples/make_node.py            rewrites node.json, inventory.json and load.json here
 
-Everything is invented and seeded: the same files come out each time. The node has 8 CPUs, 64 GiB,
-one pool, zones of three tenants and of the data center itself, of brands joyent (SmartOS), lx and
-bhyve; one is stopped, one has no caps, one has two NICs, two are core zones. The frames are 15 s
-apart and their counters grow as the rates below say. Among the kstats that the agent reads are
-hundreds that it must not read, as on a real node: of the names, classes and types that a kernel
-has, with a few of their members.
+Everything is invented, from a fixed seed: each run writes the same files. The node has 8 CPUs, 64
+GiB, one pool, zones of three tenants and of the data center itself, of brands joyent (SmartOS), lx
+and bhyve; one is stopped, one has no caps, one has two NICs, two are core zones.
+The frames are 15 s apart, and their counters grow at the rates below. As on a real node, there are
+hundreds of kstats that the agent must not read, with a kernel's names, classes and types, and a few
+of their members.
 """
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ NETWORKS = {"admin": "1b7d0c8a-52f5-4a0c-9a4e-0f7c2e61a001",
 
 @dataclass
 class Zone:
-    """One zone: who it belongs to, how big it is, and how busy (0 to 1)."""
+    """One zone: its owner, its size, and how busy it is (0 to 1)."""
     alias: str
     owner: str
     brand: str
@@ -161,18 +161,18 @@ class Node:
         self.fixed: dict[str, float] = {}
 
     def rate(self, key: str, low: float, high: float) -> float:
-        """A rate or a level that belongs to `key` for good."""
+        """A rate or level, the same for each call with this key."""
         if key not in self.fixed:
             self.fixed[key] = random.Random(f"{SEED}/{key}").uniform(low, high)
         return self.fixed[key]
 
     def grown(self, key: str, per_second: float, seconds: float) -> int:
-        """A counter: what it has grown to, a little unevenly, never backwards."""
+        """The value of a counter that grows at about this rate."""
         steady = self.rate(key, 0.8, 1.2) * per_second
         return int(seconds * steady)
 
     def level(self, key: str, middle: float, frame: int, swing: float = 0.05) -> int:
-        """A gauge that moves about a middle."""
+        """The value of a gauge that varies around a mean."""
         return int(middle * (1 + random.Random(f"{SEED}/{key}/{frame}").uniform(-swing, swing)))
 
     # --- kstats -----------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Node:
             "bytes_limit": 40 * GIB})
 
     def neighbours(self, add: Any, up: int) -> None:
-        """What else is in module unix, and is nobody's business here: reading a cache takes each
+        """Other kstats of module unix, which the agent must not read: reading a cache takes each
         CPU's lock, and any of them can block."""
         for name in KMEM_CACHES:
             used = int(self.rate(name, 10, 90_000))
@@ -259,13 +259,13 @@ class Node:
             add("vmem", number, name, "vmem", {"mem_inuse": 4096 * number, "vmem_fail": 0})
 
     def flow(self, add: Any, name: str, up: int, created: float) -> None:
-        """What MAC counts for a flow; each NIC has one at least."""
+        """MAC's counters of a flow; each NIC has at least one flow."""
         packets = self.grown(name + "/flow", 30, up)
         add("unix", 0, name, "flow", {"rbytes": packets * 700, "ipackets": packets,
                                       "obytes": packets * 400, "opackets": packets}, created)
 
     def cpus(self, add: Any, frame: int, up: int) -> None:
-        """cpu:N:sys, cpu:N:vm and cpu_info, and what lies beside them."""
+        """cpu:N:sys, cpu:N:vm and cpu_info, and other kstats of these modules."""
         counters = ("bread bwrite lread lwrite phread phwrite pswitch trap intr syscall sysread "
                     "syswrite sysfork sysvfork sysexec readch writech rawch outch msg sema namei "
                     "procovf intrthread intrblk intrunpin idlethread inv_swtch nthreads cpumigrate "
@@ -413,7 +413,7 @@ class Node:
             add("tcp", 0, "tcpstat_g", "net", {"tcp_timermp_alloced": up})
 
     def zone(self, add: Any, zone: Zone, frame: int, up: int) -> None:
-        """Everything that one zone has."""
+        """All kstats of one zone."""
         key, name, busy = zone.uuid, zone.uuid, zone.busy
         created = UPTIME + frame * STEP - up
         user = int(up * 1e9 * busy * max(zone.cpu_cap, 100) / 100 * 0.6)
@@ -502,7 +502,7 @@ class Node:
     # --- commands and VM objects ------------------------------------------------------------------
 
     def commands(self, frame: int) -> dict[str, Any]:
-        """What each command prints, by its argv."""
+        """The output of each command, by its argv."""
         def good(stdout: str) -> dict[str, Any]:
             return {"status": 0, "stdout": stdout, "stderr": ""}
         allocated = 1_890_424_586_240 + frame * 6_291_456
@@ -639,7 +639,7 @@ filtdisp=      0.00    1.01    1.98    2.94    3.90    4.88    5.82    6.79
         return "\n".join(lines) + "\n"
 
     def vms(self) -> list[dict[str, Any]]:
-        """The VM objects as vminfod gives them (those members that matter)."""
+        """The VM objects of vminfod, with the members that the agent uses."""
         found = []
         for zone in ZONES:
             nics = []
@@ -746,7 +746,7 @@ def load() -> list[dict[str, Any]]:
 
 
 def inventory(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What a proxy has to know of it; the accounts' keys are left for the owner to fill in."""
+    """The inventory for a proxy; the accounts' keys are left empty."""
     return {
         "accounts": [{"uuid": number, "login": login, "keys": [], "operator": login == "admin"}
                      for login, number in ACCOUNTS.items()],
@@ -758,7 +758,7 @@ def inventory(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the files beside this one, or into the folder given."""
+    """Write the files to this folder, or to the one given."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     recorded = capture()
     (folder / "node.json").write_text(spread(recorded))
