@@ -5425,7 +5425,7 @@ class Target {
 // --- requests
 
 const sent = [];                            // when the requests of the last minute were sent
-let flying = 0, silentSince = 0, failures = 0, restUntil = 0;
+let inFlight = 0, unansweredSince = 0, failures = 0, pausedUntil = 0;
 
 const left = () => {
   while (sent.length && sent[0] < Date.now() - MINUTE) sent.shift();
@@ -5440,34 +5440,34 @@ const say = words => {
 };
 
 const rest = (milliseconds, words) => {
-  restUntil = Date.now() + milliseconds;
+  pausedUntil = Date.now() + milliseconds;
   say(words);
 };
 
 // The answer, or null if there is none. Handles refusals and failures that concern all requests.
 const ask = async path => {
   sent.push(Date.now());
-  flying++;
+  inFlight++;
   const stop = new AbortController(), timer = setTimeout(() => stop.abort(), 15000);
   try {
     const answer = await fetch(path, {signal: stop.signal, cache: 'no-store'});
     const body = await answer.text();
-    failures = silentSince = 0;
+    failures = unansweredSince = 0;
     if (answer.status === 401 || answer.status === 403)
       rest(MINUTE, 'The proxy refuses this browser: ' + body.trim());
     else if (answer.status === 429)
       rest(1000 * Number(answer.headers.get('Retry-After') || 10), 'Paused: ' + body.trim());
-    else if (Date.now() > restUntil) say('');
+    else if (Date.now() > pausedUntil) say('');
     return {status: answer.status, body, headers: answer.headers};
   } catch (error) {
-    silentSince = silentSince || Date.now();
+    unansweredSince = unansweredSince || Date.now();
     const pause = Math.min(MINUTE, 2500 * Math.pow(2, failures++));
-    rest(pause, `The proxy has not answered since ${clock(silentSince)}. The values below are ` +
-      'old; retrying automatically.');
+    rest(pause, `The proxy has not answered since ${clock(unansweredSince)}. ` +
+      'The values below are old; retrying automatically.');
     return null;
   } finally {
     clearTimeout(timer);
-    flying--;
+    inFlight--;
   }
 };
 
@@ -6003,8 +6003,8 @@ try {
 } catch (error) { /* none */ }
 
 setInterval(() => {
-  if (document.hidden || Date.now() < restUntil) return;
-  while (flying < AT_ONCE) {
+  if (document.hidden || Date.now() < pausedUntil) return;
+  while (inFlight < AT_ONCE) {
     const target = next();
     if (!target) break;
     poll(target);
@@ -6021,7 +6021,7 @@ setInterval(() => {                         // never move rows under the pointer
   const rows = shown.main.querySelector('tbody');
   if (!shown.main.querySelector('tbody:hover') && !(rows && rows.contains(document.activeElement)))
     arrange();
-  if (Date.now() - renewed > MINUTE && !renewing && Date.now() > restUntil) renew(false);
+  if (Date.now() - renewed > MINUTE && !renewing && Date.now() > pausedUntil) renew(false);
 }, 3000);
 
 })();
