@@ -151,9 +151,9 @@ def test_an_address_that_is_dead_costs_no_request(peer: Peer, run: Run,
 
 
 def test_requests_do_not_queue_for_longer_than_the_interval(peer: Peer, run: Run) -> None:
-    settings = Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={}, interval=0.2,
-                        max_in_flight=1)
-    fetcher = Fetcher(Loop(), settings, None)
+    fetcher = fetcher_of(peer.text, most=1)
+    run(fetcher, "/")                       # the name is resolved now
+    fetcher._patience = 0.2
     replies = run(fetcher, "/hang", "/", "/", timeout=0.5)
     assert [reply.problem for reply in replies] == [
         "timed out", "no connection was free in time", "no connection was free in time"]
