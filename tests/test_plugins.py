@@ -204,6 +204,12 @@ def test_no_plugin_can_break_the_page(machine: MakeMachine) -> None:
     assert one.own('cmon_agent_input_problems_total{source="plugin_p"}') >= 3
 
 
+@pytest.mark.parametrize("name, ours", [
+    ("up", True), ("scrape_duration_seconds", True), ("cmon_x", True), ("upper", False)])
+def test_names_that_prometheus_adds_are_no_plugins(name: str, ours: bool) -> None:
+    assert agent.is_ours(name, True) is agent.is_ours(name, False) is ours
+
+
 def test_a_name_that_the_page_has_already_is_refused_with_a_reason(machine: MakeMachine) -> None:
     """Names of the node's own metrics, and of another plugin's; the rest of the plugin stays."""
     one = machine(gz={
@@ -541,6 +547,12 @@ def test_a_link_on_the_way_is_not_followed(tenant: Path, tmp_path: Path, compone
     (below / "x.prom").write_text(GOOD)
     answer = textfiles(tenant)
     assert isinstance(answer, str) and "jobs" not in answer
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(tenant: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text(GOOD)
+    (tenant / "x.prom").symlink_to(tmp_path / "elsewhere")
+    assert isinstance(textfiles(tenant)["x.prom"], list)
 
 
 def test_another_file_system_is_refused(tenant: Path) -> None:
