@@ -69,7 +69,7 @@ class Nursery:
         """A child that does that; its process id."""
         raw = json.dumps(order).encode()
         with self.lock:
-            send(self.socket, len(raw).to_bytes(4, "big"), descriptors)
+            socket.send_fds(self.socket, [len(raw).to_bytes(4, "big")], descriptors)
             self.socket.sendall(raw)
             pid = int.from_bytes(self.socket.recv(4, socket.MSG_WAITALL), "big")
         if pid == 0:
@@ -154,12 +154,6 @@ def install() -> Callable[[], None]:
 
 # --- in the process that forks --------------------------------------------------------------------
 
-def send(to: socket.socket, raw: bytes, descriptors: list[int]) -> None:
-    """Bytes with descriptors (socket.send_fds of Python 3.9 has a bug with its flags)."""
-    packed = b"".join(number.to_bytes(4, sys.byteorder) for number in descriptors)
-    to.sendmsg([raw], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)])
-
-
 def fork() -> int:
     """A fork, whose parent is the parent of this process; one thread runs here."""
     python, libc = ctypes.pythonapi, ctypes.PyDLL(None, use_errno=True)
@@ -206,12 +200,9 @@ def become(order: dict[str, Any], descriptors: list[int]) -> None:
 def serve(orders: socket.socket) -> bool:
     """Fork for each order. True in a child, False when nobody gives orders any more."""
     while True:
-        raw, ancillary, _, _ = orders.recvmsg(4, socket.CMSG_SPACE(64 * 4), socket.MSG_WAITALL)
+        raw, descriptors, _, _ = socket.recv_fds(orders, 4, 64, socket.MSG_WAITALL)
         if len(raw) < 4:
             return False
-        packed = b"".join(data for _, _, data in ancillary)
-        descriptors = [int.from_bytes(packed[at:at + 4], sys.byteorder)
-                       for at in range(0, len(packed), 4)]
         order = json.loads(orders.recv(int.from_bytes(raw, "big"), socket.MSG_WAITALL))
         pid = fork()
         if pid == 0:
