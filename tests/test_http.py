@@ -844,6 +844,7 @@ def key_updates(connection: Connection, count: int) -> None:
     for _ in range(count):
         assert library.SSL_key_update(pointer, 0) == 1
         if library.SSL_do_handshake(pointer) != 1:
+            library.ERR_clear_error()       # else the next connection would fail with it
             raise ConnectionError
 
 
