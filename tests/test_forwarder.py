@@ -351,9 +351,9 @@ def test_nothing_that_was_scraped_is_lost_by_kill_9(tmp_path: Path, keep: Keep) 
         for number in range(20):
             mine = [row for row in rows if row["labels"]["alias"] == f"web{number}"]
             values = named(mine, "hits_total")
-            # a page that was on its way when the process was killed has not been scraped
+            # not scraped: what was on its way when the process was killed, or came too late
             missing = set(range(1, source.counters[number] + 1)) - set(values)
-            assert len(missing) <= kills
+            assert len(missing) <= kills + named(mine, "up").count(0)
             # sent again after a failure: a run of values may repeat, as a whole
             seen: set[float] = set()
             fresh = [row["timestamp"] for row in mine if row["name"] == "up"
