@@ -863,7 +863,7 @@ REOPEN_SECONDS = 10.0           # between two attempts to see what was created b
 REBUILD_SHARE = 20              # an index that took 1 s of CPU is not renewed within 20 s
 FORCED_SHARE = 4                # … not even for a zone that is asked for and not there
 MAX_OUTPUT = 8 << 20            # bytes of a command: a zfs list of 10,000 datasets is 2 MB
-POLL_SECONDS = 0.1              # how soon it shows that a command has ended with its output open …
+POLL_SECONDS = 0.1              # how soon a command is seen to have ended with its output open
 LEFT_BEHIND_SECONDS = 0.5       # … and how long its children may still write to it
 SYSINFO_MEMBERS = (             # what a capture keeps; boot parameters may hold secrets
     "Live Image", "System Type", "Boot Time", "Datacenter Name", "UUID", "Hostname",
@@ -7882,13 +7882,14 @@ def command_line(program: str, description: str) -> argparse.ArgumentParser:
     """The flags that both servers have."""
     parser = CommandLine(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="settings as JSON; flags win over it")
-    add("--listen", metavar="HOST:PORT", help="address to serve on")
-    add("--check-config", action="store_true", help="check the settings, say what is wrong, end")
-    add("--smf", action="store_true", help="start as an SMF service: return when it listens, "
-        f"{SMF_EXIT_ERR_CONFIG} when the settings are bad")
+    add("--config", metavar="FILE", help="settings file (JSON); flags override it")
+    add("--listen", metavar="HOST:PORT", help="listen address")
+    add("--check-config", action="store_true",
+        help="check the settings, report all errors and exit")
+    add("--smf", action="store_true", help="start as an SMF service: return once it listens, "
+        f"with {SMF_EXIT_ERR_CONFIG} if the settings are invalid")
     add("--log-level", choices=sorted(LEVELS), metavar="LEVEL",
-        help="least level that is logged: debug, info, warn or error (info)")
+        help="lowest level that is logged: debug, info, warn or error (info)")
     add("--log-format", choices=("text", "bunyan"),
         help="text (on a terminal) or bunyan's JSON lines (otherwise)")
     add("--version", action="version", version=f"{program} {__version__}")
@@ -8021,10 +8022,12 @@ SYSINFO_FILE = "/var/run/cmon/sysinfo.json"
 
 @dataclass(frozen=True)
 class CollectorSettings:
-    """What is different for one collector."""
-    enabled: bool = setting(True, "whether it runs")
-    ttl: float | None = setting(None, "seconds that its values are used for", at_least(0))
-    timeout: float | None = setting(None, "seconds that it may take", at_least(0.01))
+    """Exceptions for one collector."""
+    enabled: bool = setting(True, "run this collector")
+    ttl: float | None = setting(
+        None, "lifetime of its values, in seconds; null: its default", at_least(0))
+    timeout: float | None = setting(
+        None, "timeout, in seconds; null: its default", at_least(0.01))
 
 
 def known_keys(known: Mapping[str, str]) -> Check:
@@ -8059,27 +8062,29 @@ def is_http(value: str) -> str | None:
 class Settings:
     """All settings of the agent."""
     listen: str | None = setting(
-        None, "address to serve on; null: the admin IP, port 9163", is_address)
-    libkstat: str = setting("libkstat.so.1", "the library that kstats are read with")
+        None, "listen address; null: port 9163 of the admin IP", is_address)
+    libkstat: str = setting("libkstat.so.1", "path of libkstat")
     commands: dict[str, str] = setting(
-        DEFAULT_COMMANDS, "programs that are run", known_keys(DEFAULT_COMMANDS))
-    vminfod: str = setting("http://127.0.0.1:9090", "where vminfod listens", is_http)
+        DEFAULT_COMMANDS, "paths of the commands that it runs", known_keys(DEFAULT_COMMANDS))
+    vminfod: str = setting("http://127.0.0.1:9090", "URL of vminfod", is_http)
     sysinfo_file: str = setting(
-        SYSINFO_FILE, "what sysinfo printed, left there by the root set-up service")
-    pool: str | None = setting(None, "pool of the zones; null: as sysinfo says, else zones")
+        SYSINFO_FILE, "output of sysinfo, written by the set-up service, which runs as root")
+    pool: str | None = setting(None, "ZFS pool of the zones; null: the one sysinfo names, or zones")
     plugin_dirs: dict[str, str] = setting(
-        DEFAULT_PLUGIN_DIRS, "folders of plugins for the node and for zones",
+        DEFAULT_PLUGIN_DIRS, "plugin folders, for the node and for zones",
         known_keys(DEFAULT_PLUGIN_DIRS))
     collectors: dict[str, CollectorSettings] = setting(
-        {}, "what is different for a collector, by its name", known_collectors)
+        {}, "exceptions, by collector", known_collectors)
     min_poll_interval: float = setting(
-        0.0, "seconds below which nothing is collected again", at_least(0))
-    max_collections: int = setting(4, "plugins and core zones asked at once", at_least(1))
+        0.0, "minimum lifetime of all values, in seconds", at_least(0))
+    max_collections: int = setting(
+        4, "maximum concurrent plugins and core-zone requests", at_least(1))
     cpu_budget: float | None = setting(
-        0.01, "CPUs that the agent may use; null: any", at_least(0.0001))
-    textfiles: bool = setting(False, "read metrics that tenants leave in their zones")
-    log_level: str = setting("info", "least level that is logged", one_of(*LEVELS))
-    log_format: str = setting("", "text or bunyan; empty: text on a terminal",
+        0.01, "CPUs that the agent may use before it lengthens lifetimes; null: unlimited",
+        at_least(0.0001))
+    textfiles: bool = setting(False, "serve the metric files that tenants write in their zones")
+    log_level: str = setting("info", "lowest level that is logged", one_of(*LEVELS))
+    log_format: str = setting("", "text or bunyan; empty: text on a terminal, bunyan otherwise",
                               one_of("", "text", "bunyan"))
 
 
@@ -8901,28 +8906,28 @@ class Command(NamedTuple):
     flags: tuple[tuple[str, Mapping[str, Any]], ...]
 
 
-CONFIG = ("--config", {"metavar": "FILE", "help": "settings as JSON"})
-LIBKSTAT = ("--libkstat", {"metavar": "PATH", "help": "the library that kstats are read with"})
+CONFIG = ("--config", {"metavar": "FILE", "help": "settings file (JSON)"})
+LIBKSTAT = ("--libkstat", {"metavar": "PATH", "help": "path of libkstat"})
 COMMANDS = {
     "capture": Command(
         capture, "Write what the collectors read on this host, for --replay and bug reports.", (
-            ("file", {"metavar": "FILE", "help": "file to write; - is standard output"}),
+            ("file", {"metavar": "FILE", "help": "output file; - for standard output"}),
             ("--frames", {
                 "type": within(int, 1, 100, "a number from 1 to 100"), "default": 2,
-                "metavar": "N", "help": "how often to read everything (2)"}),
+                "metavar": "N", "help": "number of readings (2)"}),
             ("--interval", {
                 "type": within(float, 0.001, 86400, "a number of seconds, at most 86400"),
-                "default": 5.0, "metavar": "SECONDS", "help": "between two frames (5)"}),
+                "default": 5.0, "metavar": "SECONDS", "help": "time between two readings (5)"}),
             CONFIG, LIBKSTAT)),
     "check": Command(
-        check, "Check in the global zone that all is there that the agent needs, and that its "
+        check, "Check, in the global zone, that everything the agent needs is present and that its "
         "values are those of `kstat -p`. Changes nothing; takes a minute at most. Exit 1: "
         "something needs attention.", (
             CONFIG,
-            ("--json", {"action": "store_true", "help": "a report to send, instead of lines"}),
+            ("--json", {"action": "store_true", "help": "print a JSON report for a bug report"}),
             ("--user", {
                 "default": "noaccess", "metavar": "NAME",
-                "help": "whom the service runs as; root becomes this user (noaccess)"}),
+                "help": "user of the service; root switches to it (noaccess)"}),
             LIBKSTAT)),
     "address": Command(
         print_address, "Print where the agent would listen; exit 1 while there is no address.", (
@@ -8942,7 +8947,7 @@ def agent_command_line(command: str = "") -> argparse.ArgumentParser:
         parser = command_line("cmon_agent.py", "Serve the metrics of this compute node and its "
                               "zones; `cmon_agent.py capture FILE` writes what --replay serves.")
         flags = (("--replay", {"metavar": "CAPTURE", "help":
-                               "serve a capture instead of this host"}), LIBKSTAT)
+                               "serve a capture in place of this host"}), LIBKSTAT)
     for name, options in flags:
         parser.add_argument(name, **options)
     return parser

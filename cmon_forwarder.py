@@ -136,8 +136,8 @@ class Settings:
     include: list[str] = setting([], "globs: only these metrics; empty: all")
     exclude: list[str] = setting([], "globs: not these metrics")
     rename: dict[str, str] = setting({}, "new metric names by old name")
-    log_level: str = setting("info", "least level that is logged", one_of(*LEVELS))
-    log_format: str = setting("", "text or bunyan; empty: text on a terminal, else bunyan",
+    log_level: str = setting("info", "lowest level that is logged", one_of(*LEVELS))
+    log_format: str = setting("", "text or bunyan; empty: text on a terminal, bunyan otherwise",
                               one_of("", "text", "bunyan"))
 
 
@@ -2987,9 +2987,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line("cmon_forwarder.py", "Scrapes a tenant's containers through the proxy "
                           "and pushes their metrics to other systems.")
     parser.add_argument("--dry-run", action="store_true",
-                        help="scrape once and print what would be sent, a line a sample")
+                        help="scrape once and print what would be sent, one sample a line")
     parser.add_argument("--once", action="store_true",
-                        help="scrape and send once; 0 when every sink accepted all")
+                        help="scrape and send once; exit 0 only if every sink accepted everything")
     arguments = parser.parse_args(argv)
     if arguments.config is None:
         parser.error("--config FILE is needed: it names the proxy and the sinks")

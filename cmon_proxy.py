@@ -161,7 +161,7 @@ class Settings:
     workers: int = setting(1, "processes that share the listening socket", at_least(1))
     log_level: str = setting("info", "lowest level that is logged",
                              one_of("debug", "info", "warning", "error"))
-    log_format: str = setting("", "text or bunyan; empty: text on a terminal",
+    log_format: str = setting("", "text or bunyan; empty: text on a terminal, bunyan otherwise",
                               one_of("", "text", "bunyan"))
 
 
