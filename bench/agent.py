@@ -8,6 +8,7 @@ are told apart where it matters. `python3 bench/agent.py [paced …]` for some t
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import statistics
 import sys
@@ -164,6 +165,31 @@ class Paced:
             connection.close()
 
 
+def cost_at_pace(program: Program, paths: Sequence[str], seconds: float) -> tuple[float, float]:
+    """CPU seconds of the agent for each of these, begun evenly within so many seconds whether or
+    not others wait; and the median of the seconds until an answer came."""
+    idle: list[socket.socket] = []
+    waits: list[float] = []
+    begun: dict[socket.socket, float] = {}
+    before, began = cpu_seconds(program.pid), time.monotonic()
+    for number in range(len(paths) + 1):
+        until = began + number * seconds / len(paths)
+        while (left := until - time.monotonic()) > 0 or begun and number == len(paths):
+            for connection in select.select(list(begun), [], [], max(left, 0.0))[0]:
+                answer = connection.recv(1 << 20)
+                assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\n"), answer
+                waits.append(time.monotonic() - begun.pop(connection))
+                idle.append(connection)
+        if number < len(paths):
+            connection = idle.pop() if idle else socket.create_connection(program.address, 10)
+            connection.sendall(f"GET {paths[number]} HTTP/1.1\r\nHost: bench\r\n"
+                               "X-Prometheus-Scrape-Timeout-Seconds: 10\r\n\r\n".encode())
+            begun[connection] = time.monotonic()
+    for connection in idle:
+        connection.close()
+    return (cpu_seconds(program.pid) - before) / len(paths), statistics.median(waits)
+
+
 def paced(at: Bench) -> None:
     """As Prometheus asks: evenly, so that each request finds the processor's caches cold."""
     with agent(at, PACED_ZONES, CHAIN, cpu_budget=None) as (program, _):
@@ -189,6 +215,19 @@ def paced(at: Bench) -> None:
     table("Ten requests a second, evenly, 100 zones", (
         "request", "CPU µs", "of /-/healthy", "% of a core: 100 zones each 15 s", "1,000 zones",
         "CPU hours a year for 100"), rows)
+
+
+def full(at: Bench) -> None:
+    """A node of 1,000 zones, each scraped once in 15 s, evenly."""
+    with agent(at, 1000, CHAIN, cpu_budget=None) as (program, _):
+        paths = [f"/v1/{zone(n)}/metrics" for n in range(1, 1001)]
+        costs = [cost_at_pace(program, paths, 15.0) for _ in range(ROUNDS + 1)][1:]
+        healthy = [cost_at_pace(program, ["/-/healthy"] * 1000, 15.0) for _ in range(ROUNDS)]
+    rows = [[name, *(statistics.median(each) * factor for each, factor in zip(
+        zip(*found), (1e6, 1e3))), statistics.median(cost for cost, _ in found) / 15 * 1e5]
+            for name, found in (("/-/healthy", healthy), ("a zone, not in the cache", costs))]
+    table("1,000 requests in 15 s, evenly", (
+        "request", "CPU µs", "ms until the answer", "% of a core"), rows)
 
 
 def rebuild(at: Bench) -> None:
@@ -248,7 +287,8 @@ def idle(at: Bench) -> None:
 
 def main() -> int:
     """All tables, or those that are named."""
-    known = {"cached": cached, "uncached": uncached, "paced": paced, "rebuild": rebuild,
+    known = {"cached": cached, "uncached": uncached, "paced": paced, "full": full,
+             "rebuild": rebuild,
              "memory": memory, "idle": idle}
     with bench() as at:
         for name in sys.argv[1:] or known:
