@@ -3071,21 +3071,21 @@ class TritonSource:
 
     def _save(self) -> None:
         self._loop.call_later(SNAPSHOT_SECONDS if self._saved_at else 1.0, self._save)
-        inventory = self._inventory
-        if inventory.ready and not self._writing:
-            saved = Saved(tuple(inventory.vms.values()), tuple(inventory.nodes.values()),
-                          inventory.manta_owner, self.accounts.kept(), inventory.confirmed_at)
-            self._writing = self._writer.submit(self._write, saved)
+        inventory, snapshot, loop = self._inventory, self._snapshot, self._loop
+        if snapshot is None or not inventory.ready or self._writing:
+            return
+        saved = Saved(tuple(inventory.vms.values()), tuple(inventory.nodes.values()),
+                      inventory.manta_owner, self.accounts.kept(), inventory.confirmed_at)
 
-    def _write(self, saved: Saved) -> None:
-        """Runs in the writer's thread."""
-        assert self._snapshot is not None
-        problem = ""
-        try:
-            self._snapshot.write(saved)
-        except (OSError, SnapshotError) as error:
-            problem = str(error)
-        self._loop.call_soon(self._written, problem)
+        def write() -> None:
+            """In the writer's thread."""
+            problem = ""
+            try:
+                snapshot.write(saved)
+            except (OSError, SnapshotError) as error:
+                problem = str(error)
+            loop.call_soon(self._written, problem)
+        self._writing = self._writer.submit(write)
 
     def _written(self, problem: str) -> None:
         self._writing = False

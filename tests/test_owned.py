@@ -113,4 +113,5 @@ def test_proxy_in_a_data_center(cloud: Cloud, tmp_path: Path) -> None:      # no
         wait_until(lambda: b"renamed" in http_get(
             program.address, "/v1/discover", {"Host": "cmon.test"},
             tls=client_tls("old_rsa", "rsa")).body)
+        wait_until((folder / "inventory").exists)
         assert not touched(program)
