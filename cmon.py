@@ -3449,11 +3449,14 @@ def demo(arguments: argparse.Namespace) -> int:
     """`cmon.py demo`"""
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    for number in ends:
         signal.signal(number, interrupt)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)      # until the folder is sure to be removed
     folder = Path(tempfile.mkdtemp(prefix="cmon-demo-"))
     running = Demo(folder, arguments.agent_port, arguments.proxy_port)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
         running.start()
         show(running, arguments.forward)
         if arguments.once:
@@ -3467,7 +3470,7 @@ def demo(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in ends:
             signal.signal(number, signal.SIG_IGN)       # nothing may interrupt the cleanup
         running.stop()
         shutil.rmtree(folder, ignore_errors=True)
