@@ -6102,8 +6102,9 @@ def reason_of(error: Exception) -> str:
 KSTATS = "kstats"               # the cell of all collectors that read them
 BUSY_RATE = 40                  # reads a second, of zones and the node: from here on those that
 GATHER_SECONDS = 0.1            # begin within so many seconds, or so many of them, begin together:
-GATHER_MOST = 8                 # after the first, they find the processor's caches warm
-HURRY_SECONDS = 1.0             # … but for clients that wait no longer than this
+GATHER_MOST = 8                 # after the first, they find the processor's caches warm. At lower
+                                # rates the timer costs what the second of two saves
+HURRY_SECONDS = 1.0             # clients that wait no longer than this are served at once
 PREPARED_SECONDS = 0.5          # how long a whole answer is sent again: its ages are that exact
 LEAST_LIFETIME = 1.0            # seconds; more frequent scrapes get the same samples
 INTERVAL_SHARE = 0.8            # of the scrape interval, so that each scrape gets new samples
@@ -6601,7 +6602,8 @@ class Scraper:
         registry.collect(self._own_families)
         self._watching = False                  # whether there is a timer for `_watch`
         self._reads: list[Job] = []             # those that have not begun
-        self._reads_begin = -math.inf           # when they begin, if they are not too many before
+        self._reads_begin = -math.inf           # when they begin, if they are not too many before,
+        self._gathering: int | None = None      # and the timer for that
         self._rate = self._rate_now = 0         # reads in the last second, and in this one
         server.loop.every(1.0, self._sweep)
 
@@ -6742,7 +6744,7 @@ class Scraper:
 
     def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
         """The page, once these have come."""
-        if deadline - now < HURRY_SECONDS:
+        if self._reads and deadline - now <= HURRY_SECONDS:
             self._begin_reads()
         later = Deferred(deadline, lambda later: self._partial(page, later))
         if not page.waiting:
@@ -6872,15 +6874,23 @@ class Scraper:
         if wait <= 0 or self._rate < BUSY_RATE or len(self._reads) == GATHER_MOST:
             self._begin_reads()
         elif len(self._reads) == 1:
-            self.server.loop.call_later(wait, self._begin_reads)
+            self._gathering = self.server.loop.call_later(wait, self._have_gathered)
+
+    def _have_gathered(self) -> None:
+        self._gathering = None
+        if len(self._reads) == 1:       # in vain, as for a client that asks for one after the other
+            self._rate = 0
+        self._begin_reads()
 
     def _begin_reads(self) -> None:
-        """Have the readers do what has gathered, if it has not begun before its time."""
-        if self._reads:
-            jobs, self._reads = self._reads, []
-            self._reads_begin = self.server.now() + GATHER_SECONDS
-            for job in jobs:
-                self.submit(job)
+        """Have the readers do what has gathered."""
+        if self._gathering is not None:
+            self.server.loop.cancel(self._gathering)
+            self._gathering = None
+        jobs, self._reads = self._reads, []
+        self._reads_begin = self.server.now() + GATHER_SECONDS
+        for job in jobs:
+            self.submit(job)
 
     def _begin_function(self, cell: Cell, page: Page) -> None:
         """Run a collector's function in a pool and report any outcome."""

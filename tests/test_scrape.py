@@ -1046,46 +1046,49 @@ def test_ten_thousand_scrapes_beside_a_blocked_read(desk: Callable[..., Desk]) -
     assert not down(one.page(PATH))
 
 
-def test_on_a_busy_node_reads_of_several_zones_begin_together(desk: Callable[..., Desk]) -> None:
-    zones = [f"{number:08x}-0000-4000-8000-000000000000" for number in range(60)]
+def test_on_a_busy_node_reads_of_several_zones_begin_together(desk: Callable[..., Desk],
+                                                              monkeypatch: Any) -> None:
+    monkeypatch.setattr(agent_module, "BUSY_RATE", 4)
+    zones = [f"{number:08x}-0000-4000-8000-000000000000" for number in range(40)]
     one: Any = desk([{**kstat, "instance": number, "data": {**kstat["data"]}}
                      for number, zone in enumerate(zones, 1) for kstat in small(number, zone)])
-    paths = [f"/v1/{zone}/metrics" for zone in zones]
+    paths = iter([f"/v1/{zone}/metrics" for zone in zones])
 
-    def begins_at_once(path: str, **more: Any) -> Any:
-        """Whether a read begins for it, and what was asked."""
+    def ask(**more: Any) -> tuple[bool, Any]:
+        """Whether the read of another zone begins, and what was asked."""
         reads = one.kernel["reads"]
-        asked = one.ask(path, **more)
-        for _ in range(50):
+        asked = one.ask(next(paths), **more)
+        for _ in range(30):
             one.pump()
         return one.kernel["reads"] > reads, asked
-    for number, path in enumerate(paths[:30], 1):       # 30 a second: each by itself
-        begun, asked = begins_at_once(path)
-        assert begun and value(one.answer(asked).text, "mem_agg_usage") == number
-    one.pass_by(1.05)                                   # the second has passed
-    assert all(begins_at_once(path)[0] for path in paths[30:32])
-    one.clock.at += 20.0
-    one.pump()
-    for path in paths[:50]:
-        one.page(path)
-    one.pass_by(1.05)                                   # 50 a second
-    assert begins_at_once(paths[50])[0]
-    begun, second = begins_at_once(paths[51])
+
+    def busy() -> None:
+        """Let one second have many reads, and the last of them be long ago."""
+        for _ in range(5):
+            one.page(next(paths))
+        one.pass_by(1.05)
+    assert all(ask()[0] for _ in range(3)), "each by itself"
+    busy()
+    assert ask()[0], "none was just before"
+    begun, second = ask()
     assert not begun
-    begun, third = begins_at_once(paths[52])
+    begun, third = ask()
     assert not begun and second.answer is None
     one.pass_by(0.15, 0.05)
-    assert value(one.answer(second).text, "mem_agg_usage") == 52
-    assert value(one.answer(third).text, "mem_agg_usage") == 53
-    assert not begins_at_once(paths[53])[0]
-    begun, hurried = begins_at_once(paths[54], timeout=0.5)
+    assert value(one.answer(second).text, "mem_agg_usage") == 10
+    assert value(one.answer(third).text, "mem_agg_usage") == 11
+    assert not ask()[0]
+    begun, hurried = ask(timeout=0.5)
     assert begun and one.answer(hurried).status == 200
-    waiting = [begins_at_once(path) for path in paths[:8]]
-    assert [begun for begun, _ in waiting] == [False] * 7 + [True], "no more than eight wait"
-    for _, asked in waiting:
-        assert one.answer(asked).status == 200
-    one.pass_by(3.0)                                    # quiet again
-    assert begins_at_once(paths[55])[0] and begins_at_once(paths[56])[0]
+    waiting = [ask() for _ in range(agent_module.GATHER_MOST)]
+    assert [begun for begun, _ in waiting] == [False] * (agent_module.GATHER_MOST - 1) + [True]
+    assert {one.answer(asked).status for _, asked in waiting} == {200}
+    assert not ask()[0]
+    one.pass_by(0.15, 0.05)             # in vain: it was the only one
+    assert ask()[0]
+    busy()
+    one.pass_by(2.0)                    # quiet again
+    assert ask()[0] and ask()[0]
 
 
 def agent_page(desk: Any) -> str:
