@@ -66,7 +66,7 @@ try:
         READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server,
         __version__, at_least, command_line, command_settings, complain, gunzip, gzip, is_address,
         label_text, log, number, one_of, page_row, page_table, parse, parse_address, plain_page,
-        reason_of, register_process_metrics, render, run_daemon, setting, start_logging,
+        reason_of, register_process_metrics, render, run_daemon, setting, single, start_logging,
         stop_logging, text, valid_label_name, valid_metric_name)
 except ImportError as import_error:
     sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must be beside "
@@ -926,12 +926,13 @@ class Scraper:
         registry.collect(self._families)
 
     def _families(self) -> list[Family]:
-        return [Family("cmon_forwarder_targets", GAUGE, "Containers that are scraped.",
-                       [Sample((), len(self.targets))]),
-                Family("cmon_forwarder_scrapes_in_flight", GAUGE, "Scrapes under way.",
-                       [Sample((), self.fetcher.in_flight)]),
-                Family("cmon_forwarder_proxy_connections", GAUGE, "Open connections to the proxy.",
-                       [Sample((), len(self.fetcher.links))])]
+        return [
+            single("cmon_forwarder_targets", GAUGE, "Containers that are scraped.",
+                   len(self.targets)),
+            single("cmon_forwarder_scrapes_in_flight", GAUGE, "Scrapes under way.",
+                   self.fetcher.in_flight),
+            single("cmon_forwarder_proxy_connections", GAUGE, "Open connections to the proxy.",
+                   len(self.fetcher.links))]
 
     def start(self) -> None:
         """Discover now and every interval."""
