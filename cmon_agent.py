@@ -483,38 +483,13 @@ class _KstatCtl(ctypes.Structure):
                 ("kc_kd", ctypes.c_int)]
 
 
-class _Kstat(ctypes.Structure):
-    _fields_ = [
-        ("ks_crtime", ctypes.c_longlong), ("ks_next", ctypes.c_void_p), ("ks_kid", ctypes.c_int),
-        ("ks_module", ctypes.c_char * KSTAT_STRLEN), ("ks_resv", ctypes.c_ubyte),
-        ("ks_instance", ctypes.c_int), ("ks_name", ctypes.c_char * KSTAT_STRLEN),
-        ("ks_type", ctypes.c_ubyte), ("ks_class", ctypes.c_char * KSTAT_STRLEN),
-        ("ks_flags", ctypes.c_ubyte), ("ks_data", ctypes.c_void_p), ("ks_ndata", ctypes.c_uint),
-        ("ks_data_size", ctypes.c_size_t), ("ks_snaptime", ctypes.c_longlong),
-        ("ks_update", ctypes.c_void_p), ("ks_private", ctypes.c_void_p),
-        ("ks_snapshot", ctypes.c_void_p), ("ks_lock", ctypes.c_void_p)]
-
-
-_LAYOUT = {"ks_next": 8, "ks_kid": 16, "ks_module": 20, "ks_instance": 52, "ks_name": 56,
-           "ks_type": 87, "ks_class": 88, "ks_flags": 119, "ks_data": 120, "ks_ndata": 128,
-           "ks_data_size": 136, "ks_snaptime": 144}
-
-
-def check_layout() -> None:
-    """Raises LibraryError where C structures are not those of <sys/kstat.h> in LP64."""
-    if ctypes.sizeof(ctypes.c_void_p) != 8:
-        raise LibraryError("this Python is 32-bit: the kernel cuts counters off for it; "
-                           "use a 64-bit Python")
-    if (ctypes.sizeof(_Kstat), ctypes.sizeof(_KstatCtl)) != (184, 24) or any(
-            getattr(_Kstat, name).offset != offset for name, offset in _LAYOUT.items()):
-        raise LibraryError("this Python lays C structures out in another way than libkstat")
-
-
 class Libkstat:
     """The library's functions, typed; MT-unsafe, so each handle has one thread."""
 
     def __init__(self, path: str) -> None:
-        check_layout()
+        if ctypes.sizeof(ctypes.c_void_p) != 8:
+            raise LibraryError("this Python is 32-bit: the kernel cuts counters off for it; "
+                               "use a 64-bit Python")
         try:
             library = ctypes.CDLL(path, use_errno=True)
             pointer = ctypes.POINTER(_KstatCtl)
