@@ -288,26 +288,6 @@ def text(status: int, message: str, *headers: tuple[str, str]) -> Response:
     """A plain answer of one line."""
     return Response(int(status), (message + "\n").encode(), TEXT, headers)
 
-
-
-REUSED_BYTES = 8 << 20
-_reused: dict[str, str] = {}
-_reused_bytes = 0                           # about: any thread may add
-
-
-def reused(value: str) -> str:
-    """An equal string that is in use already, if one is known: what comes from outside repeats
-    itself. Not sys.intern(): Python 3.12 never frees what it interns."""
-    global _reused_bytes
-    found = _reused.get(value)
-    if found is not None:
-        return found
-    _reused_bytes += len(value) + 150
-    if _reused_bytes > REUSED_BYTES:
-        _reused_bytes = 0
-        _reused.clear()
-    return _reused.setdefault(value, value)
-
 # --- names and addresses [kit] --------------------------------------------------------------------
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -4111,7 +4091,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._sources: list[Callable[[], Iterable[Family]]] = []
-        self.caches: list[Cache[Any, Any]] = []     # shown with the process
+        self.caches: list[Cache[Any, Any]] = [STRINGS]      # shown with the process
 
     def counter(self, name: str, help_text: str, *label_names: str) -> Counter:
         """A new counter; its name ends in `_total`."""
@@ -4248,6 +4228,20 @@ class Cache(Generic[K, V]):
         self._entries.clear()
         self._sizes.clear()
         self.bytes = 0
+
+
+STRINGS: Cache[str, str] = Cache("strings", 8 << 20, lambda value, _: len(value))
+_strings_lock = threading.Lock()            # STRINGS: any thread adds
+
+
+def reused(value: str) -> str:
+    """An equal string that is in use already, if one is known: what comes from outside repeats
+    itself. Not sys.intern(): Python 3.12 never frees what it interns."""
+    known = STRINGS.get(value)
+    if known is None:
+        with _strings_lock:
+            STRINGS.put(value, value)
+    return known or value
 
 
 class Backoff:
