@@ -1864,9 +1864,10 @@ def counter(name: str, member: str, unit: Unit, help_text: str, **labels: str) -
     return Metric(COUNTER, name, member, unit, help_text, "", tuple(labels.items()))
 
 
-def labelled(label_name: str, *rows: Metric) -> tuple[Metric, ...]:
-    """Rows with a sample for each thing that a command lists."""
-    return tuple([row._replace(label_names=(label_name,)) for row in rows])
+def printed(command: str, label_names: tuple[str, ...], *rows: Metric) -> tuple[Metric, ...]:
+    """Rows of what a command prints; with labels, of each thing that it lists."""
+    return tuple([row._replace(source=f"{command}, {row.member}", label_names=label_names)
+                  for row in rows])
 
 
 class Part(NamedTuple):
@@ -2636,7 +2637,7 @@ SIZE = Unit("bytes", matched("[0-9]{1,30}", lambda match: int(match[0])))
 RATIO, SHARE = Unit("ratio", marked({"x": 1})), Unit("percent", marked({"%": 1}))
 HEALTH = Unit("", place_in(("ONLINE", "DEGRADED", "FAULTED", "OFFLINE", "REMOVED", "UNAVAIL"), "-"))
 
-ZFS = (
+ZFS = printed("zfs list", (),
     gauge("zfs_available", "available", SIZE, "Space that the zone can still use, in bytes."),
     gauge("zfs_used", "used", SIZE, "Space that the zone uses, children included, in bytes."),
     gauge("zfs_logicalused", "logicalused", SIZE, "Space used, before compression, in bytes."),
@@ -2652,7 +2653,7 @@ ZFS = (
     gauge("zfs_usedbysnapshots", "usedbysnapshots", SIZE,
           "Space that would come back without its snapshots, in bytes."),
 )
-ZPOOL = labelled("pool",
+ZPOOL = printed("zpool list", ("pool",),
     gauge("zpool_allocated_bytes", "allocated", SIZE, "Space of the pool that is allocated."),
     gauge("zpool_fragmentation_percent", "fragmentation", SHARE,
           "Fragmentation of the pool's free space."),
@@ -2703,7 +2704,7 @@ MODE, TYPE, TALLY = (Unit("", place_in(words)) for words in (MODES, "ublsABM", T
 REFID, WORD, WORD_SECONDS = Unit("", refid), Unit("", word), Unit("seconds", word)
 WORD_PPM, WORD_MS = Unit("ppm", word), Unit("milliseconds", word)
 
-NTP_PEER = labelled("remote",   # by column of apeers
+NTP_PEER = printed("ntpq apeers", ("remote",),     # by column
     gauge("ntp_peer_delay_seconds", "delay", MS, "Round trip to the peer."),
     gauge("ntp_peer_jitter_ppm", "jitter", WORD_MS,
           "Jitter of the peer, in milliseconds in spite of the name."),
@@ -2721,7 +2722,7 @@ NTP_PEER = labelled("remote",   # by column of apeers
     gauge("ntp_peer_last_query_seconds", "when", LAST_HEARD,
           "Seconds since the peer was last heard; -1 is never."),
 )
-NTP_SYSTEM_PEER = (             # by variable of the system peer
+NTP_SYSTEM_PEER = printed("ntpq readvar", (),       # by variable of the system peer
     gauge("ntp_syspeer_delay_seconds", "delay", MS, "Round trip to the system peer."),
     gauge("ntp_syspeer_dispersion_seconds", "dispersion", MS, "Dispersion of the system peer."),
     gauge("ntp_syspeer_headway_seconds", "headway", WORD_SECONDS,
@@ -2753,7 +2754,7 @@ NTP_SYSTEM_PEER = (             # by variable of the system peer
             "Polls of the system peer without an answer."),
     gauge("ntp_syspeer_xleave_seconds", "xleave", MS, "Interleave delay of the system peer."),
 )
-NTP = (                         # by the words of iostats, kerninfo, monstats, sysinfo and sysstats
+NTP = printed("ntpq", (),       # by the words of iostats, kerninfo, monstats, sysinfo, sysstats
     counter("ntp_dropped_packets_total", "dropped packets", WORD,
             "Packets dropped for want of buffers."),
     gauge("ntp_free_receive_buffers_count", "free receive buffers", WORD,
@@ -2848,21 +2849,19 @@ NTP = (                         # by the words of iostats, kerninfo, monstats, s
 
 # -- metadata of metrics
 
-def _source(metric: Metric, table: Table | None) -> str:
-    if metric.source:
-        return metric.source
-    if table is not None:
-        return f"kstat {table.module}:*:{table.names}:{metric.member}"
-    for rows, command in ((ZFS, "zfs list"), (ZPOOL, "zpool list"), (NTP_PEER, "ntpq apeers"),
-                          (NTP_SYSTEM_PEER, "ntpq readvar"), (NTP, "ntpq")):
-        if metric in rows:
-            return f"{command}, {metric.member}"
-    return ""
+def source_of(metric: Metric, table: Table | None) -> str:
+    """Where the value comes from."""
+    return metric.source or table and f"kstat {table.module}:*:{table.names}:{metric.member}" or ""
 
 
 def help_of(metric: Metric, table: Table | None = None) -> str:
     """What HELP says: the sentence, and where the value comes from."""
-    return f"{metric.help[:-1]} ({_source(metric, table)})."
+    return f"{metric.help[:-1]} ({source_of(metric, table)})."
+
+
+def family_of(metric: Metric, samples: Sequence[Sample]) -> Family:
+    """Samples of a row that no table has."""
+    return Family(metric.name, metric.kind, help_of(metric), samples)
 
 
 ZFS_ROWS, ZPOOL_ROWS = Rows(ZFS), Rows(ZPOOL)
@@ -2870,8 +2869,8 @@ NTP_PEER_ROWS, NTP_SYSTEM_PEER_ROWS, NTP_ROWS = Rows(NTP_PEER), Rows(NTP_SYSTEM_
 
 
 def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
-    return Family(metric.name, metric.kind, help_of(metric),
-                  [Sample((("state", state),), counts[state]) for state in sorted(counts)])
+    return family_of(metric, [Sample((("state", state),), counts[state])
+                              for state in sorted(counts)])
 
 
 def alloc_families(read: Mapping[Table, Sequence[Read]], page_size: int) -> list[Family]:
@@ -2890,10 +2889,10 @@ def alloc_families(read: Mapping[Table, Sequence[Read]], page_size: int) -> list
     made: list[tuple[Metric, Number | None]] = [
         (ALLOC[0], cpus), (ALLOC[1], cpus_of_percent(sum(cpu_capped))),
         (ALLOC[2], None if pages is None else pages * page_size), (ALLOC[3], sum(capped))]
-    return [Family(metric.name, metric.kind, help_of(metric), [Sample((), value)])
+    return [family_of(metric, [Sample((), value)])
             for metric, value in made if value is not None] + [
-        Family(ALLOC[4].name, GAUGE, help_of(ALLOC[4]),
-               [Sample((("resource", name),), count) for name, count in uncapped.items()])]
+        family_of(ALLOC[4], [Sample((("resource", name),), count)
+                             for name, count in uncapped.items()])]
 
 
 def zone_states(zones: Sequence[ZoneLine]) -> list[Family]:
@@ -3193,9 +3192,7 @@ class CorePage:
         if len({label for label, _ in pairs}) < len(pairs) or any(
                 label.startswith("__") for label, _ in pairs):
             raise ExpositionError("a label is duplicated or reserved")
-        family = next((name[:-len(suffix)] for kind, suffixes in SUFFIXES.items()
-                       for suffix in suffixes if name.endswith(suffix)
-                       and self._kinds.get(name[:-len(suffix)]) == kind), name)
+        family, _ = family_name(name, self._kinds)
         if self._is_taken(name) or self._is_taken(family):
             if (source, family) not in self._refused:
                 self._refused.add((source, family))
@@ -3674,7 +3671,7 @@ def metadata() -> list[dict[str, Any]]:
         rows.append({
             "name": name, "collector": collector.name if collector else "", "scope": scope,
             "type": metric.kind, "unit": metric.unit.name, "help": metric.help,
-            "source": _source(metric, table),
+            "source": source_of(metric, table),
             "lifetime": 0.0 if collector is None or of_agent else collector.lifetime,
             "labels": [*(table.label_names if table else metric.label_names),
                        *(label for label, _ in metric.labels)], "use": cells.get((scope, name), ""),
@@ -3913,6 +3910,17 @@ def _sample(line: str) -> tuple[str, Sample]:
     return match.group(), Sample(labels, _value(tokens[0]))
 
 
+def family_name(name: str, kinds: Mapping[str, str]) -> tuple[str, str]:
+    """The family of a sample by the types of families, and its suffix there."""
+    if name not in kinds:
+        for kind, suffixes in SUFFIXES.items():
+            for suffix in suffixes:
+                base = name[:-len(suffix)]
+                if name.endswith(suffix) and kinds.get(base) == kind:
+                    return base, suffix
+    return name, ""
+
+
 class _Parser:
     """Lines in, families out; a line either changes the state as a whole or raises."""
 
@@ -3954,18 +3962,8 @@ class _Parser:
             raise ExpositionError(f"TYPE of {name} comes twice or behind its samples")
         self.kinds[name] = kind
 
-    def _family_of(self, name: str) -> tuple[str, str]:
-        if name in self.kinds:
-            return name, ""
-        for kind, suffixes in SUFFIXES.items():
-            for suffix in suffixes:
-                base = name[:-len(suffix)]
-                if name.endswith(suffix) and self.kinds.get(base) == kind:
-                    return base, suffix
-        return name, ""
-
     def _add(self, name: str, sample: Sample) -> None:
-        family, suffix = self._family_of(name)
+        family, suffix = family_name(name, self.kinds)
         key = (family, suffix, tuple(sorted(sample.labels)))
         if key in self.seen:
             raise ExpositionError(f"{name} has the same labels twice")
@@ -6322,7 +6320,7 @@ class Inherited:
                 pair for pair in sample.labels if pair[0] != "le"])])
             for name, kind, help_text, samples in (self.collected.family(), self.total.family())]
         return made + [
-            Family(metric.name, metric.kind, help_of(metric), [Sample(self.LABELS, value)])
+            family_of(metric, [Sample(self.LABELS, value)])
             for metric, value in zip(OWN_NODE[2:], (kept, self.asked, self.ready))]
 
 
@@ -6402,8 +6400,7 @@ def _plugin(path: str, file_name: str, options: Any) -> Plugin | None:
                   None if zones is None else frozenset(zones))
 
 
-TIME_TEMPLATE = render([Family(TIME_OF_DAY.name, TIME_OF_DAY.kind, help_of(TIME_OF_DAY),
-                               [Sample((), 0)])]).replace(" 0\n", " %s\n")
+TIME_TEMPLATE = render([family_of(TIME_OF_DAY, [Sample((), 0)])]).replace(" 0\n", " %s\n")
 
 
 class PageLayout(NamedTuple):
@@ -7776,17 +7773,16 @@ def read_json(path: str | Path) -> Any:
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
+    except (OSError, ValueError) as error:      # ValueError: no path at all
+        raise ConfigError(f"{path}: {reason_of(error)}") from None
+    if len(content) > MAX_JSON_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
+    try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique,
                           parse_constant=no_constant)
-    except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not JSON: nested too deeply") from None
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path}: not JSON: {error}") from None
 
 
@@ -8108,12 +8104,18 @@ def make_host(arguments: argparse.Namespace, settings: Settings) -> Host:
         raise ConfigError(str(error)) from None
 
 
-def address_of(settings: Settings, host: Host, sysinfo: Sysinfo, problem: str) -> tuple[str, int]:
-    """Where to listen; raises ConfigError when a compute node has no known address."""
+def known_address(settings: Settings, admin_ip: str | None) -> tuple[str, int] | None:
+    """Where the agent listens, if that is known."""
     if settings.listen is not None:
         return parse_address(settings.listen)
-    if sysinfo.admin_ip and not host.recorded:
-        return sysinfo.admin_ip, PORT
+    return (admin_ip, PORT) if admin_ip else None
+
+
+def address_of(settings: Settings, host: Host, sysinfo: Sysinfo, problem: str) -> tuple[str, int]:
+    """Where to listen; raises ConfigError when a compute node has no known address."""
+    address = known_address(settings, "" if host.recorded else sysinfo.admin_ip)
+    if address is not None:
+        return address
     if sys.platform.startswith("sunos") and not host.recorded:
         raise ConfigError(f"the admin IP is not known ({problem or 'sysinfo has none'}): set "
                           "listen, or see `svcs -xv cmon-agent-setup`")
@@ -8380,10 +8382,7 @@ class Examined:
 
     def address(self) -> tuple[str, int] | None:
         """Where the agent will listen, if that is known."""
-        if self.settings.listen is not None:
-            return parse_address(self.settings.listen)
-        host = admin_address(self.sysinfo)
-        return (host, PORT) if host else None
+        return known_address(self.settings, admin_address(self.sysinfo))
 
 
 def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: float = math.inf
