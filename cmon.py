@@ -49,7 +49,6 @@ import functools
 import getpass
 import gzip
 import hashlib
-import io
 import ipaddress
 import json
 import math
@@ -87,7 +86,7 @@ try:
     from cmon_agent import (
         COUNTER, Client, ClientError, ClientResponse, CommandLine, ExpositionError, GAUGE, Labels,
         MAX_BODY, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Use,
-        __version__, metadata, number, parse, render, within)
+        __version__, metadata, number, open_streams, parse, printing, render, within)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must be beside cmon.py")
 
@@ -4069,34 +4068,18 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error is one line on stderr."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")    # closed by the parent
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")        # the locale may lack "…"
+    open_streams()
     arguments, rest = command_line().parse_known_args(argv)
     if rest:
         arguments.parser.error(arguments.parser.unrecognized(rest))
     try:
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()
-        return status
+        return printing("cmon", lambda: arguments.run(arguments))
     except Failure as failure:
         print(f"cmon: {failure}", file=sys.stderr)
         return 2 if isinstance(failure, Usage) else 1
-    except KeyboardInterrupt:
-        return 130
     except ImportError as error:        # of the proxy, which has what concerns certificates
         print(f"cmon: {error}: cmon_proxy.py of the same version must be beside cmon.py",
               file=sys.stderr)
-        return 1
-    except BrokenPipeError:             # the reader has exited, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except OSError as error:            # e.g. a full disk behind stdout or the temporary folder
-        print(f"cmon: {words_of(error)}" + (f": {error.filename}" if error.filename else ""),
-              file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 
 

@@ -52,6 +52,7 @@ import heapq
 import html
 import http.client
 import http.server
+import io
 import itertools
 import json
 import logging
@@ -92,7 +93,7 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 __version__ = "1.1.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
-    "Backoff", "BASE_CSS", "Breaker",
+    "Backoff", "BASE_CSS", "begin_connect", "Breaker",
     "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line",
     "command_settings", "CommandLine", "complain",
     "ConfigError", "COUNTER",
@@ -106,9 +107,9 @@ __all__ = [     # what the other programs import
     "label_text", "Labels", "LEVELS", "Listener", "log", "Loop",
     "MAX_BODY", "MAX_JSON_BYTES", "metadata",
     "network_of", "Number", "number",
-    "one_of",
+    "one_of", "open_streams",
     "PAGE", "page_headers", "page_row", "page_table", "parse", "parse_address", "plain_page",
-    "Pool", "prepare", "Prepared",
+    "Pool", "prepare", "Prepared", "printing",
     "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
     "render", "Request", "Response", "reused", "Route", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "single",
@@ -6050,6 +6051,13 @@ class Client:
         return left
 
 
+def begin_connect(connection: socket.socket, address: Any) -> int:
+    """Connect without waiting; the number of an error that came at once, which SO_ERROR does not
+    repeat (no route, no free port), or 0."""
+    number_of = connection.connect_ex(address)
+    return 0 if number_of in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR) else number_of
+
+
 def reason_of(error: Exception) -> str:
     """Why a connection, or another call of the system, has failed, in readable form."""
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -7901,6 +7909,38 @@ def complain(program: str, problems: Iterable[str]) -> None:
         print(f"{program}: {problem}", file=sys.stderr)
 
 
+def open_streams() -> None:
+    """Open what the parent has closed of stdin, stdout and stderr, lest a socket takes its number;
+    on stdout, `?` stands for what the locale lacks (stderr has escapes)."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def printing(program: str, work: Callable[[], int]) -> int:
+    """The status of `work`, which prints to stdout; 0 once the reader has exited, as `head` does,
+    and 1 with a line on stderr if the disk is full."""
+    try:
+        status = work()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        status = 0
+    except OSError as error:            # of stdout or the temporary folder
+        complain(program, [reason_of(error) + (f": {error.filename}" if error.filename else "")])
+        status = 1
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what is still buffered goes there
+    return status
+
+
 class _Parent:
     """The process that SMF started: it ends when the child serves, or with the child's status."""
 
@@ -7952,11 +7992,13 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
     try:
         settings = load()
         if arguments.check_config:
-            problems = check(settings) if check else []
-            complain(full, problems)
-            if not problems:
-                print(f"{full}: the settings are good")
-            return bad if problems else 0
+            def show() -> int:
+                problems = check(settings) if check else []
+                complain(full, problems)
+                if not problems:
+                    print(f"{full}: the settings are good")
+                return bad if problems else 0
+            return printing(full, show)
     except ConfigError as error:
         complain(full, error.problems)
         return bad
@@ -8216,12 +8258,20 @@ def capture(arguments: argparse.Namespace, settings: Settings) -> int:
             output.truncate()
         output.write(spread(content))
         output.flush()
-    except (KstatError, OSError) as error:
+    except KstatError as error:
         complain("cmon_agent", [f"cannot capture: {reason_of(error)}"])
+        return 1
+    except OSError as error:
+        if output is sys.stdout:
+            raise
+        complain("cmon_agent", [f"cannot write {arguments.file}: {reason_of(error)}"])
+        if os.path.isfile(arguments.file):
+            os.unlink(arguments.file)               # half a capture is of no use
         return 1
     finally:
         if output is not sys.stdout:
-            output.close()
+            with contextlib.suppress(OSError):      # reported above
+                output.close()
             if os.path.isfile(arguments.file) and not os.path.getsize(arguments.file):
                 os.unlink(arguments.file)           # ours, and nothing came of it
     name = "standard output" if output is sys.stdout else arguments.file
@@ -8957,6 +9007,7 @@ def agent_command_line(command: str = "") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The agent, or one of its commands; returns the exit status."""
+    open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["textfiles"] and len(words) == 2:      # for the agent itself
         try:
@@ -8967,7 +9018,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] and words[0] in COMMANDS:
         arguments = agent_command_line(words[0]).parse_args(words[1:])
         try:
-            return COMMANDS[words[0]].run(arguments, load_agent(arguments))
+            settings = load_agent(arguments)
+            return printing("cmon_agent", lambda: COMMANDS[words[0]].run(arguments, settings))
         except ConfigError as error:
             complain("cmon_agent", error.problems)
             return EXIT_USAGE

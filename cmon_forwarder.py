@@ -64,10 +64,11 @@ try:
         Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
         Family, GAUGE, HISTOGRAM, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
         READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server,
-        __version__, at_least, command_line, command_settings, complain, gunzip, gzip, is_address,
-        label_text, log, number, one_of, page_row, page_table, parse, parse_address, plain_page,
-        reason_of, register_process_metrics, render, run_daemon, setting, single, start_logging,
-        stop_logging, text, valid_label_name, valid_metric_name)
+        __version__, at_least, begin_connect, command_line, command_settings, complain, gunzip,
+        gzip, is_address, label_text, log, number, one_of, open_streams, page_row, page_table,
+        parse, parse_address, plain_page, printing, reason_of, register_process_metrics, render,
+        run_daemon, setting, single, start_logging, stop_logging, text, valid_label_name,
+        valid_metric_name)
 except ImportError as import_error:
     sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_forwarder.py")
@@ -531,9 +532,9 @@ class Reply(NamedTuple):
     problem: str = ""
 
 
-def raise_error_of(connection: socket.socket) -> None:
+def raise_error_of(connection: socket.socket, error: int = 0) -> None:
     """Raise what the system has found out about a connection, if anything."""
-    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    error = error or connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error:
         raise OSError(error, os.strerror(error))
 
@@ -572,7 +573,7 @@ class Link:
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.connect_ex(address)     # errors show when it becomes writable
+        self._error = begin_connect(self.socket, address)
         fetcher.loop.watch(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
@@ -594,7 +595,7 @@ class Link:
         self.fetcher.loop.watch(self.socket, events, self)
 
     def _connected(self) -> None:
-        raise_error_of(self.socket)
+        raise_error_of(self.socket, self._error)
         self.connected = True
         context = self.fetcher.context
         if context is None:
@@ -2985,6 +2986,7 @@ def once(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
+    open_streams()
     parser = command_line("cmon_forwarder.py", "Scrapes a tenant's containers through the proxy "
                           "and pushes their metrics to other systems.")
     parser.add_argument("--dry-run", action="store_true",
@@ -3016,13 +3018,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_forwarder(arguments)
         start_logging("forwarder", arguments.log_level or "warning", settings.log_format)
-        return dry_run(settings) if arguments.dry_run else once(settings)
+        return printing("cmon_forwarder",
+                        lambda: dry_run(settings) if arguments.dry_run else once(settings))
     except ConfigError as error:
         complain("cmon_forwarder", error.problems)
         return 2
-    except KeyboardInterrupt:
-        complain("cmon_forwarder", ["interrupted"])
-        return 1
     finally:
         stop_logging()
 

@@ -71,10 +71,10 @@ try:
         USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
         ConfigError, Deferred, Family, Labels, Listener, Loop, Pool, Prepared, Refused, Registry,
         Request, Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least,
-        call, command_line, command_settings, complain, gunzip, http_date, is_address, is_ip, log,
-        network_of, one_of, page_headers, parse_address, plain_page, prepare, read_json,
-        register_process_metrics, render, reused, run_daemon, scrape_deadline, setting, single,
-        text, wire)
+        begin_connect, call, command_line, command_settings, complain, gunzip, http_date,
+        is_address, is_ip, log, network_of, one_of, open_streams, page_headers, parse_address,
+        plain_page, prepare, read_json, reason_of, register_process_metrics, render, reused,
+        run_daemon, scrape_deadline, setting, single, text, wire)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
@@ -3441,8 +3441,8 @@ class Job:
 
 class UpstreamConnection:
     """One connection to an agent, in the server's selector."""
-    __slots__ = ("upstream", "socket", "job", "since", "connecting", "used", "_pieces", "_missing",
-                 "_head", "_reader")
+    __slots__ = ("upstream", "socket", "job", "since", "connecting", "used", "_error", "_pieces",
+                 "_missing", "_head", "_reader")
 
     def __init__(self, upstream: Upstream, job: Job, now: float) -> None:
         self.upstream, self.since = upstream, now
@@ -3457,7 +3457,7 @@ class UpstreamConnection:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connecting = True
-        self.socket.connect_ex(upstream.address)    # an error shows when it becomes writable
+        self._error = begin_connect(self.socket, upstream.address)
         upstream.all.server.loop.watch(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
@@ -3470,7 +3470,7 @@ class UpstreamConnection:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self.upstream.lost(self, error.strerror or str(error))
+            self.upstream.lost(self, reason_of(error))
             return
         if self.job is None:            # idle: the agent closed it, or sent unrequested data
             self.upstream.lost(self, "")
@@ -3484,7 +3484,7 @@ class UpstreamConnection:
             self._first(data)
 
     def _connected(self) -> None:
-        error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        error = self._error or self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             self.upstream.lost(self, os.strerror(error).lower())
             return
@@ -3500,7 +3500,7 @@ class UpstreamConnection:
         try:
             sent = self.socket.send(job.wire)
         except OSError as error:
-            self.upstream.lost(self, error.strerror or str(error))
+            self.upstream.lost(self, reason_of(error))
             return
         if sent != len(job.wire):
             self.upstream.lost(self, "it does not read requests")
@@ -6494,6 +6494,7 @@ def keep_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    open_streams()
     given = list(sys.argv[1:] if argv is None else argv)
     parser = command_line("cmon_proxy.py", "Serves metrics of zones to the tenants who own them.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -91,6 +91,16 @@ def test_connections_are_few_and_kept(peer: Peer, run: Run) -> None:
     fetcher.close()
 
 
+def test_an_address_without_a_route_is_followed_by_the_next(
+        peer: Peer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
+        (socket.AF_INET, socket.SOCK_STREAM, 0, "", address)
+        for address in (("255.255.255.255", 9), peer.address)])
+    fetcher = fetcher_of("cmon.example:9163")
+    assert run(fetcher, "/") == [Reply(200, b"ok")]
+    fetcher.close()
+
+
 @pytest.mark.parametrize("answer, ends, expected", [
     (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", False, b"ok"),
     (b"HTTP/1.0 200 OK\r\n\r\nok", True, b"ok"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import ssl
@@ -52,6 +53,32 @@ def test_a_wrong_command_line_is_one_line_in_our_words(words: Any, said: str) ->
     assert "invalid" not in done.stderr and "usage:" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [("check", "--json"), ("--check-config", "--replay", str(NODE))],
+                         ids=lambda words: words[0])
+def test_output_that_a_full_disk_does_not_take_is_one_line(words: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "cmon_agent.py"), *words], stdout=full,
+                              stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "cmon_agent: no space left on device\n")
+
+
+def test_a_server_starts_without_standard_streams() -> None:
+    port = free_port()
+    command = " ".join(map(shlex.quote, [
+        sys.executable, str(ROOT / "cmon_agent.py"), "--replay", str(NODE),
+        "--listen", f"127.0.0.1:{port}"]))
+    with Program("/bin/sh", "-c", f"exec {command} <&- >&- 2>&-"):
+        wait_until(lambda: is_healthy(port))
+
+
+def is_healthy(port: int) -> bool:
+    """Whether a server answers at a port of loopback."""
+    try:
+        return http_get(("127.0.0.1", port), "/-/healthy").status == 200
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_old_python_is_told_which_one_is_needed(program: str) -> None:
     code = (f"import runpy, sys; sys.argv = [{program!r}]; sys.version_info = (3, 8, 1, 'final', 0)"
@@ -90,23 +117,28 @@ def test_warn_is_a_level_and_a_port_alone_an_address() -> None:
         assert http_get(("127.0.0.1", port), "/-/healthy").status == 200
     with Program(sys.executable, ROOT / "cmon_agent.py", "--listen", f":{port}", "--replay", NODE,
                  "--log-level", "warn") as agent:
-        def healthy() -> bool:
-            try:
-                return http_get(("127.0.0.1", port), "/-/healthy").status == 200
-            except OSError:
-                return False
-        wait_until(healthy)
+        wait_until(lambda: is_healthy(port))
         assert "listening" not in agent.log
 
 
-def test_capture_writes_to_standard_output(tmp_path: Path) -> None:
+def capture(file: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Capture the recorded node, after a command of the shell."""
     code = ("import sys, cmon_agent as a; a.make_host = lambda _, s: a.RecordedHost(sys.argv[1], s)"
             "; sys.exit(a.main(['capture', sys.argv[2], '--frames', '1']))")
+    return subprocess.run(["/bin/sh", "-c", before + 'exec "$@"', "sh", sys.executable, "-c", code,
+                           str(NODE), file], cwd=ROOT, timeout=120, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
 
-    def capture(file: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code, str(NODE), file], cwd=ROOT, timeout=120,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              universal_newlines=True)
+
+def test_capture_on_a_full_disk_leaves_no_half(tmp_path: Path) -> None:
+    path = tmp_path / "capture.json"
+    done = capture(str(path), "ulimit -f 8; ")
+    assert (done.returncode, done.stderr) == (
+        1, f"cmon_agent: cannot write {path}: file too large\n")
+    assert not path.exists()
+
+
+def test_capture_writes_to_standard_output(tmp_path: Path) -> None:
     done = capture("-")
     assert done.returncode == 0 and done.stdout.startswith("{")
     assert "standard output: 1 frames" in done.stderr and "confidential" in done.stderr

@@ -253,6 +253,11 @@ def test_a_node_that_refuses_opens_its_breaker_and_is_asked_no_more(running: Run
     assert families["cmon_proxy_node_up"].samples[0].value == 0
 
 
+def test_a_node_without_a_route_is_silent(running: Running) -> None:
+    running.ask(("255.255.255.255", 9))     # connect() fails at once, and SO_ERROR has nothing
+    assert running.wait(1) == ["node_silent"]
+
+
 def test_ports_of_nodes_that_are_gone_are_forgotten(running: Running, agent: Agent) -> None:
     running.ask(agent.address)
     running.wait(1)
