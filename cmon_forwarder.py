@@ -2995,7 +2995,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="scrape and send once; exit 0 only if every sink accepted everything")
     arguments = parser.parse_args(argv)
     if arguments.config is None:
-        parser.error("--config FILE is needed: it names the proxy and the sinks")
+        parser.error("--config FILE is required: it names the proxy and the sinks")
     running: list[Forwarder] = []
 
     def start(settings: Settings) -> Server:

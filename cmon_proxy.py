@@ -89,7 +89,7 @@ class TlsSettings:
     key: Path = setting(dataclasses.MISSING, "PEM file: its private key")
     client_auth: str = setting(
         "account-keys", "account-keys: by the account's SSH keys; ca: by a certificate authority; "
-        "change it with a restart",
+        "changes need a restart",
         one_of("account-keys", "ca"))
     client_ca: Path | None = setting(None, "PEM file: the CA of client certificates, for ca")
     allow_sha1: bool = setting(False, "accept client certificates signed with SHA-1")
@@ -121,7 +121,7 @@ class AgentSettings:
 
 @dataclass(frozen=True)
 class AccountQuota:
-    """The quota of one account; what is omitted is as for all."""
+    """The quota of one account; omitted settings are those of all accounts."""
     per_minute: float | None = setting(None, "as above", at_least(0))
     burst: float | None = setting(None, "as above", at_least(1))
     over_quota: str | None = setting(None, "as above", one_of("stale", "refuse", "allow"))
@@ -259,42 +259,44 @@ REFUSALS: dict[str, tuple[int, str]] = {
                 "profile cmon-certgen`"),
     "not_yet_valid": (401, "the client certificate is not valid before {date}: check the clock of "
                       "the machine that made it, or wait"),
-    "weak_key": (401, "an RSA key of {bits} bits is too short: make a new one with `ssh-keygen -t "
-                 "ecdsa` or `-b 3072`, add it to the account, and make a certificate with it"),
+    "weak_key": (401, "an RSA key of {bits} bits is too short: make a new key with `ssh-keygen -t "
+                 "ecdsa`, add it to the account, and make a certificate with it"),
     "unknown_key": (401, "account {login} has no key that matches this client certificate "
                     "(expected: {key}): add that key to the account, use a certificate made with "
-                    "a key of the account, or check that {login}, its common name, is your login"),
+                    "one of its keys, or check that the common name, {login}, is your login"),
     "unknown_account": (401, "no account {login}, or it has no access: the certificate's common "
                         "name must be the account's login"),
-    "not_approved": (403, "account {login} is not approved: ask the operator"),
+    "not_approved": (403, "account {login} is not approved for provisioning: ask the operator to "
+                     "approve it"),
     "not_operator": (403, "only operators may see compute nodes: /v1/discover lists your "
                      "containers"),
     "no_such_target": (404, "this account has no such container or compute node: /v1/discover "
-                       "lists what it has"),
-    "no_page": (404, "container {uuid} is {state}: metrics are available while it runs"),
+                       "lists its containers"),
+    "no_page": (404, "container {uuid} is {state}: metrics are available only while it runs"),
     "unknown_host": (404, "{host} is not a name of this service: use {prefix}.SUFFIX, or "
                      "UUID.SUFFIX for /metrics"),
     "no_own_page": (404, "there is no /metrics under the service's own name: use "
                     "/v1/UUID/metrics, or UUID.SUFFIX as the host"),
     "bad_shard": (400, "shard must be k/n with 1 <= k <= n <= {most}: for example shard=1/4"),
-    "bad_parameter": (400, "unknown parameter {name}: known are groups and shard"),
-    "quota": (429, "more than {limit:g} requests a minute: send fewer, or ask the operator for a "
-              "higher quota"),
-    "inventory_not_ready": (503, "the inventory is not loaded yet: try again in a few seconds"),
+    "bad_parameter": (400, "unknown parameter {name}: use groups or shard"),
+    "quota": (429, "over the quota of {limit:g} requests a minute: send fewer, or ask the operator "
+              "for a higher quota"),
+    "inventory_not_ready": (503, "the proxy is still loading its inventory: try again in a few "
+                            "seconds"),
     "inventory_too_old": (503, "ownership of containers has not been confirmed since {since}: try "
                           "again when the data center's services are back"),
-    "accounts_unreachable": (503, "accounts cannot be looked up now: try again in a few seconds"),
+    "accounts_unreachable": (503, "the proxy cannot look up the account at the moment: try again "
+                             "in a few seconds"),
     "node_silent": (503, "compute node {node} has not answered since {since} ({why}): other "
                     "nodes are not affected; try again in a minute"),
-    "node_unknown": (503, "the address of compute node {node} is not known yet: try again in a "
-                     "minute"),
+    "node_unknown": (503, "the address of {node} is not known yet: try again in a minute"),
     "node_busy": (503, "too many requests are waiting for compute node {node}: try again in a few "
                   "seconds"),
     "node_error": (503, "the agent on compute node {node} failed: {why}; try again in a minute"),
     "node_refused": (503, "the agent on compute node {node} refused the request: {why}"),
     "deadline": (504, "compute node {node} did not answer in time: raise scrape_timeout if this "
                  "happens often"),
-    "too_busy": (503, "server too busy: try again in a second"),
+    "too_busy": (503, "the proxy is too busy: try again in a second"),
 }
 # Retry-After of each 503, in seconds
 RETRY_SECONDS = 5
@@ -488,7 +490,7 @@ class _Scope:
         return self.own(self.library.BIO_new_mem_buf(text, len(text)), self.library.BIO_free, "BIO")
 
     def written(self, write: Callable[[int], int], failure: str) -> bytes:
-        """What a function writes to a BIO."""
+        """The bytes that a function writes to a BIO."""
         library = self.library
         sink = self.own(library.BIO_new(library.BIO_s_mem()), library.BIO_free, "BIO")
         self.need(write(sink), failure)
@@ -497,12 +499,12 @@ class _Scope:
         return text.raw
 
     def decoded(self, decode: Any, free: Any, der: bytes, failure: str) -> int:
-        """What a d2i function makes of DER, which must have nothing after it."""
+        """Decode DER with a d2i function; data after it is an error."""
         buffer = ctypes.create_string_buffer(der, len(der))
         position = ctypes.c_void_p(ctypes.addressof(buffer))
         pointer = self.own(decode(None, ctypes.byref(position), len(der)), free, failure)
         if position.value != ctypes.addressof(buffer) + len(der):
-            raise CertificateError(f"{failure}: extra data after it")
+            raise CertificateError(f"{failure}: followed by extra data")
         return pointer
 
     def private_key(self, pem: bytes, passphrase: bytes = b"") -> int:
@@ -580,11 +582,11 @@ def _ssh_fields(blob: bytes) -> list[bytes]:
     position = 0
     while position < len(blob):
         if position + 4 > len(blob):
-            raise CertificateError("an SSH key is cut off")
+            raise CertificateError("a truncated SSH key")
         length, = struct.unpack_from(">I", blob, position)
         position += 4
         if length > len(blob) - position:
-            raise CertificateError("an SSH key is cut off")
+            raise CertificateError("a truncated SSH key")
         fields.append(blob[position:position + length])
         position += length
     return fields
@@ -598,8 +600,8 @@ def _mpint(scope: _Scope, number: int) -> bytes:
     return _ssh_string((b"\0" if bits % 8 == 0 else b"") + buffer.raw)
 
 
-def _described(scope: _Scope, pkey: int) -> PublicKey:
-    """An EVP_PKEY in words."""
+def _public_key_of(scope: _Scope, pkey: int) -> PublicKey:
+    """The public key of an EVP_PKEY."""
     library = scope.library
     spki = _der(library.i2d_PUBKEY, pkey)
     if not spki:
@@ -618,11 +620,11 @@ def _described(scope: _Scope, pkey: int) -> PublicKey:
         scope.own(curve_key, library.EC_KEY_free, "")
         curve = _CURVES.get(library.EC_GROUP_get_curve_name(library.EC_KEY_get0_group(curve_key)))
         if curve is None:
-            raise CertificateError("an elliptic curve that SSH does not know")
+            raise CertificateError("an elliptic curve that SSH does not support")
         point = ctypes.c_void_p()
         length = library.EC_KEY_key2buf(curve_key, _UNCOMPRESSED, ctypes.byref(point), None)
         if not length or not point.value:
-            raise scope.error("an EC key without its point")
+            raise scope.error("an EC key without a public point")
         encoded = ctypes.string_at(point.value, length)
         library.CRYPTO_free(point.value, None, 0)
         kind = "ecdsa-sha2-" + curve
@@ -634,7 +636,7 @@ def _described(scope: _Scope, pkey: int) -> PublicKey:
     if library.EVP_PKEY_get_raw_public_key(pkey, raw, ctypes.byref(size)) == 1 \
             and b"\x2b\x65\x70" in spki[:12]:
         return PublicKey("ssh-ed25519", _ssh_string(b"ssh-ed25519") + _ssh_string(raw.raw), spki)
-    raise CertificateError("neither an RSA, ECDSA nor Ed25519 key")
+    raise CertificateError("not an RSA, ECDSA or Ed25519 key")
 
 
 def _from_ssh(scope: _Scope, blob: bytes) -> int:
@@ -686,16 +688,16 @@ def public_key(text: str) -> PublicKey:
         else:
             words = source.split()
             if len(words) < 2:
-                raise CertificateError("neither an OpenSSH line nor a PEM public key")
+                raise CertificateError("neither an OpenSSH public key nor a PEM public key")
             try:
                 blob = base64.b64decode(words[1], validate=True)
             except ValueError:
-                raise CertificateError("an OpenSSH line with invalid base64") from None
-            key = _described(scope, _from_ssh(scope, blob))
+                raise CertificateError("an OpenSSH public key with invalid base64") from None
+            key = _public_key_of(scope, _from_ssh(scope, blob))
             if words[0].decode("utf-8", "replace") != key.kind:
                 raise CertificateError(f"a key of type {key.kind} labelled as another type")
             return key
-        return _described(scope, pkey)
+        return _public_key_of(scope, pkey)
 
 
 class Certificate(NamedTuple):
@@ -781,7 +783,7 @@ def certificate(der: bytes) -> Certificate:
             purposes=_purposes(scope, x509),
             signature=(library.OBJ_nid2sn(library.X509_get_signature_nid(x509)) or b"").decode(),
             digest=digest,
-            key=_described(scope, pkey),
+            key=_public_key_of(scope, pkey),
             der=der,
         )
 
@@ -857,7 +859,7 @@ def plain_key(pem: bytes, passphrase: bytes = b"") -> bytes:
 def private_key(pem: bytes, passphrase: bytes = b"") -> PublicKey:
     """The public half of a private key in PEM; CertificateError."""
     with _Scope() as scope:
-        return _described(scope, scope.private_key(pem, passphrase))
+        return _public_key_of(scope, scope.private_key(pem, passphrase))
 
 
 def ssh_public_key(key_pem: bytes) -> str:
@@ -894,8 +896,8 @@ def _x509_signature(scope: _Scope, kind: str, blob: bytes) -> bytes:
 
 
 def _sign_elsewhere(scope: _Scope, x509: int, signer: Signer) -> None:
-    """Replace the signature of a temporary key of the same type, which has set the algorithm, with
-    the signer's."""
+    """Replace the signature with the signer's. It was made with a temporary key of the same type,
+    to set the algorithm."""
     library = scope.library
     tbs = _der(library.i2d_re_X509_tbs, x509)
     signature = _x509_signature(scope, signer.key.kind, signer.sign(tbs))
@@ -903,7 +905,7 @@ def _sign_elsewhere(scope: _Scope, x509: int, signer: Signer) -> None:
     library.X509_get0_signature(ctypes.byref(place), None, x509)
     scope.need(library.ASN1_STRING_set(place, signature, len(signature)), "cannot sign")
     if library.X509_verify(x509, scope.spki(signer.key.spki)) != 1:
-        raise CertificateError(f"the signature is not by {signer.key.sha256}")
+        raise CertificateError(f"the signature was not made with the key {signer.key.sha256}")
 
 
 def make_certificate(
@@ -929,7 +931,7 @@ def make_certificate(
             signer = scope.private_key(make_key("rsa" if kind == "ssh-rsa" else "ec"))
         else:
             signer = pkey if signing_key is None else scope.private_key(signing_key, passphrase)
-            kind = _described(scope, signer).kind
+            kind = _public_key_of(scope, signer).kind
         library.X509_set_version(x509, 2)       # counts from 0: version 3
         number = int.from_bytes(os.urandom(8), "big") >> 1 | 1 if serial is None else serial
         library.ASN1_INTEGER_set_uint64(library.X509_get_serialNumber(x509), number)
@@ -948,7 +950,7 @@ def make_certificate(
         scope.need(library.X509_set_pubkey(x509, pkey), "cannot use the key")
         context = ctypes.create_string_buffer(1024)     # an X509V3_CTX, 72 bytes in OpenSSL 3
         library.X509V3_set_ctx(context, issued_by, x509, None, None, 0)
-        rsa = _described(scope, pkey).kind == "ssh-rsa"
+        rsa = _public_key_of(scope, pkey).kind == "ssh-rsa"
         usage = "keyCertSign,cRLSign" if is_ca else \
             "digitalSignature,nonRepudiation," + ("keyEncipherment" if rsa else "keyAgreement")
         extensions = [
@@ -1056,8 +1058,8 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes | None:
     raise OSError("the handshake does not complete")
 
 
-def _any_server() -> ssl.SSLContext:
-    """The context of a client for `_handshake`."""
+def _test_client() -> ssl.SSLContext:
+    """A client's context that accepts any server, for `_handshake`."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_mode = ssl.CERT_NONE
@@ -1066,10 +1068,10 @@ def _any_server() -> ssl.SSLContext:
 
 def handshake_hook(context: ssl.SSLContext, by_ca: bool
                    ) -> Callable[[ssl.SSLSocket], None] | None:
-    """`after_handshake`; None where this Python does not allow it and a CA makes do without."""
+    """`after_handshake`, or None where this Python does not support it: a CA does not need it."""
     try:
         if by_ca:
-            _handshake(context, _any_server())
+            _handshake(context, _test_client())
     except OSError:
         return None
     return after_handshake
@@ -1082,7 +1084,7 @@ def check_any_certificate(context: ssl.SSLContext, cert_file: str, key_file: str
     or if a client without certificate is rejected.
     """
     for shown in (server_certificate(Path(cert_file)).der, None):
-        client = _any_server()
+        client = _test_client()
         if shown is not None:
             client.load_cert_chain(cert_file, key_file)
         try:
@@ -1174,19 +1176,19 @@ class Grant(NamedTuple):
         return self.account.operator and self.groups is None
 
 
-def held(value: Any) -> int:
-    """The size in bytes of a value with everything it references, for caches."""
+def deep_size(value: Any) -> int:
+    """The size in bytes of a value and everything it references, for caches."""
     size = sys.getsizeof(value)
     if isinstance(value, (tuple, frozenset)):
-        return size + sum(map(held, value))
+        return size + sum(map(deep_size, value))
     for name in getattr(type(value), "__slots__", ()):
-        size += held(getattr(value, name))
+        size += deep_size(getattr(value, name))
     return size
 
 
 def entry_size(key: Any, value: Any) -> int:
     """The size of a cache entry in bytes."""
-    return held(key) + held(value)
+    return deep_size(key) + deep_size(value)
 
 
 class Certificates:
@@ -1265,9 +1267,6 @@ class Identity:
         return f"MD5:{self.key_id}, shown by `ssh-keygen -l -E md5 -f KEY.pub`"
 
 
-
-
-
 def check_key(key: PublicKey, policy: Policy) -> None:
     """Raises Refused for an RSA key that is too short: the verify callback bypasses OpenSSL's
     check."""
@@ -1287,7 +1286,7 @@ def check_strength(cert: Certificate, policy: Policy) -> None:
 
 
 class Policy(NamedTuple):
-    """How identities are judged; from the settings."""
+    """The settings that `grant` applies."""
     by_ca: bool = False
     allow_sha1: bool = False
     allow_rsa1024: bool = False
@@ -1295,7 +1294,7 @@ class Policy(NamedTuple):
 
 
 def grant(identity: Identity, account: Account | None, policy: Policy, now: float) -> Grant:
-    """What this certificate may do as this account, now; raises Refused.
+    """Decide what the certificate may do as this account; raises Refused.
 
     The only access check: called on every request, and again before a delayed answer is sent. While
     the account is the same object, only the dates are checked: accounts are immutable and replaced
@@ -1371,9 +1370,6 @@ STATES = States({
 SHOWN_STATES = ("running", "stopped", "provisioning", "unknown")
 
 
-
-
-
 class Vm(NamedTuple):
     """A zone in the inventory; immutable."""
     uuid: str
@@ -1386,18 +1382,18 @@ class Vm(NamedTuple):
     groups: tuple[str, ...] = ()
     role: str = ""                  # manta_role: one more group, for the owner of manta
     core: bool = False              # has a smartdc_role or manta_role tag
-    hidden: bool = False            # NAT zones: hidden from everybody
+    hidden: bool = False            # a NAT zone: hidden from everybody
     since: int = 0                  # last update, milliseconds since the epoch
     source: str = ""                # the original's names: Bootstrapper or Updater
     number: int = 0                 # 64-bit hash of the UUID, for sharding
 
 
 def number_of(uuid: str) -> int:
-    """A hash that is even for any UUIDs and must never change."""
+    """A hash that distributes any UUIDs evenly; must never change."""
     return int.from_bytes(hashlib.blake2b(uuid.encode(), digest_size=8).digest(), "big")
 
 
-COMPARED = Vm._fields.index("since")     # the members before it make a VM another one
+COMPARED = Vm._fields.index("since")     # a VM has changed if a member before it has
 
 
 class Node(NamedTuple):
@@ -1592,11 +1588,11 @@ class Directory:
             raise refused("inventory_not_ready")
         return self.by_login.get(login)
 
-    def doubt(self, _login: str, _address: str) -> None:
-        """An account refuses a certificate: all are known, none needs to be looked up again."""
+    def recheck(self, _login: str, _address: str) -> None:
+        """Look up an account again after a certificate was refused: never needed here."""
 
     def recall(self, login: str, default: Account) -> Account | None:
-        """The account as it is known now, without waiting; `default` where nothing is known."""
+        """The account as last read, without waiting; `default` if it has not been read."""
         return self.by_login.get(login) if self._ready else default
 
     def replace(self, accounts: Mapping[str, Account]) -> None:
@@ -1605,7 +1601,7 @@ class Directory:
 
 
 def merged(known: Mapping[str, Account], accounts: Mapping[str, Account]) -> dict[str, Account]:
-    """Set these accounts; an unchanged account keeps its object (see `grant`)."""
+    """The new accounts; an unchanged account keeps its object (see `grant`)."""
     return {login: known[login] if known.get(login) == account else account
             for login, account in accounts.items()}
 
@@ -1649,19 +1645,18 @@ def _shown(value: Any) -> str:
 class _FileReader:
     """Turns an inventory file into indexes; collects problems and probable mistakes.
 
-    Total: any JSON results in an inventory, or in a ConfigError with a line
-    for each problem.
+    Total: any JSON results in an inventory, or in a ConfigError with a line for each problem.
     """
 
     def __init__(self, path: Path, agent_port: int) -> None:
         self.path, self.port = path, agent_port
         self.problems: list[str] = []
-        self.warnings: dict[tuple[str, ...], list[Any]] = {}    # by cause: place, text, how often
+        self.warnings: dict[tuple[str, ...], list[Any]] = {}    # by cause: place, text, count
 
     def wrong(self, where: str, what: str) -> None:
         self.problems.append(f"{self.path}: {where}: {what}")
 
-    def odd(self, cause: tuple[str, ...], where: str, what: str) -> None:
+    def warn(self, cause: tuple[str, ...], where: str, what: str) -> None:
         self.warnings.setdefault(cause, [where, what, 0])[2] += 1
 
     def read(self) -> FileContent:
@@ -1679,7 +1674,7 @@ class _FileReader:
             self._put(nodes, node.uuid, node, where, f"uuid {node.uuid}")
         owners = {account.uuid for account in accounts.values()}
         if len(owners) < len(accounts):
-            self.odd(("owners",), "accounts", "two logins share this uuid, so both own its VMs")
+            self.warn(("owners",), "accounts", "two accounts share a uuid, so both own its VMs")
         vms: dict[str, Vm] = {}
         since = milliseconds()
         for where, record in self._records(content, "vms", "vms"):
@@ -1688,7 +1683,7 @@ class _FileReader:
                 self._put(vms, vm.uuid, vm, where, f"uuid {vm.uuid}")
         if len(self.problems) > REPORTED:
             more = len(self.problems) - REPORTED + 1
-            self.problems[REPORTED - 1:] = [f"{self.path}: {more} more problems of this kind"]
+            self.problems[REPORTED - 1:] = [f"{self.path}: and {more} more problems"]
         if self.problems:
             raise ConfigError(*self.problems)
         warnings = [f"{self.path}: {where}: {what}" + (
@@ -1709,7 +1704,7 @@ class _FileReader:
             return
         if not isinstance(values, list):
             self.wrong(where, f"must be a list, not {_shown(values)}" if name in record else
-                       f"must be a list: the file has no {name}")
+                       f"missing: the file needs a list of {name}")
             return
         for index, value in enumerate(values):
             if isinstance(value, dict):
@@ -1726,14 +1721,14 @@ class _FileReader:
             if cause in self.warnings or len(self.warnings) < 1000:
                 near = difflib.get_close_matches(name[:40], known, 1, 0.75)
                 if near and near[0] not in record:
-                    self.odd(cause, where, f"unknown member {_shown(name)}: did you mean "
-                             f"{near[0]!r}?")
+                    self.warn(cause, where, f"unknown member {_shown(name)}: did you mean "
+                              f"{near[0]!r}?")
 
     def _text(self, record: dict[str, Any], name: str, where: str) -> str:
         value = record.get(name)
         if value is not None and not isinstance(value, str):
-            self.odd(("text", name), where,
-                     f"{name} must be a string, not {_shown(value)}: ignored")
+            self.warn(("text", name), where,
+                      f"{name} must be a string, not {_shown(value)}: ignored")
         return text_of(value)
 
     def _uuid(self, record: dict[str, Any], name: str, where: str) -> str:
@@ -1753,8 +1748,8 @@ class _FileReader:
             self.wrong(where, "needs a login")
             login = where
         elif not is_login(login):
-            self.odd(("login", login), where, f"no certificate can have the login {_shown(login)}: "
-                     f"it must have 1 to {MAX_LOGIN} characters, none of them a control character")
+            self.warn(("login", login), where, "no certificate can contain the login "
+                      f"{_shown(login)}: it must have 1 to {MAX_LOGIN} printable characters")
         keys: dict[str, AuthorizedKey] = {}
         for kind in ("administrators", "users"):
             for at, member in self._records(record, kind, f"{where}.{kind}", required=False):
@@ -1768,8 +1763,8 @@ class _FileReader:
                 self._keys(member, at, self._text(member, "login", at), limited, keys)
         self._keys(record, where, "", None, keys)      # last: the account's own key wins
         if not keys:
-            self.odd(("keys", where), where, f"the account {_shown(login)} has no keys: nobody can "
-                     "authenticate as it")
+            self.warn(("keys", where), where, f"account {_shown(login)} has no keys: nobody can "
+                      "authenticate as it")
         for member_name in ("operator", "approved_for_provisioning"):
             if not isinstance(record.get(member_name, False), bool):
                 self.wrong(f"{where}.{member_name}", "must be true or false")
@@ -1788,8 +1783,8 @@ class _FileReader:
                 key = public_key(key_text if isinstance(key_text, str) else "")
                 into[key.md5] = AuthorizedKey(key, name, groups)
                 if key.kind == "ssh-rsa" and key.bits < RSA_BITS:
-                    self.odd(("weak", where), f"{where}.keys[{index}]", f"an RSA key of {key.bits} "
-                             f"bits is too short to authenticate with: {RSA_BITS} is the minimum")
+                    self.warn(("weak", where), f"{where}.keys[{index}]", f"an RSA key of "
+                              f"{key.bits} bits is too short: the minimum is {RSA_BITS}")
             except CertificateError as error:
                 self.wrong(f"{where}.keys[{index}]", str(error))
 
@@ -1817,20 +1812,20 @@ class _FileReader:
             self._near_misses("tags", tags, f"{where}.tags")
             self._text(tags, "triton.cmon.groups", f"{where}.tags")
         elif tags is not None:
-            self.odd(("tags",), where, f"tags must be an object, not {_shown(tags)}: ignored")
+            self.warn(("tags",), where, f"tags must be an object, not {_shown(tags)}: ignored")
         vm = vm_of(record, "Bootstrapper", since)
         if vm is None:
             return None
         if vm.owner not in owners:
-            self.odd(("owner", vm.owner), where, f"owner_uuid {vm.owner} is not an account in "
-                     "this file: nobody can see this VM")
+            self.warn(("owner", vm.owner), where, f"owner_uuid {vm.owner} is not an account in "
+                      "this file: nobody can see this VM")
         server = record.get("server_uuid")
         if vm.server not in nodes if vm.server else server:
-            self.odd(("server", _shown(server)), where, f"server_uuid {_shown(server)} is not "
-                     "a server in this file: this VM has no page")
+            self.warn(("server", _shown(server)), where, f"server_uuid {_shown(server)} is not "
+                      "a server in this file: this VM has no page")
         if vm.state not in STATES:
-            self.odd(("state", vm.state), where, f"unknown state {_shown(vm.state)}: treated as "
-                     "running")
+            self.warn(("state", vm.state), where, f"unknown state {_shown(vm.state)}: treated as "
+                      "running")
         return vm
 
 
@@ -1840,14 +1835,14 @@ def read_inventory(path: Path, agent_port: int) -> FileContent:
 
 
 def tell_warnings(warnings: Sequence[str]) -> list[str]:
-    """Warnings as lines, shortened if there are very many."""
+    """The warnings, one per line; the last line counts those left out."""
     if len(warnings) <= REPORTED:
         return list(warnings)
-    return [*warnings[:REPORTED - 1], f"{len(warnings) - REPORTED + 1} more warnings of this kind"]
+    return [*warnings[:REPORTED - 1], f"and {len(warnings) - REPORTED + 1} more warnings"]
 
 
 def milliseconds() -> int:
-    """Now, since the epoch."""
+    """The time in milliseconds since the epoch."""
     return int(time.time() * 1000)
 
 
@@ -1866,7 +1861,7 @@ class FileWatch:
         self._not_before = float("-inf")
 
     @staticmethod
-    def look(*paths: Path) -> object:
+    def state_of(*paths: Path) -> object:
         """The state of files, different after any change; or the error of stat()."""
         try:
             return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -1913,12 +1908,12 @@ class FileSource:
 
     def start(self) -> None:
         """Read the file, then check it every second."""
-        self._read(self._watch.look(self._path), self.accounts.by_login)
+        self._read(self._watch.state_of(self._path), self.accounts.by_login)
         self._server.loop.every(1.0, self.tick)
 
     def tick(self) -> None:
         """Check the file; runs in the loop."""
-        state = self._watch.look(self._path)
+        state = self._watch.state_of(self._path)
         if self._watch.is_current(state):
             self._inventory.confirm()           # the loaded file is valid until it changes
             self._tell([])
@@ -1936,7 +1931,7 @@ class FileSource:
             problems = error.problems
         except Exception as error:              # otherwise it would never be read again
             log.exception("cannot read %s", self._path)
-            problems = [f"{self._path}: cannot be read: {type(error).__name__}"]
+            problems = [f"{self._path}: cannot be read: {type(error).__name__}; see the log"]
         self._server.loop.run_here(self._apply, state, content, problems)
 
     def _apply(self, state: object, content: FileContent | None, problems: list[str]) -> None:
@@ -1971,14 +1966,14 @@ class FileSource:
         self.problems = problems
 
     def families(self) -> list[Family]:
-        """For the admin side."""
+        """Metrics for `admin_listen`."""
         return [
             single("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
-                   "to read the inventory file succeeded.", int(not self.problems)),
-            single("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
-                   "inventory file was last read with success.", self._good_at),
-            single("cmon_proxy_inventory_warnings", GAUGE, "Probable mistakes in the inventory "
-                   "file; --check-config lists it.", len(self.warnings)),
+                   "to read the inventory succeeded (1) or not (0).", int(not self.problems)),
+            single("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE,
+                   "Timestamp of the last successful read of the inventory.", self._good_at),
+            single("cmon_proxy_inventory_warnings", GAUGE, "Number of probable mistakes in the "
+                   "inventory file; --check-config lists them.", len(self.warnings)),
         ]
 
 
@@ -2329,19 +2324,19 @@ def read_account(service: Service, login: str) -> Account | None:
     return account
 
 
-class Known:
+class CachedAccount:
     """The cache entry of an account."""
-    __slots__ = ("account", "at", "used", "failed", "waited", "doubted")
+    __slots__ = ("account", "at", "used", "failed", "waited", "rechecked")
 
     def __init__(self, account: Account, at: float) -> None:
         self.account, self.at = account, at         # when it was read
         self.used = float("-inf")                   # last request
         self.failed = float("-inf")                 # last failed refresh
         self.waited = float("-inf")                 # last reading that a request waited for
-        self.doubted = float("-inf")                # last lookup for a refused certificate
+        self.rechecked = float("-inf")              # last lookup for a refused certificate
 
 
-def _account_bytes(login: str, known: Known) -> int:
+def _account_bytes(login: str, known: CachedAccount) -> int:
     # at most, for a key: blob, SPKI, their base64 and the objects around them
     return 1000 + 4 * len(login) + sum(
         600 + 2 * len(holder.key.blob) + 2 * len(holder.key.spki)
@@ -2362,18 +2357,18 @@ class Accounts:
 
     def __init__(self, service: Service, server: Server) -> None:
         self._service, self._loop = service, server.loop
-        self.known: Cache[str, Known] = Cache("accounts", 64 << 20, _account_bytes)
+        self.known: Cache[str, CachedAccount] = Cache("accounts", 64 << 20, _account_bytes)
         self.unknown: Cache[str, float] = Cache("unknown_logins", 1 << 20,
                                                 lambda login, _: 4 * len(login))
         self._lookups: Cache[str, tuple[float, float]] = Cache("lookup_addresses", 1 << 20,
                                                                lambda address, _: len(address))
         self.caches = (self.known, self.unknown, self._lookups)
-        self._asking: dict[str, list[Deferred]] = {}
-        self._doubting: dict[str, list[Deferred]] = {}
-        self._pool, self._strangers = Pool("mahi", 4, 1024), Pool("mahi-unknown", 4, 64)
+        self._reading: dict[str, list[Deferred]] = {}
+        self._rechecking: dict[str, list[Deferred]] = {}
+        self._pool, self._unknown_pool = Pool("mahi", 4, 1024), Pool("mahi-unknown", 4, 64)
         self._failing: set[str] = set()     # known accounts, since mahi last answered
         self._down_until = float("-inf")
-        self._told_until = float("-inf")
+        self._logged_until = float("-inf")
         self.reads = self.refused = 0
 
     def find(self, login: str, address: str = "") -> Account | Deferred | None:
@@ -2387,7 +2382,7 @@ class Accounts:
             age, account = now - known.at, known.account
             if age < USABLE_ACCOUNT_SECONDS:
                 if age >= FRESH_ACCOUNT_SECONDS:
-                    self._ask(login, "")
+                    self._read(login, "")
                 return account
             down = max(self._down_until, known.failed + ACCOUNTS_DOWN_SECONDS)
             if now < down and age < STALE_ACCOUNT_SECONDS:
@@ -2396,55 +2391,56 @@ class Accounts:
             age = now - (self.unknown.get(login) or float("-inf"))
             if age < USABLE_ACCOUNT_SECONDS:
                 if age >= FRESH_ACCOUNT_SECONDS:
-                    self._ask(login, address)
+                    self._read(login, address)
                 return None
         later = Deferred(now + 2 * ACCOUNT_TIMEOUT, _accounts_unreachable)
-        if not self._ask(login, address):
+        if not self._read(login, address):
             raise refused("accounts_unreachable")
-        self._asking[login].append(later)
+        self._reading[login].append(later)
         return later
 
-    def doubt(self, login: str, address: str) -> Deferred | None:
-        """A known account refuses a certificate: look it up as an unknown login is, with the same
-        limit, time and failures, or they would tell which logins exist. None: it has been."""
+    def recheck(self, login: str, address: str) -> Deferred | None:
+        """Look up a known account again after a certificate was refused. Limit, duration and
+        failures are those of unknown logins, so that they do not reveal which logins exist. None:
+        it was looked up recently."""
         now, known = self._loop.now(), self.known.get(login)
-        if known is None or now - known.doubted < USABLE_ACCOUNT_SECONDS:
+        if known is None or now - known.rechecked < USABLE_ACCOUNT_SECONDS:
             return None
-        waiting = self._doubting.get(login)
+        waiting = self._rechecking.get(login)
         if waiting is None:
             if not self._may_look_up(address) or now - known.failed < ACCOUNT_TIMEOUT:
                 raise refused("accounts_unreachable")
             if now - known.waited < ACCOUNT_TIMEOUT:    # this request has waited for it
-                known.doubted = now
+                known.rechecked = now
                 return None
-            if not self._strangers.submit(self._look_again, login):
+            if not self._unknown_pool.submit(self._read_again, login):
                 self.refused += 1
                 raise refused("accounts_unreachable")
-            waiting = self._doubting[login] = []
+            waiting = self._rechecking[login] = []
         later = Deferred(now + 2 * ACCOUNT_TIMEOUT, _accounts_unreachable)
         waiting.append(later)
         return later
 
-    def _look_again(self, login: str) -> None:
+    def _read_again(self, login: str) -> None:
         """Runs in a pool."""
-        self._loop.call_soon(self._looked_again, login,
+        self._loop.call_soon(self._was_read_again, login,
                              *attempt(read_account, self._service, login))
 
-    def _looked_again(self, login: str, account: Account | None, problem: ServiceError | None
+    def _was_read_again(self, login: str, account: Account | None, problem: ServiceError | None
                       ) -> None:
-        waiting = self._doubting.pop(login)
+        waiting = self._rechecking.pop(login)
         answer: Answer = refused("accounts_unreachable").answer()
         if problem is None:
             self._arrived(login, account, None)
             known = self.known.get(login)
             if known is not None:
-                known.doubted = self._loop.now()
-            answer = text(200, "")              # resume and look again
+                known.rechecked = self._loop.now()
+            answer = text(200, "")              # resume: `find` returns the account
         for later in waiting:
             later.finish(answer)
 
     def recall(self, login: str, default: Account) -> Account | None:
-        """The account as it is known now, without waiting; `default` where nothing is known."""
+        """The account as last read, without waiting; `default` if it has not been read."""
         known = self.known.get(login)
         if known is not None:
             return known.account
@@ -2455,24 +2451,25 @@ class Accounts:
         now = self._loop.now()
         due = [login for login in self.known if self._is_due(login, now)]
         for login in due[:WARM_AT_ONCE]:
-            self._ask(login, "")
+            self._read(login, "")
 
     def _is_due(self, login: str, now: float) -> bool:
         known = self.known.get(login)
         return known is not None and now - known.at >= FRESH_ACCOUNT_SECONDS and \
             now - known.used < WARM_ACCOUNT_SECONDS and now >= self._down_until
 
-    def _ask(self, login: str, address: str) -> bool:
-        if login in self._asking:
+    def _read(self, login: str, address: str) -> bool:
+        if login in self._reading:
             return True
         is_known = self.known.get(login) is not None
         if not is_known and not self._may_look_up(address):
             return False
-        if not in_thread(self._pool if is_known else self._strangers, self._loop, functools.partial(
-                self._arrived, login), read_account, self._service, login):
+        pool = self._pool if is_known else self._unknown_pool
+        if not in_thread(pool, self._loop, functools.partial(self._arrived, login),
+                         read_account, self._service, login):
             self.refused += 1
             return False
-        self._asking[login] = []
+        self._reading[login] = []
         return True
 
     def _may_look_up(self, address: str) -> bool:
@@ -2485,13 +2482,11 @@ class Accounts:
         self._lookups.put(network, (left - 1, now))
         return True
 
-
-
     def _arrived(self, login: str, account: Account | None, problem: ServiceError | None) -> None:
-        waiting = self._asking.pop(login, [])
+        waiting = self._reading.pop(login, [])
         now = self._loop.now()
         known = self.known.get(login)
-        answer: Answer = text(200, "")          # resume and look again
+        answer: Answer = text(200, "")          # resume: `find` returns the account
         if problem is not None:
             self._has_failed(login, known, problem, now)
             if known is None or now - known.at >= STALE_ACCOUNT_SECONDS:
@@ -2508,24 +2503,24 @@ class Accounts:
         for later in waiting:
             later.finish(answer)
 
-    def _keep(self, known: Known | None, account: Account, at: float, waited: bool) -> None:
+    def _keep(self, known: CachedAccount | None, account: Account, at: float, waited: bool) -> None:
         if known is not None and known.account == account:
             account = known.account         # the same object keeps connections' grants valid
-        fresh = Known(account, at)
+        fresh = CachedAccount(account, at)
         if known is not None:
-            fresh.used, fresh.doubted = known.used, known.doubted
+            fresh.used, fresh.rechecked = known.used, known.rechecked
             fresh.waited = at if waited else known.waited
         else:
-            fresh.used = fresh.doubted = at
+            fresh.used = fresh.rechecked = at
         self.unknown.drop(account.login)
         self.known.put(account.login, fresh)
 
-    def _has_failed(self, login: str, known: Known | None, problem: ServiceError, now: float
+    def _has_failed(self, login: str, known: CachedAccount | None, problem: ServiceError, now: float
                     ) -> None:
         """A failure affects one login; mahi is down when several known accounts fail."""
-        if now >= self._told_until:
-            log.warning("accounts cannot be read: %s", problem)
-        self._told_until = now + ACCOUNTS_DOWN_SECONDS
+        if now >= self._logged_until:
+            log.warning("cannot read accounts: %s", problem)
+        self._logged_until = now + ACCOUNTS_DOWN_SECONDS
         if known is not None:
             known.failed = now
         if known is not None and problem.down:
@@ -2544,7 +2539,7 @@ class Accounts:
         """Restore accounts from a snapshot."""
         now = self._loop.now()
         for account, age in accounts:
-            self.known.put(account.login, Known(account, now - age))
+            self.known.put(account.login, CachedAccount(account, now - age))
 
 
 class SnapshotError(Exception):
@@ -2675,7 +2670,7 @@ class ChangeFeed:
         self._connected, self._lost, self._changed = connected, lost, changed
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         threading.Thread(target=self._follow, name="changefeed", daemon=True).start()
 
     # in its thread
@@ -2769,12 +2764,12 @@ class VmReader:
         self._reading = False
         self._due = loop.now() + 5.0                # the feed reports changes earlier
         self._short = 0                             # consecutive lists that were much too short
-        self.follows = False                        # changes are announced
+        self.follows = False                        # the changefeed is connected
         self.bootstraps = self.events = self.fetched = 0
         self.problem = ""
 
     def start(self) -> None:
-        """Begin."""
+        """Start reading."""
         self._loop.every(min(0.25, self._interval / 4), self._tick)
 
     def feed_begins(self) -> None:
@@ -2785,7 +2780,7 @@ class VmReader:
     def feed_ends(self, problem: ServiceError | None) -> None:
         """The feed is lost."""
         if problem is not None:
-            log.warning("changefeed lost: %s", problem)
+            log.warning("%s; reconnecting", problem)
         self.follows = False
         self._due = min(self._due, self._loop.now() + self._without_feed)
 
@@ -2797,8 +2792,6 @@ class VmReader:
                      gentle):
             self._reading, self._began = True, self._began + 1
             self._newer = {}
-
-
 
     def _list(self, began: float, gentle: bool) -> AllVms:
         manta: str | None = None
@@ -2854,8 +2847,8 @@ class VmReader:
     # single VMs
 
     def changed(self, uuid: str) -> None:
-        """A VM has changed. The feed repeats a change for each subresource; while the VM is being
-        read, one more reading is enough."""
+        """Read a VM that has changed. The feed repeats a change for each subresource: one more read
+        after the current one is enough."""
         self.events += 1
         if uuid in self._fetching:
             self._fetching[uuid] = True
@@ -2865,8 +2858,6 @@ class VmReader:
             self._fetching[uuid] = False
         else:
             self._due = min(self._due, self._loop.now())
-
-
 
     def _fetch_one(self, uuid: str) -> Vm | None:
         status, record = self._vmapi.get(f"/vms/{uuid}", (200, 404))
@@ -2911,11 +2902,11 @@ class NodeReader:
         self.complete = False                           # has had a complete list
 
     def start(self) -> None:
-        """Begin."""
+        """Start reading."""
         self._loop.every(0.25, self._tick)
 
     def want(self) -> None:
-        """A VM is on an unknown node: read nodes soon, with backoff, since CNAPI may never list
+        """Read nodes soon: a VM is on an unknown one. With backoff, since CNAPI may never list
         it."""
         if not self._wanted:
             self._wanted = True
@@ -2986,7 +2977,7 @@ class AgentNotices:
                         "Content-Length: 0\r\n\r\n").encode()
                 upstream.ask(Job(head, now + 5.0))
             except Refused:
-                pass                        # the agent notices later by itself
+                pass                        # the agent notices by itself, later
 
 
 class TritonSource:
@@ -3096,31 +3087,31 @@ class TritonSource:
         self._unsaved = problem
 
     def families(self) -> list[Family]:
-        """For the admin side."""
+        """Metrics for `admin_listen`."""
         vms, accounts = self.vms, self.accounts
         return [
-            single("cmon_proxy_changefeed_connected", GAUGE, "Whether the changefeed is connected.",
-                   int(vms.follows)),
-            single("cmon_proxy_changefeed_events_total", COUNTER, "Changes from the changefeed.",
-                   vms.events),
-            single("cmon_proxy_inventory_bootstraps_total", COUNTER, "How often all containers "
-                   "were read.", vms.bootstraps),
-            single("cmon_proxy_inventory_reads_total", COUNTER, "How often one container was read.",
-                   vms.fetched),
+            single("cmon_proxy_changefeed_connected", GAUGE, "Whether the changefeed is connected "
+                   "(1) or not (0).", int(vms.follows)),
+            single("cmon_proxy_changefeed_events_total", COUNTER, "Total number of changes "
+                   "received from the changefeed.", vms.events),
+            single("cmon_proxy_inventory_bootstraps_total", COUNTER, "Total number of times that "
+                   "all containers were read.", vms.bootstraps),
+            single("cmon_proxy_inventory_reads_total", COUNTER, "Total number of containers read "
+                   "individually after a change.", vms.fetched),
             single("cmon_proxy_inventory_last_reload_successful", GAUGE, "Whether the last attempt "
-                   "to read the inventory succeeded.", int(not vms.problem)),
-            single("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE, "When the "
-                   "inventory was last read with success.",
+                   "to read the inventory succeeded (1) or not (0).", int(not vms.problem)),
+            single("cmon_proxy_inventory_last_reload_success_timestamp_seconds", GAUGE,
+                   "Timestamp of the last successful read of the inventory.",
                    self._inventory.confirmed_at if self._inventory.ready else 0),
-            single("cmon_proxy_account_reads_total", COUNTER, "How often an account was read.",
-                   accounts.reads),
-            single("cmon_proxy_account_lookups_refused_total", COUNTER, "Unknown logins that were "
-                   "not looked up, since too many were.", accounts.refused),
-            single("cmon_proxy_snapshot_last_write_timestamp_seconds", GAUGE, "When the snapshot "
-                   "was last written; 0: never.", self._saved_at),
-            Family("cmon_proxy_service_errors_total", COUNTER, "Requests to a service of Triton "
-                   "that failed.", [Sample((("service", service.name),), service.errors)
-                                    for service in self._services]),
+            single("cmon_proxy_account_reads_total", COUNTER, "Total number of accounts read from "
+                   "mahi.", accounts.reads),
+            single("cmon_proxy_account_lookups_refused_total", COUNTER, "Total number of account "
+                   "lookups refused because there were too many.", accounts.refused),
+            single("cmon_proxy_snapshot_last_write_timestamp_seconds", GAUGE, "Timestamp of the "
+                   "last write of the snapshot; 0 if there was none.", self._saved_at),
+            Family("cmon_proxy_service_errors_total", COUNTER, "Total number of failed requests "
+                   "to Triton's services.", [Sample((("service", service.name),), service.errors)
+                                             for service in self._services]),
         ]
 
 
@@ -3171,12 +3162,12 @@ def quota_limits_of(settings: QuotaSettings, login: str, operator: bool) -> Quot
 
 class QuotaBucket:
     """An account's remaining quota and its usage: for limits, billing and operators."""
-    __slots__ = ("login", "operator", "terms", "soft", "hard", "at", "requests", "over", "refused",
+    __slots__ = ("login", "operator", "limits", "soft", "hard", "at", "requests", "over", "refused",
                  "stale", "relays", "bytes", "cpu", "spent", "weighed")
 
-    def __init__(self, login: str, operator: bool, terms: QuotaLimits, now: float) -> None:
-        self.login, self.operator, self.terms, self.at = login, operator, terms, now
-        self.soft, self.hard = terms.burst, terms.hard_burst
+    def __init__(self, login: str, operator: bool, limits: QuotaLimits, now: float) -> None:
+        self.login, self.operator, self.limits, self.at = login, operator, limits, now
+        self.soft, self.hard = limits.burst, limits.hard_burst
         self.requests = self.over = self.refused = self.stale = self.relays = self.bytes = 0
         self.cpu = 0.0
         self.spent = 0.0            # since the last report to other workers
@@ -3184,17 +3175,17 @@ class QuotaBucket:
 
     def take(self, now: float, cost: float = 1.0) -> int:
         """Count one request of this cost: ADMITTED, OVER or REFUSED."""
-        terms = self.terms
+        limits = self.limits
         elapsed = now - self.at
         self.requests += 1
-        if terms.exempt:
+        if limits.exempt:
             return ADMITTED
         if elapsed > 0:
             self.at = now
-            self.soft = min(terms.burst, self.soft + elapsed * terms.rate)
-            self.hard = min(terms.hard_burst, self.hard + elapsed * terms.hard_rate)
+            self.soft = min(limits.burst, self.soft + elapsed * limits.rate)
+            self.hard = min(limits.hard_burst, self.hard + elapsed * limits.hard_rate)
         if cost > 1:
-            cost = max(1.0, min(cost, terms.burst / 2))
+            cost = max(1.0, min(cost, limits.burst / 2))
         if self.hard < cost:
             self.refused += 1
             return REFUSED
@@ -3207,53 +3198,53 @@ class QuotaBucket:
         return OVER
 
     def add(self, other: QuotaBucket) -> None:
-        """Add what another account has used."""
+        """Add another account's usage."""
         for name in ("requests", "over", "refused", "stale", "relays", "bytes", "cpu"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def limit_to(self, terms: QuotaLimits) -> None:
-        """Change the limits; what was used stays used."""
-        self.terms = terms
-        self.soft = min(self.soft, terms.burst)
-        self.hard = min(self.hard, terms.hard_burst)
+    def limit_to(self, limits: QuotaLimits) -> None:
+        """Change the limits; used quota stays used."""
+        self.limits = limits
+        self.soft = min(self.soft, limits.burst)
+        self.hard = min(self.hard, limits.hard_burst)
 
     def debit(self, requests: float) -> None:
-        """Other workers have admitted this many; debt is limited to one burst."""
-        self.soft = max(self.soft - requests, -self.terms.burst)
-        self.hard = max(self.hard - requests, -self.terms.hard_burst)
+        """Count requests that other workers have admitted; debt is limited to one burst."""
+        self.soft = max(self.soft - requests, -self.limits.burst)
+        self.hard = max(self.hard - requests, -self.limits.hard_burst)
 
     @property
     def limited(self) -> bool:
         """Whether the next request would be over the limit."""
-        return not self.terms.exempt and self.soft < 1
+        return not self.limits.exempt and self.soft < 1
 
     @property
     def used(self) -> float:
         """The used part of the burst, from 0 to 1."""
-        return 1 - max(self.soft, 0) / self.terms.burst
+        return 1 - max(self.soft, 0) / self.limits.burst
 
     def wait(self, hard: bool) -> int:
         """Whole seconds until the next request is admitted; a day where the rate is zero."""
-        missing, rate = (1 - self.hard, self.terms.hard_rate) if hard else (
-            1 - self.soft, self.terms.rate)
+        missing, rate = (1 - self.hard, self.limits.hard_rate) if hard else (
+            1 - self.soft, self.limits.rate)
         return max(1, min(int(missing / rate) + 1, 86400)) if rate > 0 else 86400
 
     def refusal(self, hard: bool) -> Refused:
         """The refusal of a request over the limit, or over the hard limit."""
-        limit = (self.terms.hard_rate if hard else self.terms.rate) * 60
+        limit = (self.limits.hard_rate if hard else self.limits.rate) * 60
         return refused("quota", ("Retry-After", str(self.wait(hard))), limit=round(limit, 3))
 
     def header(self) -> bytes:
         """The remaining quota, as header lines."""
-        terms = self.terms
-        if terms.exempt:
+        limits = self.limits
+        if limits.exempt:
             return b""
         left = self.soft if self.soft > 0 else 0
         return b"RateLimit-Limit: %d\r\nRateLimit-Remaining: %d\r\nRateLimit-Reset: %d\r\n" % (
-            terms.burst, left, (terms.burst - left) / terms.rate if terms.rate > 0 else 86400)
+            limits.burst, left, (limits.burst - left) / limits.rate if limits.rate > 0 else 86400)
 
     def weight(self) -> float:
-        """Its work so far, in small relays; a byte counts a millionth."""
+        """The work it has caused so far, in small relays; 50 kB count as one."""
         return self.requests + self.relays + self.bytes / 50_000
 
 
@@ -3276,7 +3267,7 @@ class Quotas:
             bucket = self._buckets[account.uuid] = QuotaBucket(
                 account.login, account.operator, self._limits(account), self._now())
             debt, at = self._elsewhere.pop(account.uuid, (0.0, 0.0))
-            bucket.debit(max(debt - (self._now() - at) * bucket.terms.rate, 0.0))
+            bucket.debit(max(debt - (self._now() - at) * bucket.limits.rate, 0.0))
         elif bucket.operator is not account.operator or bucket.login != account.login:
             bucket.login, bucket.operator = account.login, account.operator
             bucket.limit_to(self._limits(account))
@@ -3320,7 +3311,7 @@ class Quotas:
         return spent
 
     def debit(self, spent: Mapping[str, float]) -> None:
-        """Count what other workers have admitted, including accounts new to this one."""
+        """Count requests that other workers have admitted, of accounts new to this one too."""
         now = self._now()
         for uuid, requests in spent.items():
             bucket = self._buckets.get(uuid)
@@ -3347,15 +3338,15 @@ class Quotas:
                 for login, bucket in shown for member, labels in members.items()
                 if login or getattr(bucket, member)])
         return [
-            family("cmon_proxy_account_requests_total", "Requests of an account by outcome; "
-                   "the empty account is the rest.",
+            family("cmon_proxy_account_requests_total", "Total number of requests by account and "
+                   "outcome; the empty account stands for all others.",
                    requests=(("result", "asked"),), relays=(("result", "relayed"),),
                    stale=(("result", "stale"),), over=(("result", "over_quota"),),
                    refused=(("result", "refused"),)),
-            family("cmon_proxy_account_response_bytes_total", "Bytes of pages sent to an account.",
-                   bytes=()),
-            family("cmon_proxy_account_cpu_seconds_total", "CPU time of the proxy by the account "
-                   "that caused it.", cpu=()),
+            family("cmon_proxy_account_response_bytes_total", "Total size of the pages sent to an "
+                   "account, in bytes.", bytes=()),
+            family("cmon_proxy_account_cpu_seconds_total", "Total CPU time of the proxy in "
+                   "seconds, by the account that caused it.", cpu=()),
         ]
 
 
@@ -3372,7 +3363,7 @@ KEPT_HEADS_BYTES = 8 << 20      # of agents' answers
 LONGEST_KEPT_HEAD = 2048        # bytes; ours have some 200
 KEPT_COPIES_BYTES = 64 << 20    # last pages, for accounts that are over their quota
 MAX_COPY = 1 << 20              # bytes of an uncompressed copy; larger pages are not kept
-KEEP_COPIES_BELOW = 0.9        # fraction of the burst left: others need no copies
+KEEP_COPIES_BELOW = 0.9         # fraction of the burst left; accounts above it need no copies
 _DATE = b"\r\nDate: "
 _DATE_END = len(_DATE) + 29     # RFC 9110 fixes the length of a date
 _PARTIAL = re.compile(r"[a-z0-9_]{1,64}(?:, ?[a-z0-9_]{1,64}){0,63}")
@@ -3447,7 +3438,7 @@ class UpstreamConnection:
     def __init__(self, upstream: Upstream, job: Job, now: float) -> None:
         self.upstream, self.since = upstream, now
         self.job: Job | None = job
-        self.used = False               # has carried an answer
+        self.used = False               # has received an answer
         self._pieces: list[bytes] = []
         self._missing = 0
         self._head = AgentHead(-1)
@@ -3461,7 +3452,7 @@ class UpstreamConnection:
         upstream.all.server.loop.watch(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
-        """The selector's call."""
+        """Called by the selector."""
         if self.connecting:
             self._connected()
             return
@@ -3490,7 +3481,7 @@ class UpstreamConnection:
             return
         self.connecting = False
         self.upstream.all.server.loop.watch(self.socket, selectors.EVENT_READ, self)
-        if self.job is not None:                # one without a job has been closed
+        if self.job is not None:                # without a job it has been closed
             self.send(self.job)
 
     def send(self, job: Job) -> None:
@@ -3503,10 +3494,10 @@ class UpstreamConnection:
             self.upstream.lost(self, reason_of(error))
             return
         if sent != len(job.wire):
-            self.upstream.lost(self, "it does not read requests")
+            self.upstream.lost(self, "it does not read the request")
 
     def _first(self, data: bytes) -> None:
-        """The first bytes of an answer: mostly all of it, with a known head."""
+        """The first bytes of an answer: usually all of it, with a known head."""
         end = data.find(b"\r\n\r\n") + 4
         if end > 4:
             head = self.upstream.all.known_head(data[:end])
@@ -3523,7 +3514,7 @@ class UpstreamConnection:
     def _more(self, data: bytes) -> None:
         self._missing -= len(data)
         if not data or self._missing < 0:
-            self.upstream.lost(self, "it closed the connection in mid-answer")
+            self.upstream.lost(self, "it closed the connection in the middle of an answer")
             return
         self._pieces.append(data)
         if not self._missing:
@@ -3531,7 +3522,7 @@ class UpstreamConnection:
             self.upstream.answered(self, Reply(200, body, *self._head[1:]))
 
     def _read(self, data: bytes) -> None:
-        """The general case: chunks, other header lines, refusals."""
+        """The general case: chunks, unknown header lines, refusals."""
         reader = self._reader
         assert reader is not None
         try:
@@ -3551,7 +3542,7 @@ class UpstreamConnection:
             self, Reply(reader.status, reader.body, head.gzip, head.partial), reader.keep_alive)
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection."""
         self.upstream.all.server.loop.unwatch(self.socket)
         self.socket.close()
 
@@ -3573,8 +3564,8 @@ class Upstream:
         self.probe_after = 0.0
 
     def ask(self, job: Job) -> None:
-        """Send it now, or when a request under way ends; raises Refused at once if the node
-        is known to be silent or too many wait."""
+        """Send it now, or when a request in flight ends; raises Refused if the node is known to be
+        silent or too many requests are waiting."""
         if self.breaker.open:
             raise self.silent()
         if self._admits(job):
@@ -3629,7 +3620,7 @@ class Upstream:
             return
         self._release(job)
         if self.suspect:
-            self._well()
+            self._recovered()
         if keep:
             connection.since = self.all.now()
             self.idle.append(connection)
@@ -3657,7 +3648,7 @@ class Upstream:
                 del self.load[job.owner]
 
     def _next(self) -> None:
-        """Send waiting requests, first of accounts with the fewest under way."""
+        """Send waiting requests; accounts with the fewest in flight go first."""
         self.waiting = [job for job in self.waiting if not job.given_up]
         while self.waiting:
             at = min(range(len(self.waiting)),
@@ -3667,8 +3658,8 @@ class Upstream:
             self._start(self.waiting.pop(at))
 
     def lost(self, connection: UpstreamConnection, why: str) -> None:
-        """A connection has ended, or could not be made. A request lost on a reused connection is
-        retried once."""
+        """A connection has failed or was closed. A request lost on a reused connection is retried
+        once."""
         job = self._taken_from(connection)
         connection.close()
         if connection is self.probing:
@@ -3683,14 +3674,14 @@ class Upstream:
             self._connect(job)
             return
         self._release(job)
-        self._ill(why)
+        self._failed(why)
         job.finish(None, self.silent() if self.breaker.open or connection.connecting else
                    refused("node_error", node=self.uuid, why=why))
         self._next()
 
     def late(self, job: Job) -> None:
-        """Deadline passed: answer the waiters. The slot stays taken until the answer arrives or the
-        connection closes, since the agent is still working on it."""
+        """Deadline passed: answer the waiters. The slot stays in use until the answer arrives or
+        the connection closes, since the agent is still working on it."""
         job.finish(None, refused("deadline", node=self.uuid))
         self.probe()
 
@@ -3703,15 +3694,15 @@ class Upstream:
             self.late(job)
         self._next()
 
-    # whether the node is well
+    # health
 
-    def _well(self) -> None:
+    def _recovered(self) -> None:
         if self.breaker.open:
             log.info("node %s (%s) answers again", self.uuid, self.host)
         self.suspect = False
         self.breaker.succeeded()
 
-    def _ill(self, why: str) -> None:
+    def _failed(self, why: str) -> None:
         if not self.suspect:
             self.failed_at = time.time()
         self.suspect = True
@@ -3745,9 +3736,9 @@ class Upstream:
         self.probing = None
         self.probe_after = self.all.now() + PROBE_SECONDS / 4
         if why is None:
-            self._well()
+            self._recovered()
         else:
-            self._ill(why)
+            self._failed(why)
 
     def sweep(self, now: float) -> bool:
         """Enforce deadlines; False when there is nothing left to watch."""
@@ -3768,7 +3759,8 @@ class Upstream:
         return bool(self.waiting or self.suspect or self.probing is not None)
 
     def close(self) -> None:
-        """The node is gone, silent, or has moved; requests under way may finish."""
+        """Close idle connections: the node is gone, silent or has moved. Requests in flight may
+        finish."""
         for connection in self.idle:
             connection.close()
         self.idle = []
@@ -3782,7 +3774,7 @@ class Upstreams:
         self.server, self.settings, self.random = server, settings, random
         self.now = server.now
         self.by_node: dict[str, Upstream] = {}
-        self.active: set[UpstreamConnection] = set()    # those with a request under way
+        self.active: set[UpstreamConnection] = set()    # those with a request in flight
         self.troubled: set[Upstream] = set()            # those that need the sweep
         self._heads: Cache[bytes, AgentHead] = Cache("agent heads", KEPT_HEADS_BYTES, entry_size)
         registry.caches.append(self._heads)
@@ -3794,7 +3786,7 @@ class Upstreams:
         upstream = self.by_node.get(node.uuid)
         if upstream is None or upstream.address != node.address:
             if node.address is None:
-                raise refused("node_unknown", node=node.uuid)
+                raise refused("node_unknown", node=f"compute node {node.uuid}")
             if upstream is not None:
                 upstream.close()
             upstream = self.by_node[node.uuid] = Upstream(self, node.uuid, node.address)
@@ -3865,21 +3857,21 @@ class Upstreams:
                                  if connection.since >= before]
 
     def families(self) -> list[Family]:
-        """For the admin side."""
+        """Metrics for `admin_listen`."""
         upstreams = sorted(self.by_node.values(), key=lambda upstream: upstream.uuid)
 
         def family(name: str, help_text: str, value: Callable[[Upstream], float]) -> Family:
             return Family(name, GAUGE, help_text, [
                 Sample((("server", upstream.uuid),), value(upstream)) for upstream in upstreams])
         return [
-            family("cmon_proxy_node_up", "Whether the node's agent answers (1) or the breaker is "
-                   "open (0).", lambda upstream: int(not upstream.breaker.open)),
-            family("cmon_proxy_node_in_flight", "Requests the node's agent is working on.",
-                   lambda upstream: upstream.busy),
-            family("cmon_proxy_node_waiting", "Requests waiting for a free slot of the node.",
-                   lambda upstream: len(upstream.waiting)),
-            family("cmon_proxy_node_idle_connections", "Open connections to the node.",
-                   lambda upstream: len(upstream.idle)),
+            family("cmon_proxy_node_up", "Whether the node's agent answers (1) or its circuit "
+                   "breaker is open (0).", lambda upstream: int(not upstream.breaker.open)),
+            family("cmon_proxy_node_in_flight", "Number of requests that the node's agent is "
+                   "working on.", lambda upstream: upstream.busy),
+            family("cmon_proxy_node_waiting", "Number of requests waiting for a free slot of the "
+                   "node.", lambda upstream: len(upstream.waiting)),
+            family("cmon_proxy_node_idle_connections", "Number of idle connections to the node's "
+                   "agent.", lambda upstream: len(upstream.idle)),
         ]
 
 
@@ -3898,10 +3890,10 @@ class Copy(NamedTuple):
             except ClientError:
                 return None
         more = render([
-            single("cmon_quota_limited", GAUGE, "Whether this page is an old copy because the "
+            single("cmon_quota_limited", GAUGE, "Whether this page is an old copy (1) because the "
                    "account is over its quota.", 1),
-            single("cmon_page_age_seconds", GAUGE, "Age of this copy in the proxy; the sample ages "
-                   "in it are as of then.", age)])
+            single("cmon_page_age_seconds", GAUGE, "Age of this copy in seconds; add it to the "
+                   "sample ages on this page.", age)])
         between = b"" if body.endswith(b"\n") else b"\n"
         return Response(200, body + between + more.encode(), PAGE, (("Age", str(age)), *NOSNIFF))
 
@@ -4007,14 +3999,14 @@ def with_headers(status: int, whole: bytes, extra: bytes) -> Prepared:
 
 
 class LastScrape(NamedTuple):
-    """The outcome of the last request for a page."""
+    """Time and outcome of the last request for a page."""
     at: float                   # wall clock
     result: str                 # one of RESULTS
 
 
 class LastScrapes:
-    """The last request for each container's page, by owner, so that a new owner does not see the
-    former owner's."""
+    """The last request for each container's page, by owner: a new owner does not see those of the
+    previous one."""
 
     def __init__(self, clock: Callable[[], float], shared: bool) -> None:
         self._clock, self._shared = clock, shared
@@ -4023,7 +4015,7 @@ class LastScrapes:
         self.results: dict[str, int] = dict.fromkeys(RESULTS, 0)
 
     def note(self, target: Vm | Node, result: str) -> None:
-        """A request for a page has ended."""
+        """Record the outcome of a request for a page."""
         self.results[result] += 1
         if isinstance(target, Vm):
             scrape = LastScrape(self._clock(), result)
@@ -4051,7 +4043,7 @@ class LastScrapes:
                 self._by_owner[owner][uuid] = LastScrape(at, result)
 
     def retain(self, vms: Mapping[str, Vm]) -> None:
-        """When there are too many, drop containers that are gone or have a new owner."""
+        """If there are too many, drop containers that are gone or have a new owner."""
         if sum(map(len, self._by_owner.values())) > 2 * len(vms) + 1000:
             for owner, scrapes in list(self._by_owner.items()):
                 kept = {uuid: scrape for uuid, scrape in scrapes.items()
@@ -4071,7 +4063,7 @@ class FleetRow(NamedTuple):
 
 
 def fleet_families(rows: Sequence[FleetRow], caller: Caller) -> list[Family]:
-    """Why each container is silent, if it is; contacts no node."""
+    """The fleet page: why each silent container is silent. Contacts no node."""
     info: list[Sample] = []
     state: list[Sample] = []
     reachable: list[Sample] = []
@@ -4091,25 +4083,27 @@ def fleet_families(rows: Sequence[FleetRow], caller: Caller) -> list[Family]:
             results += [Sample(instance + (("result", name),), int(name == last.result))
                         for name in RESULTS]
     cert, bucket = caller.grant.identity.cert, caller.bucket
-    limits = bucket.terms
+    limits = bucket.limits
     return [
         Family("cmon_instance_info", GAUGE, "Properties of a container; join by instance.",
                info),
-        Family("cmon_instance_state", GAUGE, "1 for the state that the container is in.", state),
-        Family("cmon_instance_node_reachable", GAUGE, "Whether the agent of its compute node "
-               "answers, as far as this proxy knows.", reachable),
-        Family("cmon_instance_last_scrape_timestamp_seconds", GAUGE, "When its page was last asked "
-               "for through this proxy.", scraped),
-        Family("cmon_instance_last_scrape_result", GAUGE, "1 for the outcome of that.", results),
-        Family("cmon_client_certificate_expiry_timestamp_seconds", GAUGE, "End of the client "
-               "certificate that requested this page.",
+        Family("cmon_instance_state", GAUGE, "State of a container: 1 for the current one, 0 for "
+               "the others.", state),
+        Family("cmon_instance_node_reachable", GAUGE, "Whether the agent of the container's "
+               "compute node answers (1) or not (0).", reachable),
+        Family("cmon_instance_last_scrape_timestamp_seconds", GAUGE, "Timestamp of the last "
+               "request for the container's page.", scraped),
+        Family("cmon_instance_last_scrape_result", GAUGE, "Outcome of the last request for the "
+               "container's page: 1 for the actual one, 0 for the others.", results),
+        Family("cmon_client_certificate_expiry_timestamp_seconds", GAUGE, "Timestamp at which the "
+               "client certificate of this request expires.",
                [] if cert is None else [Sample((("subject", cert.subject),), cert.not_after)]),
-        single("cmon_quota_limit", GAUGE, "Requests a minute that the account may make; no sample: "
-               "no limit.", None if limits.exempt else limits.per_minute),
-        single("cmon_quota_used", GAUGE, "Used part of the burst, from 0 to 1.",
+        single("cmon_quota_limit", GAUGE, "Number of requests a minute that the account may make; "
+               "absent without a limit.", None if limits.exempt else limits.per_minute),
+        single("cmon_quota_used", GAUGE, "Fraction of the burst that is used, from 0 to 1.",
                None if limits.exempt else round(bucket.used, 6)),
-        single("cmon_quota_limited", GAUGE, "Whether the account is over its quota now.",
-               int(bucket.limited)),
+        single("cmon_quota_limited", GAUGE, "Whether the account is over its quota (1) or not "
+               "(0).", int(bucket.limited)),
     ]
 
 
@@ -4129,7 +4123,7 @@ class Caller(NamedTuple):
         return self.grant.identity.header + self.bucket.header()
 
     def frozen(self) -> Caller:
-        """With a copy of the bucket, for other threads to show."""
+        """A copy with its own bucket, for other threads to display."""
         return self._replace(bucket=copy.copy(self.bucket))
 
 
@@ -4141,7 +4135,7 @@ class Waiter(Deferred):
                  work: Relay | Build) -> None:
         super().__init__(deadline, work.expired, work.gone)
         self.caller = caller
-        self.target = target            # the subject of the answer; None: several
+        self.target = target            # what the answer is about; None: several
         work.waiters.append(self)
 
 
@@ -4163,7 +4157,7 @@ class Relay:
         return refused("deadline", node=self.node.uuid).answer()
 
     def gone(self, waiter: Waiter) -> None:
-        """A client no longer waits."""
+        """A client has stopped waiting."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
         if not self.waiters:                # it may be dropped now, so no client may join it
@@ -4172,7 +4166,7 @@ class Relay:
 
 
 class Pages:
-    """Pages of containers and compute nodes: relayed, or the last copy. Belongs to the loop."""
+    """Pages of containers and compute nodes: relayed, or the last copy. Owned by the loop."""
 
     def __init__(self, proxy: Proxy, builder: Builder, registry: Registry) -> None:
         self._proxy, self._builder = proxy, builder
@@ -4206,10 +4200,11 @@ class Pages:
             core = target.core and caller.grant.sees_nodes
             node = inventory.nodes.get(target.server)
             if node is None:
-                raise refused("node_unknown", node=target.server or "of this container")
+                raise refused("node_unknown", node=f"compute node {target.server}"
+                              if target.server else "the container's compute node")
         else:
             node = target
-        if caller.over and caller.bucket.terms.over != "allow":
+        if caller.over and caller.bucket.limits.over != "allow":
             return self._last_copy(request, caller, target, core, now)
         return self._relay(request, caller, target, node, core, now)
 
@@ -4268,7 +4263,7 @@ class Pages:
             del self.relays[relay.key]
 
     def relayed(self, relay: Relay, reply: Reply | None, refusal: Refused | None) -> None:
-        """Answer all waiters; refuse those that have lost access."""
+        """Answer all waiters, except those that have lost access: refuse them."""
         self.forget(relay)
         if reply is not None and (reply.status != 200 or reply.gzip and not relay.packed):
             refusal = agent_refusal(relay, reply)
@@ -4294,22 +4289,24 @@ class Pages:
             identity, bucket = waiter.caller.grant.identity, waiter.caller.bucket
             bucket.relays += 1
             bucket.bytes += len(reply.body)
-            if bucket.soft < bucket.terms.burst * KEEP_COPIES_BELOW and len(reply.body) <= MAX_COPY:
+            if len(reply.body) <= MAX_COPY \
+                    and bucket.soft < bucket.limits.burst * KEEP_COPIES_BELOW:
                 self._copies.put((target.uuid, relay.core), Copy(
                     owner_of(target), reply, self._proxy.server.now()))
             whole = b"".join((start, identity.header, bucket.header(), b"\r\n", reply.body))
             waiter.finish(Prepared(200, whole))
 
     def families(self) -> list[Family]:
-        """For the admin side."""
+        """Metrics for `admin_listen`."""
         return [
-            Family("cmon_proxy_relays_total", COUNTER, "Requests for pages by outcome.",
+            Family("cmon_proxy_relays_total", COUNTER, "Total number of requests for pages, by "
+                   "outcome.",
                    [Sample((("result", name),), count)
                     for name, count in self.scrapes.results.items()]),
-            single("cmon_proxy_relays_shared_total", COUNTER, "Requests that waited for the page "
-                   "of another request.", self.shared),
-            single("cmon_proxy_relays_in_flight", GAUGE, "Pages being requested from agents.",
-                   len(self.relays)),
+            single("cmon_proxy_relays_shared_total", COUNTER, "Total number of requests that "
+                   "joined a request in flight for the same page.", self.shared),
+            single("cmon_proxy_relays_in_flight", GAUGE, "Number of pages being requested from "
+                   "agents.", len(self.relays)),
         ]
 
 
@@ -4329,12 +4326,12 @@ def relay_head(target: Vm | Node, host: str, core: bool, packed: bool, given: fl
 
 
 def agent_refusal(relay: Relay, reply: Reply) -> Refused:
-    """The refusal that an agent's answer stands for, if it is no page that was asked for."""
+    """The refusal for an agent's answer that is not the requested page."""
     if reply.gzip and not relay.packed:
-        return refused("node_error", node=relay.node.uuid, why="it sends gzip that was not asked "
-                       "for")
-    body = b"in gzip" if reply.gzip else reply.body
-    why = body.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "without a word"
+        return refused("node_error", node=relay.node.uuid, why="it sent gzip, which was not "
+                       "requested")
+    body = b"compressed message" if reply.gzip else reply.body
+    why = body.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "no message"
     if reply.status == 404 and isinstance(relay.target, Vm):
         return refused("no_page", uuid=relay.target.uuid, state="not running on its node")
     if reply.status == 503:         # the agent is healthy and explains the refusal
@@ -4358,7 +4355,7 @@ class Build(NamedTuple):
         return refused("too_busy").answer()
 
     def gone(self, waiter: Waiter) -> None:
-        """A client no longer waits."""
+        """A client has stopped waiting."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
 
@@ -4383,7 +4380,7 @@ class Builder:
         self._kept: Cache[object, Built] = Cache("answers", KEPT_ANSWERS_BYTES, entry_size)
         registry.caches.append(self._kept)
         self._building: dict[object, Build] = {}            # by key and version
-        self._queues: dict[str, collections.deque[Build]] = {}      # the first is being made
+        self._queues: dict[str, collections.deque[Build]] = {}      # the first is being built
 
     def clear(self) -> None:
         """Empty the cache: the settings have changed."""
@@ -4442,7 +4439,7 @@ class Builder:
         try:
             built = build_answer(build.version, build.make, build.packed)
         except Exception:
-            log.exception("making %s failed", build.key[0])
+            log.exception("building the answer %s failed", build.key[0])
             built = Built(None, 500, wire(
                 text(500, "internal error; see the log", ("X-Cmon-Error", "internal"))))
         self._proxy.server.loop.call_soon(self._made, build, built)
@@ -4451,7 +4448,7 @@ class Builder:
         """Cache it, answer the waiters, and start the account's next build."""
         self._keep(build.key, built)
         if self._building.get((build.key, build.version)) is not build:
-            return                              # given up: its thread was too late
+            return                              # abandoned: too late
         del self._building[build.key, build.version]
         self._queues[build.account].popleft()
         self._begin(build.account)
@@ -4588,7 +4585,7 @@ class Discovery:
                         for vm, groups in view.seen()]
 
     def fleet(self, request: Request, caller: Caller) -> Answer | Deferred:
-        """The fleet page: why each container is silent, if it is."""
+        """The fleet page: why each silent container is silent."""
         view = self._view(caller, Selection.of(request.query))
         rows, shown = self._fleet(view), caller.frozen()
         return self._answer("fleet", request, caller, view.selection, lambda: Response(
@@ -4605,7 +4602,7 @@ class Discovery:
         nodes: list[Node] = []
         facts: list[tuple[str, str]] = []
         if caller.grant.sees_nodes:
-            nodes, facts = list(proxy.inventory.nodes.values()), proxy.in_words()
+            nodes, facts = list(proxy.inventory.nodes.values()), proxy.facts()
         down = proxy.upstreams.suspects()
 
         def make() -> Response:
@@ -4616,7 +4613,7 @@ class Discovery:
                             max(len(view.vms), len(nodes)))
 
     def container(self, request: Request, caller: Caller, name: str) -> Answer | Deferred:
-        """The page for people of one container, by UUID or alias."""
+        """The HTML page of one container, by UUID or alias."""
         view = self._view(caller, Selection())
         rows, now, shown = self._fleet(view), self._proxy.clock(), caller.frozen()
         host = request.headers.get("host", "")
@@ -4631,7 +4628,7 @@ class Discovery:
         return self._answer("container", request, caller, (name, host), make, len(view.vms))
 
     def machine(self, request: Request, caller: Caller, name: str) -> Answer | Deferred:
-        """The page for people of one compute node, by UUID or host name."""
+        """The HTML page of one compute node, by UUID or host name."""
         if not caller.grant.sees_nodes:
             raise refused("no_such_target")
         proxy, shown = self._proxy, caller.frozen()
@@ -4649,12 +4646,12 @@ class Discovery:
 
 
 def html_answer(page: str) -> Response:
-    """A page for people."""
+    """An HTML page as a response."""
     return Response(200, utf8(page), HTML, PAGE_HEADERS)
 
 
 def page_file(prepared: Prepared, request: Request) -> Prepared:
-    """A file of the page, which browsers may cache for a day."""
+    """A style sheet or script of the pages, which browsers may cache for a day."""
     return with_headers(prepared.status, prepared.form(request.gzip), b"")
 
 
@@ -4688,7 +4685,7 @@ class Proxy:
         server.loop.every(1.0, self._each_second)
 
     def use(self, settings: Settings) -> None:
-        """Apply settings, at start and after a SIGHUP; drop everything derived from old ones."""
+        """Apply settings, at start and after SIGHUP; drop what was derived from the old ones."""
         self.settings = settings
         tls = settings.tls
         self.policy = Policy(tls.client_auth == "ca", tls.allow_sha1, tls.allow_rsa1024,
@@ -4699,8 +4696,6 @@ class Proxy:
         self.pages.use()
         if self.listener is not None:
             self.listener.heads.clear()     # their routes depend on host_prefix
-
-
 
     def routes(self) -> tuple[Route, ...]:
         """The routes for tenants."""
@@ -4750,7 +4745,7 @@ class Proxy:
         if identity is None:
             identity = peer.identity = Identity(peer.certificate)
             peer.certificate = None         # kept in the identity, shared by its clients
-        if identity.refusal is not None:    # shared by requests: must not accumulate tracebacks
+        if identity.refusal is not None:    # shared by requests: do not accumulate tracebacks
             raise identity.refusal.with_traceback(None)
         account = self.directory.find(identity.login, peer.address)
         if isinstance(account, Deferred):          # being looked up; returns here
@@ -4759,7 +4754,7 @@ class Proxy:
         try:
             granted = grant(identity, account, self.policy, self.clock())
         except Refused as refusal:
-            again = self.directory.doubt(identity.login, peer.address) if account is not None \
+            again = self.directory.recheck(identity.login, peer.address) if account is not None \
                 and ("X-Cmon-Error", "unknown_key") in refusal.headers else None
             if again is None:
                 raise
@@ -4770,7 +4765,7 @@ class Proxy:
         if cost.containers != math.inf:
             price += len(self.inventory.owned.get(granted.account.uuid, ())) / cost.containers
         verdict = bucket.take(self.server.now(), price)
-        if verdict != ADMITTED and (verdict == REFUSED or bucket.terms.over == "refuse"):
+        if verdict != ADMITTED and (verdict == REFUSED or bucket.limits.over == "refuse"):
             raise bucket.refusal(verdict == REFUSED)
         if not self.inventory.ready:
             raise refused("inventory_not_ready")
@@ -4778,7 +4773,7 @@ class Proxy:
 
     def _after(self, account: Deferred, action: Action, cost: Cost, request: Request,
                args: Sequence[str]) -> Deferred:
-        """Continue when an account has been looked up."""
+        """Continue the request once the account has been looked up."""
         again = Route("GET", "", functools.partial(self.enter, action, cost))
         outer = Deferred(account.deadline, _accounts_unreachable)
 
@@ -4797,15 +4792,15 @@ class Proxy:
         return outer
 
     def check_again(self, waiter: Waiter) -> None:
-        """Called before a delayed answer is sent; raises Refused if the client has lost access
-        since its request."""
+        """Check before a delayed answer is sent; raises Refused if the client has lost access since
+        its request."""
         before = waiter.caller.grant
         identity, target = before.identity, waiter.target
         account = self.directory.recall(identity.login, before.account)
         granted = grant(identity, account, self.policy, self.clock())
         if granted is not before and (granted.account.uuid, granted.groups, granted.sees_nodes) \
                 != (before.account.uuid, before.groups, before.sees_nodes):
-            raise refused("too_busy")       # its access has changed: let it ask again
+            raise refused("too_busy")       # its access has changed: the client must retry
         if target is None:
             return
         inventory = self.inventory
@@ -4825,7 +4820,7 @@ class Proxy:
             raise refusal
         return text(200, "OK")
 
-    def in_words(self) -> list[tuple[str, str]]:
+    def facts(self) -> list[tuple[str, str]]:
         """The proxy's own state, for operators."""
         inventory = self.inventory
         return [("compute nodes", f"{len(inventory.nodes)}, {len(self.upstreams.suspects())} of "
@@ -4846,26 +4841,23 @@ class Proxy:
             self.upstreams.retain(self.inventory.nodes)
 
     def families(self) -> list[Family]:
-        """For the admin side."""
+        """Metrics for `admin_listen`."""
         age = self.server.now() - self.inventory.confirmed
         states: dict[str, int] = {}
         for vm in self.inventory.vms.values():
             states[vm.state] = states.get(vm.state, 0) + 1
         return [
             *self.pages.families(),
-            single("cmon_proxy_inventory_ready", GAUGE, "Whether an inventory is loaded, recent "
-                   "enough to be trusted.", int(not self.inventory.refusal)),
-            single("cmon_proxy_inventory_age_seconds", GAUGE, "Time since the inventory was last "
-                   "confirmed by its source.", round(age, 3)),
-            Family("cmon_proxy_inventory_vms", GAUGE, "Known containers, by state.",
+            single("cmon_proxy_inventory_ready", GAUGE, "Whether an inventory is loaded and recent "
+                   "enough to be trusted (1) or not (0).", int(not self.inventory.refusal)),
+            single("cmon_proxy_inventory_age_seconds", GAUGE, "Time in seconds since the source "
+                   "last confirmed the inventory.", round(age, 3)),
+            Family("cmon_proxy_inventory_vms", GAUGE, "Number of known containers, by state.",
                    [Sample((("state", name),), count) for name, count in sorted(states.items())]),
-            single("cmon_proxy_inventory_nodes", GAUGE, "Known compute nodes.",
+            single("cmon_proxy_inventory_nodes", GAUGE, "Number of known compute nodes.",
                    len(self.inventory.nodes)),
             *self.upstreams.families(), *self.quotas.families(),
         ]
-
-
-
 
 
 def _is_own_name(host: str) -> bool:
@@ -4897,15 +4889,15 @@ def use_rules() -> str:
 
 
 def framed(main: str, title: str, caller: Caller) -> str:
-    """A complete page around <main>, with account, quota and the script's request rate."""
-    cert, terms = caller.grant.identity.cert, caller.bucket.terms
+    """A complete page around <main>: adds account, quota and the script's request rate."""
+    cert, limits = caller.grant.identity.cert, caller.bucket.limits
     facts = [f"account {html.escape(caller.account.login)}"]
     if cert is not None:
         facts.append(f"certificate until {utc(cert.not_after)[:10]}")
     polls = POLLS_PER_MINUTE
-    if not terms.exempt:
-        polls = min(polls, max(terms.per_minute / 10, 1))
-        facts.append(f"quota {terms.per_minute:g} requests a minute, "
+    if not limits.exempt:
+        polls = min(polls, max(limits.per_minute / 10, 1))
+        facts.append(f"quota {limits.per_minute:g} requests a minute, "
                      f"{100 * caller.bucket.used:.0f} % of the burst used")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}Container Monitor</title>
@@ -4953,7 +4945,7 @@ def people_page(rows: Sequence[FleetRow], first: int, caller: Caller,
 <label>Name <input type="search" name="text"></label>
 <label>Group <select name="group"><option value="">all</option></select></label>
 <label>State <select name="state"><option value="">all</option>\
-<option value="!">in trouble</option></select></label>
+<option value="!">with problems</option></select></label>
 <label>Sort by <select name="sort"></select></label>
 <label>Shown <output></output></label>
 <p class="dim">Charts show the last 15 minutes; dashed lines are limits.</p></form>
@@ -5014,7 +5006,7 @@ def _node_row(node: Node, up: bool) -> str:
 
 
 def _use_table(scope: str) -> str:
-    """The table of names; the script adds values and verdicts."""
+    """A table of metric names; the script adds values and verdicts."""
     cells = ("utilisation", "saturation", "errors")
     rows = [f'<tr><th scope="row">{use.resource}</th>' + "".join([
         f'<td data-cell="{cell}" data-resource="{number}"><span class="verdict"></span><ul>'
@@ -5028,7 +5020,7 @@ def _use_table(scope: str) -> str:
 
 
 def _details(data: str, name: str, facts: Sequence[str], scope: str, uuid: str, rest: str) -> str:
-    """The <main> that a container's and a compute node's page have in common."""
+    """The <main> of a container's or a compute node's page."""
     return f"""<main data-scope="{scope}"{data}{_data(name=name)}>
 <p><a href="/">All containers</a></p>
 <h2 tabindex="-1">{html.escape(name)}</h2>
@@ -5057,7 +5049,7 @@ scrape_configs:
 
 
 def container_page(row: FleetRow, caller: Caller, host: str) -> str:
-    """One container: charts, USE table, what is missing, its scrape configuration."""
+    """The page of a container: charts, USE table, missing metrics, scrape configuration."""
     vm, name = row.vm, _alias(row.vm)
     facts = [vm.state, vm.brand, f"compute node {vm.server[:8] or 'none yet'}",
              f"image {vm.image[:8]}", vm.uuid]
@@ -5074,7 +5066,7 @@ def container_page(row: FleetRow, caller: Caller, host: str) -> str:
 
 
 def node_page(node: Node, up: bool, rows: Sequence[Vm], caller: Caller) -> str:
-    """One compute node, for operators: the same, and its containers."""
+    """The page of a compute node, for operators: the same, with its containers."""
     address = f"agent at {node.address[0]}:{node.address[1]}" if node.address else "no address yet"
     items = "".join([f"<li>{html.escape(_alias(vm))} <span class=\"dim\">{html.escape(vm.state)}"
                      "</span></li>" for vm in rows[:MOST_LISTED]])
@@ -5087,14 +5079,14 @@ def node_page(node: Node, up: bool, rows: Sequence[Vm], caller: Caller) -> str:
 
 
 def page_files() -> Iterator[tuple[str, str]]:
-    """The files that the pages load, by name."""
+    """The files that the pages load: name and content."""
     yield "page.css", compact(BASE_CSS + PAGE_CSS)
     yield "page.js", f"const RULES={use_rules()};\n{compact(PAGE_JS)}"
 
 
 def compact(source: str) -> str:
-    """A style sheet or script without comment lines and indentation. (No text in them spans lines.)
-    """
+    """A style sheet or script without comment lines and indentation; no string in it may span
+    lines."""
     return re.sub(r"(?m)^[ \t]*(//.*)?\n?", "", source)
 
 
@@ -6030,10 +6022,10 @@ setInterval(() => {                         // never move rows under the pointer
 
 # --- workers --------------------------------------------------------------------------------------
 
-# With `workers: N` the first process only holds the listening socket, the admin listener and N
-# processes of this program, which accept on that socket. Four times a second each reports over a
-# socket pair what accounts have used, so that together they enforce one quota, to within what they
-# admit in a quarter of a second.
+# With `workers: N` the first process opens the listening socket, serves the admin listener and
+# starts N workers, which accept on that socket. Four times a second each worker reports over a
+# socket pair what accounts have used: together they enforce one quota, exact to what they admit in
+# a quarter of a second.
 
 FamiliesPage = Callable[[Iterable[Family]], Response]       # made from a whole proxy's metrics
 EXCHANGE_SECONDS = 0.25
@@ -6087,7 +6079,7 @@ class Channel:
             selectors.EVENT_WRITE if self._unsent else 0), self)
 
     def ready(self, mask: int) -> None:
-        """The selector's call."""
+        """Called by the selector."""
         if mask & selectors.EVENT_WRITE:
             self._send()
         if not mask & selectors.EVENT_READ or not self.open:
@@ -6107,7 +6099,7 @@ class Channel:
             self._heard(json.loads(line))
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection."""
         if self.open:
             self.open = False
             self._server.loop.unwatch(self._socket)
@@ -6119,7 +6111,7 @@ class WorkerSide:
 
     def __init__(self, proxy: Proxy, registry: Registry, end: socket.socket) -> None:
         self._proxy, self._registry = proxy, registry
-        # without the first process nothing would replace or stop this one
+        # stop with the first process: nothing else would replace or stop this worker
         self._channel = Channel(proxy.server, end, self._heard, proxy.server.stop)
         proxy.server.loop.every(EXCHANGE_SECONDS, self._tell)
 
@@ -6159,7 +6151,7 @@ class Workers:
         self.restarts = 0
         for number in range(count):
             self._start(number)
-        server.loop.every(0.5, self._look_after)
+        server.loop.every(0.5, self._supervise)
 
     def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()
@@ -6178,14 +6170,14 @@ class Workers:
                           lambda: None)
         self._workers[number] = Worker(process, channel, self._server.now())
 
-    def _look_after(self) -> None:
+    def _supervise(self) -> None:
         if self._server.stopping:
             return
         now = self._server.now()
         for number in range(self._count):
             worker = self._workers.get(number)
             if worker is not None and worker.process.poll() is not None:
-                log.error("worker %d (pid %d) exited with %s: starting a new one", number,
+                log.error("worker %d (pid %d) exited with status %s: starting a new one", number,
                           worker.process.pid, worker.process.returncode)
                 worker.channel.close()
                 del self._workers[number]
@@ -6224,7 +6216,7 @@ class Workers:
             worker.ready for worker in self._workers.values())
 
     def gather(self, own: list[Family], make: FamiliesPage) -> Deferred:
-        """A page about the whole proxy."""
+        """A page made from the metrics of all processes."""
         self._serial += 1
         serial, waiting = self._serial, set(self._workers)
         pages: list[list[Family]] = [own]
@@ -6241,19 +6233,19 @@ class Workers:
         return later
 
     def families(self) -> list[Family]:
-        """For the admin side."""
-        return [single("cmon_proxy_workers", GAUGE, "Running worker processes.",
+        """Metrics for `admin_listen`."""
+        return [single("cmon_proxy_workers", GAUGE, "Number of running worker processes.",
                        len(self._workers)),
-                single("cmon_proxy_worker_restarts_total", COUNTER, "Workers that were replaced.",
-                       self.restarts)]
+                single("cmon_proxy_worker_restarts_total", COUNTER, "Total number of workers that "
+                       "were replaced.", self.restarts)]
 
-    def hang_up(self) -> None:
-        """Make all workers reread their settings."""
+    def reload(self) -> None:
+        """Have all workers reread their settings."""
         for worker in self._workers.values():
             worker.process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
-        """Let all finish their requests, then stop them. Blocks."""
+        """Stop all workers after they finish their requests. Blocks."""
         for worker in self._workers.values():
             if worker.process.poll() is None:
                 worker.process.terminate()
@@ -6290,7 +6282,7 @@ def summed(pages: Iterable[Iterable[Family]]) -> list[Family]:
 
 
 def interpreter_command() -> list[str]:
-    """The interpreter's flags: a worker must not import more than the first process."""
+    """The interpreter with its flags: a worker must not import more than the first process."""
     flags = sys.flags
     return [sys.executable, *[flag for flag, given in (
         ("-I", flags.isolated), ("-s", flags.no_user_site and not flags.isolated),
@@ -6309,8 +6301,8 @@ def metrics_page(families: Iterable[Family]) -> Response:
     return Response(200, render(families).encode(), PAGE)
 
 
-# What operators may ask for at `admin_listen`: each page is made from the metrics of the whole
-# proxy, so that one process and several answer alike.
+# Pages of `admin_listen`, each made from the metrics of all processes: the answer does not depend
+# on the number of workers.
 ADMIN_PAGES: dict[str, FamiliesPage] = {"/metrics": metrics_page}
 
 
@@ -6340,15 +6332,15 @@ class ServerCertificate:
     def __init__(self, proxy: Proxy, listener: Listener) -> None:
         self._proxy, self._listener = proxy, listener
         self._watch = FileWatch(proxy.server.now)
-        self._watch.was_read(self._look(), True)
+        self._watch.was_read(self._state(), True)
         self._problems: list[str] = []
         self._warned = float("inf")
         self.not_after = self._end()
         proxy.server.loop.every(1.0, self.tick)
 
-    def _look(self) -> object:
+    def _state(self) -> object:
         tls = self._proxy.settings.tls
-        return self._watch.look(tls.certificate, tls.key)
+        return self._watch.state_of(tls.certificate, tls.key)
 
     def _end(self) -> int:
         try:
@@ -6358,14 +6350,14 @@ class ServerCertificate:
 
     def tick(self) -> None:
         """Once a second: reload changed files, completely or not at all."""
-        state = self._look()
+        state = self._state()
         if self._watch.is_due(state):
             problems: list[str] = []
             try:
                 self._listener.tls = make_tls(self._proxy.settings)
                 self._warned, self.not_after = float("inf"), self._end()
                 log.info("reloaded the server certificate")
-            except ConfigError as error:       # certificate and key may change one after the other
+            except ConfigError as error:        # the key may be replaced after the certificate
                 problems = error.problems
             self._watch.was_read(state, not problems)
             for problem in problems if problems != self._problems else ():
@@ -6379,13 +6371,13 @@ class ServerCertificate:
                         utc(self.not_after))
 
     def families(self) -> list[Family]:
-        """For the admin side."""
-        return [single("cmon_proxy_server_certificate_expiry_timestamp_seconds", GAUGE, "Expiry of "
-                       "the server's certificate.", self.not_after)]
+        """Metrics for `admin_listen`."""
+        return [single("cmon_proxy_server_certificate_expiry_timestamp_seconds", GAUGE,
+                       "Timestamp at which the server's certificate expires.", self.not_after)]
 
 
 class Place(NamedTuple):
-    """A worker's place: its number, the listening socket and its end of the socket pair."""
+    """A worker's number, and its descriptors of the listening socket and the socket pair."""
     number: int
     listening: int
     channel: int
@@ -6425,7 +6417,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
 
 
 def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server, Workers]:
-    """The first of several processes: it listens, and others serve; raises as `start`."""
+    """Start the first of several processes: it listens, workers serve; raises as `start`."""
     registry = Registry()
     server = Server("proxy", registry)
     register_process_metrics(registry, "proxy")
@@ -6478,14 +6470,15 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
     return lines, warnings
 
 
-# By the old way of authentication a connection may have shown a certificate that the new one would
-# have refused in the handshake.
+# Settings that need a restart. With another `client_auth` or `client_ca`, open connections could
+# have certificates that the new setting rejects in the handshake.
 FIXED = ("listen", "admin_listen", "inventory", "workers")
 FIXED_TLS = ("client_auth", "client_ca")
 
 
 def keep_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
-    """The new settings but for those that need a restart, and which of these have changed."""
+    """The new settings, with old values for those that need a restart, and the names of these that
+    changed."""
     kept = dataclasses.replace(new, tls=dataclasses.replace(
         new.tls, **{name: getattr(old.tls, name) for name in FIXED_TLS}))
     return kept, [name for name in FIXED if getattr(old, name) != getattr(new, name)] + [
@@ -6496,11 +6489,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     open_streams()
     given = list(sys.argv[1:] if argv is None else argv)
-    parser = command_line("cmon_proxy.py", "Serves metrics of zones to the tenants who own them.")
+    parser = command_line("cmon_proxy.py", "Serves the metrics of zones to the tenants who own "
+                          "them.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
     if arguments.config is None:
-        parser.error("--config FILE is needed: it names the certificate and the inventory")
+        parser.error("--config FILE is required: it names the certificate and the inventory")
     place = Place(*map(int, arguments.worker.split(","))) if arguments.worker else None
     running: list[Proxy] = []
     groups: list[Workers] = []
@@ -6529,11 +6523,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def reload(settings: Settings) -> None:
         for workers in groups:
-            workers.hang_up()
+            workers.reload()
         for proxy in running:
             settings, fixed = keep_fixed(proxy.settings, settings)
             if fixed:
-                log.warning("%s: changes need a restart", ", ".join(fixed))
+                log.warning("%s: changes take effect after a restart", ", ".join(fixed))
             context = make_tls(settings)
             if proxy.listener is not None:
                 proxy.listener.tls = context

@@ -320,7 +320,7 @@ def test_over_the_quota_stale_refuses_pages_without_a_copy_and_not_lists(house: 
 def test_a_list_costs_by_its_size(path: str, cost: float, house: Any) -> None:
     world = house(1000, per_minute=60, burst=500)
     world.ask(path)
-    assert world.bucket.soft == 500 - cost and world.bucket.hard < world.bucket.terms.hard_burst
+    assert world.bucket.soft == 500 - cost and world.bucket.hard < world.bucket.limits.hard_burst
 
 
 def test_what_costs_more_than_half_a_burst_costs_half(house: Any) -> None:
@@ -332,9 +332,9 @@ def test_who_becomes_an_operator_is_exempt_from_then_on() -> None:
     quotas = Quotas(QuotaSettings(exempt_operators=True, burst=2), lambda: 0.0)
     account = Account("1", "a", {})
     bucket = quotas.of(account)
-    assert not bucket.terms.exempt
-    assert quotas.of(account._replace(operator=True)) is bucket and bucket.terms.exempt
-    assert not quotas.of(account).terms.exempt
+    assert not bucket.limits.exempt
+    assert quotas.of(account._replace(operator=True)) is bucket and bucket.limits.exempt
+    assert not quotas.of(account).limits.exempt
 
 
 # slots of a node
@@ -597,7 +597,7 @@ def test_a_certificate_that_no_ca_has_signed_stays_refused_when_a_ca_comes(tmp_p
         settings["tls"] |= {"client_auth": "ca", "client_ca": str(TLS / "ca.pem")}
         path.write_text(json.dumps(settings))
         program.signal(signal.SIGHUP)
-        program.wait_for_log("tls.client_auth, tls.client_ca: changes need a restart")
+        program.wait_for_log("tls.client_auth, tls.client_ca: changes take effect after a restart")
         program.wait_for_log("settings were reread")
         assert code(ask()) == "unknown_key"
 

@@ -397,7 +397,7 @@ HOSTILE = [
     ("is locked", None, frame(5, b""), "refused to sign: check with `ssh-add -l`"),
     ("signs with SHA-1", None, frame(14, ssh(ssh(b"ssh-rsa", b"x"))), "a signature of type"),
     ("signs something else", None, frame(14, ssh(ssh(b"rsa-sha2-256", b"x" * 256))),
-     "the signature is not by SHA256:"),
+     "the signature was not made with the key SHA256:"),
 ]
 
 

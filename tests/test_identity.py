@@ -181,12 +181,12 @@ def test_rare_digests_that_are_strong_are_taken(tmp_path: Path, digest: str) -> 
 
 def test_dsa_is_no_key_to_come_in_with(tmp_path: Path) -> None:
     _, der = made(tmp_path, 2048, kind="DSA")
-    with pytest.raises(Refused, match="neither an RSA, ECDSA nor Ed25519 key"):
+    with pytest.raises(Refused, match="not an RSA, ECDSA or Ed25519 key"):
         grant(Identity(der), account("rsa"), Policy(), NOW)
 
 
 @pytest.mark.parametrize("name, words", [
-    ("old_rsa", ("MD5:", "SHA256:", "check that alice, its common name, is your login")),
+    ("old_rsa", ("MD5:", "SHA256:", "check that the common name, alice, is your login")),
     ("new_rsa", ("MD5:", "`ssh-keygen -l -E md5 -f KEY.pub`", "is your login")),
 ])
 def test_who_is_not_known_learns_by_which_key_and_name(name: str, words: Any) -> None:

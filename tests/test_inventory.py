@@ -55,7 +55,7 @@ def test_optional_and_unknown_members(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content, problem", [
-    ("{", "not JSON"), ("[]", "must be an object"), ("{}", "accounts: must be a list"),
+    ("{", "not JSON"), ("[]", "must be an object"), ("{}", "accounts: missing: the file needs"),
     ({"accounts": [], "servers": [], "vms": {}}, "vms: must be a list"),
     ({"accounts": [1], "servers": [], "vms": []}, r"accounts\[0\]: must be an object"),
     ({"accounts": [{"uuid": ALICE}], "servers": [], "vms": []}, r"accounts\[0\]: needs a login"),
@@ -107,7 +107,7 @@ def test_problems_are_reported_up_to_a_limit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, {"accounts": [1] * 3, "servers": [], "vms": [2] * 100})
     assert len(caught.value.problems) == 20
-    assert caught.value.problems[-1].endswith("84 more problems of this kind")
+    assert caught.value.problems[-1].endswith("and 84 more problems")
 
 
 @pytest.mark.parametrize("change, warning", [
@@ -129,7 +129,7 @@ def test_problems_are_reported_up_to_a_limit(tmp_path: Path) -> None:
     (lambda content: content["vms"][0].update(server_uuid=NODE_1[:-1]),
      f"vms[0]: server_uuid '{NODE_1[:-1]}' is not a server in this file: this VM has no page"),
     (lambda content: content["accounts"][1].update(keys=[]),
-     "accounts[1]: the account 'bob' has no keys: nobody can authenticate as it"),
+     "accounts[1]: account 'bob' has no keys: nobody can authenticate as it"),
     (lambda content: content["vms"][0].update(brand=7),
      "vms[0]: brand must be a string, not 7: ignored"),
     (lambda content: content["vms"][0].update(tags="web"),
@@ -137,9 +137,9 @@ def test_problems_are_reported_up_to_a_limit(tmp_path: Path) -> None:
     (lambda content: content["vms"][0].update(state="runing"),
      "vms[0]: unknown state 'runing': treated as running"),
     (lambda content: content["accounts"][1].update(login="b" * 65),
-     "accounts[1]: no certificate can have the login '" + "b" * 58),
+     "accounts[1]: no certificate can contain the login '" + "b" * 58),
     (lambda content: content["accounts"][1].update(uuid=ALICE),
-     "accounts: two logins share this uuid, so both own its VMs"),
+     "accounts: two accounts share a uuid, so both own its VMs"),
 ])
 def test_what_looks_like_a_mistake_is_a_warning(change: Any, warning: str, tmp_path: Path) -> None:
     content = inventory("10.0.0.1")

@@ -61,8 +61,8 @@ def test_terms_without_any_rate() -> None:
 
 
 def test_an_exempt_account_has_no_limit() -> None:
-    terms = quota_limits_of(QuotaSettings(burst=1, per_minute=1), "a", False)._replace(exempt=True)
-    one = QuotaBucket("a", False, terms, 0.0)
+    limits = quota_limits_of(QuotaSettings(burst=1, per_minute=1), "a", False)._replace(exempt=True)
+    one = QuotaBucket("a", False, limits, 0.0)
     assert {one.take(0.0) for _ in range(100)} == {ADMITTED} and not one.limited
     assert one.header() == b""
 
@@ -85,8 +85,8 @@ def test_replicas_keep_to_one_limit(replicas: int, spread: str) -> None:
     """Each admits its share: evenly spread requests get all of the limit, others less, never more
     but for what a share below one is rounded up to."""
     generator = random.Random(replicas)
-    terms = quota_limits_of(QuotaSettings(per_minute=600, burst=70, replicas=replicas), "a", False)
-    ones = [QuotaBucket("a", False, terms, 0.0) for _ in range(replicas)]
+    limits = quota_limits_of(QuotaSettings(per_minute=600, burst=70, replicas=replicas), "a", False)
+    ones = [QuotaBucket("a", False, limits, 0.0) for _ in range(replicas)]
     admitted = 0
     for number in range(30 * 60):               # three times the limit for a minute
         which = {"even": number % replicas, "random": generator.randrange(replicas), "one": 0}
@@ -119,9 +119,9 @@ def test_new_terms_hold_at_once() -> None:
     quotas = Quotas(QuotaSettings(burst=100, exempt_operators=True), lambda: 0.0)
     one, root = quotas.of(Account("1", "a", {})), quotas.of(Account("2", "root", {}, True))
     quotas.reload(QuotaSettings(burst=5, per_minute=1))
-    assert one.soft == 5 and root.terms.exempt is False and root.soft == 5
+    assert one.soft == 5 and root.limits.exempt is False and root.soft == 5
     quotas.reload(QuotaSettings(exempt_operators=True))
-    assert root.terms.exempt and not one.terms.exempt
+    assert root.limits.exempt and not one.limits.exempt
 
 
 def test_the_largest_stand_by_name_and_the_rest_as_one() -> None:

@@ -71,11 +71,11 @@ P256 = base64.b64decode(read("ec.pub").split()[1])
 
 
 @pytest.mark.parametrize("text, problem", [
-    ("", "neither an OpenSSH line nor"),
-    ("ssh-rsa", "neither an OpenSSH line nor"),
+    ("", "neither an OpenSSH public key nor"),
+    ("ssh-rsa", "neither an OpenSSH public key nor"),
     ("ssh-rsa !!!!", "invalid base64"),
-    ("ssh-rsa " + LINE[:-8], "cut off"),
-    ("ssh-rsa " + LINE[:4], "cut off"),
+    ("ssh-rsa " + LINE[:-8], "truncated SSH key"),
+    ("ssh-rsa " + LINE[:4], "truncated SSH key"),
     ("ssh-ed25519 " + LINE, "labelled as another type"),
     ("ssh-dss " + base64.b64encode(b"\0\0\0\7ssh-dss").decode(), "ssh-dss"),
     ("ecdsa-sha2-nistp256 " + base64.b64encode(P256[:-1] + b"\0").decode(), "not on its curve"),
@@ -147,7 +147,7 @@ def test_damaged_certificates_are_refused_or_no_longer_signed() -> None:
     for cut in range(0, len(good), 7):
         with pytest.raises(CertificateError):
             certificate(good[:cut])
-    with pytest.raises(CertificateError, match="extra data after"):
+    with pytest.raises(CertificateError, match="followed by extra data"):
         certificate(good + b"\0")
     with pytest.raises(CertificateError, match="too long"):
         certificate(good + bytes(70_000))

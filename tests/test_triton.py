@@ -748,7 +748,7 @@ class Shelf:
 def desk() -> Any:
     shelf, clock = Shelf(), Clock()
     mahi = Accounts(shelf, clock)  # type: ignore[arg-type]
-    mahi._pool = mahi._strangers = shelf  # type: ignore[assignment]
+    mahi._pool = mahi._unknown_pool = shelf  # type: ignore[assignment]
     return mahi, shelf, clock
 
 
@@ -954,7 +954,7 @@ def test_a_flood_of_strangers_leaves_mahi_to_those_who_are_known() -> None:
     wait_until(lambda: clock.turn() and later.answer)
     assert later.answer is not None and later.answer.status == 200
     go.set()
-    wait_until(lambda: clock.turn() and not accounts._asking)
+    wait_until(lambda: clock.turn() and not accounts._reading)
 
 
 def test_each_address_may_look_up_so_many_unknown_logins(desk: Any) -> None:
@@ -1003,7 +1003,7 @@ def test_nothing_tells_a_known_login_from_an_unknown_one(tmp_path: Path) -> None
     for login, idle in (("nobody", False), ("alice", False), ("alice", True), ("bob", False)):
         world, shelf = World(1), Mahi()
         accounts = Accounts(shelf, world.server)  # type: ignore[arg-type]
-        accounts._pool = accounts._strangers = shelf  # type: ignore[assignment]
+        accounts._pool = accounts._unknown_pool = shelf  # type: ignore[assignment]
         world.proxy.directory = accounts
         certificate = first_certificate(make_certificate(make_key(), login).decode())
         told: list[Any] = []
@@ -1072,7 +1072,7 @@ def test_an_account_in_use_is_kept_fresh_and_one_that_is_not_is_left(desk: Any) 
             assert clock.at < 125 or jobs in ([], [("alice",)])
             shelf.jobs = [job for job in shelf.jobs if job[1][-1] == "alice"]
             for login in ("bob", "root", "dave"):
-                accounts._asking.pop(login, None)
+                accounts._reading.pop(login, None)
             shelf.go()
         assert accounts.find("alice").login == "alice"      # nobody waits
 

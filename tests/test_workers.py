@@ -78,7 +78,7 @@ def test_a_dead_worker_is_replaced(folder: Path) -> None:
         wait_until(lambda: ready(program))
         victim = children(program)[0]
         os.kill(victim, signal.SIGKILL)
-        program.wait_for_log(r"worker \d \(pid \d+\) exited with -9")
+        program.wait_for_log(r"worker \d \(pid \d+\) exited with status -9")
         wait_until(lambda: len(children(program)) == 2 and ready(program))
         assert get(program).status == 200
         assert admin(program)["cmon_proxy_worker_restarts_total"] == 1
@@ -117,7 +117,7 @@ def test_a_worker_killed_under_load_takes_nobody_along_and_revocation_holds_ever
         before = len(answers)
         lost = sum(not alive(connection) for connection in kept)
         wait_until(lambda: len(answers) > before + 50)          # others go on
-        program.wait_for_log("exited with -9")
+        program.wait_for_log("exited with status -9")
         wait_until(lambda: len(children(program)) == 2 and ready(program))
         assert {status for _, status in answers} == {200}
         assert lost < len(kept) and len(broken) <= len(threads) + 2
