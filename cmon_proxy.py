@@ -5187,30 +5187,31 @@ const sum = (...parts) => parts.some(part => part === null) ? null : parts.reduc
 // For each name: kind, help, and the sum, minimum and number of its samples. For the agent's own
 // metrics (cmon_…) also each sample with its labels.
 const parse = text => {
-  const found = {};
+  const families = {};
   for (const line of text.split('\n')) {
     if (line.startsWith('#')) {
-      const [, word, name, kind] = line.split(' ', 4);
-      if (word !== 'TYPE' && word !== 'HELP') continue;
-      const family = found[name] || (found[name] = {sum: 0, least: Infinity, count: 0, own: []});
-      if (word === 'TYPE') family.kind = kind;
-      if (word === 'HELP') family.help = line.slice(8 + name.length);
+      const [, keyword, name, kind] = line.split(' ', 4);
+      if (keyword !== 'TYPE' && keyword !== 'HELP') continue;
+      const family = families[name] ||
+        (families[name] = {sum: 0, least: Infinity, count: 0, samples: []});
+      if (keyword === 'TYPE') family.kind = kind;
+      if (keyword === 'HELP') family.help = line.slice(8 + name.length);
     } else if (line) {
       const end = line.search(/[{ ]/), name = line.slice(0, end);
       const value = Number(line.slice(line.lastIndexOf(' ') + 1));
-      const family = found[name];
+      const family = families[name];
       if (!family || !Number.isFinite(value)) continue;
       family.sum += value;
       family.least = Math.min(family.least, value);
       family.count++;
-      if (name.startsWith('cmon_')) family.own.push([line.slice(end), value]);
+      if (name.startsWith('cmon_')) family.samples.push([line.slice(end), value]);
     }
   }
-  return found;
+  return families;
 };
 
-// A page and the one before it. Each method returns a number, or null if there is none.
-class Look {
+// A page and the one before it. Each method returns a number, or null if there is no value.
+class Reading {
   constructor(page, before, elapsed) {
     this.page = page;
     this.before = before;
@@ -5220,11 +5221,14 @@ class Look {
   now(name) { const family = this.family(name); return family ? family.sum : null; }
   least(name) { const family = this.family(name); return family ? family.least : null; }
   count(name) { const family = this.family(name); return family ? family.count : null; }
-  more(name) {                              // increase of a counter; null after a reset
+  increase(name) {                          // of a counter; null after a reset
     const now = this.family(name), before = this.before && this.before[name];
     return now && before && now.sum >= before.sum ? now.sum - before.sum : null;
   }
-  rate(name) { const more = this.more(name); return more === null ? null : more / this.elapsed; }
+  rate(name) {
+    const increase = this.increase(name);
+    return increase === null ? null : increase / this.elapsed;
+  }
   value(name) {
     const family = this.family(name);
     return family && family.kind === 'counter' ? this.rate(name) : this.now(name);
@@ -5233,26 +5237,26 @@ class Look {
 
 // --- problems: utilisation, saturation and errors, by the rules of the USE table
 
-const shareOf = (use, look) => {
+const shareOf = (use, reading) => {
   if (!use.share.length) return null;
-  const used = look.value(use.share[0]);
-  const whole = use.share.length > 1 ? look.now(use.share[1]) : look.count(use.share[0]);
+  const used = reading.value(use.share[0]);
+  const whole = use.share.length > 1 ? reading.now(use.share[1]) : reading.count(use.share[0]);
   if (used === null || !whole) return null;
   return use.left ? 1 - used / whole : used / whole;
 };
 
-const isTrouble = (name, look) => {
-  if (rules.up.includes(name)) return look.least(name) === 0;
-  const value = look.value(name), from = name in rules.from ? rules.from[name] : 0;
+const isTrouble = (name, reading) => {
+  if (rules.up.includes(name)) return reading.least(name) === 0;
+  const value = reading.value(name), from = name in rules.from ? rules.from[name] : 0;
   return value !== null && from !== null && value > 0 && value >= from;
 };
 
 // For one resource: [level, words] for each cell. Levels: 0 good, 2 warning, 3 bad.
-const judge = (use, look) => {
-  const share = shareOf(use, look);
+const judge = (use, reading) => {
+  const share = shareOf(use, reading);
   const full = share !== null && share >= rules.full;
   const busy = share !== null && share >= rules.busy;
-  const named = cell => use[cell].filter(name => isTrouble(name, look));
+  const named = cell => use[cell].filter(name => isTrouble(name, reading));
   const saturated = named('saturation'), failing = named('errors');
   return {
     utilisation: [full ? 3 : busy ? 2 : 0, full ? use.resource + ' limit reached' :
@@ -5270,61 +5274,63 @@ const LOST = ['net_drops_in_total', 'net_drops_out_total', 'net_errors_in_total'
   'net_errors_out_total'];
 const SERIES = {
   zone: {
-    cpu: {title: 'CPU', show: percent, cap: look => look.now('cpucap_limit_percentage'),
-      of: look => {
-        const used = sum(look.rate('cpu_user_usage'), look.rate('cpu_sys_usage'));
-        return used === null ? look.now('cpucap_cur_usage_percentage') : used / 1e7;
+    cpu: {title: 'CPU', show: percent, cap: reading => reading.now('cpucap_limit_percentage'),
+      of: reading => {
+        const used = sum(reading.rate('cpu_user_usage'), reading.rate('cpu_sys_usage'));
+        return used === null ? reading.now('cpucap_cur_usage_percentage') : used / 1e7;
       }},
-    mem: {title: 'Memory', show: bytes, of: look => look.now('mem_agg_usage'),
-      cap: look => look.now('mem_limit')},
-    swap: {title: 'Swap', show: bytes, of: look => look.now('mem_swap'),
-      cap: look => look.now('mem_swap_limit')},
+    mem: {title: 'Memory', show: bytes, of: reading => reading.now('mem_agg_usage'),
+      cap: reading => reading.now('mem_limit')},
+    swap: {title: 'Swap', show: bytes, of: reading => reading.now('mem_swap'),
+      cap: reading => reading.now('mem_swap_limit')},
     net: {title: 'Network', show: perSecond,
-      of: look => sum(look.rate('net_agg_bytes_in'), look.rate('net_agg_bytes_out'))},
-    disk: {title: 'File I/O', show: perSecond, of: look =>
-      sum(look.rate('vfs_bytes_read_count'), look.rate('vfs_bytes_written_count'))},
+      of: reading => sum(reading.rate('net_agg_bytes_in'), reading.rate('net_agg_bytes_out'))},
+    disk: {title: 'File I/O', show: perSecond, of: reading =>
+      sum(reading.rate('vfs_bytes_read_count'), reading.rate('vfs_bytes_written_count'))},
     lost: {title: 'Network drops and errors', show: rate,
-      of: look => sum(...LOST.map(name => look.rate(name)))},
+      of: reading => sum(...LOST.map(name => reading.rate(name)))},
     retransmitted: {title: 'TCP retransmissions', show: rate,
-      of: look => look.rate('tcp_retransmitted_segment_count')},
-    processes: {title: 'Processes', show: count, of: look => look.now('proc_processes'),
-      cap: look => look.now('proc_processes_limit')},
+      of: reading => reading.rate('tcp_retransmitted_segment_count')},
+    processes: {title: 'Processes', show: count, of: reading => reading.now('proc_processes'),
+      cap: reading => reading.now('proc_processes_limit')},
   },
   node: {
-    cpu: {title: 'CPU', show: percent, cap: () => 100, of: look => {
-      const idle = look.rate('cpu_idle_seconds_total');
+    cpu: {title: 'CPU', show: percent, cap: () => 100, of: reading => {
+      const idle = reading.rate('cpu_idle_seconds_total');
       return idle === null ? null :
-        Math.max(0, 100 - 100 * idle / look.count('cpu_idle_seconds_total'));
+        Math.max(0, 100 - 100 * idle / reading.count('cpu_idle_seconds_total'));
     }},
-    load: {title: 'Load', show: number => number.toFixed(1), of: look => look.now('load_average'),
-      cap: look => look.now('alloc_cpus')},
-    mem: {title: 'Memory', show: bytes, cap: look => look.now('memory_total_bytes'), of: look =>
-      look.now('memory_free_bytes') === null ? null :
-        look.now('memory_total_bytes') - look.now('memory_free_bytes')},
-    disk: {title: 'Disks busy', show: percent, cap: () => 100, of: look => {
-      const busy = look.rate('disk_busy_seconds_total');
-      return busy === null ? null : 100 * busy / look.count('disk_busy_seconds_total');
+    load: {title: 'Load', show: number => number.toFixed(1),
+      of: reading => reading.now('load_average'), cap: reading => reading.now('alloc_cpus')},
+    mem: {title: 'Memory', show: bytes, cap: reading => reading.now('memory_total_bytes'),
+      of: reading => reading.now('memory_free_bytes') === null ? null :
+        reading.now('memory_total_bytes') - reading.now('memory_free_bytes')},
+    disk: {title: 'Disks busy', show: percent, cap: () => 100, of: reading => {
+      const busy = reading.rate('disk_busy_seconds_total');
+      return busy === null ? null : 100 * busy / reading.count('disk_busy_seconds_total');
     }},
     net: {title: 'Network', show: perSecond,
-      of: look => sum(look.rate('link_bytes_in_total'), look.rate('link_bytes_out_total'))},
-    pool: {title: 'Pool', show: bytes, of: look => look.now('zpool_allocated_bytes'),
-      cap: look => look.now('zpool_size_bytes')},
-    soldcpu: {title: 'CPUs sold', show: count, of: look => look.now('alloc_cpu_caps_cpus'),
-      cap: look => look.now('alloc_cpus')},
-    soldmem: {title: 'Memory sold', show: bytes, of: look => look.now('alloc_memory_caps_bytes'),
-      cap: look => look.now('alloc_memory_bytes')},
+      of: reading =>
+        sum(reading.rate('link_bytes_in_total'), reading.rate('link_bytes_out_total'))},
+    pool: {title: 'Pool', show: bytes, of: reading => reading.now('zpool_allocated_bytes'),
+      cap: reading => reading.now('zpool_size_bytes')},
+    soldcpu: {title: 'CPUs sold', show: count, of: reading => reading.now('alloc_cpu_caps_cpus'),
+      cap: reading => reading.now('alloc_cpus')},
+    soldmem: {title: 'Memory sold', show: bytes,
+      of: reading => reading.now('alloc_memory_caps_bytes'),
+      cap: reading => reading.now('alloc_memory_bytes')},
   },
 };
-// Counters that grow in every new sample, and the collector whose age tells when it was taken.
-const MOVES = {zone: ['cpu_user_usage', 'cpu_sys_usage'], node: ['cpu_idle_seconds_total']};
-const DATED = {zone: '"zone_misc"', node: '"cpu_util"'};
+// Counters that grow with every sample, and the collector whose age dates the sample.
+const ALWAYS_GROW = {zone: ['cpu_user_usage', 'cpu_sys_usage'], node: ['cpu_idle_seconds_total']};
+const DATED_BY = {zone: '"zone_misc"', node: '"cpu_util"'};
 
 // --- one container or compute node
 
 const COLUMNS = {
-  zone: {name: 'Container', trouble: 'Trouble', cpu: 'CPU', mem: 'Memory', net: 'Network',
+  zone: {name: 'Container', trouble: 'Problems', cpu: 'CPU', mem: 'Memory', net: 'Network',
     disk: 'Files', lost: 'Drops, errors', age: 'Age'},
-  node: {name: 'Compute node', trouble: 'Trouble', cpu: 'CPU', load: 'Load', mem: 'Memory',
+  node: {name: 'Compute node', trouble: 'Problems', cpu: 'CPU', load: 'Load', mem: 'Memory',
     disk: 'Disks busy', soldcpu: 'CPUs sold', soldmem: 'Memory sold', age: 'Age'},
 };
 const WIDE = ['disk', 'load', 'soldcpu'];   // columns that a phone leaves out
@@ -5334,7 +5340,7 @@ class Target {
   constructor(uuid, scope) {
     Object.assign(this, {uuid, scope, name: '', points: [], caps: {}, seen: new Map(), lost: 0,
       row: null, visible: false, asked: 0, retry: 0, waiting: false, page: null, at: 0, clock: 0,
-      look: null, refusal: '', refusalLevel: 0, partial: ''});
+      reading: null, refusal: '', refusalLevel: 0, partial: ''});
   }
 
   // From the server. data-asks: the target has a page; data-silent: its node does not answer.
@@ -5349,36 +5355,38 @@ class Target {
   take(text, partial) {
     const page = parse(text), now = Date.now(), before = this.page;
     const age = name => {
-      const found = page.cmon_sample_age_seconds &&
-        page.cmon_sample_age_seconds.own.find(([labels]) => labels.includes(name));
-      return found ? found[1] * 1000 : 0;
+      const sample = page.cmon_sample_age_seconds &&
+        page.cmon_sample_age_seconds.samples.find(([labels]) => labels.includes(name));
+      return sample ? sample[1] * 1000 : 0;
     };
-    const at = now - age(DATED[this.scope]), told = page.time_of_day;
+    const at = now - age(DATED_BY[this.scope]), timeOfDay = page.time_of_day;
     // The node's clock when it read the counters, so that rates do not depend on response times.
-    const clock = told && told.count ? told.sum + age('"time"') - age(DATED[this.scope]) : at;
+    const clock = timeOfDay && timeOfDay.count ?
+      timeOfDay.sum + age('"time"') - age(DATED_BY[this.scope]) : at;
     this.refusal = '';
     this.silent = '';
     this.partial = partial;
-    const same = before && at - this.at < 30000 && MOVES[this.scope].every(name =>
+    const same = before && at - this.at < 30000 && ALWAYS_GROW[this.scope].every(name =>
       page[name] && before[name] && page[name].sum === before[name].sum);
     if (before && (same || at <= this.at)) {        // a repeated sample is not a rate of zero
-      this.look = new Look(page, this.look && this.look.before, this.look && this.look.elapsed);
+      const {before, elapsed} = this.reading || {};
+      this.reading = new Reading(page, before, elapsed);
       return;
     }
-    const ours = at - this.at, theirs = clock - this.clock; // if its clock was not set
+    const ours = at - this.at, theirs = clock - this.clock;     // theirs jumps if it is set
     const elapsed = theirs > 0 && Math.abs(theirs - ours) < 5000 + ours / 2 ? theirs : ours;
-    const look = new Look(page, before, elapsed / 1000);
+    const reading = new Reading(page, before, elapsed / 1000);
     const point = {at};
     for (const [name, series] of Object.entries(SERIES[this.scope])) {
-      point[name] = series.of(look);
-      this.caps[name] = series.cap ? series.cap(look) : null;
+      point[name] = series.of(reading);
+      this.caps[name] = series.cap ? series.cap(reading) : null;
     }
     this.points.push(point);
     while (this.points[0].at < now - HOUR) this.points.shift();
-    for (const name of LOST) this.lost += look.more(name) || 0;
-    Object.assign(this, {page, look, at, clock});
+    for (const name of LOST) this.lost += reading.increase(name) || 0;
+    Object.assign(this, {page, reading, at, clock});
     for (const use of rules.use[this.scope] || []) {
-      const cells = judge(use, look);
+      const cells = judge(use, reading);
       for (const cell of CELLS)
         if (cells[cell][0]) this.seen.set(use.resource + ' ' + cell, [cells[cell], now]);
     }
@@ -5389,11 +5397,11 @@ class Target {
     if (this.silent) return [[3, 'compute node does not answer']];
     if (this.refusal) return [[this.refusalLevel, this.refusal]];
     if (!this.asks) return [[0, this.state]];
-    const found = [];
+    const troubles = [];
     for (const [key, [[level, words], at]] of this.seen)
-      if (at < Date.now() - HOLD) this.seen.delete(key); else found.push([level, words]);
-    if (this.partial) found.push([2, 'incomplete: ' + this.partial]);
-    return found.sort((a, b) => b[0] - a[0]);
+      if (at < Date.now() - HOLD) this.seen.delete(key); else troubles.push([level, words]);
+    if (this.partial) troubles.push([2, 'incomplete: ' + this.partial]);
+    return troubles.sort((a, b) => b[0] - a[0]);
   }
   level() { return Math.max(0, ...this.troubles().map(trouble => trouble[0])); }
   words() { return this.troubles().map(trouble => trouble[1]).join('; '); }
@@ -5407,7 +5415,7 @@ class Target {
     const value = this.value(name), cap = this.caps[name];
     return value === null || value === undefined ? -1 : cap ? value / cap : value / 1e15;
   }
-  said(name) {
+  display(name) {
     const value = this.value(name), cap = this.caps[name], show = SERIES[this.scope][name].show;
     if (value === null || value === undefined) return this.points.length ? 'none' : '';
     return cap ? `${show(value)} of ${show(cap)}` : show(value);
@@ -5425,19 +5433,19 @@ const left = () => {
 };
 
 const banner = document.getElementById('banner');
-const say = words => {
+const showBanner = words => {
   banner.hidden = !words;
   if (banner.textContent !== words) banner.textContent = words;
   document.body.classList.toggle('stale', Boolean(words));
 };
 
-const rest = (milliseconds, words) => {
+const pause = (milliseconds, words) => {
   pausedUntil = Date.now() + milliseconds;
-  say(words);
+  showBanner(words);
 };
 
 // The answer, or null if there is none. Handles refusals and failures that concern all requests.
-const ask = async path => {
+const request = async path => {
   sent.push(Date.now());
   inFlight++;
   const stop = new AbortController(), timer = setTimeout(() => stop.abort(), 15000);
@@ -5446,15 +5454,15 @@ const ask = async path => {
     const body = await answer.text();
     failures = unansweredSince = 0;
     if (answer.status === 401 || answer.status === 403)
-      rest(MINUTE, 'The proxy refuses this browser: ' + body.trim());
+      pause(MINUTE, 'The proxy refuses this browser: ' + body.trim());
     else if (answer.status === 429)
-      rest(1000 * Number(answer.headers.get('Retry-After') || 10), 'Paused: ' + body.trim());
-    else if (Date.now() > pausedUntil) say('');
+      pause(1000 * Number(answer.headers.get('Retry-After') || 10), 'Paused: ' + body.trim());
+    else if (Date.now() > pausedUntil) showBanner('');
     return {status: answer.status, body, headers: answer.headers};
   } catch (error) {
     unansweredSince = unansweredSince || Date.now();
-    const pause = Math.min(MINUTE, 2500 * Math.pow(2, failures++));
-    rest(pause, `The proxy has not answered since ${clock(unansweredSince)}. ` +
+    const delay = Math.min(MINUTE, 2500 * Math.pow(2, failures++));
+    pause(delay, `The proxy has not answered since ${clock(unansweredSince)}. ` +
       'The values below are old; retrying automatically.');
     return null;
   } finally {
@@ -5466,7 +5474,7 @@ const ask = async path => {
 const poll = async target => {
   target.asked = Date.now();
   target.waiting = true;
-  const answer = await ask(`/v1/${target.uuid}/metrics`);
+  const answer = await request(`/v1/${target.uuid}/metrics`);
   target.waiting = false;
   if (!answer) return;
   if (answer.status === 200) {
@@ -5490,14 +5498,14 @@ const next = () => {
   const seen = all.filter(target => target.visible);
   const pace = Math.max(shown.uuid ? ONE_PACE : LIST_PACE,
     seen.length * MINUTE / (perMinute * .75));
-  const latest = (some, pause) => some.reduce((best, target) => {
-    const late = target.waiting ? 0 : now - target.asked - Math.max(pause, target.retry);
+  const mostOverdue = (some, interval) => some.reduce((best, target) => {
+    const late = target.waiting ? 0 : now - target.asked - Math.max(interval, target.retry);
     return late > best[0] ? [late, target] : best;
   }, [0, null])[1];
   const spare = open >= perMinute * .25;    // the last quarter is for what is on the screen
-  return open <= 0 ? null : latest(seen.filter(target => !target.asked), 0) ||
-    spare && latest(all.filter(target => !target.asked), 0) || latest(seen, pace) ||
-    spare && latest(all, SLOW_PACE);
+  return open <= 0 ? null : mostOverdue(seen.filter(target => !target.asked), 0) ||
+    spare && mostOverdue(all.filter(target => !target.asked), 0) || mostOverdue(seen, pace) ||
+    spare && mostOverdue(all, SLOW_PACE);
 };
 
 // --- charts
@@ -5540,9 +5548,9 @@ const draw = svg => {
   svg.querySelector('.area').setAttribute('d', area);
   svg.querySelector('.cap').setAttribute('d', cap ? `M0 ${y(cap)}H${WIDTH}` : '');
   const values = points.map(point => point[name]), show = SERIES[target.scope][name].show;
-  svg.most = values.length ? 'highest ' + show(Math.max(...values)) : '';
+  svg.highest = values.length ? 'max. ' + show(Math.max(...values)) : '';
   svg.setAttribute('aria-label', `${SERIES[target.scope][name].title} of ${target.name}: ` +
-    (values.length ? `${target.said(name)}; from ${show(Math.min(...values))} to ` +
+    (values.length ? `${target.display(name)}; from ${show(Math.min(...values))} to ` +
       `${show(Math.max(...values))} in ${span / MINUTE} minutes` : 'no values yet'));
 };
 
@@ -5613,7 +5621,7 @@ const paint = target => {
   for (const cell of row.querySelectorAll('[data-column]')) {
     const name = cell.dataset.column;
     if (name === 'trouble') {
-      put(cell, words || (target.page ? 'none seen' : target.asks ? '…' : target.state));
+      put(cell, words || (target.page ? 'none' : target.asks ? '…' : target.state));
       cell.className = level > 2 ? 'bad' : level > 1 ? 'warn' : 'dim';
     } else if (name === 'lost') {
       put(cell, target.page && target.asks ? count(target.lost) : '');
@@ -5622,7 +5630,7 @@ const paint = target => {
       if (!cell.firstChild)
         cell.append(chart(target, name, FRAME), document.createElement('small'));
       draw(cell.firstChild);
-      put(cell.lastChild, target.said(name));
+      put(cell.lastChild, target.display(name));
     }
   }
 };
@@ -5632,8 +5640,8 @@ const paintAge = target => {
   if (target.at) put(cell, seconds((Date.now() - target.at) / 1000));
 };
 
-const value = (name, look) => {
-  const number = look.value(name), family = look.family(name);
+const value = (name, reading) => {
+  const number = reading.value(name), family = reading.family(name);
   if (number === null) return family ? '…' : 'none';
   if (/nanosecond/.test(family.help)) return (number / 1e9).toFixed(2) + ' s/s';
   const show = /byte|zfs_(used|avail|quota)|mem_(agg|limit|swap)/.test(name) ? bytes : count;
@@ -5642,20 +5650,20 @@ const value = (name, look) => {
 
 const paintOne = target => {
   const {main, figures} = shown;
-  for (const {svg, said, most} of figures) {
+  for (const {svg, current, highest} of figures) {
     draw(svg);
-    put(said, target.said(svg.chart.name));
-    put(most, svg.most);
+    put(current, target.display(svg.chart.name));
+    put(highest, svg.highest);
   }
   const summary = main.querySelector('#summary'), level = target.level();
-  put(summary, target.words() || (target.page ? 'No trouble seen.' : 'Loading …'));
+  put(summary, target.words() || (target.page ? 'No problems found.' : 'Loading …'));
   summary.className = level > 2 ? 'bad' : level > 1 ? 'warn' : 'good';
-  const look = target.look;
-  if (!look) return;
+  const reading = target.reading;
+  if (!reading) return;
   for (const cell of main.querySelectorAll('[data-cell]')) {
     const use = rules.use[target.scope][Number(cell.dataset.resource)];
-    const [level, , detail] = judge(use, look)[cell.dataset.cell];
-    const names = use[cell.dataset.cell], known = names.filter(name => look.family(name));
+    const [level, , detail] = judge(use, reading)[cell.dataset.cell];
+    const names = use[cell.dataset.cell], known = names.filter(name => reading.family(name));
     const verdict = cell.querySelector('.verdict');
     const words = !known.length ? '' :
       cell.dataset.cell !== 'utilisation' ? (level ? 'yes' : 'no') :
@@ -5663,31 +5671,32 @@ const paintOne = target => {
     put(verdict, words);
     verdict.className = 'verdict ' + (level > 2 ? 'bad' : level > 1 ? 'warn' :
       words === 'no limit' ? 'dim' : 'good');
-    cell.parentNode.hidden = !CELLS.some(cell => use[cell].some(name => look.family(name)));
+    cell.parentNode.hidden = !CELLS.some(cell => use[cell].some(name => reading.family(name)));
     cell.querySelectorAll('li').forEach((item, index) => {
-      const name = names[index], family = look.family(name);
+      const name = names[index], family = reading.family(name);
       item.hidden = !family;
       if (!family) return;
       item.title = family.help;
-      put(item, name + ': ' + value(name, look));
+      put(item, name + ': ' + value(name, reading));
     });
   }
-  const own = (name, test) => ((look.page[name] || {own: []}).own).filter(([, number]) =>
-    test(number)).map(([labels, number]) => [labels.split('"')[1], number]);
-  const said = [
-    ...own('cmon_collector_up', number => number === 0).map(([name]) =>
+  const samples = (name, test) => ((reading.page[name] || {samples: []}).samples)
+    .filter(([, number]) => test(number))
+    .map(([labels, number]) => [labels.split('"')[1], number]);
+  const missing = [
+    ...samples('cmon_collector_up', number => number === 0).map(([name]) =>
       `${name}: the agent cannot read it; see the agent's log or web page`),
-    ...own('cmon_sample_age_seconds', number => number > 60).map(([name, age]) =>
+    ...samples('cmon_sample_age_seconds', number => number > 60).map(([name, age]) =>
       `${name}: last read ${seconds(age)} ago`),
-    ...Object.keys(look.page).filter(name => name.endsWith('_metrics_available_boolean') &&
-      look.now(name) === 0).map(name => name.replace('_metrics_available_boolean', '') +
+    ...Object.keys(reading.page).filter(name => name.endsWith('_metrics_available_boolean') &&
+      reading.now(name) === 0).map(name => name.replace('_metrics_available_boolean', '') +
       ': not available on this ' + (target.scope === 'zone' ? 'container' : 'node')),
-    ...rules.use[target.scope].filter(use => use.share.length > 1 && !look.family(use.share[1]) &&
-      look.family(use.share[0])).map(use => `${use.resource}: no limit is set (${use.share[1]})`),
+    ...rules.use[target.scope].filter(({share}) => share.length > 1 && !reading.family(share[1]) &&
+      reading.family(share[0])).map(use => `${use.resource}: no limit is set (${use.share[1]})`),
   ];
-  if (!said.length) said.push('Nothing.');
+  if (!missing.length) missing.push('Nothing.');
   const list = main.querySelector('#missing');
-  if (list.textContent !== said.join('')) list.replaceChildren(...said.map(words => {
+  if (list.textContent !== missing.join('')) list.replaceChildren(...missing.map(words => {
     const item = document.createElement('li');
     item.textContent = words;
     return item;
@@ -5731,7 +5740,7 @@ const adopt = (main, fresh) => {
 // --- the overview: sort, filter, summary
 
 const form = () => shown.main.querySelector('form');
-let sortBy = 'trouble', upwards = false, touched = 0;
+let sortBy = 'trouble', upwards = false;
 
 const ranked = () => {
   const rank = {trouble: t => t.level() * 2 + (t.asks ? 1 : 0), age: t => t.at ? -t.at : -Infinity,
@@ -5771,17 +5780,18 @@ const summarise = () => {
   if (shown.uuid) return;
   const all = [...targets.values()].filter(target => target.row);
   const known = all.filter(target => target.page || target.refusal || !target.asks).length;
-  const ill = all.filter(target => target.level() > 1).sort((a, b) => b.level() - a.level());
+  const troubled = all.filter(target => target.level() > 1).sort((a, b) => b.level() - a.level());
   const summary = shown.main.querySelector('#summary');
-  const named = ill.slice(0, matchMedia('(max-width: 44rem)').matches ? 5 : 12);
-  const words = (ill.length ? `${ill.length} of ${all.length} need attention. ` : '') +
+  const named = troubled.slice(0, matchMedia('(max-width: 44rem)').matches ? 5 : 12);
+  const words = (troubled.length ? `${troubled.length} of ${all.length} need attention. ` : '') +
     (known < all.length ? `Loaded ${known} of ${all.length} …` :
-      ill.length ? '' : 'No trouble seen.');
+      troubled.length ? '' : 'No problems found.');
   const lines = named.map(target => `${target.name}\n${target.words()}`);
   const key = words + lines.join('\n');
   if (summary.key === key) return;
   summary.key = key;
-  summary.className = ill.some(target => target.level() > 2) ? 'bad' : ill.length ? 'warn' : 'good';
+  summary.className = troubled.some(target => target.level() > 2) ? 'bad' :
+    troubled.length ? 'warn' : 'good';
   const list = document.createElement('ul');
   for (const target of named) {
     const item = document.createElement('li'), link = document.createElement('a');
@@ -5791,8 +5801,9 @@ const summarise = () => {
     list.append(item);
   }
   summary.replaceChildren(words, list);
-  if (named.length < ill.length) summary.append(`and ${ill.length - named.length} more, below`);
-  document.title = (ill.length ? `(${ill.length}) ` : '') + 'Container Monitor';
+  const hidden = troubled.length - named.length;
+  if (hidden) summary.append(`and ${hidden} more, below`);
+  document.title = (troubled.length ? `(${troubled.length}) ` : '') + 'Container Monitor';
 };
 
 // Sort buttons: one replaces the first heading, the others follow the existing headings.
@@ -5841,11 +5852,11 @@ const renew = async first => {
   for (let path = home, rows = 0, whole = true; ; ) {
     let page = document;
     if (!first || path !== home) {
-      const answer = left() > 0 ? await ask(path) : null;
+      const answer = left() > 0 ? await request(path) : null;
       if (!answer || answer.status !== 200) break;
       page = new DOMParser().parseFromString(answer.body, 'text/html');
     }
-    const more = page.querySelector('a[rel=next]');
+    const nextLink = page.querySelector('a[rel=next]');
     for (const row of page.querySelectorAll('tr[data-uuid]')) present.add(row.dataset.uuid);
     if (page !== document) adopt(page.querySelector('main'), true);
     for (const facts of path === home ? ['header .facts', '#proxy'] : []) {
@@ -5853,8 +5864,8 @@ const renew = async first => {
       if (old && now && old !== now) old.replaceWith(now);
     }
     rows = present.size;
-    if (more && rows < MOST_ROWS) { path = more.getAttribute('href'); continue; }
-    whole = !more;
+    if (nextLink && rows < MOST_ROWS) { path = nextLink.getAttribute('href'); continue; }
+    whole = !nextLink;
     for (const target of whole ? targets.values() : [])
       if (!present.has(target.uuid)) {
         if (target.row) target.row.remove();
@@ -5880,7 +5891,7 @@ const openOne = main => {
   const charts = main.querySelector('.charts'), figures = [];
   for (const name of Object.keys(SERIES[scope])) {
     const figure = document.createElement('figure'), caption = document.createElement('figcaption');
-    const svg = chart(target, name, HOUR), said = document.createElement('b');
+    const svg = chart(target, name, HOUR), current = document.createElement('b');
     const axis = document.createElement('div');
     axis.className = 'axis';
     for (const words of ['60 min ago', '40', '20', 'now']) {
@@ -5888,12 +5899,12 @@ const openOne = main => {
       tick.textContent = words;
       axis.append(tick);
     }
-    const most = document.createElement('small');
+    const highest = document.createElement('small');
     svg.setAttribute('tabindex', '0');
-    caption.append(SERIES[scope][name].title, most, said);
+    caption.append(SERIES[scope][name].title, highest, current);
     figure.append(caption, svg, axis);
     charts.append(figure);
-    figures.push({svg, said, most});
+    figures.push({svg, current, highest});
   }
   shown = {main, uuid, figures};
   const copy = main.querySelector('#copy');
@@ -5942,9 +5953,9 @@ let list = null, scrolled = 0;
 const go = async path => {
   let main = path === '/' ? list : null;
   if (!main) {
-    const answer = await ask(path);
+    const answer = await request(path);
     if (!answer || answer.status !== 200) {
-      if (answer) say(answer.body.trim());
+      if (answer) showBanner(answer.body.trim());
       return false;
     }
     main = new DOMParser().parseFromString(answer.body, 'text/html').querySelector('main');
