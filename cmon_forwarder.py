@@ -2167,7 +2167,8 @@ class Never(Exception):
 
 
 def retry_after(value: str, now: float) -> float | None:
-    """Seconds that a Retry-After asks for, bounded; None if it is not valid."""
+    """Seconds that a Retry-After asks for, bounded; None if it is not valid or is now or past: a
+    sink with another clock, or one that always says 0, still gets pauses that grow."""
     try:
         if re.fullmatch(r"[0-9]{1,9}", value.strip()):
             seconds = float(value)
@@ -2175,7 +2176,7 @@ def retry_after(value: str, now: float) -> float | None:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
-    return min(max(seconds, 0.0), MOST_RETRY_AFTER)
+    return min(seconds, MOST_RETRY_AFTER) if seconds > 0 else None
 
 
 class HttpTransport:
@@ -2465,7 +2466,10 @@ class FileTransport:
                 while view:
                     view = view[os.write(self._file, view):]
             except OSError:
-                os.ftruncate(self._file, size)
+                try:
+                    os.ftruncate(self._file, size)
+                except OSError:
+                    self.close()            # _open() takes the torn line away
                 raise
         except OSError as error:
             raise Later(f"{self.path}: {reason_of(error)}", records) from None

@@ -483,8 +483,9 @@ def test_check_config_reaches_the_proxy_and_every_sink(tmp_path: Path, keep: Kee
 
 
 @pytest.mark.parametrize("value, seconds", [
-    ("5", 5), ("0", 0), ("999999", 3600), ("Thu, 01 Jan 1970 00:01:40 GMT", 90),
-    ("Thu, 01 Jan 1970 00:00:01 GMT", 0), ("soon", None), ("", None), ("-5", None), ("1e9", None)])
+    ("5", 5), ("0", None), ("999999", 3600), ("Thu, 01 Jan 1970 00:01:40 GMT", 90),
+    ("Thu, 01 Jan 1970 00:00:01 GMT", None), ("soon", None), ("", None), ("-5", None),
+    ("1e9", None)])
 def test_retry_after_is_read(value: str, seconds: float | None) -> None:
     assert retry_after(value, 10.0) == seconds
 

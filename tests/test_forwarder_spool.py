@@ -489,6 +489,26 @@ def test_a_line_that_a_crash_has_cut_off_is_taken_away(tmp_path: Path, before: b
     assert path.read_bytes() == after
 
 
+def test_a_line_that_a_full_disk_has_cut_off_and_that_stays_is_taken_away_later(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "samples.log"
+    transport = FileTransport(with_defaults(SinkSettings(type="file", path=path)))
+    transport.send([b'{"name": "a"}'])
+    write = os.write
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", lambda file, view: write(file, view[:11]) if len(view) > 14
+                     else full())
+        disk.setattr(os, "ftruncate", full)
+        with pytest.raises(Later, match="no space left"):
+            transport.send([b'{"name": "bbbbbbb"}'])
+    transport.send([b'{"name": "c"}'])
+    transport.close()
+    assert path.read_bytes() == b'{"name": "a"}\n{"name": "c"}\n'
+
+
 def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "report"
     path.write_bytes(b"a\nno newline at its end")

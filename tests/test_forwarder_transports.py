@@ -472,7 +472,8 @@ def test_halves_of_a_batch_keep_its_order(tmp_path: Path, keep: Keep) -> None:
 def test_pauses_grow_and_retry_after_is_obeyed(tmp_path: Path, keep: Keep,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     server = keep(HttpSink())
-    server.answers = [500, 500, 500, (429, "Retry-After: 7\r\n"), (503, "Retry-After: x\r\n")]
+    server.answers = [500, 500, 500, (429, "Retry-After: 7\r\n"), (503, "Retry-After: x\r\n"),
+                      (429, "Retry-After: 0\r\n")]
     delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
                         tmp_path, 1 << 20, random=lambda: 0.5)
     pauses: list[float] = []
@@ -482,7 +483,7 @@ def test_pauses_grow_and_retry_after_is_obeyed(tmp_path: Path, keep: Keep,
     wait_until(lambda: delivery.sent == 1)
     delivery.stop()
     delivery.join(10)
-    assert pauses == [1.0, 2.0, 4.0, 7.05, 16.0]
+    assert pauses == [1.0, 2.0, 4.0, 7.05, 16.0, 32.0]
 
 
 def test_settings_that_change_back_leave_the_pauses(tmp_path: Path, keep: Keep,
