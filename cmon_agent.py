@@ -8219,7 +8219,7 @@ class Running:
     def reload(self, settings: Settings) -> None:
         """Use new settings; raises ConfigError for one that needs a restart."""
         assert self._scraper is not None and self._settings is not None
-        fixed = [name for name in ("listen", "libkstat", "vminfod") if
+        fixed = [name for name in ("listen", "libkstat", "vminfod", "sysinfo_file") if
                  getattr(settings, name) != getattr(self._settings, name)]
         if fixed:
             raise ConfigError(f"{', '.join(fixed)}: cannot change while the agent runs: restart it")

@@ -6490,8 +6490,9 @@ FIXED_TLS = ("client_auth", "client_ca")
 def keep_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     """The new settings, with old values for those that need a restart, and the names of these that
     changed."""
-    kept = dataclasses.replace(new, tls=dataclasses.replace(
-        new.tls, **{name: getattr(old.tls, name) for name in FIXED_TLS}))
+    kept = dataclasses.replace(
+        new, **{name: getattr(old, name) for name in FIXED}, tls=dataclasses.replace(
+            new.tls, **{name: getattr(old.tls, name) for name in FIXED_TLS}))
     return kept, [name for name in FIXED if getattr(old, name) != getattr(new, name)] + [
         f"tls.{name}" for name in FIXED_TLS if getattr(old.tls, name) != getattr(new.tls, name)]
 

@@ -2,6 +2,7 @@
 """What one tenant tries against the others, and what a node tries that lies."""
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -23,8 +24,9 @@ from agents import (
     NODE_1, TLS, Agent, client_tls, inventory, proxy, proxy_config, uuid, vm, write_inventory)
 from cmon_agent import Deferred, Peer, Refused, Request, reused, wire
 from cmon_proxy import (
-    Account, AuthorizedKey, Certificates, Copy, Quotas, QuotaSettings, Reply,
-    Saved, Snapshot, Vm, by_owner, first_certificate, make_certificate, make_key, vm_of)
+    Account, AuthorizedKey, Certificates, Copy, InventorySettings, QuotaSettings, Quotas, Reply,
+    Saved, Settings, Snapshot, TlsSettings, Vm, by_owner, first_certificate, keep_fixed,
+    make_certificate, make_key, vm_of)
 from support import ROOT, Connection, Program, respond, wait_until
 from test_proxy import code, connect, get, page
 from test_relay import Running
@@ -578,6 +580,15 @@ def test_new_settings_hold_for_requests_that_were_seen_before(tmp_path: Path) ->
         assert code(ask()) == "unknown_host"
         assert connection.request("/v1/discover", {"Host": "metrics.test"}).status == 200
     agent.close()
+
+
+def test_settings_that_need_a_restart_are_those_that_differ_from_what_runs() -> None:
+    running = Settings(TlsSettings(Path("x"), Path("y")), InventorySettings())
+    asked = dataclasses.replace(running, listen="127.0.0.1:1", workers=2)
+    kept, fixed = keep_fixed(running, asked)
+    assert (kept, fixed) == (running, ["listen", "workers"])
+    assert keep_fixed(kept, asked)[1] == ["listen", "workers"]      # told again
+    assert keep_fixed(kept, running)[1] == []
 
 
 def test_a_certificate_that_no_ca_has_signed_stays_refused_when_a_ca_comes(tmp_path: Path) -> None:
