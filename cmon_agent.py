@@ -96,17 +96,17 @@ __all__ = [     # what the other programs import
     "Backoff", "BASE_CSS", "begin_connect", "Breaker",
     "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line",
     "command_settings", "CommandLine", "complain",
-    "ConfigError", "COUNTER",
+    "ConfigError", "Connection", "COUNTER",
     "Deferred",
     "ExpositionError",
-    "Family",
+    "Fallback", "Family",
     "GAUGE", "gunzip", "gzip",
-    "HISTOGRAM", "HTML", "http_date",
-    "is_address", "is_ip",
+    "HANDSHAKE", "HISTOGRAM", "HTML", "http_date",
+    "IDLE", "is_address", "is_ip",
     "JSON",
-    "label_text", "Labels", "LEVELS", "Listener", "log", "Loop",
+    "label_text", "Labels", "LEVELS", "Limits", "Listener", "listening_socket", "log", "Loop",
     "MAX_BODY", "MAX_JSON_BYTES", "metadata",
-    "network_of", "Number", "number",
+    "Number", "number",
     "one_of", "open_streams",
     "PAGE", "page_headers", "page_row", "page_table", "parse", "parse_address", "plain_page",
     "Pool", "prepare", "Prepared", "printing",
@@ -304,12 +304,6 @@ def is_ip(value: Any) -> bool:
         except (OSError, TypeError, ValueError):
             continue
     return False
-
-
-def network_of(address: str) -> str:
-    """The part of an IP address that one machine cannot choose."""
-    return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex() \
-        if ":" in address else address
 
 
 def admin_address(sysinfo: Any) -> str | None:
@@ -4397,15 +4391,10 @@ class Limits:
     body_bytes: int = 65_536
     head_seconds: float = 10.0      # from a request's first byte to its last
     idle_seconds: float = 360.0     # longer than the 300 s for which Prometheus keeps connections
-    stranger_seconds: float = 10.0  # idle over TLS, and not let in by the application
-    share: float = 0.25             # of all connections, for strangers from one address, and
-                                    # when there are no more, for each authorized group
     write_seconds: float = 30.0     # for a client to read its answer
     unsent_bytes: int = 128 << 20   # of all answers that clients have not read yet
-    handshake_seconds: float = 10.0
     empty_reads: int = 100          # in a row: TLS records without data cost the peer nothing
     workers: int = 8                # threads for handlers that may block
-    handshakes: int = 2             # threads for TLS handshakes
     grace_seconds: float = 10.0     # at shutdown, for requests in flight
 
 
@@ -4881,16 +4870,11 @@ class Listener:
     """A listening socket with its routes."""
 
     def __init__(self, server: Server, listening: socket.socket, routes: Sequence[Route],
-                 tls: ssl.SSLContext | None, name: str, fallback: Fallback | None,
-                 on_handshake: Callable[[ssl.SSLSocket], None] | None) -> None:
+                 name: str, fallback: Fallback | None) -> None:
         self.server, self.socket, self.name = server, listening, name
-        self.tls = tls                      # of new connections
-        self.on_handshake = on_handshake
         self.router = Router(routes, fallback)
         self.heads: Cache[bytes, _Head] = Cache(f"{name} request heads", HEADS_BYTES, _head_size)
         self.address: tuple[str, int] = listening.getsockname()[:2]
-
-
 
     def ready(self, _mask: int) -> None:
         """Called by the loop: accept connections."""
@@ -4912,9 +4896,8 @@ class Listener:
         return head
 
 
-
-
-# States of a connection, and what leads from one to the next:
+# States of a connection, and what leads from one to the next (HANDSHAKE is of TLS, which the proxy
+# adds):
 #
 #     HANDSHAKE --done--> IDLE --bytes--> READING --whole head--> BUSY --answer--> WRITING
 #                         ^ |                                     ^ |                |
@@ -4925,34 +4908,29 @@ class Listener:
 # also after the last answer. BUSY has no limit of its own: its answer has a deadline.
 IDLE, HANDSHAKE, READING, BUSY, WRITING = range(5)
 STATE_NAMES = ("idle", "handshake", "reading", "busy", "writing")
-_STATE_LIMITS = {HANDSHAKE: "handshake_seconds", READING: "head_seconds",
-                 WRITING: "write_seconds"}      # of Limits; IDLE has two, see `overdue`
+_STATE_LIMITS = {IDLE: "idle_seconds", READING: "head_seconds", WRITING: "write_seconds"}
 _AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One client connection, from `finish_request` on. All its methods but `shake` run in the loop.
+    """One client connection, from `finish_request` on. All its methods run in the loop.
 
     `setup` and `handle` are socketserver's hooks. The loop calls for each further step, so `handle`
     returns immediately and `finish` has nothing to do.
     """
-    __slots__ = ("request", "client_address", "server", "connection", "peer", "group",
-                 "_listener", "_buffer", "state", "since", "_head", "_rest", "_keep", "_events",
-                 "_deferred", "_end", "_empty", "_wanted")
+    __slots__ = ("request", "client_address", "server", "connection", "peer", "_listener",
+                 "_buffer", "state", "since", "_head", "_rest", "_keep", "_events", "_deferred",
+                 "_end", "_empty", "_wanted")
     server: Server
 
     def setup(self) -> None:
-        """Make the socket non-blocking, and a TLS one where the listener has TLS."""
+        """Make the socket non-blocking."""
         self._listener = listener = self.server.accepting
         self.connection = self.request
         self.connection.setblocking(False)
         if self.connection.family != getattr(socket, "AF_UNIX", None):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if listener.tls is not None:
-            self.connection = listener.tls.wrap_socket(self.connection, server_side=True,
-                                                       do_handshake_on_connect=False)
         self.peer = Peer(str(self.client_address), listener.name)
-        self.group = ""                 # as the peer's, when the last answer was sent
         self._buffer = b""              # of an incomplete request, or of the next one
         self.state = IDLE               # or one of the others above
         self.since = self.server.now()  # when this state began
@@ -4966,13 +4944,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._wanted = 0                # bytes of a request whose head is complete
 
     def handle(self) -> None:
-        """Begin, with the handshake if there is TLS."""
+        """Begin."""
         self.server.joined(self)
-        if self._listener.tls is not None:
-            self._enter(HANDSHAKE)
-            self.server.shake(self)
-        else:
-            self._wait_for(selectors.EVENT_READ)
+        self._wait_for(selectors.EVENT_READ)
 
     def finish(self) -> None:
         """Does nothing: the connection lives until `close`."""
@@ -4983,10 +4957,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Called by the loop: the socket can be read or written."""
         if self.state == WRITING:
             self._send(self._rest)
-            return
-        if self.state == HANDSHAKE:
-            self._wait_for(0)
-            self.server.shake(self)
             return
         try:
             received = self.connection.recv(READ_SIZE)
@@ -5104,8 +5074,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if head is None:                   # closed meanwhile
             return
         self._head = None
-        if self.group != self.peer.group:
-            self.server.regroup(self)
         now = self.server.now()
         head.stats.count(answer.status, now - self.since)
         self.since = now
@@ -5156,57 +5124,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     # life
 
-    def shake(self) -> None:
-        """In a worker: one step of the handshake, which never blocks."""
-        wanted: int | Exception = 0
-        try:
-            typing.cast(ssl.SSLSocket, self.connection).do_handshake()
-        except ssl.SSLWantReadError:
-            wanted = selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            wanted = selectors.EVENT_WRITE
-        except (OSError, ValueError) as error:
-            wanted = error
-        self.server.loop.call_soon(self._shaken, wanted)
-
-    def _shaken(self, wanted: int | Exception) -> None:
-        if isinstance(wanted, Exception):
-            self.server.shook("failed")
-            log.debug("no TLS with %s: %r", self.peer.address, str(wanted)[:200])
-            if getattr(wanted, "reason", "") == "HTTP_REQUEST":
-                self._say_tls()
-            self.close()
-        elif wanted:
-            self._wait_for(wanted)
-        else:
-            tls = typing.cast(ssl.SSLSocket, self.connection)
-            try:
-                if self._listener.on_handshake is not None:
-                    self._listener.on_handshake(tls)
-                self.peer.certificate = tls.getpeercert(True)
-            except OSError as error:
-                self._shaken(error)
-                return
-            self.server.shook("done")
-            self.state = IDLE
-            self.since = self.server.now()
-            self._wait_for(selectors.EVENT_READ)
-            self.ready(selectors.EVENT_READ)        # the request often comes with the last step
-
-    def _say_tls(self) -> None:
-        """Answer plain HTTP on a TLS port."""
-        plain = socket.socket(fileno=self.connection.detach())
-        try:
-            plain.send(wire(text(400, "this port speaks TLS: use https://"), close=True))
-        except OSError:
-            pass                            # not deliverable, as with any other server
-        plain.close()
-
     def overdue(self, now: float) -> None:
         """Close it when its state has lasted too long."""
-        name = _STATE_LIMITS.get(self.state)
-        if self.state == IDLE:
-            name = "stranger_seconds" if self.is_stranger else "idle_seconds"
+        name = self.limit
         if name and not self.is_working \
                 and now - self.since > getattr(self.server.limits, name):
             if name != "idle_seconds":
@@ -5225,15 +5145,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close()
 
     @property
-    def is_stranger(self) -> bool:
-        """Whether the application has not let its peer in. Without TLS nobody is a stranger."""
-        return not self.group and self._listener.tls is not None
+    def limit(self) -> str:
+        """The limit of the present state, by its name in Limits; "": none."""
+        return _STATE_LIMITS.get(self.state, "")
 
     @property
     def is_working(self) -> bool:
-        """Whether a handler or a handshake step is in progress. Closing the descriptor under a
-        handshake step would let it read from the next connection with that number."""
-        return self.state == BUSY or (self.state == HANDSHAKE and not self._events)
+        """Whether it must not be closed now: a handler is at work for it."""
+        return self.state == BUSY
 
     def _enter(self, state: int) -> None:
         self.state = state
@@ -5253,12 +5172,27 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._wait_for(0)
             if deferred is not None and deferred.on_cancel is not None:
                 deferred.on_cancel(deferred)
-            if isinstance(self.connection, ssl.SSLSocket) and self.state != HANDSHAKE:
-                try:
-                    self.connection.unwrap()   # sends close_notify, does not wait for theirs
-                except (OSError, ValueError):
-                    pass                    # the peer is gone, or has not answered
             self.server.close_request(self.connection)
+
+
+ListenerType = TypeVar("ListenerType", bound=Listener)
+
+
+def listening_socket(address: tuple[str, int] | socket.socket) -> socket.socket:
+    """A socket that listens on an address, or one that does so already; raises OSError."""
+    if isinstance(address, socket.socket):
+        listening = address
+    else:
+        try:
+            listening = socket.create_server(
+                address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
+                backlog=BACKLOG)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {address[0]}:{address[1]}: "
+                          + (error.strerror or str(error)).partition(" (while")[0].lower()
+                          ) from None
+    listening.setblocking(False)
+    return listening
 
 
 class Reload(NamedTuple):
@@ -5272,7 +5206,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     An idle connection costs 0.6 kB in the loop (22 kB with TLS), and 31 kB (100 kB) with a thread;
     10,000 threads reserve 80 GB of address space, and 64 that are active have a p99 of 100 ms
-    instead of 5. Threads, in bounded number, are for what may block: handshakes and `spawn`.
+    instead of 5. Threads, in bounded number, are for what may block: `spawn`.
 
     The hooks: `get_request` accepts, `verify_request` holds the limits, `process_request` hands the
     connection to the loop where the mix-in starts a thread, `finish_request` makes a Connection,
@@ -5289,15 +5223,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.listeners: list[Listener] = []
         self.accepting: Listener        # the one that accepts right now
         self.connections: set[Connection] = set()
-        # Connections over TLS, oldest first: those that the application has not let in, by network;
-        # the others by group.
-        self._strangers: dict[str, dict[Connection, None]] = {}
-        self._groups: dict[str, dict[Connection, None]] = {}
         self._timed: set[Connection] = set()        # in a state with a limit of seconds
         self._parked: dict[Connection, float] = {}  # with a deferred answer -> its deadline
         self.stopping = False
         self._workers = Pool(f"{program}-worker", limits.workers)
-        self._shakers = Pool(f"{program}-tls", limits.handshakes, limits.connections)
         self._done = threading.Event()
         self._ticking = 0                           # the timer for `_tick`, or 0 …
         self._ticks = math.inf                      # … and when it fires
@@ -5310,7 +5239,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.reload = Reload(True, time.time())
         self._registry = registry
         self._refusals: dict[str, int] = {}
-        self._handshakes: dict[str, int] = {}
         self._accepted = 0
         self._stats: dict[str, _Stats] = {}         # by the route's pattern
         self._durations = Histogram(
@@ -5320,27 +5248,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.loop.every(5.0, self._sweep_idle)
 
     def listen(self, address: tuple[str, int] | socket.socket, routes: Sequence[Route],
-               tls: ssl.SSLContext | None = None, name: str = "main",
-               fallback: Fallback | None = None,
-               on_handshake: Callable[[ssl.SSLSocket], None] | None = None) -> Listener:
+               name: str = "main", fallback: Fallback | None = None) -> Listener:
         """Listen on one more address, or on a socket that listens already; raises OSError.
 
-        `fallback` is asked first and must be a pure function of the request's bytes. `on_handshake`
-        sees each connection after its TLS handshake; it may refuse it by OSError.
+        `fallback` is asked first and must be a pure function of the request's bytes.
         """
-        if isinstance(address, socket.socket):
-            listening = address
-        else:
-            try:
-                listening = socket.create_server(
-                    address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
-                    backlog=BACKLOG)
-            except OSError as error:
-                raise OSError(error.errno, f"cannot listen on {address[0]}:{address[1]}: "
-                              + (error.strerror or str(error)).partition(" (while")[0].lower()
-                              ) from None
-        listening.setblocking(False)
-        listener = Listener(self, listening, routes, tls, name, fallback, on_handshake)
+        return self.add(Listener(self, listening_socket(address), routes, name, fallback))
+
+    def add(self, listener: ListenerType) -> ListenerType:
+        """Accept connections of one more listener."""
         self.listeners.append(listener)
         self._registry.caches.append(listener.heads)
         self._resume(listener)
@@ -5385,7 +5301,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             connection.close()
         self._close_listeners()
         self._workers.close()
-        self._shakers.close()
         self.loop.close()
 
     def _wind_up(self) -> None:
@@ -5433,13 +5348,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return accepted, reused(str(address[0])) if address else ""
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Enforce the limits on strangers from one address and on all connections."""
-        most = self.most_connections()
-        if self.accepting.tls is not None and len(self._strangers.get(
-                network_of(client_address), ())) >= max(most * self.limits.share, 1):
-            self.refused("stranger_share")
-            return False
-        if len(self.connections) >= most:
+        """Enforce the limit on all connections."""
+        if len(self.connections) >= self.most_connections():
             self.refused("connections")
             return self._make_room()
         return True
@@ -5467,51 +5377,27 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             owner.close()
 
     def _make_room(self) -> bool:
-        """Close a few connections: the longest inactive of a group that has more than its share,
-        the oldest strangers of the network that has most of them, or without strangers the longest
-        idle. Returns whether there is room."""
-        count = 1 + len(self.connections) // 1024       # one search makes room for several
-        group = max(self._groups.values(), key=len, default={})
-        if len(group) > max(self.most_connections() * self.limits.share, 1):
-            victims = heapq.nsmallest(count, group, key=operator.attrgetter("since"))
-        elif self._strangers:
-            crowd = max(self._strangers.values(), key=len)
-            victims = [connection for connection in crowd if not connection.is_working][:count]
-        else:
-            victims = heapq.nsmallest(
-                count, (connection for connection in self.connections if connection.state == IDLE),
-                key=operator.attrgetter("since"))
+        """Close a few connections, so that one search makes room for several; returns whether
+        there is room."""
+        victims = self.victims(1 + len(self.connections) // 1024)
         for connection in victims:
             connection.close()
         return bool(victims)
 
+    def victims(self, count: int) -> Sequence[Connection]:
+        """Connections to close where others want their places: the longest idle."""
+        return heapq.nsmallest(
+            count, (connection for connection in self.connections if connection.state == IDLE),
+            key=operator.attrgetter("since"))
+
     def joined(self, connection: Connection) -> None:
         """A connection has begun."""
         self.connections.add(connection)
-        if connection.is_stranger:
-            self._strangers.setdefault(network_of(connection.peer.address), {})[connection] = None
-
-    def regroup(self, connection: Connection) -> None:
-        """Its peer has been authorized, or is not any more."""
-        self._leave(connection)
-        connection.group = connection.peer.group
-        if connection.group:
-            self._groups.setdefault(connection.group, {})[connection] = None
-        else:
-            self.joined(connection)
-
-    def _leave(self, connection: Connection) -> None:
-        among, name = (self._groups, connection.group) if connection.group else (
-            self._strangers, network_of(connection.peer.address))
-        others = among.get(name)
-        if others is not None and others.pop(connection, self) is None and not others:
-            del among[name]
 
     def forget(self, connection: Connection) -> bool:
         """Remove a closed connection; returns whether it was still open."""
         known = connection in self.connections
         self.connections.discard(connection)
-        self._leave(connection)
         self._timed.discard(connection)
         self._parked.pop(connection, None)
         self.released(connection)
@@ -5537,16 +5423,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def released(self, connection: Connection) -> None:
         """Its answer is sent, or it is closed."""
         self._unsent_bytes -= self._unsent.pop(connection, 0)
-
-    def shake(self, connection: Connection) -> None:
-        """Take the next step of a handshake in a worker."""
-        if not self._shakers.submit(connection.shake):
-            self.refused("handshakes")
-            connection.close()
-
-    def shook(self, result: str) -> None:
-        """Count a handshake."""
-        self._handshakes[result] = self._handshakes.get(result, 0) + 1
 
     def refused(self, limit: str) -> None:
         """Count what a limit has refused."""
@@ -5627,8 +5503,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._durations.family(),
             Family(f"{prefix}_connections", GAUGE, "Open connections by state.", labelled(
                 "state", {name: states[state] for state, name in enumerate(STATE_NAMES)})),
-            single(f"{prefix}_strangers", GAUGE, "TLS connections whose client is not authorized.",
-                   sum(map(len, self._strangers.values()))),
             single(f"{prefix}_unsent_bytes", GAUGE, "Size of the answers that clients have not "
                    "read yet.", self._unsent_bytes),
             single(f"{prefix}_connections_limit", GAUGE, "Limit of open connections.",
@@ -5637,8 +5511,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                    self._accepted),
             Family(f"{prefix}_limit_refusals_total", COUNTER, "What a limit has refused or closed.",
                    labelled("limit", self._refusals)),
-            Family(f"{prefix}_tls_handshakes_total", COUNTER, "TLS handshakes by result.",
-                   labelled("result", self._handshakes)),
         ]
 
 

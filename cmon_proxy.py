@@ -37,9 +37,11 @@ import difflib
 import functools
 import gc
 import hashlib
+import heapq
 import html
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -67,14 +69,15 @@ if sys.version_info < (3, 9):       # one line instead of a traceback
 try:
     # The agent must run as a single file, so it contains the shared kit.
     from cmon_agent import (
-        BASE_CSS, COUNTER, GAUGE, HTML, JSON, PAGE, SHORTEST_TIMEOUT, USE, USE_BUSY, USE_FROM,
-        USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker, Cache, Client, ClientError,
-        ConfigError, Deferred, Family, Labels, Listener, Loop, Pool, Prepared, Refused, Registry,
-        Request, Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least,
+        BASE_CSS, COUNTER, GAUGE, HANDSHAKE, HTML, IDLE, JSON, PAGE, SHORTEST_TIMEOUT, USE,
+        USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker,
+        Cache, Client, ClientError, ConfigError, Connection, Deferred, Fallback, Family,
+        Labels, Limits, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
+        Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least,
         begin_connect, call, command_line, command_settings, complain, gunzip, http_date,
-        is_address, is_ip, log, network_of, one_of, open_streams, page_headers, parse_address,
-        plain_page, prepare, read_json, reason_of, register_process_metrics, render, reused,
-        run_daemon, scrape_deadline, setting, single, text, wire)
+        is_address, is_ip, listening_socket, log, one_of, open_streams, page_headers,
+        parse_address, plain_page, prepare, read_json, reason_of, register_process_metrics,
+        render, reused, run_daemon, scrape_deadline, setting, single, text, wire)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
@@ -1126,6 +1129,241 @@ def server_context(certificate_file: str, key_file: str,
     library.SSL_CTX_set_ciphersuites(
         pointer, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
     return context
+
+
+# -- connections over TLS
+
+def network_of(address: str) -> str:
+    """The part of an IP address that one machine cannot choose."""
+    return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex() \
+        if ":" in address else address
+
+
+@dataclass(frozen=True)
+class TlsLimits(Limits):
+    """Limits of the server, with those of connections over TLS."""
+    handshake_seconds: float = 10.0
+    handshakes: int = 2             # threads for handshakes
+    stranger_seconds: float = 10.0  # idle, and not let in by the application
+    share: float = 0.25             # of all connections, for strangers from one address, and
+                                    # when there are no more, for each authorized group
+
+
+class TlsListener(Listener):
+    """A listening socket whose clients speak TLS."""
+
+    def __init__(self, server: Server, listening: socket.socket, routes: Sequence[Route],
+                 name: str, fallback: Fallback | None, tls: ssl.SSLContext,
+                 on_handshake: Callable[[ssl.SSLSocket], None] | None) -> None:
+        super().__init__(server, listening, routes, name, fallback)
+        self.tls = tls                  # of new connections
+        self.on_handshake = on_handshake
+
+
+class TlsConnection(Connection):
+    """A connection of a TlsServer, over TLS if its listener is. All its methods but `shake` run in
+    the loop. The handshake is parked between its steps, each of which a worker takes."""
+    __slots__ = ("group", "_tls")
+    server: TlsServer
+
+    def setup(self) -> None:
+        """Make the socket non-blocking, and a TLS one where the listener has TLS."""
+        super().setup()
+        self.group = ""                 # as the peer's, when the last answer was sent
+        listener = self.server.accepting
+        self._tls = listener if isinstance(listener, TlsListener) else None
+        if self._tls is not None:
+            self.connection = self._tls.tls.wrap_socket(self.connection, server_side=True,
+                                                        do_handshake_on_connect=False)
+
+    def handle(self) -> None:
+        """Begin, with the handshake if there is TLS."""
+        if self._tls is None:
+            super().handle()
+            return
+        self.server.joined(self)
+        self.server.regroup(self)
+        self._enter(HANDSHAKE)
+        self.server.shake(self)
+
+    def ready(self, mask: int) -> None:
+        """Called by the loop: the socket can be read or written."""
+        if self.state == HANDSHAKE:
+            self._wait_for(0)
+            self.server.shake(self)
+        else:
+            super().ready(mask)
+
+    def shake(self) -> None:
+        """In a worker: one step of the handshake, which never blocks."""
+        wanted: int | Exception = 0
+        try:
+            self.connection.do_handshake()
+        except ssl.SSLWantReadError:
+            wanted = selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            wanted = selectors.EVENT_WRITE
+        except (OSError, ValueError) as error:
+            wanted = error
+        self.server.loop.call_soon(self._shaken, wanted)
+
+    def _shaken(self, wanted: int | Exception) -> None:
+        if isinstance(wanted, Exception):
+            self.server.shook("failed")
+            log.debug("no TLS with %s: %r", self.peer.address, str(wanted)[:200])
+            if getattr(wanted, "reason", "") == "HTTP_REQUEST":
+                self._say_tls()
+            self.close()
+        elif wanted:
+            self._wait_for(wanted)
+        else:
+            try:
+                if self._tls is not None and self._tls.on_handshake is not None:
+                    self._tls.on_handshake(self.connection)
+                self.peer.certificate = self.connection.getpeercert(True)
+            except OSError as error:
+                self._shaken(error)
+                return
+            self.server.shook("done")
+            self.state = IDLE
+            self.since = self.server.now()
+            self._wait_for(selectors.EVENT_READ)
+            self.ready(selectors.EVENT_READ)        # the request often comes with the last step
+
+    def _say_tls(self) -> None:
+        """Answer plain HTTP on a TLS port."""
+        plain = socket.socket(fileno=self.connection.detach())
+        try:
+            plain.send(wire(text(400, "this port speaks TLS: use https://"), close=True))
+        except OSError:
+            pass                            # not deliverable, as with any other server
+        plain.close()
+
+    def _deliver(self, answer: Answer) -> None:
+        if self.group != self.peer.group and self._head is not None:    # None: it is closed
+            self.server.regroup(self)
+        super()._deliver(answer)
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the application has not let its peer in. Without TLS nobody is a stranger."""
+        return not self.group and self._tls is not None
+
+    @property
+    def limit(self) -> str:
+        """The limit of the present state, by its name in TlsLimits; "": none."""
+        if self.state == HANDSHAKE:
+            return "handshake_seconds"
+        return "stranger_seconds" if self.state == IDLE and self.is_stranger else super().limit
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a handler or a handshake step is in progress. Closing the descriptor under a
+        handshake step would let it read from the next connection with that number."""
+        return super().is_working or (self.state == HANDSHAKE and not self._events)
+
+    def close(self) -> None:
+        """Close it; may be called more than once."""
+        if self in self.server.connections:
+            self.server.ungroup(self)
+            if self._tls is not None and self.state != HANDSHAKE:
+                try:
+                    self.connection.unwrap()    # sends close_notify, does not wait for theirs
+                except (OSError, ValueError):
+                    pass                    # the peer is gone, or has not answered
+        super().close()
+
+
+class TlsServer(Server):
+    """The kit's server for clients over TLS too, of whom strangers must not displace tenants."""
+    limits: TlsLimits
+
+    def __init__(self, program: str, registry: Registry, limits: TlsLimits = TlsLimits(),
+                 now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(program, registry, limits, now)
+        self.RequestHandlerClass = TlsConnection
+        # Connections over TLS, oldest first: those that the application has not let in, by network;
+        # the others by group.
+        self._strangers: dict[str, dict[TlsConnection, None]] = {}
+        self._groups: dict[str, dict[TlsConnection, None]] = {}
+        self._shakers = Pool(f"{program}-tls", limits.handshakes, limits.connections)
+        self._handshakes: dict[str, int] = {}
+        registry.collect(self._tls_families)
+
+    def listen_tls(self, address: tuple[str, int] | socket.socket, routes: Sequence[Route],
+                   tls: ssl.SSLContext, fallback: Fallback | None = None,
+                   on_handshake: Callable[[ssl.SSLSocket], None] | None = None) -> TlsListener:
+        """As `listen`, for clients over TLS. `on_handshake` sees each connection after its
+        handshake; it may refuse it by OSError."""
+        return self.add(TlsListener(self, listening_socket(address), routes, "main", fallback, tls,
+                                    on_handshake))
+
+    def server_close(self) -> None:
+        """Close all sockets; the threads end after their current job."""
+        super().server_close()
+        self._shakers.close()
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Enforce the limits on strangers from one address and on all connections."""
+        if isinstance(self.accepting, TlsListener) and len(self._strangers.get(
+                network_of(client_address), ())) >= self._most_of_one():
+            self.refused("stranger_share")
+            return False
+        return super().verify_request(request, client_address)
+
+    def _most_of_one(self) -> float:
+        return max(self.most_connections() * self.limits.share, 1)
+
+    def victims(self, count: int) -> Sequence[Connection]:
+        """Connections to close where others want their places: the longest inactive of a group that
+        has more than its share, the oldest strangers of the network that has most of them, or
+        without strangers the longest idle."""
+        group = max(self._groups.values(), key=len, default={})
+        if len(group) > self._most_of_one():
+            return heapq.nsmallest(count, group, key=operator.attrgetter("since"))
+        if self._strangers:
+            crowd = max(self._strangers.values(), key=len)
+            return [connection for connection in crowd if not connection.is_working][:count]
+        return super().victims(count)
+
+    def regroup(self, connection: TlsConnection) -> None:
+        """It is new, or its peer has been authorized, or is not any more."""
+        self.ungroup(connection)
+        connection.group = connection.peer.group
+        among, name = self._place_of(connection)
+        among.setdefault(name, {})[connection] = None
+
+    def ungroup(self, connection: TlsConnection) -> None:
+        """It is closed, or changes its group."""
+        among, name = self._place_of(connection)
+        others = among.get(name)
+        if others is not None and others.pop(connection, self) is None and not others:
+            del among[name]
+
+    def _place_of(self, connection: TlsConnection
+                  ) -> tuple[dict[str, dict[TlsConnection, None]], str]:
+        return (self._groups, connection.group) if connection.group else (
+            self._strangers, network_of(connection.peer.address))
+
+    def shake(self, connection: TlsConnection) -> None:
+        """Take the next step of a handshake in a worker."""
+        if not self._shakers.submit(connection.shake):
+            self.refused("handshakes")
+            connection.close()
+
+    def shook(self, result: str) -> None:
+        """Count a handshake."""
+        self._handshakes[result] = self._handshakes.get(result, 0) + 1
+
+    def _tls_families(self) -> list[Family]:
+        prefix = f"cmon_{self._program}_http"
+        return [
+            single(f"{prefix}_strangers", GAUGE, "TLS connections whose client is not authorized.",
+                   sum(map(len, self._strangers.values()))),
+            Family(f"{prefix}_tls_handshakes_total", COUNTER, "TLS handshakes by result.",
+                   [Sample((("result", result),), count)
+                    for result, count in self._handshakes.items()]),
+        ]
 
 # --- identity -------------------------------------------------------------------------------------
 
@@ -4673,7 +4911,7 @@ class Proxy:
         self._builder = Builder(self, registry)
         self.pages = Pages(self, self._builder, registry)
         self.discovery = Discovery(self, self._builder)
-        self.listener: Listener | None = None
+        self.listener: TlsListener | None = None
         kept = (("Cache-Control", "max-age=86400"), *NOSNIFF)
         types = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
         self._css, self._js = (
@@ -6340,7 +6578,7 @@ def landing(_request: Request) -> Answer:
 class ServerCertificate:
     """Reloads the server's certificate when its files change, and warns before it expires."""
 
-    def __init__(self, proxy: Proxy, listener: Listener) -> None:
+    def __init__(self, proxy: Proxy, listener: TlsListener) -> None:
         self._proxy, self._listener = proxy, listener
         self._watch = FileWatch(proxy.server.now)
         self._watch.was_read(self._state(), True)
@@ -6398,7 +6636,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
     """Build everything and listen; raises ConfigError and OSError."""
     context = make_tls(settings)
     registry = Registry()
-    server = Server("proxy", registry)
+    server = TlsServer("proxy", registry)
     register_process_metrics(registry, "proxy")
     proxy = Proxy(settings, server, registry, random.random)
     source: FileSource | TritonSource
@@ -6412,8 +6650,8 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
     source.start()
 
     def listen(address: tuple[str, int] | socket.socket) -> None:
-        proxy.listener = server.listen(address, proxy.routes(), context, "main", proxy.by_host,
-                                       handshake_hook(context, proxy.policy.by_ca))
+        proxy.listener = server.listen_tls(address, proxy.routes(), context, proxy.by_host,
+                                           handshake_hook(context, proxy.policy.by_ca))
         registry.collect(ServerCertificate(proxy, proxy.listener).families)
     if place is not None:
         WorkerSide(proxy, registry, socket.socket(fileno=place.channel))
@@ -6423,7 +6661,7 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
     listen(parse_address(settings.listen))
     if settings.admin_listen is not None:
         server.listen(parse_address(settings.admin_listen), admin_routes(
-            lambda page: page(registry.families()), proxy.is_ready), None, "admin")
+            lambda page: page(registry.families()), proxy.is_ready), "admin")
     return server, proxy
 
 
@@ -6432,7 +6670,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
     registry = Registry()
     server = Server("proxy", registry)
     register_process_metrics(registry, "proxy")
-    listener = server.listen(parse_address(settings.listen), (), None, "main")
+    listener = server.listen(parse_address(settings.listen), ())
     server.loop.unwatch(listener.socket)
     # the path as a separate argument: `-I` and `-s` keep their effect on the script's folder
     workers = Workers(server, settings.workers, listener.socket,
@@ -6444,7 +6682,7 @@ def start_workers(settings: Settings, arguments: Sequence[str]) -> tuple[Server,
                 raise refused("inventory_not_ready")
             return text(200, "OK")
         server.listen(parse_address(settings.admin_listen), admin_routes(
-            lambda page: workers.gather(registry.families(), page), ready), None, "admin")
+            lambda page: workers.gather(registry.families(), page), ready), "admin")
     return server, workers
 
 

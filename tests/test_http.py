@@ -26,11 +26,10 @@ from support import Connection, http_get, respond, samples, wait_until
 import cmon_agent
 from cmon_agent import (
     PAGE, Answer, Deferred, Limits, Loop, Peer, Refused, Registry, Request, Response, Route, Router,
-    Server, _header_fields, network_of, parse_head, prepare, render, scrape_deadline, text,
-    wire)
+    Server, _header_fields, parse_head, prepare, render, scrape_deadline, text, wire)
 from cmon_proxy import (
-    _library, after_handshake, ask_for_any_certificate, check_any_certificate, make_certificate,
-    make_key, server_context)
+    TlsLimits, TlsServer, _library, after_handshake, ask_for_any_certificate,
+    check_any_certificate, make_certificate, make_key, network_of, server_context)
 
 BIG = b"# a comment that repeats itself\n" * 400
 
@@ -134,9 +133,9 @@ def test_a_prepared_answer_is_what_would_be_sent_anyway() -> None:
 
 # --- with sockets ---
 
-LIMITS = Limits(connections=40, head_bytes=2000, header_count=20, body_bytes=100, workers=2,
-                head_seconds=0.3, idle_seconds=30.0, write_seconds=0.5, handshake_seconds=0.3,
-                grace_seconds=5.0, share=1.0)
+LIMITS = TlsLimits(
+    connections=40, head_bytes=2000, header_count=20, body_bytes=100, workers=2, head_seconds=0.3,
+    idle_seconds=30.0, write_seconds=0.5, handshake_seconds=0.3, grace_seconds=5.0, share=1.0)
 
 
 UNSENT = "cmon_agent_http_unsent_bytes"
@@ -146,13 +145,14 @@ SHED = 'cmon_agent_http_limit_refusals_total{limit="unsent_bytes"}'
 class Served:
     """A server in a thread, with what its handlers wait for."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None, limits: Limits = LIMITS) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, limits: TlsLimits = LIMITS) -> None:
         self.go = threading.Event()
         self.cancelled = threading.Event()
         self.inside = threading.Semaphore(0)
         self.laters: list[Deferred] = []
         self.registry = Registry()
-        self.server = Server("agent", self.registry, limits)
+        self.server = TlsServer("agent", self.registry, limits) if tls else Server(
+            "agent", self.registry, limits)
         page = prepare(Response(200, BIG, PAGE))
         routes = (*PLAIN,
                   Route("GET", "/page", lambda request: page),
@@ -165,7 +165,9 @@ class Served:
                   Route("GET", "/who", lambda request: text(200, repr(request.peer.certificate))),
                   Route("GET", "/own", lambda request: Response(
                       200, render(self.registry.families()).encode(), PAGE)))
-        self.listener = self.server.listen(("127.0.0.1", 0), routes, tls)
+        self.listener = self.server.listen_tls(("127.0.0.1", 0), routes, tls) \
+            if tls is not None and isinstance(self.server, TlsServer) else \
+            self.server.listen(("127.0.0.1", 0), routes)
         self.address = self.listener.address
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
@@ -672,14 +674,14 @@ def letting_in(request: Request) -> Answer:
 
 
 @pytest.fixture()
-def crowded(pems: Path) -> Iterator[Callable[..., tuple[Server, Any]]]:
+def crowded(pems: Path) -> Iterator[Callable[..., tuple[TlsServer, Any]]]:
     """A TLS server with room for few; `/` lets its client in."""
-    servers: list[Server] = []
+    servers: list[TlsServer] = []
 
-    def start(**limits: Any) -> tuple[Server, Any]:
-        server = Server("agent", Registry(), Limits(**limits))
+    def start(**limits: Any) -> tuple[TlsServer, Any]:
+        server = TlsServer("agent", Registry(), TlsLimits(**limits))
         servers.append(server)
-        listener = server.listen(("127.0.0.1", 0), [
+        listener = server.listen_tls(("127.0.0.1", 0), [
             Route("GET", "/", letting_in), Route("GET", "/who", lambda request: text(200, "?"))],
             server_context(str(pems / "localhost.pem"), str(pems / "localhost.key")))
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -760,7 +762,7 @@ def test_who_is_not_let_in_any_more_is_a_stranger_again(crowded: Any, pems: Path
     with Connection(address, client(pems, "alice"), "localhost") as connection:
         for group, strangers in (("a", 0), ("b", 0), ("", 1), ("a", 0)):
             assert connection.request(f"/?as={group}").status == 200
-            page = render(server._families())
+            page = render(server._tls_families())
             assert f"cmon_agent_http_strangers {strangers}\n" in page
             assert list(server._groups) == [group] * bool(group)
     wait_until(lambda: not server._groups and not server.connections)
@@ -781,7 +783,7 @@ def test_one_address_holds_no_more_strangers_than_its_share(crowded: Any, pems: 
     wait_until(lambda: not server.connections)
     with Connection(address, client(pems, "alice"), "localhost") as tenant:
         assert tenant.request("/").status == 200
-    assert "cmon_agent_http_strangers" in render(server._families())
+    assert "cmon_agent_http_strangers" in render(server._tls_families())
 
 
 def test_a_stranger_is_not_kept_as_long_as_a_tenant(crowded: Any, pems: Path) -> None:
@@ -810,7 +812,7 @@ def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome:
     (tmp_path / "pem").write_bytes(pem * copies)
     context = server_context(str(pems / "localhost.pem"), str(pems / "localhost.key"))
     ask_for_any_certificate(context)
-    server = Server("agent", Registry(), Limits())
+    server = TlsServer("agent", Registry())
     chains: list[int] = []
 
     def look(tls: ssl.SSLSocket) -> None:
@@ -821,7 +823,7 @@ def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome:
         chain = library.SSL_get_peer_cert_chain(pointer)
         assert not chain or library.OPENSSL_sk_num(chain) == 0
         chains.append(len(tls.getpeercert(True) or b""))
-    listener = server.listen(("127.0.0.1", 0), PLAIN, context, on_handshake=look)
+    listener = server.listen_tls(("127.0.0.1", 0), PLAIN, context, on_handshake=look)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     tls = client(pems)
     tls.load_cert_chain(str(tmp_path / "pem"), str(tmp_path / "key"))
