@@ -39,14 +39,16 @@ _seen: set[tuple[str, str, int]] = set()
 _loops: list[Any] = []
 
 
-def watch(owned: type, allowed: set[str]) -> None:
-    """Report whoever touches an object of this class without the turn of a loop."""
+def watch(owned: type, allowed: set[str], locked: object = None) -> None:
+    """Report whoever touches an object of this class without the turn of a loop, but for the one
+    that has a lock."""
     plain: Callable[[Any, str], Any] = owned.__getattribute__
     write: Callable[[Any, str, Any], None] = owned.__setattr__
 
-    def check(name: str) -> None:
-        if threading.current_thread() is threading.main_thread() or name in allowed \
-                or name.startswith("__") or any([loop.has_turn() for loop in _loops]):
+    def check(self: Any, name: str) -> None:
+        if self is locked or threading.current_thread() is threading.main_thread() \
+                or name in allowed or name.startswith("__") \
+                or any([loop.has_turn() for loop in _loops]):
             return
         frame = sys._getframe(2)
         place = (owned.__name__, name, frame.f_lineno)
@@ -58,11 +60,11 @@ def watch(owned: type, allowed: set[str]) -> None:
     def read(self: Any, name: str) -> Any:
         value = plain(self, name)
         if not callable(value):             # a method may be handed over; what it touches counts
-            check(name)
+            check(self, name)
         return value
 
     def assign(self: Any, name: str, value: Any) -> None:
-        check(name)
+        check(self, name)
         write(self, name, value)
     setattr(owned, "__getattribute__", read)
     setattr(owned, "__setattr__", assign)
@@ -81,7 +83,7 @@ def main() -> int:
     kit.Loop.__init__ = note
     for module in {"cmon_agent", program.__name__}:
         for name, allowed in OWNED[module].items():
-            watch(getattr(importlib.import_module(module), name), allowed)
+            watch(getattr(importlib.import_module(module), name), allowed, kit.STRINGS)
     return int(program.main() or 0)
 
 
