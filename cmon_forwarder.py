@@ -5,12 +5,12 @@
     cmon_forwarder.py --config FILE [--check-config] [--dry-run] [--once] [--smf] …
 
 For systems that cannot pull: InfluxDB, Graphite, StatsD, syslog, Graylog, Elasticsearch, Splunk,
-Prometheus remote write, files. A scrape is encoded for each sink at once and appended to the
-sink's spool; a thread for each sink reads the spool and delivers. So what has been scraped is on
-disk before anything is sent, and a sink that is slow or dead delays nobody else.
+Prometheus remote write, files. Each scrape is encoded for every sink and appended to the sink's
+spool; a thread per sink reads the spool and delivers. Samples are on disk before they are sent, and
+a slow or dead sink does not delay the others.
 
-The thread of the server's loop owns discovery, scraping and encoding; a spool is shared by it and
-the thread of its sink, under the spool's lock.
+The server's loop owns discovery, scraping and encoding. It shares each spool with the thread of its
+sink, under the spool's lock.
 
 Map (`grep '^# ---'`):
 
@@ -55,11 +55,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
-if sys.version_info < (3, 9):       # a traceback is no answer to that
+if sys.version_info < (3, 9):       # one line instead of a traceback
     sys.exit("cmon_forwarder: needs Python 3.9 or later, this is " + sys.version.split()[0])
 
 try:
-    # The agent is the one file that must run alone, so it carries the kit that we share.
+    # The agent must run as a single file, so it contains the shared kit.
     from cmon_agent import (
         Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
         Family, GAUGE, HISTOGRAM, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
@@ -89,14 +89,14 @@ class ProxySettings:
 
 @dataclass(frozen=True)
 class SinkSettings:
-    """Where samples go; which keys a type takes is in the table SINKS."""
+    """Where samples go; the table SINKS lists the keys of each type."""
     type: str = setting(dataclasses.MISSING, "type of the sink")
     url: str | None = setting(None, "http or https URL")
     database: str | None = setting(None, "InfluxDB 1: the database")
     org: str | None = setting(None, "InfluxDB 2: the organisation")
     bucket: str | None = setting(None, "InfluxDB 2: the bucket")
     token: str | None = setting(None, "API token")
-    token_file: Path | None = setting(None, "file that holds the token; read for each request")
+    token_file: Path | None = setting(None, "file that contains the token; read for each request")
     headers: dict[str, str] | None = setting(None, "additional HTTP headers")
     gzip: bool | None = setting(None, "compress requests (InfluxDB: true, else false)")
     address: str | None = setting(None, "HOST:PORT", lambda value: None
@@ -106,7 +106,7 @@ class SinkSettings:
     prefix: str | None = setting(None, "prefix of dotted names (cmon)")
     tags: bool | None = setting(None, "StatsD: send DogStatsD tags (false)")
     index: str | None = setting(None, "Elasticsearch: index or data stream (cmon)")
-    path: Path | None = setting(None, "the file")
+    path: Path | None = setting(None, "path of the file")
     rotate_bytes: int | None = setting(None, "rotate the file at this size (64 MiB)",
                                        at_least(1))
     keep: int | None = setting(None, "rotated files to keep (5)", at_least(0))
@@ -116,7 +116,8 @@ class SinkSettings:
     timeout: float = setting(10.0, "timeout of a delivery in seconds", at_least(0.1))
     batch_bytes: int = setting(1 << 20, "approximate maximum size of a delivery",
                                at_least(1))
-    batch_age: float = setting(1.0, "seconds that a sample waits for a full batch", at_least(0))
+    batch_age: float = setting(1.0, "maximum seconds that a sample waits for a full batch",
+                               at_least(0))
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,15 @@ class Settings:
     proxy: ProxySettings = setting(dataclasses.MISSING, "the proxy to scrape")
     sinks: dict[str, SinkSettings] = setting(dataclasses.MISSING, "sinks by name")
     interval: float = setting(15.0, "scrape interval in seconds", at_least(0.1))
-    groups: list[str] = setting([], "only containers of these groups; empty: all")
+    groups: list[str] = setting([], "only containers in these groups; empty: all")
     shard: str | None = setting(None, "k/n: this forwarder's share of the containers, k from 1")
     timeout: float = setting(10.0, "timeout of a scrape in seconds, at most the interval",
                              at_least(0.1))
     max_in_flight: int = setting(32, "maximum concurrent scrapes and connections", at_least(1))
     spool: Path | None = setting(None, "folder of the spools; null: `spool` beside this file")
     spool_bytes: int = setting(256 << 20, "maximum size of a sink's spool", at_least(4096))
-    listen: str = setting("127.0.0.1:9164", "address for health and own metrics", is_address)
+    listen: str = setting("127.0.0.1:9164", "address for health checks and the forwarder's own "
+                          "metrics", is_address)
     labels: dict[str, str] = setting({}, "labels added to every sample")
     include: list[str] = setting([], "globs: only these metrics; empty: all")
     exclude: list[str] = setting([], "globs: not these metrics")
@@ -143,27 +145,28 @@ class Settings:
 
 
 def problems_of(settings: Settings) -> list[str]:
-    """Problems that the types of the settings cannot express."""
+    """Check what the types of the settings cannot express; return what is wrong."""
     problems: list[str] = []
 
-    def check(wrong: object, message: str) -> None:
-        if wrong:
+    def check(failed: object, message: str) -> None:
+        if failed:
             problems.append(message)
     for name, value in dataclasses.asdict(settings).items():
         check(re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False, default=str)),
-              f"{name}: is not Unicode")
+              f"{name}: contains a lone surrogate (\\ud800 to \\udfff), which is not Unicode text")
     check(not re.fullmatch(r"https?://[^/?#]+/?", settings.proxy.url)
           or not is_url(settings.proxy.url), "proxy.url: must be https://HOST:PORT")
     check((settings.proxy.cert is None) != (settings.proxy.key is None),
-          "proxy: cert and key go together")
+          "proxy: set both cert and key, or neither")
     check(is_url(settings.proxy.url) and settings.proxy.url.startswith("https:")
-          and settings.proxy.cert is None, "proxy.cert: is missing")
+          and settings.proxy.cert is None, "proxy.cert: is missing: https needs cert and key")
     if settings.shard is not None:
         match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", settings.shard)
         check(match is None or not 1 <= int(match.group(1)) <= int(match.group(2)),
               f"shard: must be k/n with k from 1 to n, not {settings.shard!r}")
     for group in settings.groups:
-        check(not group or "," in group, f"groups: {group!r} is not a group name")
+        check(not group or "," in group, f"groups: {group!r} is not a group name: it must not be "
+              "empty or contain a comma")
     for name in settings.labels:
         check(not valid_label_name(name), f"labels: {name!r} is not a label name")
         check(name in OWN_LABELS, f"labels: {name} is reserved")
@@ -173,10 +176,10 @@ def problems_of(settings: Settings) -> list[str]:
                   f"{name}: {pattern!r} is not NAME or NAME{{LABEL=GLOB,…}}")
     for old, new in settings.rename.items():
         check(not valid_metric_name(new), f"rename.{old}: {new!r} is not a metric name")
-    check(not settings.sinks, "sinks: at least one is needed")
+    check(not settings.sinks, "sinks: at least one is required")
     for name, sink in settings.sinks.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name):
-            problems.append(f"sinks: {name!r}: names are letters, digits, _ and -, at most 64")
+            problems.append(f"sinks: {name!r}: a name has at most 64 letters, digits, _ and -")
         problems += [f"sinks.{name}{problem}" for problem in problems_of_sink(sink)]
     return problems
 
@@ -194,26 +197,26 @@ def problems_of_sink(sink: SinkSettings) -> list[str]:
     taken = SINK_KEYS_OF_ALL.union(row.required, row.optional)
     for field in dataclasses.fields(sink):
         if field.name not in taken and getattr(sink, field.name) is not None:
-            problems.append(f".{field.name}: not a setting of {sink.type}; there are "
+            problems.append(f".{field.name}: not a setting of {sink.type}, which has "
                             f"{', '.join(sorted(taken))}")
     problems += [f".{key}: is missing" for key in row.required if getattr(sink, key) is None]
     if sink.url is not None and not is_url(sink.url):
         problems.append(".url: must be an http or https URL, without user and password")
     if not re.fullmatch(r"[A-Za-z0-9_.-]*", sink.prefix or ""):
-        problems.append(f".prefix: {sink.prefix!r} has more than letters, digits, _, - and .")
-    for key, words in (("form", row.forms), ("transport", row.transports)):
-        if words and getattr(sink, key) not in (None, *words):
-            problems.append(f".{key}: must be one of {', '.join(words)}")
+        problems.append(f".prefix: {sink.prefix!r} may contain only letters, digits, _, - and .")
+    for key, valid in (("form", row.forms), ("transport", row.transports)):
+        if valid and getattr(sink, key) not in (None, *valid):
+            problems.append(f".{key}: must be one of {', '.join(valid)}")
     if (sink.cert is None) != (sink.key is None):
-        problems.append(": cert and key go together")
+        problems.append(": set both cert and key, or neither")
     if sink.token is not None and sink.token_file is not None:
-        problems.append(": token or token_file, not both")
+        problems.append(": set either token or token_file, not both")
     if sink.type == "influxdb" and (sink.database is None) == (
             sink.org is None or sink.bucket is None):
         problems.append(": needs database (InfluxDB 1), or org and bucket (InfluxDB 2)")
     for name, value in (sink.headers or {}).items():
         if not re.fullmatch(r"[A-Za-z0-9-]+", name) or not re.fullmatch(r"[\t -~]*", value):
-            problems.append(f".headers: {name!r} cannot be sent")
+            problems.append(f".headers: {name!r}: not a valid HTTP header")
     return problems
 
 
@@ -222,7 +225,7 @@ def is_url(value: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(value)
         return (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-                and "@" not in parts.netloc     # no password from there would be sent
+                and "@" not in parts.netloc     # a password in the URL would not be sent
                 and re.fullmatch(r"[!-~]+", value) is not None)
     except ValueError:
         return False
@@ -231,7 +234,8 @@ def is_url(value: str) -> bool:
 def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.SSLContext:
     """TLS as a client, with a certificate if there is one; raises ConfigError."""
     def refuse_passphrase() -> str:
-        raise ConfigError(f"{key}: has a passphrase, and a service has nobody to ask")
+        raise ConfigError(f"{key}: has a passphrase, which a service cannot enter; remove it with "
+                          "`openssl pkey -in KEY -out NEWKEY`")
     for path in (cert, key, ca):
         if path is not None:
             try:
@@ -241,16 +245,16 @@ def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.
     try:
         context = ssl.create_default_context(cafile=None if ca is None else str(ca))
     except (OSError, ValueError):
-        raise ConfigError(f"{ca}: holds no CA certificate in PEM") from None
+        raise ConfigError(f"{ca}: contains no CA certificate in PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Python 3.13 refuses CAs without a key usage extension, which curl and Go take.
+    # Python 3.13 rejects CAs without a key usage extension, which curl and Go accept.
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     if cert is not None and key is not None:
         try:
             context.load_cert_chain(cert, key, password=refuse_passphrase)
         except ConfigError:
             raise
-        except (OSError, ValueError):       # SSLError is an OSError; its words do not help
+        except (OSError, ValueError):       # SSLError is an OSError; its message does not help
             raise ConfigError(f"{cert}, {key}: not a certificate and its key in PEM") from None
     return context
 
@@ -292,7 +296,7 @@ def read_targets(body: bytes, static: Mapping[str, str]) -> dict[str, Target]:
         if not isinstance(labels, dict) or not all(
                 isinstance(value, str) for value in labels.values()):
             raise DiscoveryError("a target has no labels")
-        # JSON may hold half a surrogate pair, UTF-8 may not
+        # JSON may contain lone surrogates, UTF-8 may not
         labels = {name: value.encode("utf-8", "replace").decode()
                   for name, value in labels.items()}
         instance = labels.get("instance") or labels.get("__meta_triton_machine_id")
@@ -327,7 +331,7 @@ class Scrape(NamedTuple):
 UP = Series("up", ())
 DURATION = Series("scrape_duration_seconds", ())
 SCRAPED = Series("scrape_samples_scraped", ())
-MADE_HERE = (UP, DURATION, SCRAPED)
+SCRAPE_SERIES = (UP, DURATION, SCRAPED)
 SHAPES = 65_536             # cached lines; the pages of all zones share most of them
 
 
@@ -337,10 +341,10 @@ class Pattern(NamedTuple):
     labels: tuple[tuple[str, str], ...]
 
     @classmethod
-    def read(cls, word: str) -> Pattern | None:
+    def read(cls, pattern: str) -> Pattern | None:
         """Parse a setting; None if it is not a pattern."""
-        match = re.fullmatch(r"([^{}=,]*)(?:\{([^{}]+)\})?", word)
-        if match is None or not word:
+        match = re.fullmatch(r"([^{}=,]*)(?:\{([^{}]+)\})?", pattern)
+        if match is None or not pattern:
             return None
         pairs = [pair.partition("=") for pair in match.group(2).split(",")] \
             if match.group(2) else []
@@ -355,18 +359,18 @@ class Pattern(NamedTuple):
 
 
 def exported(labels: Labels, reserved: Container[str]) -> Labels:
-    """Labels with `exported_` before names that are reserved, here or by Prometheus (`__…`)."""
+    """Labels with `exported_` before names reserved by us or by Prometheus (`__…`)."""
     if not any(name in reserved or name.startswith("__") for name, _ in labels):
         return labels
     taken = {name for name, _ in labels}
-    found = []
+    renamed = []
     for name, value in labels:
         if name in reserved or name.startswith("__"):
             while name in reserved or name in taken or name.startswith("__"):
                 name = f"exported_{name}"
             taken.add(name)
-        found.append((name, value))
-    return tuple(found)
+        renamed.append((name, value))
+    return tuple(renamed)
 
 
 class Selector:
@@ -377,23 +381,24 @@ class Selector:
                                       for words in (settings.include, settings.exclude))
         self.rename = dict(settings.rename)
         self.reserved = frozenset((*OWN_LABELS, *settings.labels))
-        self.own = {series: self.series(series) for series in MADE_HERE}
-        self.own_names = {(series.name, series.labels) for series in self.own.values()}
-        # patterns on labels of the target cannot be decided for all targets at once
+        self.scrape_names = {series: self.series(series) for series in SCRAPE_SERIES}
+        self.reserved_series = {(series.name, series.labels)
+                                for series in self.scrape_names.values()}
+        # patterns on the target's labels must be matched for each target
         self.by_target = any(name in self.reserved for pattern in (*self.include, *self.exclude)
                              for name, _ in pattern.labels)
 
     def takes(self, name: str, labels: Mapping[str, str]) -> bool:
         """Whether a sample of a page is forwarded."""
-        return ((not self.include or any(one.fits(name, labels) for one in self.include))
-                and not any(one.fits(name, labels) for one in self.exclude))
+        return ((not self.include or any(pattern.fits(name, labels) for pattern in self.include))
+                and not any(pattern.fits(name, labels) for pattern in self.exclude))
 
-    def made_here(self, target: Target, points: Iterable[tuple[Series, Number]]
+    def scrape_series(self, target: Target, points: Iterable[tuple[Series, Number]]
                   ) -> list[tuple[Series, Number]]:
-        """`up` and its companions: only `exclude` applies to them."""
+        """`up` and the other series about the scrape: only `exclude` applies to them."""
         labels = dict(target.labels)
-        return [(self.own[series], value) for series, value in points
-                if not any(one.fits(series.name, labels) for one in self.exclude)]
+        return [(self.scrape_names[series], value) for series, value in points
+                if not any(pattern.fits(series.name, labels) for pattern in self.exclude)]
 
     def series(self, series: Series) -> Series:
         """The series as it is forwarded: `exported_…` for labels that the target has."""
@@ -416,8 +421,8 @@ _PLAIN_FLOAT = re.compile(r"-?[0-9]{1,40}\.[0-9]{1,40}", re.ASCII)
 class PageReader:
     """Parses pages; a known line costs one dict lookup.
 
-    Pages of zones differ in little but their values. The kit's parser decides what is valid: it
-    reads the whole page whenever a line is new or the lines are in an unusual order.
+    Pages of zones differ mostly in their values. The kit's parser decides what is valid: it reads
+    the whole page if a line is new or the lines are in an unusual order.
     """
 
     def __init__(self, selector: Selector) -> None:
@@ -428,13 +433,13 @@ class PageReader:
 
     def read(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
         """Samples to forward, and how many the page has; raises ExpositionError."""
-        found = self._quick(page)
-        if found is None:
+        samples = self._quick(page)
+        if samples is None:
             self._learn(page)
-            found = self._quick(page)
-        if found is None:                   # too many shapes, or an unusual order
-            found = self._slow(page)
-        return found
+            samples = self._quick(page)
+        if samples is None:                 # too many shapes, or an unusual order
+            samples = self._slow(page)
+        return samples
 
     def _quick(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int] | None:
         """`read` for pages of known lines; None for others."""
@@ -456,18 +461,18 @@ class PageReader:
                 continue
             if not line:
                 continue
-            key, _, word = line.rpartition(" ")
+            key, _, value_text = line.rpartition(" ")
             shape = shapes.get(key)
             if shape is None or shape[0] != family or key in seen:
                 return None
             seen.add(key)
-            if word.isdigit() and len(word) <= 20 and word.isascii():
-                value: Number = int(word)
-            elif _PLAIN_FLOAT.fullmatch(word):
-                value = float(word)
+            if value_text.isdigit() and len(value_text) <= 20 and value_text.isascii():
+                value: Number = int(value_text)
+            elif _PLAIN_FLOAT.fullmatch(value_text):
+                value = float(value_text)
             else:
                 try:
-                    value = self._value(word)
+                    value = self._value(value_text)
                 except ExpositionError:
                     return None
             count += 1
@@ -477,9 +482,9 @@ class PageReader:
 
     @staticmethod
     @functools.lru_cache(4096)
-    def _value(word: str) -> Number:
-        """A value as the kit reads it."""
-        return parse(f"x {word}\n")[0].samples[0].value
+    def _value(value_text: str) -> Number:
+        """A value as the kit parses it."""
+        return parse(f"x {value_text}\n")[0].samples[0].value
 
     def _learn(self, page: str) -> None:
         """Have the kit parse the page, and cache its lines; raises ExpositionError."""
@@ -497,7 +502,7 @@ class PageReader:
             elif line.strip(" \t\r"):
                 name, _, _, (sample,) = parse(line + "\n")[0]
                 key = line.rpartition(" ")[0]
-                # lines with a timestamp, or apart from their family, are left to `_slow`
+                # `_slow` handles lines with a timestamp or outside of their family
                 if (key == name or key.endswith("}")) and name in [family] + [
                         family + suffix for suffix in SUFFIXES.get(kind, ())]:
                     self._shapes[key] = ((family, kind), *self._series(name, kind, sample.labels))
@@ -510,7 +515,8 @@ class PageReader:
             return bare, None
         series = self.selector.series(bare)
         # drop a page's own `up`: ours has the same name
-        return bare, None if (series.name, series.labels) in self.selector.own_names else series
+        is_reserved = (series.name, series.labels) in self.selector.reserved_series
+        return bare, None if is_reserved else series
 
     def _slow(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
         points = []
@@ -533,7 +539,7 @@ class Reply(NamedTuple):
 
 
 def raise_error_of(connection: socket.socket, error: int = 0) -> None:
-    """Raise what the system has found out about a connection, if anything."""
+    """Raise the pending error of a connection, if there is one."""
     error = error or connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error:
         raise OSError(error, os.strerror(error))
@@ -544,7 +550,7 @@ IDLE_SECONDS = 60.0         # unused connections to the proxy are closed after t
 
 
 class Fetch:
-    """One GET; its deadline starts when it gets a connection."""
+    """A GET request; its timeout starts when it gets a connection."""
     __slots__ = ("path", "timeout", "finish", "done", "began", "started", "again", "tried",
                  "max_body")
 
@@ -553,11 +559,11 @@ class Fetch:
         self.path, self.timeout, self.finish, self.max_body = path, timeout, finish, max_body
         self.began = began
         self.started = self.done = False
-        self.again = False                  # it was lost on a reused connection and retried
+        self.again = False                  # lost on a reused connection and retried
         self.tried: tuple[Any, ...] = ()    # addresses that failed
 
 
-class Link:
+class ProxyConnection:
     """One connection to the proxy, in the loop's selector; never blocks, TLS included."""
 
     def __init__(self, fetcher: Fetcher, address: Any, family: int, fetch: Fetch) -> None:
@@ -577,7 +583,7 @@ class Link:
         fetcher.loop.watch(self.socket, selectors.EVENT_WRITE, self)
 
     def ready(self, _mask: int) -> None:
-        """The selector's call."""
+        """Called by the selector."""
         try:
             self._step()
         except ssl.SSLWantReadError:
@@ -614,7 +620,7 @@ class Link:
         self.send(self.fetch)
 
     def send(self, fetch: Fetch) -> None:
-        """Begin a request."""
+        """Start a request."""
         self.fetch = fetch
         self._reader = AnswerReader(max_body=fetch.max_body)
         self._unsent = self.fetcher.head_of(fetch)
@@ -637,7 +643,7 @@ class Link:
         while True:
             received = self.socket.recv(READ_SIZE)
             if reader is None:
-                raise ClientError("")       # closed while idle, or data that nobody requested
+                raise ClientError("")       # closed while idle, or unrequested data
             if received:
                 reader.feed(received)
             else:
@@ -657,25 +663,25 @@ class Link:
         return self._reader is not None and self._reader.begun
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection."""
         self.fetcher.loop.unwatch(self.socket)
         self.socket.close()
 
 
 class Fetcher:
-    """GETs of the proxy's pages over a few kept connections; all in the loop's thread."""
+    """Gets pages from the proxy over a few persistent connections. Owned by the loop."""
 
     def __init__(self, loop: Loop, settings: Settings, context: ssl.SSLContext | None) -> None:
         self.loop = loop
         self._resolver = Pool("resolver", 1)
-        self.links: set[Link] = set()
-        self._idle: list[Link] = []
+        self.links: set[ProxyConnection] = set()
+        self._idle: list[ProxyConnection] = []
         self._queue: collections.deque[Fetch] = collections.deque()
-        self._flying: dict[Fetch, Link] = {}
-        self._addresses: collections.deque[tuple[int, Any]] = collections.deque()   # by turns
-        self._dead: set[Any] = set()        # addresses that failed lately
+        self._active: dict[Fetch, ProxyConnection] = {}
+        self._addresses: collections.deque[tuple[int, Any]] = collections.deque()   # round robin
+        self._dead: set[Any] = set()        # addresses that failed recently
         self._resolving = False
-        self._patience = 0.0                # seconds that a request waits for a connection
+        self._queue_timeout = 0.0                # seconds that a request waits for a connection
         self.generation = 0                 # of settings; connections of older ones are not reused
         self.host, self.port, self.context, self.most = "", 0, context, 1
         self.use(settings, context)
@@ -691,7 +697,7 @@ class Fetcher:
         shown = f"[{self.host}]" if ":" in self.host else self.host
         self._host_line = shown if parts.port is None else f"{shown}:{self.port}"
         self.most = settings.max_in_flight
-        self._patience = settings.interval
+        self._queue_timeout = settings.interval
         self.generation += 1
         for link in self._idle:
             link.close()
@@ -703,30 +709,31 @@ class Fetcher:
     @property
     def in_flight(self) -> int:
         """Requests that have a connection."""
-        return len(self._flying)
+        return len(self._active)
 
     def resolve(self) -> None:
-        """Resolve the proxy's name, in a worker: it may take long."""
+        """Resolve the proxy's name in a thread, since it may block."""
         if not self._resolving:
             self._resolving = self._resolver.submit(self._look_up, self.host, self.port)
 
     def _look_up(self, host: str, port: int) -> None:
-        found: list[tuple[int, Any]] = []
+        addresses: list[tuple[int, Any]] = []
         problem = ""
         try:
-            found = [(family, address) for family, _, _, _, address in
-                     socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+            addresses = [(family, address) for family, _, _, _, address in
+                         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         except (OSError, ValueError) as error:
             problem = reason_of(error)
-        self.loop.call_soon(self._looked_up, host, port, found, problem)
+        self.loop.call_soon(self._looked_up, host, port, addresses, problem)
 
-    def _looked_up(self, host: str, port: int, found: list[tuple[int, Any]], problem: str) -> None:
+    def _looked_up(self, host: str, port: int, addresses: list[tuple[int, Any]], problem: str
+                   ) -> None:
         self._resolving = False
         if (host, port) != (self.host, self.port):
             self.resolve()
             return
-        if found:
-            self._addresses = collections.deque(found)
+        if addresses:
+            self._addresses = collections.deque(addresses)
         elif not self._addresses:
             for fetch in list(self._queue):
                 self._end(fetch, Reply(0, b"", f"{host}: {problem}"))
@@ -735,10 +742,10 @@ class Fetcher:
 
     def fetch(self, path: str, timeout: float, finish: Finish, max_body: int,
               began: Callable[[], None] | None = None) -> None:
-        """Get a page; `began` is called when its time starts, `finish` once, with the outcome."""
+        """Get a page; calls `began` when its timeout starts and `finish` once, with the result."""
         fetch = Fetch(path, timeout, finish, max_body, began)
         self._queue.append(fetch)
-        self.loop.call_later(self._patience, self._give_up, fetch)
+        self.loop.call_later(self._queue_timeout, self._give_up, fetch)
         if not self._addresses:
             self.resolve()
         self._start_next()
@@ -751,7 +758,7 @@ class Fetcher:
                 "\r\n\r\n").encode("ascii", "replace")
 
     def _start_next(self) -> None:
-        while self._queue and self._addresses and len(self._flying) < self.most:
+        while self._queue and self._addresses and len(self._active) < self.most:
             fetch = self._queue.popleft()
             if fetch.done:
                 continue
@@ -764,27 +771,28 @@ class Fetcher:
             if link is None:
                 self._connect(fetch)
             else:
-                self._flying[fetch] = link
+                self._active[fetch] = link
                 link.send(fetch)
 
     def _connect(self, fetch: Fetch) -> None:
-        untried = [one for one in self._addresses if one[1] not in fetch.tried]
+        untried = [candidate for candidate in self._addresses
+                   if candidate[1] not in fetch.tried]
         if not untried:                     # the settings have just changed
             self._queue.appendleft(fetch)
             self.resolve()
             return
-        family, address = min(untried, key=lambda one: one[1] in self._dead)
+        family, address = min(untried, key=lambda candidate: candidate[1] in self._dead)
         self._addresses.rotate(-1)
         try:
-            fresh = Link(self, address, family, fetch)
+            fresh = ProxyConnection(self, address, family, fetch)
         except OSError as error:            # out of descriptors
             self._end(fetch, Reply(0, b"", reason_of(error)))
             return
         self.links.add(fresh)
-        self._flying[fetch] = fresh
+        self._active[fetch] = fresh
 
     def _expire(self, fetch: Fetch) -> None:
-        link = self._flying.get(fetch)
+        link = self._active.get(fetch)
         if not fetch.done:
             if link is not None:
                 if not link.connected:
@@ -794,21 +802,21 @@ class Fetcher:
 
     def _give_up(self, fetch: Fetch) -> None:
         if not fetch.started:
-            self._end(fetch, Reply(0, b"", "no connection was free in time"))
+            self._end(fetch, Reply(0, b"", "no connection was free in time: raise max_in_flight"))
         while self._queue and self._queue[0].done:
             self._queue.popleft()
 
-    def _drop(self, link: Link) -> None:
+    def _drop(self, link: ProxyConnection) -> None:
         link.close()
         self.links.discard(link)
         if link in self._idle:
             self._idle.remove(link)
 
-    def lost(self, link: Link, problem: str) -> None:
-        """A connection failed: try the next address, or once again if it was a reused one."""
+    def lost(self, link: ProxyConnection, problem: str) -> None:
+        """A connection failed: try the next address, or retry once if it was a reused one."""
         fetch = link.fetch
         self._drop(link)
-        if self._flying.get(fetch) is not link:
+        if self._active.get(fetch) is not link:
             return
         if not link.connected:
             self._dead.add(link.address)
@@ -818,13 +826,13 @@ class Fetcher:
             again = link.used and not link.begun and not fetch.again
             fetch.again, fetch.tried = True, ()
         if again:
-            del self._flying[fetch]
+            del self._active[fetch]
             self._connect(fetch)
             return
         self.resolve()                      # its address may have changed
         self._end(fetch, Reply(0, b"", problem))
 
-    def answered(self, link: Link, reader: AnswerReader) -> None:
+    def answered(self, link: ProxyConnection, reader: AnswerReader) -> None:
         """A complete answer arrived."""
         fetch = link.fetch
         body, problem = reader.body, ""
@@ -842,7 +850,7 @@ class Fetcher:
         self._end(fetch, Reply(0 if problem else reader.status, body, problem))
 
     def _end(self, fetch: Fetch, reply: Reply) -> None:
-        self._flying.pop(fetch, None)
+        self._active.pop(fetch, None)
         if not fetch.done:
             fetch.done = True
             try:
@@ -864,7 +872,7 @@ class Fetcher:
 
 MAX_PAGE = 16 << 20
 SETS = 4096                 # shared sets of series
-FORGET_AFTER = 4            # how many pages' counters a target keeps, for those that return
+FORGET_AFTER = 4            # counters that a target keeps, in pages: some come back
 
 
 class TargetState:
@@ -897,7 +905,7 @@ def increase(value: Number, before: Number) -> Number:
 
 
 class Scraper:
-    """Discovers and scrapes; each scrape goes to `deliver`. All in the loop's thread."""
+    """Discovers and scrapes; passes each scrape to `deliver`. Owned by the loop."""
 
     def __init__(self, loop: Loop, settings: Settings, context: ssl.SSLContext | None,
                  deliver: Callable[[Scrape], None], registry: Registry,
@@ -916,24 +924,25 @@ class Scraper:
         self._waiting = 0                   # targets of `--once` still to be scraped
         self._sets: dict[frozenset[Series], frozenset[Series]] = {}     # shared by like targets
         self._results = registry.counter(
-            "cmon_forwarder_scrapes_total", "Scrapes by result.", "result")
+            "cmon_forwarder_scrapes_total", "Total number of scrapes, by result.", "result")
         self._samples = registry.counter(
-            "cmon_forwarder_samples_scraped_total", "Samples on the pages that were scraped.")
+            "cmon_forwarder_samples_scraped_total", "Total number of samples on scraped pages.")
         self._skipped = registry.counter(
-            "cmon_forwarder_scrapes_skipped_total",
-            "Scrapes skipped because the previous one had not ended.")
+            "cmon_forwarder_scrapes_skipped_total", "Total number of scrapes skipped because the "
+            "previous one was still in progress.")
         self._discoveries = registry.counter(
-            "cmon_forwarder_discoveries_total", "Discoveries by result.", "result")
+            "cmon_forwarder_discoveries_total", "Total number of discoveries, by result.",
+            "result")
         registry.collect(self._families)
 
     def _families(self) -> list[Family]:
         return [
-            single("cmon_forwarder_targets", GAUGE, "Containers that are scraped.",
+            single("cmon_forwarder_targets", GAUGE, "Number of containers that are scraped.",
                    len(self.targets)),
-            single("cmon_forwarder_scrapes_in_flight", GAUGE, "Scrapes under way.",
+            single("cmon_forwarder_scrapes_in_flight", GAUGE, "Number of scrapes in progress.",
                    self.fetcher.in_flight),
-            single("cmon_forwarder_proxy_connections", GAUGE, "Open connections to the proxy.",
-                   len(self.fetcher.links))]
+            single("cmon_forwarder_proxy_connections", GAUGE, "Number of open connections to the "
+                   "proxy.", len(self.fetcher.links))]
 
     def start(self) -> None:
         """Discover now and every interval."""
@@ -963,11 +972,11 @@ class Scraper:
     # discovery
 
     def discover(self) -> None:
-        """Ask for the targets."""
+        """Request the targets."""
         self.fetcher.fetch(discovery_path(self.settings.groups, self.settings.shard),
-                           max(self.settings.timeout, 10.0), self._discovered_now, MAX_JSON_BYTES)
+                           max(self.settings.timeout, 10.0), self._targets_arrived, MAX_JSON_BYTES)
 
-    def _discovered_now(self, reply: Reply) -> None:
+    def _targets_arrived(self, reply: Reply) -> None:
         problem = reply.problem
         targets: dict[str, Target] | None = None
         if not problem and reply.status != 200:
@@ -981,22 +990,22 @@ class Scraper:
         self._discoveries.add(1, "failed" if problem else "ok")
         if problem:
             if problem != self._problem:
-                log.warning("discovery at %s failed, %d targets stay: %s", self.settings.proxy.url,
-                            len(self.targets), problem)
+                log.warning("discovery at %s failed, keeping %d targets: %s",
+                            self.settings.proxy.url, len(self.targets), problem)
             self._problem = problem
             if self.once is not None:
                 self.once(f"discovery at {self.settings.proxy.url}: {problem}")
             return
         if self._problem or not self.ready:
-            log.info("discovery works: %d targets", len(self.targets if targets is None
-                                                        else targets))
+            log.info("discovery succeeded: %d targets", len(self.targets if targets is None
+                                                            else targets))
         self._problem, self.ready = "", True
         if targets is not None:
             self._discovered = reply.body
             self._update(targets)
 
     def _update(self, targets: Mapping[str, Target]) -> None:
-        for instance in [one for one in self.targets if one not in targets]:
+        for instance in [known for known in self.targets if known not in targets]:
             self._remove(self.targets.pop(instance))
         fresh = []
         for instance, target in targets.items():
@@ -1005,7 +1014,7 @@ class Scraper:
                 state = self.targets[instance] = TargetState(target)
                 fresh.append(state)
             elif state.target != target:
-                self._vanish(state)
+                self._end_series(state)
                 state.target = target
         if self.once is not None:
             self._waiting = len(fresh)
@@ -1019,9 +1028,9 @@ class Scraper:
 
     def _remove(self, state: TargetState) -> None:
         state.removed = True
-        self._vanish(state)
+        self._end_series(state)
 
-    def _vanish(self, state: TargetState) -> None:
+    def _end_series(self, state: TargetState) -> None:
         """End all series of a target that is gone or was renamed."""
         if state.live:
             self.deliver(Scrape(state.target, int(self.clock() * 1000), (),
@@ -1031,10 +1040,10 @@ class Scraper:
     # scraping
 
     def _schedule(self, state: TargetState) -> None:
-        """The next scrape, at the target's place in the interval."""
+        """Schedule the next scrape at the target's offset in the interval."""
         interval = self.settings.interval
         wait = (offset_of(state.target.instance, interval) - self.clock()) % interval
-        if wait < interval * 0.01:          # this turn is already taken
+        if wait < interval * 0.01:          # this scrape has just been started
             wait += interval
         self.loop.call_later(wait, self._due, state)
 
@@ -1072,14 +1081,14 @@ class Scraper:
         if problem:
             log.debug("scrape of %s (%r): %s", state.target.instance, state.target.alias, problem)
         if not state.removed:
-            self.deliver(self._made(state, points, count, not problem))
+            self.deliver(self._compared(state, points, count, not problem))
         if self.once is not None:
             self._waiting -= 1
             if not self._waiting:
                 self.once("")
 
-    def _made(self, state: TargetState, page: Sequence[tuple[Series, Series, Number]], count: int,
-              good: bool) -> Scrape:
+    def _compared(self, state: TargetState, page: Sequence[tuple[Series, Series, Number]],
+                  count: int, good: bool) -> Scrape:
         """A scrape, compared with the previous one of the same target."""
         selector = self.reader.selector
         target = state.target
@@ -1102,7 +1111,7 @@ class Scraper:
                 kept = {series for series, _ in points}
                 state.values = {series: value for series, value in values.items()
                                 if series in kept}
-        points += selector.made_here(target, (
+        points += selector.scrape_series(target, (
             (UP, int(good)), (DURATION, round(self.loop.now() - state.started, 6)),
             (SCRAPED, count)))
         gone: Sequence[Series] = ()
@@ -1116,7 +1125,7 @@ class Scraper:
         at, state.began = state.began, 0
         return Scrape(target, at, points, increases, gone)
 
-    # counters over a restart
+    # counters across a restart
 
     def counters(self) -> dict[str, dict[str, Number]]:
         """Counter values to continue from after a restart."""
@@ -1129,10 +1138,10 @@ class Scraper:
 
 # --- encoders -------------------------------------------------------------------------------------
 
-# An encoder is a pure function: a sink's settings and a scrape in, records out, one for each
-# sample. What a format can represent arrives unchanged; other characters become `_`; NaN and
-# infinities are left out where it has none (docs/FORWARDER.md). To add a sink, write its encoder
-# (and `stream` or `packets`, if its records are framed), then a row in SINKS.
+# An encoder is a pure function from a sink's settings and a scrape to records, one per sample.
+# Characters that a format cannot represent become `_`; NaN and infinities are left out where it has
+# none (docs/FORWARDER.md). To add a sink, write its encoder (and `stream` or `packets`, if its
+# records are framed), then a row in SINKS.
 
 Records = list[bytes]
 Encoder = Callable[[SinkSettings, Scrape], Records]
@@ -1141,27 +1150,28 @@ REMEMBERED = 65_536         # cached encodings of names and labels; as many as S
 
 
 def lines(records: Iterable[bytes]) -> bytes:
-    """Records as lines."""
+    """Records, each followed by a newline."""
     return b"".join([record + b"\n" for record in records])
 
 
-def unprintable(word: str, odd: re.Pattern[str]) -> str:
+def replace_invalid(value: str, invalid: re.Pattern[str]) -> str:
     """Replace what a format cannot represent by `_`."""
-    return odd.sub("_", word)
+    return invalid.sub("_", value)
 
 
 # InfluxDB: https://docs.influxdata.com/influxdb/v1/write_protocols/line_protocol_reference/
 
 _INFLUX_RESERVED = frozenset(("time", "_time", "_field", "_measurement"))
 # Nothing escapes a line end, and a backslash before one of `,= ` or at the end is an escape itself.
-_INFLUX_ODD = re.compile(r"[\n\r\0]|\\(?=[\\,= ]|$)")
+_INFLUX_INVALID = re.compile(r"[\n\r\0]|\\(?=[\\,= ]|$)")
 _INFLUX_ESCAPE = re.compile(r"([,= ])")
 
 
 @functools.lru_cache(REMEMBERED)
 def _influx_tags(labels: Labels) -> str:
-    return "".join([f",{name}=" + _INFLUX_ESCAPE.sub(r"\\\1", unprintable(value, _INFLUX_ODD))
-                    for name, value in exported(labels, _INFLUX_RESERVED)])
+    return "".join([
+        f",{name}=" + _INFLUX_ESCAPE.sub(r"\\\1", replace_invalid(value, _INFLUX_INVALID))
+        for name, value in exported(labels, _INFLUX_RESERVED)])
 
 
 def influx_value(value: Number, unsigned: bool) -> str | None:
@@ -1193,20 +1203,20 @@ def influx_records(sink: SinkSettings, scrape: Scrape) -> Records:
 
 # Graphite: https://graphite.readthedocs.io/en/latest/tags.html
 
-_GRAPHITE_ODD = re.compile(r"[\s;\x00-\x1f\x7f]|^~")
-_DOTTED_ODD = re.compile(r"[^A-Za-z0-9_-]")
+_GRAPHITE_INVALID = re.compile(r"[\s;\x00-\x1f\x7f]|^~")
+_DOTTED_INVALID = re.compile(r"[^A-Za-z0-9_-]")
 
 
 @functools.lru_cache(REMEMBERED)
 def _graphite_tags(labels: Labels) -> str:
-    return "".join([f";{name}={unprintable(value, _GRAPHITE_ODD)}"
+    return "".join([f";{name}={replace_invalid(value, _GRAPHITE_INVALID)}"
                     for name, value in exported(labels, ("name",))])    # carbon's for the metric
 
 
 @functools.lru_cache(REMEMBERED)
 def dotted(*parts: str) -> str:
-    """A path; dots within a part do not make levels."""
-    return ".".join([unprintable(part, _DOTTED_ODD) or "_" for part in parts])
+    """A path; dots within a part become `_`."""
+    return ".".join([replace_invalid(part, _DOTTED_INVALID) or "_" for part in parts])
 
 
 def _path(sink: SinkSettings, scrape: Scrape, series: Series) -> str:
@@ -1230,12 +1240,13 @@ def graphite_records(sink: SinkSettings, scrape: Scrape) -> Records:
 
 # StatsD: https://github.com/statsd/statsd/blob/master/docs/metric_types.md
 
-_STATSD_TAG_ODD = re.compile(r"[\s,|#\x00-\x1f\x7f]")
+_STATSD_TAG_INVALID = re.compile(r"[\s,|#\x00-\x1f\x7f]")
 
 
 @functools.lru_cache(REMEMBERED)
 def _statsd_tags(labels: Labels) -> str:
-    return ",".join([f"{name}:{unprintable(value, _STATSD_TAG_ODD)}" for name, value in labels])
+    return ",".join([f"{name}:{replace_invalid(value, _STATSD_TAG_INVALID)}"
+                     for name, value in labels])
 
 
 def statsd_records(sink: SinkSettings, scrape: Scrape) -> Records:
@@ -1271,7 +1282,7 @@ _SD_ESCAPE = re.compile(r'(["\\\]])')
 
 @functools.lru_cache(REMEMBERED)
 def _syslog_parameters(labels: Labels) -> str:
-    # the sample has `name` and `value`; names have at most 32 characters
+    # the element already has `name` and `value`; names have at most 32 characters
     return "".join([f' {name[:32]}="' + _SD_ESCAPE.sub(r"\\\1", value) + '"'
                     for name, value in exported(labels, ("name", "value"))])
 
@@ -1298,9 +1309,9 @@ def octet_counted(records: Iterable[bytes]) -> bytes:
 
 # GELF 1.1: https://go2docs.graylog.org/current/getting_in_log_data/gelf.html
 
-GELF_CHUNK = 1420                   # bytes of a datagram that any network carries
+GELF_CHUNK = 1420                   # bytes of a datagram that fits in any network's packets
 GELF_CHUNKS = 128
-_GELF_RESERVED = frozenset(("id", "value"))     # `_id` is refused by the format, `_value` is ours
+_GELF_RESERVED = frozenset(("id", "value"))     # `_id` is not allowed, `_value` is ours
 
 
 @functools.lru_cache(REMEMBERED)
@@ -1319,7 +1330,7 @@ def gelf_records(_sink: SinkSettings, scrape: Scrape) -> Records:
 
 
 def gelf_datagrams(record: bytes) -> list[bytes]:
-    """A message as datagrams: compressed, in chunks when it is large; none when it is too large."""
+    """A message as compressed datagrams, in chunks if it is large; none if it is too large."""
     packed = zlib.compress(record, 6)
     if len(packed) <= GELF_CHUNK:
         return [packed]
@@ -1345,8 +1356,8 @@ def _json_members(labels: Labels) -> str:
 
 
 def _json_labels(target: Labels, series: Series) -> str:
-    own = _json_members(target)
-    return f"{own}, {_json_members(series.labels)}" if series.labels else own
+    of_target = _json_members(target)
+    return f"{of_target}, {_json_members(series.labels)}" if series.labels else of_target
 
 
 def json_value(value: Number) -> str:
@@ -1397,7 +1408,7 @@ PLAIN_NAN = struct.pack("<Q", 0x7ff8000000000001)
 
 
 def varint(value: int) -> bytes:
-    """A number as protobuf and snappy write lengths; not negative."""
+    """A non-negative number in the variable-length encoding of protobuf and snappy."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -1407,7 +1418,7 @@ def varint(value: int) -> bytes:
 
 
 def field(place: int, content: bytes) -> bytes:
-    """A field of protobuf that has a length (wire type 2)."""
+    """A length-delimited protobuf field (wire type 2)."""
     return bytes((place << 3 | 2,)) + varint(len(content)) + content
 
 
@@ -1441,7 +1452,7 @@ SNAPPY_LITERAL = 65_536
 
 
 def snappy(content: bytes) -> bytes:
-    """The block format of snappy (format_description.txt), by literals alone: no compression."""
+    """Snappy's block format (format_description.txt), only literals: no compression."""
     out = [varint(len(content))]
     for at in range(0, len(content), SNAPPY_LITERAL):
         piece = content[at:at + SNAPPY_LITERAL]
@@ -1490,7 +1501,7 @@ def read_time_series(record: bytes) -> str:
 
 
 class Refusal(NamedTuple):
-    """Records that a sink did not accept: to be retried, and refused for good."""
+    """Records that a sink did not accept: those to retry, and those rejected for good."""
     again: Records
     never: Records
     reason: str
@@ -1514,12 +1525,12 @@ def read_bulk(records: Sequence[bytes], body: bytes) -> Refusal:
             if status >= 400 and status != 409:
                 reason = reason or f"{status} {json.dumps(result.get('error'))[:200]}"
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
-        return Refusal([*records], [], f"the answer is not Elasticsearch's: {body[:80]!r}")
+        return Refusal([*records], [], f"not an answer of Elasticsearch: {body[:80]!r}")
     return Refusal(again, never, reason)
 
 
 class Post(NamedTuple):
-    """How records become a request."""
+    """How to send records in an HTTP request."""
     path: str                               # if the URL of the settings has none
     body: Callable[[Sequence[bytes]], bytes]
     headers: Mapping[str, str]
@@ -1562,7 +1573,7 @@ def post_url(sink: SinkSettings) -> str:
     return url
 
 
-DATAGRAM_BYTES = 1432       # of lines in one datagram: what Ethernet carries in one frame
+DATAGRAM_BYTES = 1432       # of lines in one datagram: fits in one Ethernet frame
 Packet = tuple[list[bytes], int]        # datagrams of one packet, and how many records they hold
 
 
@@ -1602,7 +1613,7 @@ class SinkType(NamedTuple):
     packets: Callable[[Sequence[bytes]], list[Packet]] = one_by_one     # framing in datagrams
     differences: bool = False                       # uses increases of counters
     stale: bool = False                             # uses series that have ended
-    inexact: str = ""                               # what does not arrive exactly
+    inexact: str = ""                               # what does not arrive exactly, for the log
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -1610,32 +1621,32 @@ class SinkType(NamedTuple):
         return tuple(form for form in self.encoders if form is not None)
 
 
-DOUBLES = "whole numbers beyond 2^53 are rounded: it keeps 64-bit floating point"
+DOUBLES = "integers above 2^53 are rounded, since it stores 64-bit floating point"
 SINKS = {
     "influxdb": SinkType(
         ("url",), ("database", "org", "bucket", "token", "token_file", "headers", "gzip",
                     *TLS_KEYS),
         {None: influx_records},
-        inexact="NaN and infinities are left out; InfluxDB 1 gets whole numbers beyond 2^63 as "
+        inexact="NaN and infinities are left out; InfluxDB 1 gets integers of 2^63 and above as "
                 "floating point"),
     "graphite": SinkType(("address",), ("form", "prefix"),
                          {"tagged": graphite_records, "dotted": graphite_records}, ("tcp",),
                          inexact=DOUBLES + "; NaN and infinities are left out"),
     "statsd": SinkType(("address",), ("tags", "prefix"), {None: statsd_records}, ("udp",),
                        packets=packed_lines, differences=True,
-                       inexact=DOUBLES + "; datagrams may be lost, or sent twice after a failure"),
+                       inexact=DOUBLES + "; datagrams can be lost, or duplicated after a failure"),
     "syslog": SinkType(("address",), ("transport", *TLS_KEYS), {None: syslog_records},
                        ("udp", "tcp", "tls"), octet_counted,
-                       inexact="messages may come twice after a failure, datagrams may be lost"),
+                       inexact="messages can be duplicated after a failure, datagrams lost"),
     "gelf": SinkType(("address",), ("transport",), {None: gelf_records}, ("udp", "tcp"),
                      nul_ended, gelf_packets,
-                     inexact="messages may come twice after a failure, datagrams may be lost; NaN "
-                             "and infinities are left out"),
+                     inexact="messages can be duplicated after a failure, datagrams lost; NaN and "
+                             "infinities are left out"),
     "http": SinkType(("url",), ("form", "headers", "token", "token_file", "index", "gzip",
                                 *TLS_KEYS),
                      {"lines": json_records, "elasticsearch": elasticsearch_records,
                       "splunk": splunk_records},
-                     inexact="lines may come twice after a failure"),
+                     inexact="lines can be duplicated after a failure"),
     "remote_write": SinkType(("url",), ("headers", "token", "token_file", *TLS_KEYS),
                              {None: remote_write_records}, stale=True, inexact=DOUBLES),
     "file": SinkType(("path",), ("rotate_bytes", "keep"), {None: json_records}),
@@ -1662,20 +1673,20 @@ def shown(sink: SinkSettings, record: bytes) -> str:
 # --- spool ----------------------------------------------------------------------------------------
 
 # A folder for each sink. `0000000000000007.log` is a segment: entries of a header and records, each
-# record after its length. `cursor` is the position up to which all is delivered. An entry is
-# written whole with one call and never changed, so a process that is killed leaves at most one torn
-# entry, at a segment's end; a new process begins a new segment. There is no fsync (see
-# docs/FORWARDER.md): after a power failure, checksums tell what was written.
+# record preceded by its length. `cursor` is the position up to which everything is delivered. An
+# entry is written with one call and never changed, so a killed process leaves at most one torn
+# entry, at the end of a segment; a new process starts a new segment. There is no fsync (see
+# docs/FORWARDER.md): after a power failure, checksums show what was written.
 
 ENTRY = struct.Struct(">IIId")          # bytes of the records, CRC-32, how many, and when
 COVERED = struct.Struct(">Id")          # of the header, the CRC covers these before the records
-# Segment and offset up to which all is delivered; the same of the batch under way; their CRC-32.
+# Segment and offset of the end of what is delivered, then of the batch in flight; their CRC-32.
 CURSOR = struct.Struct(">QQQQI")
 LENGTH = struct.Struct(">I")
 SEGMENT_BYTES = 8 << 20
 MAX_ENTRY = 1 << 30
-MEMORY_BYTES = 4 << 20                  # of entries that a full disk does not take
-REFUSED_FILES = 100                     # kept in a sink's `refused`, the newest
+MEMORY_BYTES = 4 << 20                  # of entries kept in memory while the disk is full
+REFUSED_FILES = 100                     # kept in a sink's `refused`: the newest
 REFUSED_BYTES = 64 << 20
 
 
@@ -1703,11 +1714,11 @@ class SpoolError(Exception):
 
 
 class Batch(NamedTuple):
-    """Records that are delivered together."""
+    """Records to deliver together."""
     records: Records
     oldest: float                           # when the first was scraped, seconds since 1970
     end: tuple[int, int]                    # segment and offset of its end
-    unwritten: int                          # samples of it that a full disk did not take
+    unwritten: int                          # of its samples, those kept only in memory
 
 
 class _Segment:
@@ -1732,8 +1743,8 @@ class Spool:
         self._reader: tuple[int, int] | None = None     # number and descriptor of a segment
         self._head = (0, 0)                     # end of what was taken last
         self._delivered = (0, 0)                # end of what was settled last
-        # The end of a batch that was under way when an earlier process ended. It is sent again as
-        # it was: a sink that has it may refuse it whole, and with it what else would be in it.
+        # The end of a batch that was in flight when an earlier process ended. It is sent again
+        # unchanged: a sink that has it may reject it as a whole, with anything added to it.
         self._again: tuple[int, int] | None = None
         self._memory: collections.deque[tuple[bytes, int, float]] = collections.deque()
         self._memory_bytes = 0
@@ -1755,7 +1766,7 @@ class Spool:
             self._delivered, under_way = self._read_cursor()
             self._head = self._delivered
             self._again = under_way if under_way > self._head else None
-            self._write_cursor(under_way)       # allocated now: the disk may be full later
+            self._write_cursor(under_way)       # allocate it now: the disk may be full later
             numbers = sorted(int(path.name[:16], 16) for path in self.folder.glob("*.log")
                              if re.fullmatch(r"[0-9a-f]{16}\.log", path.name))
             for number_of in numbers:
@@ -1774,7 +1785,7 @@ class Spool:
         self._peek()
 
     def _check_form(self) -> None:
-        """Records of another kind of sink cannot be delivered to this one."""
+        """Set aside records written for another type of sink: this one cannot accept them."""
         mark = self.folder / "form"
         waiting = [path for path in self.folder.glob("*.log")]
         if mark.exists() and mark.read_text() not in ("", self._form) and waiting:
@@ -1783,9 +1794,9 @@ class Spool:
             for path in waiting:
                 path.rename(aside / path.name)
             (aside / "reason.txt").write_text(
-                f"written for {mark.read_text()}, and the sink is {self._form} now\n")
-            log.warning("%s: %d segments were written for another kind of sink; they are in %s",
-                        self.folder, len(waiting), aside)
+                f"written for {mark.read_text()}, but the sink is now {self._form}\n")
+            log.warning("spool %s: %d segments were written for another type of sink; moved them "
+                        "to %s", self.folder, len(waiting), aside)
         if not mark.exists() or mark.read_text() != self._form:
             mark.write_text(self._form)
 
@@ -1801,24 +1812,25 @@ class Spool:
         packed = CURSOR.pack(*self._delivered, *under_way, 0)[:-LENGTH.size]
         try:
             os.pwrite(self._cursor, packed + LENGTH.pack(zlib.crc32(packed)), 0)
-        except OSError as error:            # after a restart, some is sent twice
-            log.warning("spool %s: cursor: %s", self.folder, reason_of(error))
+        except OSError as error:
+            log.warning("spool %s: cannot write the cursor, a restart would send samples again: %s",
+                        self.folder, reason_of(error))
 
     def _scan(self, number_of: int) -> _Segment:
-        """What a segment of an earlier process holds after the cursor."""
+        """Read a segment of an earlier process: its size, and its samples after the cursor."""
         segment = _Segment(number_of)
         with open(self._path(number_of), "rb") as file:
             while True:
-                found = body_of(file.read(ENTRY.size), file.read)
-                if found is None:
+                entry = body_of(file.read(ENTRY.size), file.read)
+                if entry is None:
                     break
                 if (number_of, segment.size) >= self._head:
-                    segment.samples += found[1]
+                    segment.samples += entry[1]
                 segment.size = file.tell()
             rest = os.fstat(file.fileno()).st_size - segment.size
         if rest:
-            log.warning("spool %s: the last %d bytes of segment %016x were not written whole",
-                        self.folder, rest, number_of)
+            log.warning("spool %s: ignoring an incomplete entry of %d bytes at the end of segment "
+                        "%016x", self.folder, rest, number_of)
         return segment
 
     # the server's side
@@ -1859,21 +1871,21 @@ class Spool:
             problem = self._write(entry, samples)
             if problem is not None:
                 if not self._failing:
-                    log.error("spool %s: %s; what fits into memory is kept there", self.folder,
-                              problem)
+                    log.error("spool %s: %s; keeping up to %d MiB of samples in memory",
+                              self.folder, problem, MEMORY_BYTES >> 20)
                 self._failing = problem
                 return
             self._memory.popleft()
             self._memory_bytes -= len(entry)
             if self._failing:
-                log.info("spool %s: can be written again", self.folder)
+                log.info("spool %s: writable again", self.folder)
             self._failing = ""
             while sum(segment.size for segment in self._segments) > self._limit:
                 if not self._drop_oldest("spool full", 2):
                     break
 
     def _write(self, entry: bytes, samples: int) -> str | None:
-        """One entry, whole or not at all; None, or what is wrong."""
+        """Write an entry, whole or not at all; None, or what is wrong."""
         most = max(min(self._limit // 8, SEGMENT_BYTES), 1024)
         if self._writer is not None and self._segments and \
                 self._segments[-1].size + len(entry) > most:
@@ -1921,9 +1933,9 @@ class Spool:
     # the sink's side
 
     def take(self, most_bytes: int, age: float, stop: threading.Event) -> Batch | None:
-        """Wait for a batch that is large or old enough; None when it is time to stop.
+        """Wait for a batch that is large or old enough; None after `stop` is set.
 
-        What was taken is held until `settle`; it is the same batch again if that is not called.
+        The batch is held until `settle`: a second call returns the same one.
         """
         with self._lock:
             while not stop.is_set():
@@ -1945,21 +1957,22 @@ class Spool:
             return None
 
     def wake(self) -> None:
-        """Make `take` check its `stop`."""
+        """Have `take` check its `stop`."""
         with self._lock:
             self._lock.notify_all()
 
     def settle(self) -> None:
-        """Forget the batch that was taken last: it is delivered or set aside."""
+        """Remove the batch taken last: it is delivered or set aside."""
         with self._lock:
             assert self._held is not None
             end, self._held = self._held.end, None
             self._delivered = end
             self._write_cursor(end)
-            for segment in [one for one in self._segments if one.number < end[0] or (
-                    one.number == end[0] and end[1] >= one.size and one is not self._last())]:
-                self._segments.remove(segment)
-                self._unlink(segment.number)
+            for segment in list(self._segments):
+                if segment.number < end[0] or (segment.number == end[0] and end[1] >= segment.size
+                                               and segment is not self._last()):
+                    self._segments.remove(segment)
+                    self._unlink(segment.number)
             last = self._last()
             if last is not None and last.size and (last.number, last.size) <= end:
                 self._end_writer()          # everything is delivered: free the space
@@ -1989,17 +2002,17 @@ class Spool:
             offset = self._head[1] if segment.number == self._head[0] else 0
             self._head = (segment.number, offset)
             while offset < segment.size and not is_full():
-                found = self._read(segment, offset)
-                if found is None:
-                    log.error("spool %s: segment %016x is damaged at %d; the rest of it is "
-                              "dropped", self.folder, segment.number, offset)
+                entry_read = self._read(segment, offset)
+                if entry_read is None:
+                    log.error("spool %s: segment %016x is damaged at offset %d; dropping the rest "
+                              "of it", self.folder, segment.number, offset)
                     self._drop(segment.samples, "damaged")
                     segment.samples = 0
                     offset = segment.size
                     if segment is self._last():
                         self._end_writer()
                     break
-                entry_records, end = found
+                entry_records, end = entry_read
                 records += entry_records
                 segment.samples -= len(entry_records)
                 size += end - offset
@@ -2020,7 +2033,7 @@ class Spool:
         return Batch(records, oldest, self._head, unwritten)
 
     def _on_disk(self) -> bool:
-        """Whether a segment has something that has not been taken."""
+        """Whether a segment has entries that have not been taken."""
         return any((segment.number, segment.size) > self._head and segment.size
                    for segment in self._segments if segment.number >= self._head[0])
 
@@ -2032,12 +2045,12 @@ class Spool:
                 self._reader = (segment.number, os.open(self._path(segment.number),
                                                         os.O_RDONLY | os.O_CLOEXEC))
             file, at = self._reader[1], offset + ENTRY.size
-            found = body_of(os.pread(file, ENTRY.size, offset),
+            entry = body_of(os.pread(file, ENTRY.size, offset),
                             lambda size: os.pread(file, size, at))
         except OSError as error:
             log.error("spool %s: %s", self.folder, reason_of(error))
             return None
-        return None if found is None else (self._split(found[0]), at + len(found[0]))
+        return None if entry is None else (self._split(entry[0]), at + len(entry[0]))
 
     @staticmethod
     def _split(body: bytes) -> Records:
@@ -2105,12 +2118,12 @@ class Spool:
                     0.0 if oldest is None else max(self._clock() - oldest, 0.0))
 
     def set_limit(self, limit: int) -> None:
-        """Change the limit, from the next append on."""
+        """Change the limit; applies from the next append."""
         with self._lock:
             self._limit = limit
 
     def close(self) -> None:
-        """Close the files; what is in memory only is counted as dropped."""
+        """Close the files; samples kept only in memory count as dropped."""
         with self._lock:
             self._to_disk()
             while self._memory:
@@ -2122,7 +2135,7 @@ class Spool:
             os.close(self._cursor)
 
     def set_aside(self, records: Sequence[bytes], reason: str) -> None:
-        """Keep records that a sink refused for good, with the reason; bounded."""
+        """Save records that a sink rejected for good, with the reason; bounded."""
         folder = self.folder / "refused"
         try:
             folder.mkdir(exist_ok=True)
@@ -2136,17 +2149,17 @@ class Spool:
                 kept.pop(0).unlink()
                 sizes.pop(0)
         except OSError as error:
-            log.error("%s: %s; %d refused samples are lost", folder, reason_of(error), len(records))
+            log.error("%s: %s; lost %d refused samples", folder, reason_of(error), len(records))
 
 # --- delivery -------------------------------------------------------------------------------------
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between tries
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between attempts
 MOST_RETRY_AFTER = 3600.0
-SILENT_SECONDS = 1.0        # wait for a sink that does not confirm deliveries
+SILENT_SECONDS = 1.0        # to wait for a sink that does not confirm deliveries
 GRACE_SECONDS = 3.0         # at the end, for deliveries in flight
 
 
-class Later(Exception):
+class RetryLater(Exception):
     """A delivery failed and is retried; `left` are the records that were not accepted."""
 
     def __init__(self, reason: str, left: Sequence[bytes], after: float | None = None) -> None:
@@ -2155,11 +2168,11 @@ class Later(Exception):
 
 
 class TooLarge(Exception):
-    """The sink wants smaller requests."""
+    """The request is too large for the sink."""
 
 
-class Never(Exception):
-    """The sink refuses records for good; `left` are those still to be sent."""
+class Rejected(Exception):
+    """The sink rejects `records` for good; `left` are those still to be sent."""
 
     def __init__(self, reason: str, records: Sequence[bytes], left: Sequence[bytes] = ()) -> None:
         super().__init__(reason)
@@ -2167,8 +2180,8 @@ class Never(Exception):
 
 
 def retry_after(value: str, now: float) -> float | None:
-    """Seconds that a Retry-After asks for, bounded; None if it is not valid or is now or past: a
-    sink with another clock, or one that always says 0, still gets pauses that grow."""
+    """Seconds to wait by a Retry-After header, bounded; None if it is invalid, zero or past: a sink
+    with another clock, or one that always sends 0, gets growing pauses."""
     try:
         if re.fullmatch(r"[0-9]{1,9}", value.strip()):
             seconds = float(value)
@@ -2180,7 +2193,7 @@ def retry_after(value: str, now: float) -> float | None:
 
 
 class HttpTransport:
-    """Requests to an HTTP sink, on a kept connection."""
+    """Requests to an HTTP sink, on a persistent connection."""
 
     def __init__(self, sink: SinkSettings) -> None:
         self.sink = sink
@@ -2192,7 +2205,7 @@ class HttpTransport:
 
     def headers(self) -> dict[str, str]:
         """Headers of a request; the token file is read each time."""
-        found = {"User-Agent": USER_AGENT, **self.post.headers}
+        headers = {"User-Agent": USER_AGENT, **self.post.headers}
         token = self.sink.token
         if self.sink.token_file is not None:
             try:
@@ -2200,11 +2213,11 @@ class HttpTransport:
             except (OSError, UnicodeDecodeError) as error:
                 raise ClientError(f"{self.sink.token_file}: {reason_of(error)}") from None
         if token is not None:
-            found["Authorization"] = f"{self.post.authorization} {token}"
-        return {**found, **(self.sink.headers or {})}
+            headers["Authorization"] = f"{self.post.authorization} {token}"
+        return {**headers, **(self.sink.headers or {})}
 
     def send(self, records: Sequence[bytes]) -> None:
-        """Deliver, or raise Later, TooLarge or Never."""
+        """Deliver, or raise RetryLater, TooLarge or Rejected."""
         body = self.post.body(records)
         try:
             headers = self.headers()
@@ -2212,21 +2225,21 @@ class HttpTransport:
                 body, headers["Content-Encoding"] = gzip(body), "gzip"
             answer = self._client.request("POST", self.url, headers, body, self.sink.timeout)
         except (ClientError, UnicodeEncodeError) as error:
-            raise Later(str(error), records) from None
+            raise RetryLater(str(error), records) from None
         reason = f"{answer.status} {answer.body[:200].decode('utf-8', 'replace').strip()!r}"
         if 200 <= answer.status < 300:
             if self.post.judge is not None:
-                said = self.post.judge(records, answer.body)
-                if said.never:
-                    raise Never(said.reason, said.never, said.again)
-                if said.again:
-                    raise Later(said.reason, said.again)
+                refusal = self.post.judge(records, answer.body)
+                if refusal.never:
+                    raise Rejected(refusal.reason, refusal.never, refusal.again)
+                if refusal.again:
+                    raise RetryLater(refusal.reason, refusal.again)
             return
         if answer.status == 413:
             raise TooLarge(reason)
         if 400 <= answer.status < 500 and answer.status not in (408, 429):
-            raise Never(reason, records)
-        raise Later(reason, records, retry_after(answer.headers.get("retry-after", ""),
+            raise Rejected(reason, records)
+        raise RetryLater(reason, records, retry_after(answer.headers.get("retry-after", ""),
                                                  time.time()))
 
     def check(self) -> None:
@@ -2240,16 +2253,16 @@ class HttpTransport:
                 context.wrap_socket(plain, server_hostname=parts.hostname).close()
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection."""
         self._client.close()
 
 
 class StreamTransport:
     """A connection for each delivery, TCP or TLS.
 
-    These protocols have no answer. So we end our side and wait until the sink ends its own, which
-    it does once it has read all. A sink that dies with bytes unread, or before they arrive, resets
-    the connection, and the delivery is tried again.
+    These protocols have no acknowledgement. So we shut down our side and wait until the sink closes
+    its own, which it does after reading everything. A sink that dies with unread bytes, or before
+    they arrive, resets the connection, and the delivery is retried.
     """
 
     def __init__(self, sink: SinkSettings) -> None:
@@ -2258,8 +2271,8 @@ class StreamTransport:
         self._context = client_context(sink.cert, sink.key, sink.ca) \
             if sink.transport == "tls" else None
         self._frame = SINKS[sink.type].stream
-        # Whether it ends its side after ours. Once it has, silence is a failure; before that,
-        # it may be a sink that never does.
+        # Whether it closes its side after ours. Once it has, silence is a failure; before that, it
+        # may be a sink that never does.
         self._confirms: bool | None = None
 
     def _connect(self, deadline: float) -> socket.socket:
@@ -2274,7 +2287,7 @@ class StreamTransport:
             raise
 
     def send(self, records: Sequence[bytes]) -> None:
-        """Deliver, or raise Later."""
+        """Deliver, or raise RetryLater."""
         deadline = time.monotonic() + self.sink.timeout
         shown_address = "%s:%d" % self.address
         try:
@@ -2285,19 +2298,19 @@ class StreamTransport:
                     if self._confirms is False:
                         deadline = min(deadline, time.monotonic() + SILENT_SECONDS)
                     confirmed = self._confirmed(connection, deadline)
-                except OSError:             # a reset: no sink takes half a line for a whole one
+                except OSError:             # reset, so that no sink uses an incomplete line
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                           struct.pack("ii", 1, 0))
                     raise
         except (OSError, ValueError) as error:
-            raise Later(f"{shown_address}: {reason_of(error)}", records) from None
+            raise RetryLater(f"{shown_address}: {reason_of(error)}", records) from None
         if not confirmed and self._confirms is None:
-            log.warning("%s does not end connections that we have ended: deliveries to it are not "
-                        "confirmed", shown_address)
+            log.warning("%s keeps connections open after we have closed our side: cannot tell "
+                        "whether deliveries arrive", shown_address)
         self._confirms = confirmed
 
     def _confirmed(self, connection: socket.socket, deadline: float) -> bool:
-        """Whether the sink has read all; False when it does not tell. Raises OSError."""
+        """Whether the sink has read everything; False if it does not confirm. Raises OSError."""
         try:
             if isinstance(connection, ssl.SSLSocket):
                 connection.settimeout(_left(deadline))
@@ -2313,7 +2326,7 @@ class StreamTransport:
                 connection.settimeout(_left(deadline))
                 if not connection.recv(READ_SIZE):
                     break
-            while True:                     # if it ended first, a reset may be on its way
+            while True:                     # if it closed first, a reset may follow
                 raise_error_of(connection)
                 if not unacknowledged(connection):
                     return True
@@ -2334,7 +2347,7 @@ class StreamTransport:
         self._connect(time.monotonic() + self.sink.timeout).close()
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Nothing to close."""
 
 
 def unacknowledged(connection: socket.socket) -> bool:
@@ -2366,11 +2379,12 @@ class DatagramTransport:
         self.sink = sink
         self.address = parse_address(sink.address or "")
         self._packets = SINKS[sink.type].packets
-        self._turn = 0                      # index of its address; the next after a failure
+        self._address_index = 0             # moves to the next after a failure
 
     def _connect(self) -> socket.socket:
-        found = socket.getaddrinfo(*self.address, type=socket.SOCK_DGRAM)
-        family, kind, protocol, _, address = found[self._turn % len(found)]
+        addresses = socket.getaddrinfo(*self.address, type=socket.SOCK_DGRAM)
+        index = self._address_index % len(addresses)
+        family, kind, protocol, _, address = addresses[index]
         connection = socket.socket(family, kind, protocol)
         try:
             connection.connect(address)
@@ -2381,8 +2395,8 @@ class DatagramTransport:
         return connection
 
     def send(self, records: Sequence[bytes]) -> None:
-        """Deliver, or raise Later or Never."""
-        done = sure = 0                     # records sent; and those past the last check for errors
+        """Deliver, or raise RetryLater or Rejected."""
+        done = sure = 0                     # records sent; those before the last check for errors
         count = 0
         try:
             with self._connect() as connection:
@@ -2393,25 +2407,26 @@ class DatagramTransport:
                         connection.send(datagram)
                     done += count
                     if place % BURST == 0:
-                        _heard(connection, BURST_PAUSE if place else REFUSAL_PAUSE)
+                        _await_errors(connection, BURST_PAUSE if place else REFUSAL_PAUSE)
                         sure = done
-                _heard(connection, REFUSAL_PAUSE)
+                _await_errors(connection, REFUSAL_PAUSE)
         except OSError as error:
             if error.errno == errno.EMSGSIZE:       # this system's limit may be lower
-                raise Never("larger than a datagram", records[done:done + count],
-                            records[done + count:]) from None
-            self._turn += 1
-            raise Later("%s:%d: %s" % (*self.address, reason_of(error)), records[sure:]) from None
+                raise Rejected("does not fit in a datagram", records[done:done + count],
+                               records[done + count:]) from None
+            self._address_index += 1
+            reason = "%s:%d: %s" % (*self.address, reason_of(error))
+            raise RetryLater(reason, records[sure:]) from None
 
     def check(self) -> None:
-        """Its name resolves and there is a route; nothing more can be known."""
+        """The name resolves and there is a route: UDP allows no further check."""
         self._connect().close()
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Nothing to close."""
 
 
-def _heard(connection: socket.socket, seconds: float) -> None:
+def _await_errors(connection: socket.socket, seconds: float) -> None:
     """Wait for ICMP errors; raises OSError when the port is closed."""
     poll = select.poll()                # select() fails beyond 1,024 descriptors
     poll.register(connection, select.POLLIN)
@@ -2419,11 +2434,11 @@ def _heard(connection: socket.socket, seconds: float) -> None:
     raise_error_of(connection)
 
 
-TORN = b'{"name": "'                # how a sample of ours begins
+RECORD_START = b'{"name": "'                # how a sample of ours begins
 
 
 class FileTransport:
-    """JSON lines in a file that is rotated; a line that a crash cut off is removed."""
+    """JSON lines in a file with rotation; removes a line that a crash left incomplete."""
 
     def __init__(self, sink: SinkSettings) -> None:
         assert sink.path is not None
@@ -2443,14 +2458,15 @@ class FileTransport:
             if newline >= 0:
                 break
         if end < size:
-            if not TORN.startswith(os.pread(file, len(TORN), end)):
+            if not RECORD_START.startswith(os.pread(file, len(RECORD_START), end)):
                 os.close(file)
-                raise OSError(errno.EINVAL, "its last line has no end, and is not a sample")
+                raise OSError(errno.EINVAL, "its last line is incomplete and not a sample; is this "
+                              "the right file?")
             os.ftruncate(file, end)
         return file
 
     def send(self, records: Sequence[bytes]) -> None:
-        """Append, or raise Later."""
+        """Append, or raise RetryLater."""
         try:
             if self._file is not None and not self._same(self._file):
                 self.close()                # it was rotated by another program
@@ -2469,10 +2485,10 @@ class FileTransport:
                 try:
                     os.ftruncate(self._file, size)
                 except OSError:
-                    self.close()            # _open() takes the torn line away
+                    self.close()            # _open() removes the torn line
                 raise
         except OSError as error:
-            raise Later(f"{self.path}: {reason_of(error)}", records) from None
+            raise RetryLater(f"{self.path}: {reason_of(error)}", records) from None
 
     def _same(self, file: int) -> bool:
         try:
@@ -2498,7 +2514,7 @@ class FileTransport:
             self.path.unlink()
 
     def close(self) -> None:
-        """End it."""
+        """Close the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -2517,7 +2533,7 @@ def transport_of(sink: SinkSettings) -> Transport:
 
 
 def form_of(sink: SinkSettings) -> str:
-    """What kind of records a sink's spool holds."""
+    """The format of the records in a sink's spool."""
     return f"{sink.type} {sink.form or ''}".strip()
 
 
@@ -2532,7 +2548,7 @@ class Delivery:
         self.form = form_of(self.sink)
         self.spool = Spool(folder / name, self.form, limit)
         self._stop = threading.Event()
-        self._news = threading.Event()      # set with _stop, and when settings change
+        self._wake = threading.Event()      # set with _stop, and when settings change
         # written by the sink's thread, read by the server's
         self.sent = self.refused = self.failures = 0
         self.problem = ""                   # why the last delivery failed, if it did
@@ -2540,19 +2556,19 @@ class Delivery:
         self._thread = threading.Thread(target=self._run, name=f"sink-{name}", daemon=True)
 
     def start(self) -> None:
-        """Start to deliver."""
+        """Start the thread."""
         self._thread.start()
 
     def use(self, sink: SinkSettings, limit: int) -> None:
-        """Apply new settings of the same form, also to what waits."""
+        """Apply new settings of the same form, to waiting samples too."""
         self.spool.set_limit(limit)
         if with_defaults(sink) != self.sink:
             self.sink = with_defaults(sink)
-            self._news.set()
+            self._wake.set()
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread has not ended yet."""
+        """Whether its thread is still running."""
         return self._thread.is_alive()
 
     def give(self, scrape: Scrape) -> None:
@@ -2560,13 +2576,13 @@ class Delivery:
         self.spool.append(encode(self.sink, scrape), scrape.at / 1000)
 
     def stop(self) -> None:
-        """Stop after the delivery in flight; the rest stays in the spool."""
+        """Stop after the current delivery; the rest stays in the spool."""
         self._stop.set()
-        self._news.set()
+        self._wake.set()
         self.spool.wake()
 
     def join(self, seconds: float) -> None:
-        """Wait for the thread; close the spool when it has ended."""
+        """Wait for the thread to end, then close the spool."""
         self._thread.join(seconds)
         if not self._thread.is_alive():
             self._transport.close()
@@ -2588,39 +2604,39 @@ class Delivery:
                 self.spool.settle()
 
     def _deliver(self, records: Records) -> bool:
-        """Deliver until all is accepted or set aside; False when stopped before that."""
+        """Deliver until everything is accepted or set aside; False if stopped before that."""
         work: list[Records] = [records]
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE, self._random)
         while work:
-            self._news.clear()
+            self._wake.clear()
             if self._stop.is_set():
                 return False
             part = work.pop(0)
             left: Records = []
             try:
                 if self._transport.sink != self.sink:
-                    self._follow(part)
+                    self._replace_transport(part)
                 self._transport.send(part)
-                self._works()
+                self._succeeded()
             except TooLarge as error:
                 if len(part) > 1:
                     work[:0] = [part[:len(part) // 2], part[len(part) // 2:]]
                     continue
                 self._refuse(part, str(error))
                 continue
-            except Never as error:
+            except Rejected as error:
                 self._refuse(error.records, str(error))
                 left = error.left
                 self.sent += len(part) - len(error.records) - len(left)
                 backoff.reset()
-            except Later as error:
+            except RetryLater as error:
                 left = error.left
                 self.sent += len(part) - len(left)
-                self._fails(str(error), sum(map(len, work)) + len(left))
+                self._failed(str(error), sum(map(len, work)) + len(left))
                 pause = backoff.next()
                 if error.after is not None:
                     pause = max(error.after, 0.1) + 0.1 * self._random()
-                self._news.wait(pause)
+                self._wake.wait(pause)
             else:
                 self.sent += len(part)
                 backoff.reset()
@@ -2628,45 +2644,45 @@ class Delivery:
                 work.insert(0, left)
         return True
 
-    def _follow(self, records: Records) -> None:
+    def _replace_transport(self, records: Records) -> None:
         """Apply new settings."""
         try:
             fresh = transport_of(self.sink)
         except ConfigError as error:        # a certificate has disappeared since the reload
-            raise Later(str(error), records) from None
+            raise RetryLater(str(error), records) from None
         self._transport.close()
         self._transport = fresh
 
     def _refuse(self, records: Records, reason: str) -> None:
         self.refused += len(records)
-        word = reason.partition(" ")[0]     # the status; log each reason once
-        if word != self._refusing:
-            log.error("sink %s refuses %d samples for good, they are in %s: %s", self.name,
+        status = reason.partition(" ")[0]   # log each once
+        if status != self._refusing:
+            log.error("sink %s refused samples for good (%d, saved in %s): %s", self.name,
                       len(records), self.spool.folder / "refused", reason)
-        self._refusing = word
+        self._refusing = status
         self.spool.set_aside(records, reason)
 
-    def _fails(self, reason: str, waiting: int) -> None:
+    def _failed(self, reason: str, waiting: int) -> None:
         self.failures += 1
         if not self.problem:
-            log.warning("sink %s: delivery fails, %d samples and what follows wait: %s",
-                        self.name, waiting, reason)
+            log.warning("sink %s: delivery failed, retrying (%d samples waiting): %s", self.name,
+                        waiting, reason)
         self.problem = reason
 
-    def _works(self) -> None:
+    def _succeeded(self) -> None:
         if self.problem:
-            log.info("sink %s: delivers again", self.name)
+            log.info("sink %s: delivery works again", self.name)
         self.problem = self._refusing = ""
 
 # --- main -----------------------------------------------------------------------------------------
 
 
-# Columns of the page for people, after the sink's name.
+# Columns of the HTML page, after the sink's name.
 SINK_TITLES = ("type", "sent", "spooled", "dropped", "refused", "oldest", "state")
 
 
 class SinkState(NamedTuple):
-    """State of a sink, for people and metrics."""
+    """State of a sink, for the HTML page and the metrics."""
     name: str
     type: str
     sent: int
@@ -2678,7 +2694,7 @@ class SinkState(NamedTuple):
 
 
 class Forwarder:
-    """All parts of a running forwarder; used by the server's thread."""
+    """All parts of a running forwarder. Owned by the loop."""
 
     def __init__(self, settings: Settings, once: bool = False) -> None:
         self.settings = settings
@@ -2700,7 +2716,7 @@ class Forwarder:
 
     @staticmethod
     def _lock_spool(settings: Settings) -> int:
-        """One process a spool; raises ConfigError."""
+        """Lock the spool: one process uses it at a time. Raises ConfigError."""
         folder = spool_of(settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -2710,13 +2726,14 @@ class Forwarder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"spool {folder}: another forwarder uses it") from None
+            raise ConfigError(f"spool {folder}: in use by another forwarder; stop it or set "
+                              "another spool") from None
         return lock
 
     def deliver(self, scrape: Scrape) -> None:
         """Give a scrape to each sink."""
         for delivery in self.deliveries.values():
-            self.server.loop.guarded(delivery.give, (scrape,))      # a failure stays the sink's own
+            self.server.loop.guarded(delivery.give, (scrape,))      # a failure affects one sink
 
     def _use_sinks(self, settings: Settings, once: bool = False) -> None:
         """Start new sinks, stop old ones; raises ConfigError before it changes anything."""
@@ -2757,22 +2774,22 @@ class Forwarder:
             fixed.append("spool")
         if fixed:
             raise ConfigError(f"{', '.join(fixed)}: cannot change while the forwarder runs: "
-                              "restart it")
+                              "restart it to apply the new value")
         context = proxy_context(settings)
         for name, sink in settings.sinks.items():
             transport_of(with_defaults(sink))       # check certificates before anything changes
             known = self.deliveries.get(name)
             if known is not None and known.form != form_of(with_defaults(sink)):
-                raise ConfigError(f"sinks.{name}: another type or form needs another name or a "
-                                  "restart: its spool holds what was written for the old one")
+                raise ConfigError(f"sinks.{name}: cannot change type or form while the forwarder "
+                                  "runs: rename the sink or restart the forwarder")
             if name in self._leaving and self._leaving[name].is_alive:
-                raise ConfigError(f"sinks.{name}: is still ending; try again in some seconds")
+                raise ConfigError(f"sinks.{name}: still stopping; try again in a few seconds")
         self._use_sinks(settings)
         self.settings = settings
         self.scraper.use(settings, context)
 
     def finish(self) -> None:
-        """At the end: spools keep what is not delivered, and counters are saved."""
+        """Stop the sinks and save the counters; spools keep what is not delivered."""
         ending = [*self.deliveries.values(), *self._leaving.values()]
         for delivery in ending:
             delivery.stop()
@@ -2785,14 +2802,14 @@ class Forwarder:
     # pages and metrics
 
     def states(self) -> list[SinkState]:
-        """All sinks as they are now."""
-        found = []
+        """The current state of all sinks."""
+        states = []
         for name, delivery in self.deliveries.items():
             spooled, _, oldest = delivery.spool.state()
-            found.append(SinkState(name, delivery.sink.type, delivery.sent, spooled,
-                                   sum(delivery.spool.dropped.values()), delivery.refused, oldest,
-                                   delivery.problem))
-        return found
+            states.append(SinkState(name, delivery.sink.type, delivery.sent, spooled,
+                                    sum(delivery.spool.dropped.values()), delivery.refused,
+                                    oldest, delivery.problem))
+        return states
 
     def _families(self) -> list[Family]:
         states = self.states()
@@ -2805,22 +2822,22 @@ class Forwarder:
                    for name, delivery in self.deliveries.items()
                    for reason, count in delivery.spool.dropped.copy().items()]
         return [
-            family("up", GAUGE, "1 if the last delivery was accepted, or there was none.",
-                   [int(not state.problem) for state in states]),
-            family("samples_sent_total", COUNTER, "Samples that the sink accepted.",
+            family("up", GAUGE, "Whether the sink accepted the last delivery (1) or not (0); 1 "
+                   "before the first.", [int(not state.problem) for state in states]),
+            family("samples_sent_total", COUNTER, "Total number of samples that the sink accepted.",
                    [state.sent for state in states]),
-            family("samples_refused_total", COUNTER, "Samples that the sink refused for good.",
-                   [state.refused for state in states]),
-            family("spool_samples", GAUGE, "Samples waiting in the spool.",
+            family("samples_refused_total", COUNTER, "Total number of samples that the sink "
+                   "refused for good.", [state.refused for state in states]),
+            family("spool_samples", GAUGE, "Number of samples waiting in the spool.",
                    [state.spooled for state in states]),
             family("spool_bytes", GAUGE, "Size of the spool on disk in bytes.",
                    [delivery.spool.state()[1] for delivery in self.deliveries.values()]),
-            family("spool_oldest_seconds", GAUGE, "Age of the oldest waiting sample.",
+            family("spool_oldest_seconds", GAUGE, "Age of the oldest waiting sample in seconds.",
                    [round(state.oldest, 3) for state in states]),
-            family("failures_total", COUNTER, "Deliveries that failed and were retried.",
-                   [delivery.failures for delivery in self.deliveries.values()]),
+            family("failures_total", COUNTER, "Total number of deliveries that failed and were "
+                   "retried.", [delivery.failures for delivery in self.deliveries.values()]),
             Family("cmon_forwarder_sink_samples_dropped_total", COUNTER,
-                   "Samples dropped, the oldest first.", dropped)]
+                   "Total number of samples dropped from the spool, by reason.", dropped)]
 
     def routes(self) -> tuple[Route, ...]:
         """Routes of `listen`."""
@@ -2833,7 +2850,7 @@ class Forwarder:
 
     def _is_ready(self, _request: Request) -> Answer:
         return text(200, "OK") if self.scraper.ready else text(
-            503, "no targets yet: the proxy has not answered")
+            503, "no targets yet: the proxy has not answered; see the log")
 
     def _overview(self, _request: Request) -> Answer:
         rows = [page_row(html.escape(state.name), [
@@ -2843,7 +2860,7 @@ class Forwarder:
             for state in self.states()]
         return plain_page("Container Monitor forwarder", (
             f"version {__version__}", f"{len(self.scraper.targets)} containers"), f"""\
-<p><a href="/metrics">Own metrics</a> · <a href="/-/healthy">healthy</a> ·
+<p><a href="/metrics">Metrics</a> · <a href="/-/healthy">healthy</a> ·
 <a href="/-/ready">ready</a></p>
 {page_table(("sink", *SINK_TITLES), rows)}""")
 
@@ -2862,14 +2879,14 @@ def proxy_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def read_counters(path: Path) -> dict[str, dict[str, Number]]:
-    """Counters of the previous process; removes the file, so that nothing counts twice."""
+    """Counters of the previous process; removes the file, so that no increase counts twice."""
     try:
         content = json.loads(path.read_bytes())
         path.unlink()
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s: %s; differences begin again", path,
+        log.warning("%s: %s; increases since the last run are lost", path,
                     reason_of(error) if isinstance(error, OSError) else "not JSON")
         return {}
     if not isinstance(content, dict):
@@ -2886,7 +2903,7 @@ def write_counters(path: Path, counters: Mapping[str, Mapping[str, Number]]) -> 
         fresh.write_text(json.dumps(counters, separators=(",", ":")))
         fresh.replace(path)
     except OSError as error:
-        log.error("%s: %s; differences begin again after the restart", path, reason_of(error))
+        log.error("%s: %s; increases until the next start will be lost", path, reason_of(error))
 
 
 def load_forwarder(arguments: argparse.Namespace) -> Settings:
@@ -2899,7 +2916,7 @@ def load_forwarder(arguments: argparse.Namespace) -> Settings:
 
 
 def reach(settings: Settings) -> list[str]:
-    """--check-config: which of the proxy and the sinks cannot be reached."""
+    """For --check-config: contact the proxy and the sinks; return what is wrong."""
     problems: list[str] = []
     try:
         client = Client(proxy_context(settings), max_body=MAX_JSON_BYTES)
@@ -2938,7 +2955,7 @@ def reach(settings: Settings) -> list[str]:
 
 
 def run_round(scraper: Scraper) -> str:
-    """Discover and scrape everything once; the problem, or an empty string."""
+    """Discover and scrape everything once; return the problem, or an empty string."""
     problems: list[str] = []
     scraper.once = problems.append
     scraper.start()
@@ -2978,18 +2995,18 @@ def once(settings: Settings) -> int:
     finally:
         forwarder.finish()
     for state in forwarder.states():
-        print(f"{state.name}: {state.sent} samples sent, {state.spooled} wait, {state.refused} "
+        print(f"{state.name}: {state.sent} samples sent, {state.spooled} waiting, {state.refused} "
               f"refused, {state.dropped} dropped")
         if state.problem:
             problems.append(f"sink {state.name}: {state.problem}")
         elif state.refused or state.dropped or state.spooled:
-            problems.append(f"sink {state.name}: not all was accepted")
+            problems.append(f"sink {state.name}: did not accept all samples")
     complain("cmon_forwarder", problems)
     return 1 if problems else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     open_streams()
     parser = command_line("cmon_forwarder.py", "Scrapes a tenant's containers through the proxy "
                           "and pushes their metrics to other systems.")

@@ -163,10 +163,10 @@ def test_an_address_that_is_dead_costs_no_request(peer: Peer, run: Run,
 def test_requests_do_not_queue_for_longer_than_the_interval(peer: Peer, run: Run) -> None:
     fetcher = fetcher_of(peer.text, most=1)
     run(fetcher, "/")                       # the name is resolved now
-    fetcher._patience = 0.2
+    fetcher._queue_timeout = 0.2
     replies = run(fetcher, "/hang", "/", "/", timeout=0.5)
     assert [reply.problem for reply in replies] == [
-        "timed out", "no connection was free in time", "no connection was free in time"]
+        "timed out", *2 * ("no connection was free in time: raise max_in_flight",)]
     assert run(fetcher, "/") == [Reply(200, b"ok")]
     fetcher.close()
 

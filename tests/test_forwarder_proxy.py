@@ -68,7 +68,7 @@ def test_containers_of_the_account_are_forwarded_over_tls(tmp_path: Path, agent:
     ({"cert": str(TLS / "new_other.pem"), "key": str(TLS / "client.key")}, ": 401 "),
     ({"key": str(TLS / "ca.key")}, "not a certificate and its key"),
     ({"key": "none.key"}, "none.key: no such file"),
-    ({"ca": str(TLS / "ca.key")}, "holds no CA certificate"),
+    ({"ca": str(TLS / "ca.key")}, "contains no CA certificate"),
     ({"url": "https://127.0.0.1:1"}, "connection refused"),
     ({"url": "https://no.such.host.invalid:1"}, "does not resolve"),
 ])

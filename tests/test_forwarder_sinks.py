@@ -28,8 +28,8 @@ from forwarding import Source, drained, own, uuid_of, write_config
 from support import ROOT, Program, free_port, wait_until
 
 from cmon_forwarder import (
-    _DOTTED_ODD, _GRAPHITE_ODD, _INFLUX_ODD, read_time_series, remote_write_records, Scrape,
-    Series, SinkSettings, Target)
+    _DOTTED_INVALID, _GRAPHITE_INVALID, _INFLUX_INVALID, read_time_series, remote_write_records,
+    Scrape, Series, SinkSettings, Target)
 from test_forwarder_encoders import read_syslog
 
 ODD = ["a b", "a,b=c", 'say "x"', "back\\slash", "a\\nb", "tab\tx", "ſ€😀", "semi;colon", "~tilde",
@@ -400,7 +400,7 @@ def test_the_run_had_all_of_it(world: World) -> None:
 
 
 def test_influxdb_has_every_value_exactly(world: World) -> None:
-    expected = world.expected(lambda text: _INFLUX_ODD.sub("_", text))
+    expected = world.expected(lambda text: _INFLUX_INVALID.sub("_", text))
     for (name, labels), values in expected.items():
         if name == "huge_total":        # beyond 2^63: version 1 has floating point for it
             expected[name, labels] = {at: float(value) for at, value in values.items()}
@@ -444,14 +444,14 @@ def by_second(values: dict[int, Any]) -> dict[int, set[float]]:
 
 def test_graphite_has_a_value_of_each_second(world: World) -> None:
     def tag(text: str) -> str:
-        return _GRAPHITE_ODD.sub("_", text)
+        return _GRAPHITE_INVALID.sub("_", text)
     wanted: dict[str, dict[int, set[float]]] = {}
     for (name, labels), values in world.expected().items():
         tags = "".join(f";{label}={tag(text)}" for label, text in sorted(labels))
         wanted[name + tags] = by_second(values)
         alias, _, *rest = [text for _, text in sorted(
             labels, key=lambda pair: (pair[0] not in ("alias", "instance"), pair[0]))]
-        path = ".".join(_DOTTED_ODD.sub("_", part) for part in (alias, name, *rest))
+        path = ".".join(_DOTTED_INVALID.sub("_", part) for part in (alias, name, *rest))
         for at, those in by_second(values).items():     # `a b` and `a_b` are one word there
             wanted.setdefault(f"cmon.{path}", {}).setdefault(at, set()).update(those)
 
@@ -587,8 +587,8 @@ def test_victoriametrics_takes_three_of_the_formats(world: World, by: str) -> No
             labels.pop("db", "")
             found.setdefault(key_of(name[:-6] if by == "influx" else name, labels), {}).update(
                 values)         # a series comes in several lines
-    change = {"write": str, "influx": lambda text: _INFLUX_ODD.sub("_", text),
-              "": lambda text: _GRAPHITE_ODD.sub("_", text)}[by]
+    change = {"write": str, "influx": lambda text: _INFLUX_INVALID.sub("_", text),
+              "": lambda text: _GRAPHITE_INVALID.sub("_", text)}[by]
     expected = world.expected(change)
     assert set(found) == set(expected)
     for key, values in expected.items():

@@ -17,7 +17,7 @@ from forwarding import HttpSink, Source, drained, own, write_config
 from support import Program, wait_until
 
 from cmon_forwarder import (
-    ENTRY, MEMORY_BYTES, Batch, FileTransport, Later, SinkSettings, Spool, read_counters,
+    ENTRY, MEMORY_BYTES, Batch, FileTransport, RetryLater, SinkSettings, Spool, read_counters,
     with_defaults, write_counters)
 
 STOP = threading.Event()
@@ -243,7 +243,7 @@ def test_records_of_another_kind_of_sink_are_set_aside(make: Any, tmp_path: Path
     other = make(form="graphite tagged")
     assert waiting(other) == 0
     reason, = (tmp_path / "sink" / "refused").glob("*/reason.txt")
-    assert reason.read_text() == "written for http lines, and the sink is graphite tagged now\n"
+    assert reason.read_text() == "written for http lines, but the sink is now graphite tagged\n"
     assert len(list(reason.parent.glob("*.log"))) == 1
 
 
@@ -416,10 +416,10 @@ def test_a_forwarder_on_a_full_disk_goes_on(small_disk: Path) -> None:
             sent = own(program, "sink_samples_sent_total")
             wait_until(lambda: own(program, "sink_samples_sent_total") > sent + 50)
             sink.close()
-            program.wait_for_log("what fits into memory is kept there")
+            program.wait_for_log("keeping up to 4 MiB of samples in memory")
             wait_until(lambda: own(program, "sink_spool_samples") > 50)
             (small_disk / "others").unlink()
-            program.wait_for_log("can be written again")
+            program.wait_for_log("writable again")
             sink.open()
             drained(program, "h")
             assert own(program, "sink_samples_dropped_total") == 0
@@ -502,7 +502,7 @@ def test_a_line_that_a_full_disk_has_cut_off_and_that_stays_is_taken_away_later(
         disk.setattr(os, "write", lambda file, view: write(file, view[:11]) if len(view) > 14
                      else full())
         disk.setattr(os, "ftruncate", full)
-        with pytest.raises(Later, match="no space left"):
+        with pytest.raises(RetryLater, match="no space left"):
             transport.send([b'{"name": "bbbbbbb"}'])
     transport.send([b'{"name": "c"}'])
     transport.close()
@@ -513,7 +513,7 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "report"
     path.write_bytes(b"a\nno newline at its end")
     transport = FileTransport(with_defaults(SinkSettings(type="file", path=path)))
-    with pytest.raises(Later, match="not a sample"):
+    with pytest.raises(RetryLater, match="not a sample"):
         transport.send([b"new"])
     assert path.read_bytes() == b"a\nno newline at its end"
 

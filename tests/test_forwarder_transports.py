@@ -21,7 +21,7 @@ from test_forwarder_encoders import GAUGE, UUID, scrape, unsnappy
 
 from cmon_agent import ConfigError
 from cmon_forwarder import (
-    Delivery, Later, Never, SinkSettings, TooLarge, encode, transport_of, with_defaults)
+    Delivery, RetryLater, Rejected, SinkSettings, TooLarge, encode, transport_of, with_defaults)
 
 Keep = Callable[[Any], Any]
 
@@ -55,7 +55,7 @@ def test_requests_have_the_head_that_the_sink_wants(keep: Keep, settings: Any, p
     records = encode(where, scrape((GAUGE, 1)))
     transport = keep(transport_of(where))
     if where.form == "elasticsearch":
-        with pytest.raises(Later):              # 204 is no answer of Elasticsearch
+        with pytest.raises(RetryLater):         # 204 is no answer of Elasticsearch
             transport.send(records)
     else:
         transport.send(records)
@@ -73,7 +73,7 @@ def test_the_token_is_read_again_for_each_request(keep: Keep, tmp_path: Path) ->
     server = keep(HttpSink())
     token = tmp_path / "token"
     transport = keep(transport_of(sink("http", url=f"http://{server.text}", token_file=token)))
-    with pytest.raises(Later, match="no such file"):
+    with pytest.raises(RetryLater, match="no such file"):
         transport.send([b"x"])
     for word in ("one", "two"):
         token.write_text(word + "\n")
@@ -81,14 +81,14 @@ def test_the_token_is_read_again_for_each_request(keep: Keep, tmp_path: Path) ->
     assert [headers["authorization"] for _, headers, _ in server.seen] == ["Bearer one",
                                                                            "Bearer two"]
     token.write_text("wört\u2028")
-    with pytest.raises(Later):
+    with pytest.raises(RetryLater):
         transport.send([b"x"])
 
 
 @pytest.mark.parametrize("answer, error", [
-    (200, None), (204, None), (299, None), (400, Never), (401, Never), (404, Never), (422, Never),
-    (413, TooLarge), (408, Later), (429, Later), (500, Later), (503, Later), (302, Later),
-    ("cut", Later)], ids=str)
+    (200, None), (204, None), (299, None), (400, Rejected), (401, Rejected), (404, Rejected),
+    (422, Rejected), (413, TooLarge), (408, RetryLater), (429, RetryLater), (500, RetryLater),
+    (503, RetryLater), (302, RetryLater), ("cut", RetryLater)], ids=str)
 def test_the_status_decides(keep: Keep, answer: Any, error: Any) -> None:
     server = keep(HttpSink())
     server.default = answer
@@ -121,7 +121,7 @@ def test_a_sink_that_says_nothing_costs_its_timeout(keep: Keep) -> None:
     server = keep(HttpSink())
     server.default = "hang"
     transport = keep(transport_of(sink("http", url=f"http://{server.text}", timeout=0.2)))
-    with pytest.raises(Later, match="timed out"):
+    with pytest.raises(RetryLater, match="timed out"):
         transport.send([b"x"])
 
 
@@ -181,7 +181,7 @@ def test_a_stream_that_was_not_read_whole_is_sent_again(keep: Keep, mode: str) -
     server = keep(LineSink())
     server.mode = mode
     transport = keep(transport_of(sink("graphite", address=server.text, timeout=0.5)))
-    with pytest.raises(Later):
+    with pytest.raises(RetryLater):
         transport.send([b"x" * 1000] * 20_000)
 
 
@@ -217,7 +217,7 @@ def test_a_sink_that_ended_before_it_had_read_all_did_not_accept(
         connection.connect(server.address)
         return connection
     monkeypatch.setattr(transport, "_connect", connect)
-    with pytest.raises(Later, match="connection reset by peer|broken pipe"):
+    with pytest.raises(RetryLater, match="connection reset by peer|broken pipe"):
         transport.send([b"x"])
     assert ended[0]
 
@@ -238,7 +238,7 @@ def test_half_a_line_never_looks_like_a_whole_one(keep: Keep) -> None:
                 ends.append("reset")
     server = keep(Late())
     transport = keep(transport_of(sink("graphite", address=server.text, timeout=0.5)))
-    with pytest.raises(Later, match="timed out"):
+    with pytest.raises(RetryLater, match="timed out"):
         transport.send([b"x" * 1000] * 20_000)
     go.set()
     wait_until(lambda: ends == ["reset"])
@@ -251,7 +251,7 @@ def test_a_sink_that_confirms_is_not_believed_when_it_is_silent(keep: Keep) -> N
     transport.send([b"a"])
     patient, server.mode = transport.sink, "mute"
     transport.sink = dataclasses.replace(patient, timeout=0.2)
-    with pytest.raises(Later, match="timed out"):
+    with pytest.raises(RetryLater, match="timed out"):
         transport.send([b"b"])
     transport.sink, server.mode = patient, "all"
     transport.send([b"b"])
@@ -263,7 +263,7 @@ def test_an_absent_sink_is_retried_with_all_its_data(keep: Keep) -> None:
     for where in (sink("graphite", address="127.0.0.1:1"), sink("statsd", address="127.0.0.1:1"),
                   sink("graphite", address="no.such.host.invalid:1"),
                   sink("statsd", address="no.such.host.invalid:1")):
-        with pytest.raises(Later, match="connection refused|does not resolve") as caught:
+        with pytest.raises(RetryLater, match="connection refused|does not resolve") as caught:
             transport_of(where).send([b"x"])
         assert caught.value.left == [b"x"]
 
@@ -309,9 +309,9 @@ def test_tls_that_is_reset_or_not_trusted_is_tried_again(tls_sink: Any) -> None:
     tls_sink.mode = "reset"
     trusted = sink("syslog", transport="tls", ca=TLS / "ca.pem", timeout=5,
                    address=f"localhost:{tls_sink.address[1]}")
-    with pytest.raises(Later):
+    with pytest.raises(RetryLater):
         transport_of(trusted).send([b"x" * 100_000] * 300)
-    with pytest.raises(Later, match="not trusted"):
+    with pytest.raises(RetryLater, match="not trusted"):
         transport_of(sink("syslog", transport="tls", address=trusted.address)).send([b"x"])
     with pytest.raises(ConfigError, match="no.pem"):
         transport_of(sink("syslog", transport="tls", ca=Path("no.pem"), address="x:1"))
@@ -322,7 +322,7 @@ def test_a_client_certificate_that_is_refused_after_the_data_is_no_success(tls_s
     tls_sink.mode = "strict"
     transport = transport_of(sink("syslog", transport="tls", ca=TLS / "ca.pem",
                                   address=f"localhost:{tls_sink.address[1]}"))
-    with pytest.raises(Later, match="certificate required|connection reset|broken pipe|"
+    with pytest.raises(RetryLater, match="certificate required|connection reset|broken pipe|"
                        "eof occurred"):
         transport.send([b"hello"])
 
@@ -357,7 +357,7 @@ def test_many_datagrams_are_paced(keep: Keep) -> None:
 def test_a_record_that_fits_no_datagram_is_set_aside_alone(keep: Keep) -> None:
     server = keep(UdpSink())
     records = [b"a", b"b" * 65_508, b"c" * 65_507, b"d"]
-    with pytest.raises(Never) as caught:
+    with pytest.raises(Rejected) as caught:
         transport_of(sink("statsd", address=server.text)).send(records)
     assert (caught.value.records, caught.value.left) == ([records[1]], records[2:])
     transport_of(sink("statsd", address=server.text)).send(caught.value.left)
@@ -386,7 +386,7 @@ def test_the_next_address_of_a_name_is_tried(keep: Keep, monkeypatch: pytest.Mon
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
         (socket.AF_INET, socket.SOCK_DGRAM, 0, "", address) for address in (gone, server.address)])
     transport = transport_of(sink("statsd", address="localhost:1"))
-    with pytest.raises(Later):
+    with pytest.raises(RetryLater):
         transport.send([b"x"])
     transport.send([b"x"])
     wait_until(lambda: server.datagrams == [b"x"])
@@ -395,7 +395,7 @@ def test_the_next_address_of_a_name_is_tried(keep: Keep, monkeypatch: pytest.Mon
 def _refused(transport: Any) -> bool:
     try:
         transport.send([b"x"] * 50)
-    except Later as error:
+    except RetryLater as error:
         return error.left == [b"x"] * 50
     return False
 
@@ -477,7 +477,7 @@ def test_pauses_grow_and_retry_after_is_obeyed(tmp_path: Path, keep: Keep,
     delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
                         tmp_path, 1 << 20, random=lambda: 0.5)
     pauses: list[float] = []
-    monkeypatch.setattr(delivery._news, "wait", pauses.append)
+    monkeypatch.setattr(delivery._wake, "wait", pauses.append)
     delivery.give(scrape((GAUGE, 1)))
     delivery.start()
     wait_until(lambda: delivery.sent == 1)
@@ -493,8 +493,8 @@ def test_settings_that_change_back_leave_the_pauses(tmp_path: Path, keep: Keep,
     settings = SinkSettings(type="http", url=f"http://{server.text}", batch_age=0)
     delivery = Delivery("h", settings, tmp_path, 1 << 20)
     woken: list[bool] = []
-    monkeypatch.setattr(delivery._news, "wait",
-                        lambda _pause: woken.append(delivery._news.is_set()))
+    monkeypatch.setattr(delivery._wake, "wait",
+                        lambda _pause: woken.append(delivery._wake.is_set()))
     delivery.use(dataclasses.replace(settings, timeout=9.0), 1 << 20)
     delivery.use(settings, 1 << 20)
     delivery.give(scrape((GAUGE, 1)))
@@ -518,4 +518,4 @@ def test_a_sink_that_refuses_all_is_one_error_in_the_log(tmp_path: Path, keep: K
         delivery.stop()
         delivery.join(10)
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        f"sink h refuses 1 samples for good, they are in {tmp_path}/h/refused"]
+        f"sink h refused samples for good (1, saved in {tmp_path}/h/refused)"]
