@@ -1183,9 +1183,9 @@ def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterat
             if isinstance(page, Failure):
                 painter.note(f"cmon: {page}")
                 continue
-            done += 1
             if recorder is not None:
                 recorder.add(page)
+            done += 1
             if not silent and table is None and not arguments.json:
                 painter.raw(page)
             elif not silent:
@@ -1244,7 +1244,7 @@ class Recorder:
     """Appends pages to a file, after removing the partial page of an interrupted recording."""
 
     def __init__(self, path: str) -> None:
-        self.packed = path.endswith(".gz")
+        self.path, self.packed = path, path.endswith(".gz")
         try:
             self._file = open(path, "a+b")
             whole = self._whole()
@@ -1273,12 +1273,16 @@ class Recorder:
     def add(self, page: Page) -> None:
         """Append one page, at once."""
         whole = recorded_page(page)
-        self._file.write(gzip.compress(whole) if self.packed else whole)
-        self._file.flush()
+        try:
+            self._file.write(gzip.compress(whole) if self.packed else whole)
+            self._file.flush()
+        except OSError as error:        # the next recording removes the partial page
+            raise Failure(f"cannot record to {self.path}: {words_of(error)}") from None
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):      # `add` has reported it
+            self._file.close()
 
 
 def recorded_page(page: Page) -> bytes:
@@ -4026,9 +4030,14 @@ class Parser(CommandLine):
     words: Sequence[str] = ()           # the arguments, as given
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Keep the arguments: a misspelt flag may explain why another is missing."""
+        """Keep the arguments: a misspelt flag may explain why another is missing. For `check`,
+        flags may come between NAME and EXPR, where argparse takes no more words."""
         self.words = sys.argv[1:] if args is None else args
-        return super().parse_known_args(args, namespace)
+        known, rest = super().parse_known_args(args, namespace)
+        if self.prog.endswith(" check"):
+            known.words += [word for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
+        return known, rest
 
     def unrecognized(self, words: Sequence[str]) -> str:
         """The message for unknown arguments, with similar flags."""

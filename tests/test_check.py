@@ -178,6 +178,13 @@ def test_a_wrong_command_line_is_unknown(arguments: list[str], words: str, check
     assert status == 3 and words in line
 
 
+def test_flags_may_come_between_the_container_and_what_to_check(
+        check: Any, proxy: StandIn) -> None:  # noqa: F811
+    proxy.answers[f"/v1/{UUIDS[0]}/metrics"] = Answer(200, b"load 5\n")
+    status, line = check("web01", "--timeout", "9", "load,1")
+    assert status == 1 and "load" in line
+
+
 def test_no_connection_flags_is_unknown() -> None:
     done = run("check", "web01", "load")
     assert (done.returncode, done.stderr) == (3, "")

@@ -10,6 +10,7 @@ import math
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -393,6 +394,20 @@ def test_recording_goes_on_where_it_ended(recording: Path, web01: Container, mon
     for _ in range(2):
         monitor("web01", "--record", recording, "--watch", "0.05", "--count", "2")
     assert inside("monitor", "--replay", recording).stdout.count("x 9007199254740993") == 4
+
+
+def test_a_recording_on_a_full_disk_says_what_it_has(tmp_path: Path, web01: Container,
+                                                     proxy: StandIn, files: Files  # noqa: F811
+                                                     ) -> None:
+    path = tmp_path / "web01"
+    command = " ".join(map(shlex.quote, [
+        sys.executable, str(CMON), "monitor", "web01", "--record", str(path), "--watch", "0.05",
+        "--count", "3", "--use", *connection(proxy, files)]))
+    done = subprocess.run(["/bin/sh", "-c", f"ulimit -f 1; {command}"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()) == (1, [
+        f"cmon: 1 page in {path}", f"cmon: cannot record to {path}: file too large"])
+    assert inside("monitor", "--replay", path).stdout.count("x 9007199254740993") == 1
 
 
 def test_a_recording_that_was_cut_off_replays_to_the_cut(recording: Path, web01: Container,
