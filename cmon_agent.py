@@ -162,7 +162,7 @@ class Peer:
         self.address = address              # IP address in text
         self.listener = listener            # name of the listener that accepted it
         self.certificate = certificate      # DER, verified by the handshake; None without one
-        self.identity: Any = None           # set by the application: who the certificate says it is
+        self.identity: object = None        # set by the application: who the certificate says it is
         self.group = ""                     # set by the application: who is authorized; "": nobody
 
 
@@ -746,10 +746,8 @@ class Handle:
         self._control = self._library.open()
         if not self._control:
             raise KstatError(f"kstat_open: {os.strerror(ctypes.get_errno()).lower()}")
-        try:
+        with contextlib.suppress(OSError):      # a library that has no descriptor of its own
             os.set_inheritable(self._control.contents.kc_kd, False)
-        except OSError:
-            pass                        # a library that has no descriptor of its own
         self.index = self._build()
 
     def close(self) -> None:
@@ -858,8 +856,7 @@ class Commands:
     # signal stays ignored across exec; a blocked one does not, as some shells reset the mask.
     DEAF = ("/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh")
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+    def __init__(self) -> None:
         self._hanging: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()       # the two above
@@ -870,9 +867,9 @@ class Commands:
             hanging = self._hanging.get(key)
             if hanging is not None and hanging[0].poll() is None:
                 raise CommandError(f"{argv[0]}: an earlier run has hung for "
-                                   f"{self._now() - hanging[1]:.0f} s and cannot be killed")
+                                   f"{time.monotonic() - hanging[1]:.0f} s and cannot be killed")
             self._hanging.pop(key, None)
-        began = self._now()
+        began = time.monotonic()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))     # until ignored
         try:
             os.stat(argv[0])                # the shell would print a message of its own
@@ -931,7 +928,7 @@ class Commands:
                 selector.register(pipe, selectors.EVENT_READ)
                 pieces[pipe.fileno()] = []
             while selector.get_map():
-                now = self._now()
+                now = time.monotonic()
                 if last == math.inf and process.poll() is not None:
                     last = min(now + LEFT_BEHIND_SECONDS, end)
                 if now >= last:
@@ -947,7 +944,7 @@ class Commands:
                 if size > limit:
                     return b"", b"", f"writes more than {limit} bytes"
         try:
-            process.wait(max(end - self._now(), 0.01))
+            process.wait(max(end - time.monotonic(), 0.01))
         except subprocess.TimeoutExpired:
             return b"", b"", "does not end in time"
         stdout, stderr = (b"".join(pieces[pipe.fileno()])
@@ -992,7 +989,8 @@ class Reader:
 
     def __init__(self, kstats: KstatThreads) -> None:
         self._kstats = kstats
-        self._handle: Any = None            # a Handle, or a RecordedHandle
+        self._handle: AnyHandle
+        self._is_open = False               # whether there is a handle
         self._updated = -math.inf
         self._reopened = (-math.inf, -1)    # when, and at which chain id
         self.doing: tuple[Ref | str, float] | None = None   # a call of the library, since when
@@ -1006,8 +1004,7 @@ class Reader:
     @property
     def index(self) -> Index:
         """The chain as it was at the last update."""
-        index: Index = self._handle.index
-        return index
+        return self._handle.index
 
     def read(self, ref: Ref) -> Kstat:
         """One kstat; raises KstatError."""
@@ -1015,8 +1012,7 @@ class Reader:
             self._kstats.check_quarantine(ref)
         self.doing = (ref, self._kstats.now())
         try:
-            kstat: Kstat = self._handle.read(ref)
-            return kstat
+            return self._handle.read(ref)
         finally:
             self.doing = None
 
@@ -1056,9 +1052,9 @@ class Reader:
                 passed < REOPEN_SECONDS or chain_id == self._reopened[1]:
             return False
         self._reopened = (now, chain_id)
-        handle, self._handle = self._handle, None   # should it fail, the next job opens a new one
-        self._watched("the chain", handle.reopen)
-        self._handle = handle
+        self._is_open = False               # should it fail, the next job opens a new one
+        self._watched("the chain", self._handle.reopen)
+        self._is_open = True
         return True
 
     def zone_id(self, zone: str) -> int | None:
@@ -1132,8 +1128,9 @@ class Reader:
             if job is None:
                 break
             try:
-                if self._handle is None:
+                if not self._is_open:
                     self._handle = self._watched("kstat_open", kstats.open_handle)
+                    self._is_open = True
                 result: Any = job.work(self)
             except (KstatError, NoSuchZone) as error:
                 result = error
@@ -1142,13 +1139,14 @@ class Reader:
                 result = KstatError(f"internal error: {error}")
             if not kstats.is_done(self):    # it was blocked, and another reader has the job
                 break
-            kstats.note(self._handle)
+            if self._is_open:
+                kstats.note(self._handle)
             try:
                 job.done(result)
             except Exception:               # a bug of ours; without this thread all would stop
                 log.exception("the result of a kstat job is lost")
         kstats.gone(self)
-        if self._handle is not None:
+        if self._is_open:
             self._handle.close()
 
 
@@ -1166,8 +1164,8 @@ class KstatThreads:
     a new handle go on.
     """
 
-    def __init__(self, open_handle: Callable[[], Any], now: Callable[[], float] = time.monotonic
-                 ) -> None:
+    def __init__(self, open_handle: Callable[[], AnyHandle],
+                 now: Callable[[], float] = time.monotonic) -> None:
         self.open_handle, self.now = open_handle, now
         self.names: dict[tuple[int, str, int], str] = {}    # (id, short name, birth) -> zone name
         self.guests: dict[tuple[int, int], str] = {}        # (minor, birth) -> name of a VM
@@ -1262,13 +1260,12 @@ class KstatThreads:
             self.names = {key: name for key, name in self.names.items() if key in born}
         self.guests = {}
 
-    def note(self, handle: Any) -> None:
+    def note(self, handle: AnyHandle) -> None:
         """A reader's figures for /metrics."""
-        if handle is not None:
-            self.chain_length, self.rebuild_seconds = handle.index.count, handle.rebuild_seconds
-            self.rebuilds += handle.rebuilds    # handles come and go, the sums stay
-            self.reads += handle.calls
-            handle.rebuilds = handle.calls = 0
+        self.chain_length, self.rebuild_seconds = handle.index.count, handle.rebuild_seconds
+        self.rebuilds += handle.rebuilds        # handles come and go, the sums stay
+        self.reads += handle.calls
+        handle.rebuilds = handle.calls = 0
 
     @property
     def blocked(self) -> int:
@@ -1530,7 +1527,7 @@ class Host:
     recorded = False
 
     def __init__(self, settings: Settings, vms: Vms | None = None,
-                 open_kstats: Callable[[], Handle | RecordedHandle] | None = None) -> None:
+                 open_kstats: Callable[[], AnyHandle] | None = None) -> None:
         self.commands_of = dict(settings.commands)
         self._sysinfo_file = settings.sysinfo_file
         self.commands = Commands()
@@ -1790,6 +1787,9 @@ class RecordedHandle:
         """One kstat of this frame."""
         self.calls += 1
         return self._recording.kstat(ref, self._at[1], self._at[0])
+
+
+AnyHandle = Union[Handle, RecordedHandle]
 
 
 class RecordedHost(Host):
@@ -2115,18 +2115,19 @@ def link_is_up(value: Any) -> Number | None:
     return value if value in (0, 1) and isinstance(value, int) else None
 
 
+def divided(value: Number, divisor: int) -> Number:
+    """A number divided; it stays an integer where nothing is lost."""
+    return int(value) // divisor if value % divisor == 0 else value / divisor
+
+
 def bytes_of_bits(value: Any) -> Number | None:
     """A link's speed; zero is a link that has none."""
-    if not isinstance(value, int) or value <= 0:
-        return None
-    return value // 8 if value % 8 == 0 else value / 8
+    return divided(value, 8) if isinstance(value, int) and value > 0 else None
 
 
 def cpus_of_percent(value: Any) -> Number | None:
-    """Hundredths of a CPU as CPUs, exact where they are whole."""
-    if not isinstance(value, (int, float)):
-        return None
-    return int(value) // 100 if value % 100 == 0 else value / 100
+    """Hundredths of a CPU as CPUs."""
+    return divided(value, 100) if isinstance(value, (int, float)) else None
 
 
 UP = Unit("boolean", link_is_up)
@@ -4136,15 +4137,6 @@ def register_process_metrics(registry: Registry, program: str) -> None:
     """The usual `process_…` families and `cmon_<program>_build_info`."""
     started = time.time()
 
-    def caches() -> Iterator[Family]:
-        for name, kind, help_text, value in (
-                ("bytes", GAUGE, "Bytes held by a cache.", "bytes"),
-                ("limit_bytes", GAUGE, "Limit of the bytes of a cache.", "limit"),
-                ("evictions_total", COUNTER, "Entries evicted to make room.", "evicted")):
-            yield Family(f"cmon_{program}_cache_{name}", kind, help_text, [
-                Sample((("cache", cache.name),), getattr(cache, value))
-                for cache in registry.caches])
-
     def families() -> list[Family]:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         version = "%d.%d.%d" % sys.version_info[:3]
@@ -4162,7 +4154,12 @@ def register_process_metrics(registry: Registry, program: str) -> None:
             single("process_max_fds", GAUGE, "Limit of open file descriptors.",
                    resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
             single("process_threads", GAUGE, "Threads of the process.", threading.active_count()),
-            *caches(),
+            *(Family(f"cmon_{program}_cache_{name}", kind, help_text, [
+                Sample((("cache", cache.name),), getattr(cache, value))
+                for cache in registry.caches]) for name, kind, help_text, value in (
+                    ("bytes", GAUGE, "Bytes held by a cache.", "bytes"),
+                    ("limit_bytes", GAUGE, "Limit of the bytes of a cache.", "limit"),
+                    ("evictions_total", COUNTER, "Entries evicted to make room.", "evicted"))),
         ]
     registry.collect(families)
 
@@ -5132,11 +5129,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if name != "idle_seconds":
                 self.server.refused(name)
             if self.state == READING:
-                try:
+                with contextlib.suppress(OSError):      # closed next in any case
                     self.connection.send(wire(text(408, "the request did not arrive in time"),
                                               close=True))
-                except OSError:
-                    pass                    # closed next in any case
             self.close()
 
     def leave(self) -> None:
@@ -6213,7 +6208,7 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
     """The plugins of a folder; what is not safe to run is left out and told."""
     try:
         status = os.stat(folder)
-        names = sorted(os.listdir(folder))
+        names = set(os.listdir(folder))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -6229,9 +6224,7 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
         except ConfigError as error:
             problems += error.problems
     found: dict[str, Plugin] = {}
-    for file_name in names:
-        if file_name == PLUGIN_CONFIG:
-            continue
+    for file_name in sorted(names - {PLUGIN_CONFIG}):
         path = os.path.join(folder, file_name)
         try:
             status = os.stat(path)
@@ -7253,7 +7246,6 @@ class Agent:
 
     def __init__(self, scraper: Scraper, registry: Registry) -> None:
         self.scraper, self.registry = scraper, registry
-        self._opts: dict[str, bool] = {}    # x-joyent-cmon-opts that were read -> isCoreZone
         self.routes = (
             Route("GET", "/v1/gz/metrics", self.node_page),
             Route("GET", "/v1/zones/metrics", self.all_zones),
@@ -7284,14 +7276,7 @@ class Agent:
     def _is_core(self, request: Request) -> bool | None:
         """What the proxy says of the zone; None when nobody says."""
         word = request.headers.get("x-joyent-cmon-opts")
-        if not word:
-            return None
-        known = self._opts.get(word)
-        if known is None:
-            known = self._opts[word] = read_opts(word)
-            if len(self._opts) > 100:
-                self._opts.clear()
-        return known
+        return read_opts(word) if word else None
 
     def all_zones(self, request: Request) -> Deferred:
         """The metrics of all running zones."""
@@ -7351,6 +7336,7 @@ class Agent:
         return later
 
 
+@functools.lru_cache(maxsize=64)
 def read_opts(word: str) -> bool:
     """isCoreZone of the proxy's header; raises Refused."""
     try:
@@ -7718,12 +7704,10 @@ def within(convert: Callable[[str], N], least: float, most: float, what: str
            ) -> Callable[[str], N]:
     """A type for argparse: a number between two, or an error in our words."""
     def value(word: str) -> N:
-        try:
+        with contextlib.suppress(ValueError):
             parsed = convert(word)
             if least <= parsed <= most:
                 return parsed
-        except ValueError:
-            pass
         raise argparse.ArgumentTypeError(f"{word!r} is not {what}")
     return value
 

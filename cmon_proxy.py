@@ -4980,7 +4980,7 @@ class Proxy:
         """Authenticate and charge the quota; runs on every request. Raises Refused."""
         peer = request.peer
         identity = peer.identity
-        if identity is None:
+        if not isinstance(identity, Identity):      # None at first
             identity = peer.identity = Identity(peer.certificate)
             peer.certificate = None         # kept in the identity, shared by its clients
         if identity.refusal is not None:    # shared by requests: do not accumulate tracebacks
