@@ -99,7 +99,7 @@ __all__ = [     # what the other programs import
     "ConfigError", "Connection", "COUNTER",
     "Deferred",
     "ExpositionError",
-    "Fallback", "Family",
+    "Family",
     "GAUGE", "gunzip", "gzip",
     "HANDSHAKE", "HISTOGRAM", "HTML", "http_date",
     "IDLE", "is_address", "is_ip",
@@ -111,7 +111,7 @@ __all__ = [     # what the other programs import
     "PAGE", "page_headers", "page_row", "page_table", "parse", "parse_address", "plain_page",
     "Pool", "prepare", "Prepared", "printing",
     "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
-    "render", "Request", "Response", "reused", "Route", "run_daemon",
+    "render", "Request", "Response", "reused", "Route", "Router", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "single",
     "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
     "text", "TooLarge",
@@ -4606,25 +4606,18 @@ class _Head(NamedTuple):
     packed: bool
 
 
-Fallback = Callable[[Request], Optional[tuple[Route, tuple[str, ...]]]]
-
-
 class Router:
     """Finds the route of a request."""
 
-    def __init__(self, routes: Sequence[Route], fallback: Fallback | None = None) -> None:
+    def __init__(self, routes: Sequence[Route]) -> None:
         self._patterns = [(re.compile(re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(route.pattern))),
                            route) for route in routes]
-        self._fallback = fallback
         paths = list(dict.fromkeys(route.pattern for route in routes))
         self._listed = ("/ lists what there is" if "/" in paths else
                         "there are " + ", ".join(paths))
 
     def find(self, request: Request) -> tuple[Route, tuple[str, ...]]:
         """Route and captured segments; raises Refused (404, 405). Pure."""
-        special = self._fallback(request) if self._fallback is not None else None
-        if special is not None:
-            return special
         method = "GET" if request.method == "HEAD" else request.method
         allowed: list[str] = []
         for pattern, route in self._patterns:
@@ -4866,10 +4859,10 @@ def _head_size(raw: bytes, head: _Head) -> int:
 class Listener:
     """A listening socket with its routes."""
 
-    def __init__(self, server: Server, listening: socket.socket, routes: Sequence[Route],
-                 name: str, fallback: Fallback | None) -> None:
+    def __init__(self, server: Server, listening: socket.socket, router: Router, name: str
+                 ) -> None:
         self.server, self.socket, self.name = server, listening, name
-        self.router = Router(routes, fallback)
+        self.router = router
         self.heads: Cache[bytes, _Head] = Cache(f"{name} request heads", HEADS_BYTES, _head_size)
         self.address: tuple[str, int] = listening.getsockname()[:2]
 
@@ -5243,12 +5236,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.loop.every(5.0, self._sweep_idle)
 
     def listen(self, address: tuple[str, int] | socket.socket, routes: Sequence[Route],
-               name: str = "main", fallback: Fallback | None = None) -> Listener:
-        """Listen on one more address, or on a socket that listens already; raises OSError.
-
-        `fallback` is asked first and must be a pure function of the request's bytes.
-        """
-        return self.add(Listener(self, listening_socket(address), routes, name, fallback))
+               name: str = "main") -> Listener:
+        """Listen on one more address, or on a socket that listens already; raises OSError."""
+        return self.add(Listener(self, listening_socket(address), Router(routes), name))
 
     def add(self, listener: ListenerType) -> ListenerType:
         """Accept connections of one more listener."""

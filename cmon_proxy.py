@@ -61,7 +61,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, TypeVar, Union
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 if sys.version_info < (3, 9):       # one line instead of a traceback
     sys.exit("cmon_proxy: needs Python 3.9 or later, this is " + sys.version.split()[0])
@@ -71,9 +71,9 @@ try:
     from cmon_agent import (
         BASE_CSS, COUNTER, GAUGE, HANDSHAKE, HTML, IDLE, JSON, PAGE, SHORTEST_TIMEOUT, USE,
         USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Answer, AnswerReader, Backoff, Breaker,
-        Cache, Client, ClientError, ConfigError, Connection, Deferred, Fallback, Family,
+        Cache, Client, ClientError, ConfigError, Connection, Deferred, Family,
         Labels, Limits, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
-        Response, Route, Sample, Server, TooLarge, __version__, admin_address, at_least,
+        Response, Route, Router, Sample, Server, TooLarge, __version__, admin_address, at_least,
         begin_connect, call, command_line, command_settings, complain, gunzip, http_date,
         is_address, is_ip, listening_socket, log, one_of, open_streams, page_headers,
         parse_address, plain_page, prepare, read_json, reason_of, register_process_metrics,
@@ -1149,13 +1149,28 @@ class TlsLimits(Limits):
                                     # when there are no more, for each authorized group
 
 
+ByHost = Callable[[Request], Optional[tuple[Route, tuple[str, ...]]]]
+
+
+class HostRouter(Router):
+    """Finds the route of a request by its host name, or else by its path."""
+
+    def __init__(self, routes: Sequence[Route], by_host: ByHost) -> None:
+        super().__init__(routes)
+        self._by_host = by_host         # a pure function of the request's bytes
+
+    def find(self, request: Request) -> tuple[Route, tuple[str, ...]]:
+        """Route and captured segments; raises Refused. Pure."""
+        return self._by_host(request) or super().find(request)
+
+
 class TlsListener(Listener):
     """A listening socket whose clients speak TLS."""
 
-    def __init__(self, server: Server, listening: socket.socket, routes: Sequence[Route],
-                 name: str, fallback: Fallback | None, tls: ssl.SSLContext,
-                 on_handshake: Callable[[ssl.SSLSocket], None] | None) -> None:
-        super().__init__(server, listening, routes, name, fallback)
+    def __init__(self, server: Server, listening: socket.socket, router: Router,
+                 tls: ssl.SSLContext, on_handshake: Callable[[ssl.SSLSocket], None] | None
+                 ) -> None:
+        super().__init__(server, listening, router, "main")
         self.tls = tls                  # of new connections
         self.on_handshake = on_handshake
 
@@ -1290,13 +1305,12 @@ class TlsServer(Server):
         self._handshakes: dict[str, int] = {}
         registry.collect(self._tls_families)
 
-    def listen_tls(self, address: tuple[str, int] | socket.socket, routes: Sequence[Route],
-                   tls: ssl.SSLContext, fallback: Fallback | None = None,
+    def listen_tls(self, address: tuple[str, int] | socket.socket, router: Router,
+                   tls: ssl.SSLContext,
                    on_handshake: Callable[[ssl.SSLSocket], None] | None = None) -> TlsListener:
         """As `listen`, for clients over TLS. `on_handshake` sees each connection after its
         handshake; it may refuse it by OSError."""
-        return self.add(TlsListener(self, listening_socket(address), routes, "main", fallback, tls,
-                                    on_handshake))
+        return self.add(TlsListener(self, listening_socket(address), router, tls, on_handshake))
 
     def server_close(self) -> None:
         """Close all sockets; the threads end after their current job."""
@@ -6650,8 +6664,8 @@ def start(settings: Settings, place: Place | None = None) -> tuple[Server, Proxy
     source.start()
 
     def listen(address: tuple[str, int] | socket.socket) -> None:
-        proxy.listener = server.listen_tls(address, proxy.routes(), context, proxy.by_host,
-                                           handshake_hook(context, proxy.policy.by_ca))
+        proxy.listener = server.listen_tls(address, HostRouter(proxy.routes(), proxy.by_host),
+                                           context, handshake_hook(context, proxy.policy.by_ca))
         registry.collect(ServerCertificate(proxy, proxy.listener).families)
     if place is not None:
         WorkerSide(proxy, registry, socket.socket(fileno=place.channel))

@@ -165,7 +165,7 @@ class Served:
                   Route("GET", "/who", lambda request: text(200, repr(request.peer.certificate))),
                   Route("GET", "/own", lambda request: Response(
                       200, render(self.registry.families()).encode(), PAGE)))
-        self.listener = self.server.listen_tls(("127.0.0.1", 0), routes, tls) \
+        self.listener = self.server.listen_tls(("127.0.0.1", 0), Router(routes), tls) \
             if tls is not None and isinstance(self.server, TlsServer) else \
             self.server.listen(("127.0.0.1", 0), routes)
         self.address = self.listener.address
@@ -681,8 +681,8 @@ def crowded(pems: Path) -> Iterator[Callable[..., tuple[TlsServer, Any]]]:
     def start(**limits: Any) -> tuple[TlsServer, Any]:
         server = TlsServer("agent", Registry(), TlsLimits(**limits))
         servers.append(server)
-        listener = server.listen_tls(("127.0.0.1", 0), [
-            Route("GET", "/", letting_in), Route("GET", "/who", lambda request: text(200, "?"))],
+        listener = server.listen_tls(("127.0.0.1", 0), Router([
+            Route("GET", "/", letting_in), Route("GET", "/who", lambda request: text(200, "?"))]),
             server_context(str(pems / "localhost.pem"), str(pems / "localhost.key")))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return server, listener.address
@@ -823,7 +823,7 @@ def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome:
         chain = library.SSL_get_peer_cert_chain(pointer)
         assert not chain or library.OPENSSL_sk_num(chain) == 0
         chains.append(len(tls.getpeercert(True) or b""))
-    listener = server.listen_tls(("127.0.0.1", 0), PLAIN, context, on_handshake=look)
+    listener = server.listen_tls(("127.0.0.1", 0), Router(PLAIN), context, on_handshake=look)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     tls = client(pems)
     tls.load_cert_chain(str(tmp_path / "pem"), str(tmp_path / "key"))
