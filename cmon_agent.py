@@ -7389,6 +7389,7 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
           "warn": logging.WARNING, "error": logging.ERROR}
 LOG_QUEUE = 10_000          # records; beyond, they are dropped and counted: a log must not block
+LOG_SECONDS = 1.0           # for what is queued at the end: what reads our log may hang
 EXIT_USAGE = 2
 SMF_EXIT_ERR_CONFIG = 96    # /lib/svc/share/smf_include.sh
 
@@ -7428,11 +7429,11 @@ class TextFormatter(logging.Formatter):
 class _Queued(logging.Handler):
     """Hands records to a thread that writes them, so that a slow log file never slows an answer."""
 
-    def __init__(self, target: logging.Handler) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._target = target
         self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(LOG_QUEUE)
         self.dropped = 0
+        self._patience = LOG_SECONDS
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -7448,18 +7449,32 @@ class _Queued(logging.Handler):
             record = self._records.get()
             if record is None:
                 return
-            self._target.handle(record)
+            self._print(record)
             if self.dropped > told:
                 told = self.dropped
-                self._target.handle(log.makeRecord(
+                self._print(log.makeRecord(
                     log.name, logging.WARNING, "", 0, "%s log records were dropped so far: the log "
-                    "is too slow", (told,), None))
+                    "is too slow or its disk is full", (told,), None))
+
+    def _print(self, record: logging.LogRecord) -> None:
+        """Write past the buffer of sys.stderr: a write that blocks would hold its lock, for which
+        Python waits at exit."""
+        try:
+            line = f"{self.format(record)}\n".encode(sys.stderr.encoding or "utf-8",
+                                                     "backslashreplace")
+            while line:
+                line = line[os.write(2, line):]
+        except OSError:
+            self.dropped += 1
+        except Exception:                   # wrong arguments of a message
+            self.handleError(record)
 
     def close(self) -> None:
-        """Write what is queued, for a second at the most: what reads our log may hang."""
+        """Write what is queued, for LOG_SECONDS at most; `logging` calls this again at exit."""
+        patience, self._patience = self._patience, 0.0
         try:
             self._records.put_nowait(None)
-            self._thread.join(1.0)
+            self._thread.join(patience)
         except queue.Full:
             self.dropped += 1
         super().close()
@@ -7467,13 +7482,13 @@ class _Queued(logging.Handler):
 
 def start_logging(program: str, level: str, form: str = "") -> None:
     """Log to stderr: text on a terminal, bunyan JSON otherwise, unless `form` says which."""
-    target = logging.StreamHandler(sys.stderr)
+    target = _Queued()
     if (form or ("text" if sys.stderr.isatty() else "bunyan")) == "text":
         target.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))
     else:
         target.setFormatter(BunyanFormatter(program))
     stop_logging()
-    log.addHandler(_Queued(target))
+    log.addHandler(target)
     log.propagate = False
     log.setLevel(LEVELS[level])
 

@@ -71,6 +71,24 @@ def test_a_server_starts_without_standard_streams() -> None:
         wait_until(lambda: is_healthy(port))
 
 
+def test_a_log_that_nobody_reads_does_not_hold_up_the_end() -> None:
+    code = ("import cmon_agent as a; a.LOG_SECONDS = 0.1; a.start_logging('a', 'info', 'text')\n"
+            "for number in range(2000): a.log.info('%s', 'x' * 100)\n"
+            "a.stop_logging(); print('over', flush=True)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        assert process.stdout.read() == b"over\n"          # its end of file is the end of all
+        assert process.wait(60) == 0
+        said = process.stderr.read().splitlines()
+        assert said and all(line.endswith(b"x" * 100) for line in said[:-1])
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.stderr.close()
+
+
 def is_healthy(port: int) -> bool:
     """Whether a server answers at a port of loopback."""
     try:
