@@ -895,9 +895,6 @@ class Commands:
             with self._lock:
                 self._hanging[key] = (process, began)
             raise CommandError(f"{argv[0]}: {problem or 'hangs'} and cannot be killed")
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
         if problem:
             raise CommandError(f"{argv[0]}: {problem}")
         return Output(process.returncode, stdout.decode("utf-8", "replace"),
@@ -920,13 +917,11 @@ class Commands:
         """Both outputs until they are closed, too long or too late, and what went wrong. After
         the process has ended, only what arrives soon: a child may hold them open for ever."""
         assert process.stdout is not None and process.stderr is not None
-        pieces: dict[int, list[bytes]] = {}
-        size, last = 0, math.inf
-        with selectors.DefaultSelector() as selector:
-            for pipe in (process.stdout, process.stderr):
+        stdout, stderr, last = bytearray(), bytearray(), math.inf
+        with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
+            for pipe, output in ((process.stdout, stdout), (process.stderr, stderr)):
                 os.set_blocking(pipe.fileno(), False)
-                selector.register(pipe, selectors.EVENT_READ)
-                pieces[pipe.fileno()] = []
+                selector.register(pipe, selectors.EVENT_READ, output)
             while selector.get_map():
                 now = time.monotonic()
                 if last == math.inf and process.poll() is not None:
@@ -939,17 +934,14 @@ class Commands:
                     piece = os.read(key.fd, 65536)
                     if not piece:
                         selector.unregister(key.fileobj)
-                    pieces[key.fd].append(piece)
-                    size += len(piece)
-                if size > limit:
+                    key.data.extend(piece)
+                if len(stdout) + len(stderr) > limit:
                     return b"", b"", f"writes more than {limit} bytes"
         try:
             process.wait(max(end - time.monotonic(), 0.01))
         except subprocess.TimeoutExpired:
             return b"", b"", "does not end in time"
-        stdout, stderr = (b"".join(pieces[pipe.fileno()])
-                          for pipe in (process.stdout, process.stderr))
-        return stdout, stderr, ""
+        return bytes(stdout), bytes(stderr), ""
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -1038,7 +1030,7 @@ class Reader:
         if now - self._updated < pause:
             return False
         self._updated = now
-        changed = bool(self._watched("the chain", self._handle.update))
+        changed = self._watched("the chain", self._handle.update)
         if changed:
             self._kstats.forget_names(self.index)
         return changed
@@ -1113,7 +1105,7 @@ class Reader:
 
     # its life
 
-    def _watched(self, what: str, call: Callable[[], Any]) -> Any:
+    def _watched(self, what: str, call: Callable[[], V]) -> V:
         """Call the library; KstatThreads.watch sees it when that does not return."""
         self.doing = (what, self._kstats.now())
         try:
@@ -1608,11 +1600,9 @@ class Course(NamedTuple):
         if len(times) < 2 or times[0] != 0 or list(times) != sorted(set(times)) or not all(
                 map(math.isfinite, times + values)):
             raise ConfigError("the times of its points do not ascend from 0")
-        sums = [0.0]
-        for index in range(1, len(times)):
-            sums.append(sums[-1] + (values[index] + values[index - 1]) / 2
-                        * (times[index] - times[index - 1]))
-        return cls(times, values, tuple(sums))
+        growth = ((values[index] + values[index - 1]) / 2 * (times[index] - times[index - 1])
+                  for index in range(1, len(times)))
+        return cls(times, values, tuple(itertools.accumulate(growth, initial=0.0)))
 
     def at(self, seconds: float) -> tuple[float, float]:
         """The value, and the growth since the start."""
@@ -1639,17 +1629,11 @@ class Recording:
         self._where = ""                    # of what is being read, for messages
         try:
             self._read(content)
-        except KeyError as error:
-            problem = f"{error} is missing"
-        except ConfigError as error:
-            problem = str(error)
-        except (TypeError, ValueError, AttributeError, OverflowError):
-            problem = "a value is not what a capture has there"
-        else:
-            problem = ""
-        if problem:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            problem = f"{error} is missing" if isinstance(error, KeyError) else str(error) \
+                if isinstance(error, ConfigError) else "a value is not what a capture has there"
             raise ConfigError(f"{path}: {self._where}{problem}; `cmon_agent.py capture FILE` "
-                              "writes captures")
+                              "writes captures") from None
         starts = self._starts = [frame.at for frame in self.frames]
         gap = starts[-1] / (len(starts) - 1) if len(starts) > 1 else 1.0
         self._period = starts[-1] + gap
@@ -5755,7 +5739,7 @@ class ClientResponse(NamedTuple):
     body: bytes
 
 
-def gunzip(body: bytes, max_body: int = MAX_BODY) -> bytes:
+def gunzip(body: bytes, max_body: int) -> bytes:
     """The content of a gzip stream, of bounded size; raises ClientError."""
     unpacker = zlib.decompressobj(31)
     try:
@@ -5823,9 +5807,8 @@ class Client:
         """Close idle connections."""
         with self._lock:
             idle, self._idle = self._idle, {}
-        for connections in idle.values():
-            for connection in connections:
-                connection.close()
+        for connection in itertools.chain(*idle.values()):
+            connection.close()
 
     def _origin(self, url: str) -> tuple[_Origin, str]:
         try:
@@ -7480,7 +7463,7 @@ class _Queued(logging.Handler):
         super().close()
 
 
-def start_logging(program: str, level: str, form: str = "") -> None:
+def start_logging(program: str, level: str, form: str) -> None:
     """Log to stderr: text on a terminal, bunyan JSON otherwise, unless `form` says which."""
     target = _Queued()
     if (form or ("text" if sys.stderr.isatty() else "bunyan")) == "text":
@@ -7842,7 +7825,7 @@ def raise_descriptor_limit() -> None:
 
 def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S],
                start: Callable[[S], "Server"], reload: Callable[[S], None],
-               check: Callable[[S], list[str]] | None = None) -> int:
+               check: Callable[[S], list[str]]) -> int:
     """A server's life: settings, --check-config, --smf, signals, reload; returns the exit status.
 
     `start` builds the server and listens; what it raises as ConfigError or OSError is told in one
@@ -7854,7 +7837,7 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
         settings = load()
         if arguments.check_config:
             def show() -> int:
-                problems = check(settings) if check else []
+                problems = check(settings)
                 complain(full, problems)
                 if not problems:
                     print(f"{full}: the settings are good")
@@ -8784,17 +8767,16 @@ def read_textfiles(root: str) -> int:
     return 0
 
 
-def _textfile(folder: int, name: str, device: int) -> Any:
+def _textfile(folder: int, name: str, device: int) -> str:
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_dev != device:
-        return ["not a regular file"]
-    too_large = [f"larger than {TEXTFILE_BYTES} bytes"]
-    if status.st_size > TEXTFILE_BYTES:
-        return too_large
-    with os.fdopen(file, "rb") as stream:   # which may grow
-        content = stream.read(TEXTFILE_BYTES + 1)
-    return content.decode("utf-8", "replace") if len(content) <= TEXTFILE_BYTES else too_large
+        raise OSError(errno.EINVAL, "not a regular file")
+    with os.fdopen(file, "rb") as stream:
+        content = stream.read(TEXTFILE_BYTES + 1)       # whatever its size is: it may grow
+    if len(content) > TEXTFILE_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {TEXTFILE_BYTES} bytes")
+    return content.decode("utf-8", "replace")
 
 # --- main -----------------------------------------------------------------------------------------
 
