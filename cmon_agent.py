@@ -268,11 +268,7 @@ class Deferred:
 
     def expire(self) -> None:
         """For the server: the deadline has passed; answer with what there is."""
-        try:
-            answer = self.expired(self)
-        except Refused as refusal:
-            answer = refusal.answer()
-        self.finish(answer)
+        self.finish(self.expired(self))
 
 
 Handler = Callable[..., Union[Answer, Deferred]]

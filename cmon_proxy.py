@@ -14,6 +14,7 @@ immutable results to the loop. Map (`grep '^# ---'`):
     settings
     refusals
     TLS and certificates
+    TLS connections
     identity
     inventory
     Triton
@@ -1130,8 +1131,7 @@ def server_context(certificate_file: str, key_file: str,
         pointer, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
     return context
 
-
-# -- connections over TLS
+# --- TLS connections ------------------------------------------------------------------------------
 
 def network_of(address: str) -> str:
     """The part of an IP address that one machine cannot choose."""
