@@ -2731,7 +2731,7 @@ class Doctor:
                 return connection.version() or "TLS"
         except OSError as error:                    # SSLError is one
             plain = re.search("wrong version number|record layer failure", tls_words(error))
-            raise Broken(f"no TLS with {self.netloc}: {tls_words(error)}",
+            raise Broken(f"TLS handshake with {self.netloc} failed: {tls_words(error)}",
                          "give --url the proxy's address for tenants: this port speaks plain HTTP, "
                          "as an agent or the proxy's admin_listen does" if plain else
                          "check that the port in --url is the proxy's") from None

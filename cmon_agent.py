@@ -459,7 +459,7 @@ class Libkstat:
 
     def __init__(self, path: str) -> None:
         if ctypes.sizeof(ctypes.c_void_p) != 8:
-            raise LibraryError("this Python is 32-bit: the kernel cuts counters off for it; "
+            raise LibraryError("this Python is 32-bit, and the kernel truncates counters for it: "
                                "use a 64-bit Python")
         try:
             library = ctypes.CDLL(path, use_errno=True)
@@ -543,7 +543,7 @@ def shape_of(kstat: Kstat) -> Shape:
         names = int.from_bytes(kstat.raw[:end], "little") & _names_only(members)
     elif kind not in _FIXED or size < _FIXED[kind][0].size \
             or (kind == RAW and kstat.ref.name != "vminfo"):
-        raise KstatError(f"has type {kind} and {size} bytes, which is not read", kstat.ref)
+        raise KstatError(f"unsupported type {kind} with {size} bytes", kstat.ref)
     key = (kind, members, size, names)
     shape = _shapes.get(key)
     if shape is None:
@@ -790,7 +790,7 @@ class Handle:
         pointer, members, size, snaptime = DATA.unpack(_DataBytes.from_address(
             ref.address + DATA_OFFSET))
         if not pointer or size > MAX_KSTAT_BYTES:
-            raise KstatError(f"{size} bytes of data", ref)
+            raise KstatError(f"invalid data size of {size} bytes", ref)
         shape = ref.shape
         if shape is not None and shape.size == size and shape.members == members:
             return _make(Kstat, (ref, ref.type, snaptime, shape.block.from_address(pointer).raw,
@@ -1209,7 +1209,7 @@ class KstatThreads:
         """Raises KstatError for a kstat that another thread is blocked on."""
         since = self.quarantine.get(str(ref))
         if since is not None:
-            raise KstatError(f"a read of it has not returned for {self.now() - since:.0f} s", ref)
+            raise KstatError(f"has been blocked for {self.now() - since:.0f} s", ref)
 
     def next_job(self, reader: Reader) -> Job | None:
         """A reader's next job; None when it is to end."""
@@ -1470,7 +1470,7 @@ class Vms:
             connection.request("GET", "/events")
             answer = connection.getresponse()
             if answer.status != 200:
-                raise ValueError(f"it answers {answer.status}")
+                raise ValueError(f"it returned status {answer.status}")
             while not self._stopping.is_set():
                 line = answer.readline(self.MAX_LINE)
                 if not line.endswith(b"\n"):
@@ -1644,7 +1644,7 @@ class Recording:
 
     def _read(self, content: Any) -> None:
         if content["format"] != 1:
-            raise ConfigError(f"format {content['format']!r} is not known, only 1")
+            raise ConfigError(f"unknown format {content['format']!r}: only 1 is supported")
         self.host = content["host"]
         self.frames: list[_Frame] = []
         first = math.nan
@@ -1652,7 +1652,7 @@ class Recording:
             at = float(frame["at"])
             first = first if self.frames else at
             if not math.isfinite(at) or self.frames and at - first <= self.frames[-1].at:
-                raise ConfigError(f"its time, {at!r}, is not after that of the frame before")
+                raise ConfigError(f"the time {at!r} is not after the previous frame's")
             self.frames.append(self._frame(frame, at - first))
         if not self.frames:
             raise ConfigError("there are no frames")
@@ -1794,7 +1794,7 @@ class RecordedHost(Host):
         # captures of 1.0 hold a list of all datasets, however deep
         output = commands.get(argv) or commands.get(argv.replace(" -d 1 ", " -r "))
         if output is None:
-            raise CommandError(f"{argv}: is not in the capture")
+            raise CommandError(f"{argv}: not in the capture")
         return output
 
     def run_program(self, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
@@ -2021,7 +2021,8 @@ class Table:
                 (row.member, None if row.unit.convert is whole else row.unit.convert)
                 for row in self.metrics])
             if kstat.type != NAMED and not layout.rows:     # names may be missing, types not
-                raise CollectError(f"{self.collector}: {kstat.ref}: is of type {kstat.type}")
+                raise CollectError(
+                    f"{self.collector}: {kstat.ref}: has the wrong type {kstat.type}")
             shape.layouts[self] = layout
         return layout
 
@@ -2990,7 +2991,7 @@ def parse_ntp_details(output: str) -> NtpDetails:
 def ntp_part(peers: Sequence[NtpPeer], details: NtpDetails) -> Part:
     """The clock's synchronisation by ntpd; raises CollectError when ntpq printed nothing."""
     if not peers and not details.system:
-        raise CollectError("ntp: ntpq prints nothing; is ntpd running?")
+        raise CollectError("ntp: no output from ntpq; is ntpd running?")
     return join_parts([
         NTP_PEER_ROWS.part([NTP_PEER_ROWS.of(peer.words, (("remote", peer.remote),))
                             for peer in peers]),
@@ -3035,7 +3036,7 @@ def chrony_families(tracking: str, sources: str) -> list[Family]:
     for line in sources.split("\n", MAX_SOURCES)[:MAX_SOURCES]:
         add(line, 10, _CHRONY_SOURCES, True)
     if not values:
-        raise CollectError("ntp: chronyc prints nothing usable; is chronyd running?")
+        raise CollectError("ntp: no usable output from chronyc; is chronyd running?")
     known = {row.name: row for row in NTP_PEER + NTP}
     return [Family(name, known[name].kind, f"{known[name].help[:-1]} (chronyc).",
                    list(itertools.starmap(Sample, samples.items())))
@@ -3247,7 +3248,7 @@ def plugin_families(plugin: str, output: str, prom: bool
             if not line.strip():
                 continue
             if not 3 <= len(fields) <= 4:
-                raise ExpositionError(f"{len(fields)} fields, not 3 or 4 with a TAB between")
+                raise ExpositionError(f"{len(fields)} fields instead of 3 or 4, separated by TAB")
             name, kind, value, help_text = (*fields, "")[:4]
             if kind in (GAUGE, COUNTER):
                 take(name, kind, value, help_text)
@@ -3440,7 +3441,7 @@ def collect_core(task: Task) -> Found:
                 "GET", f"http://{address}:{port}/metrics", {"Connection": "close"},
                 timeout=max(end - task.now(), LEAST_PORT_SECONDS))
             if answer.status != 200:
-                raise CollectError(f"answers {answer.status}")
+                raise CollectError(f"returned status {answer.status}")
             page.add(f"port {port} of {task.zone}", answer.body)
         except (ClientError, CollectError) as error:
             page.problems.append(f"port {port} of {task.zone}: {error}")
@@ -3484,7 +3485,7 @@ def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found
         else:
             families.append(family)
     if problems and not families:
-        raise CollectError(f"{plugin.path}: no line can be used: {problems[0]}")
+        raise CollectError(f"{plugin.path}: no valid line: {problems[0]}")
     return Brought(foreign(families), [f"{plugin.path}: {problem}" for problem in problems], ttl)
 
 
@@ -3876,11 +3877,11 @@ def _sample(line: str) -> tuple[str, Sample]:
     if rest.startswith("{"):
         labels, position = _labels(line, len(line) - len(rest) + 1)
     elif rest == line[position:]:
-        raise ExpositionError(f"no blank behind the name in {line[:40]!r}")
+        raise ExpositionError(f"no space after the name in {line[:40]!r}")
     tokens = line[position:].replace("\t", " ").split(" ")
     tokens = [token for token in tokens if token]
     if not 1 <= len(tokens) <= 2:
-        raise ExpositionError(f"{match.group()!r} needs one value, and at most a timestamp")
+        raise ExpositionError(f"{match.group()!r} must have one value and at most a timestamp")
     if len(tokens) == 2 and not isinstance(_value(tokens[1]), int):
         raise ExpositionError(f"the timestamp {tokens[1][:40]!r} is not an integer")
     return match.group(), Sample(labels, _value(tokens[0]))
@@ -3935,7 +3936,7 @@ class _Parser:
         if kind not in KINDS:
             raise ExpositionError(f"unknown type {kind[:40]!r} of {name}")
         if name in self.kinds or name in self.samples:
-            raise ExpositionError(f"TYPE of {name} comes twice or behind its samples")
+            raise ExpositionError(f"second TYPE of {name}, or TYPE after its samples")
         self.kinds[name] = kind
 
     def _add(self, name: str, sample: Sample) -> None:
@@ -4124,22 +4125,25 @@ def register_process_metrics(registry: Registry, program: str) -> None:
             Family(f"cmon_{program}_build_info", GAUGE, "Version of the program and of Python.",
                    [Sample((("version", __version__), ("python", version),
                             ("openssl", ssl.OPENSSL_VERSION)), 1)]),
-            single("process_cpu_seconds_total", COUNTER, "CPU time of the process in seconds, "
-                   "without its children.", usage.ru_utime + usage.ru_stime),
-            single("process_start_time_seconds", GAUGE, "Start of the process, seconds since 1970.",
-                   started),
-            single("process_resident_memory_bytes", GAUGE, "Resident memory in bytes.",
+            single("process_cpu_seconds_total", COUNTER, "Total user and system CPU time spent in "
+                   "seconds, without child processes.", usage.ru_utime + usage.ru_stime),
+            single("process_start_time_seconds", GAUGE, "Start time of the process since unix "
+                   "epoch in seconds.", started),
+            single("process_resident_memory_bytes", GAUGE, "Resident memory size in bytes.",
                    _resident_bytes()),
-            single("process_open_fds", GAUGE, "Open file descriptors.", _open_descriptors()),
-            single("process_max_fds", GAUGE, "Limit of open file descriptors.",
+            single("process_open_fds", GAUGE, "Number of open file descriptors.",
+                   _open_descriptors()),
+            single("process_max_fds", GAUGE, "Maximum number of open file descriptors.",
                    resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-            single("process_threads", GAUGE, "Threads of the process.", threading.active_count()),
+            single("process_threads", GAUGE, "Number of threads of the process.",
+                   threading.active_count()),
             *(Family(f"cmon_{program}_cache_{name}", kind, help_text, [
                 Sample((("cache", cache.name),), getattr(cache, value))
                 for cache in registry.caches]) for name, kind, help_text, value in (
-                    ("bytes", GAUGE, "Bytes held by a cache.", "bytes"),
-                    ("limit_bytes", GAUGE, "Limit of the bytes of a cache.", "limit"),
-                    ("evictions_total", COUNTER, "Entries evicted to make room.", "evicted"))),
+                    ("bytes", GAUGE, "Size of a cache in bytes.", "bytes"),
+                    ("limit_bytes", GAUGE, "Maximum size of a cache in bytes.", "limit"),
+                    ("evictions_total", COUNTER, "Total number of entries evicted to make "
+                     "room.", "evicted"))),
         ]
     registry.collect(families)
 
@@ -4464,7 +4468,7 @@ def _body_length(headers: Mapping[str, str], limits: Limits) -> int:
     length = headers.get("content-length")
     if "transfer-encoding" in headers:
         if length is not None:
-            raise Refused(400, "bad request: Content-Length and Transfer-Encoding together")
+            raise Refused(400, "bad request: both Content-Length and Transfer-Encoding")
         raise Refused(411, "a request body needs a Content-Length")
     if length is None:
         return 0
@@ -5305,7 +5309,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             # accept() fails even if none is waiting: only the selector can tell
             self._scarce = self._drained = True
             if not self._make_room():
-                log.warning("cannot accept connections for a second: %s", error)
+                log.warning("cannot accept connections, retrying in a second: %s", error)
                 self.loop.unwatch(self.accepting.socket)
                 self.loop.call_later(1.0, self._resume, self.accepting)
             raise
@@ -5458,23 +5462,25 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         def labelled(label: str, counts: Mapping[str, int]) -> list[Sample]:
             return [Sample(((label, key),), count) for key, count in counts.items()]
         return [
-            single(f"{config}ful", GAUGE, "Whether the settings could be read the last time.",
+            single(f"{config}ful", GAUGE, "Whether the last reload of the settings succeeded.",
                    int(self.reload.good)),
-            single(f"{config}_timestamp_seconds", GAUGE, "When the settings were read.",
-                   self.reload.at),
-            Family(f"{prefix}_requests_total", COUNTER, "Requests answered.",
+            single(f"{config}_timestamp_seconds", GAUGE, "Timestamp of the last successful reload "
+                   "of the settings.", self.reload.at),
+            Family(f"{prefix}_requests_total", COUNTER, "Total number of requests answered.",
                    [Sample((("route", route), ("code", str(status))), count) for route, stats in
                     self._stats.items() for status, count in stats.statuses.items()]),
             self._durations.family(),
-            Family(f"{prefix}_connections", GAUGE, "Open connections by state.", labelled(
-                "state", {name: states[state] for state, name in enumerate(STATE_NAMES)})),
-            single(f"{prefix}_unsent_bytes", GAUGE, "Size of the answers that clients have not "
+            Family(f"{prefix}_connections", GAUGE, "Number of open connections, by state.",
+                   labelled("state", {name: states[state]
+                                      for state, name in enumerate(STATE_NAMES)})),
+            single(f"{prefix}_unsent_bytes", GAUGE, "Bytes of answers that clients have not "
                    "read yet.", self._unsent_bytes),
-            single(f"{prefix}_connections_limit", GAUGE, "Limit of open connections.",
+            single(f"{prefix}_connections_limit", GAUGE, "Maximum number of open connections.",
                    self.most_connections()),
-            single(f"{prefix}_connections_accepted_total", COUNTER, "Connections accepted.",
-                   self._accepted),
-            Family(f"{prefix}_limit_refusals_total", COUNTER, "What a limit has refused or closed.",
+            single(f"{prefix}_connections_accepted_total", COUNTER, "Total number of accepted "
+                   "connections.", self._accepted),
+            Family(f"{prefix}_limit_refusals_total", COUNTER, "Total number of requests and "
+                   "connections refused or closed by a limit.",
                    labelled("limit", self._refusals)),
         ]
 
@@ -5695,7 +5701,7 @@ class AnswerReader:
         match = _CHUNK.match(self._buffer, self._at)
         if match is None:
             if len(self._buffer) - self._at > 256 or self._buffer.find(b"\n", self._at) >= 0:
-                raise ClientError("the answer's chunks are broken")
+                raise ClientError("the answer's chunked encoding is invalid")
             return False
         self._at = match.end()
         size = int(match.group(1), 16)
@@ -5711,7 +5717,7 @@ class AnswerReader:
         if self._left or len(end) < 2:
             return False
         if end != b"\r\n":
-            raise ClientError("the answer's chunks are broken")
+            raise ClientError("the answer's chunked encoding is invalid")
         self._at += 2
         self._next = self._read_chunk_size
         return True
@@ -5845,7 +5851,7 @@ class Client:
             return context.wrap_socket(plain, server_hostname=origin.host.strip("[]"))
         except (OSError, ValueError) as error:
             plain.close()
-            raise ClientError(f"no TLS with {origin}: {reason_of(error)}") from None
+            raise ClientError(f"TLS handshake with {origin} failed: {reason_of(error)}") from None
 
     def _exchange(self, origin: _Origin, connection: socket.socket, whole: bytes,
                   reader: AnswerReader, deadline: float) -> ClientResponse:
@@ -5864,7 +5870,7 @@ class Client:
         except ClientError as error:
             raise type(error)(f"{origin}: {error}") from None
         except OSError as error:
-            raise ClientError(f"cannot talk to {origin}: {reason_of(error)}") from None
+            raise ClientError(f"request to {origin} failed: {reason_of(error)}") from None
         finally:
             self._give_back(origin, connection, good)
         body = reader.body
@@ -6521,7 +6527,7 @@ class Scraper:
         if awaited:
             return self._wait(page, awaited, now, deadline)
         if not page.has_values():
-            raise Refused(503, f"nothing could be collected of {zone}: " + self._why(page),
+            raise Refused(503, f"cannot collect metrics of {zone}: " + self._why(page),
                           ("Retry-After", "5"), code="not_collected")
         self.inherited.ready += 1
         if now - page.checked >= KSTAT_SECONDS and zone != NODE:
@@ -6728,7 +6734,7 @@ class Scraper:
         try:
             result = done.get(timeout=5.0)
         except queue.Empty:
-            raise CollectError("reading kstats takes longer than 5 s") from None
+            raise CollectError("reading kstats took longer than 5 s") from None
         if isinstance(result, Exception):
             raise CollectError(str(result))
         return result
@@ -6786,7 +6792,7 @@ class Scraper:
             self._count(form.names, "ok")
         for name in form.names if cell.troubles else ():
             if cell.troubles.pop(name, None) is not None:
-                log.info("%s of %s works again", name, where)
+                log.info("collector %s of %s works again", name, where)
         for name, error in failed.items():
             self._failed(cell, name, where, error)
 
@@ -6833,7 +6839,7 @@ class Scraper:
             return
         self._count((name,), "failed")
         if not before:
-            log.warning("%s of %s fails: %s", name, where, trouble.why)
+            log.warning("collector %s of %s failed: %s", name, where, trouble.why)
         if trouble.breaker is None:
             trouble.breaker = Breaker(self.server.now)
         trouble.breaker.failed(trouble.why)
@@ -6854,8 +6860,8 @@ class Scraper:
         if page.has_values():
             answer = self._prepare(page, now, page.waiting_since)
         else:
-            answer = text(503, f"nothing could be collected of {page.zone}: {self._why(page)}; "
-                          "try again in some seconds", ("Retry-After", "5"),
+            answer = text(503, f"cannot collect metrics of {page.zone}: {self._why(page)}; "
+                          "try again in a few seconds", ("Retry-After", "5"),
                           ("X-Cmon-Error", "not_collected"))
         page.prepared = None
         for later in ready:
@@ -6871,8 +6877,8 @@ class Scraper:
         now, since = self.server.now(), page.waiting_since
         self.give_up(page, later)
         if not page.has_values():
-            return text(503, f"collecting {page.zone} takes longer than this scrape may: "
-                        "try again in some seconds", ("Retry-After", "5"),
+            return text(503, f"collecting {page.zone} takes longer than the scrape timeout: "
+                        "try again in a few seconds", ("Retry-After", "5"),
                         ("X-Cmon-Error", "not_collected"))
         return self._prepare(page, now, since)
 
@@ -7054,35 +7060,37 @@ class Scraper:
         def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
             return single(f"cmon_agent_{name}", kind, help_text, value)
         return [
-            Family("cmon_agent_collections_total", COUNTER, "Collections by their result.", [
-                Sample((("collector", name), ("result", result)), count)
-                for (name, result), count in collected.items()]),
-            Family("cmon_agent_collector_breaker_open", GAUGE, "Collectors that are not tried for "
-                   "a while, since they kept failing.", opened),
-            Family("cmon_agent_kstat_quarantine_seconds", GAUGE, "For how long a read of this "
-                   "kstat has not returned.", [Sample((("kstat", what),), now - since)
-                                               for what, since in kstats.quarantine.items()]),
-            one("pages", GAUGE, "Pages that are kept.", len(self._pages)),
-            one("collections_running", GAUGE, "Collections under way.", self._running),
-            one("kstat_chain_length", GAUGE, "Kstats in the chain.", kstats.chain_length),
-            one("kstat_index_rebuilds_total", COUNTER, "Rebuilds of the kstat index.",
-                kstats.rebuilds),
-            one("kstat_index_rebuild_seconds", GAUGE, "CPU time of the last rebuild in seconds.",
-                kstats.rebuild_seconds),
-            one("kstat_reads_total", COUNTER, "Calls of kstat_read.", kstats.reads),
-            one("kstat_handles_given_up_total", COUNTER, "Kstat handles given up since a read "
-                "blocked.", kstats.given_up),
-            one("kstat_blocked_threads", GAUGE, "Threads that libkstat blocks.", kstats.blocked),
-            one("commands_hanging", GAUGE, "Commands that could not be killed.",
+            Family("cmon_agent_collections_total", COUNTER, "Total number of collections, by "
+                   "result.", [Sample((("collector", name), ("result", result)), count)
+                               for (name, result), count in collected.items()]),
+            Family("cmon_agent_collector_breaker_open", GAUGE, "Collectors that are not run for "
+                   "a while (1) because they kept failing.", opened),
+            Family("cmon_agent_kstat_quarantine_seconds", GAUGE, "Time in seconds for which a read "
+                   "of this kstat has been blocked.", [
+                       Sample((("kstat", what),), now - since)
+                       for what, since in kstats.quarantine.items()]),
+            one("pages", GAUGE, "Number of pages in memory.", len(self._pages)),
+            one("collections_running", GAUGE, "Number of collections in progress.", self._running),
+            one("kstat_chain_length", GAUGE, "Number of kstats in the chain.", kstats.chain_length),
+            one("kstat_index_rebuilds_total", COUNTER, "Total number of rebuilds of the kstat "
+                "index.", kstats.rebuilds),
+            one("kstat_index_rebuild_seconds", GAUGE, "CPU time of the last rebuild of the kstat "
+                "index in seconds.", kstats.rebuild_seconds),
+            one("kstat_reads_total", COUNTER, "Total number of calls of kstat_read.", kstats.reads),
+            one("kstat_handles_given_up_total", COUNTER, "Total number of kstat handles given up "
+                "because a read blocked.", kstats.given_up),
+            one("kstat_blocked_threads", GAUGE, "Number of threads blocked in libkstat.",
+                kstats.blocked),
+            one("commands_hanging", GAUGE, "Number of commands that hang and cannot be killed.",
                 self.host.commands.hanging),
-            one("cpu_usage_ratio", GAUGE, "CPUs that the agent and its commands use.",
+            one("cpu_usage_ratio", GAUGE, "CPU usage of the agent and its commands, in CPUs.",
                 governor.used),
-            one("cpu_budget_ratio", GAUGE, "CPUs that the agent may use.",
+            one("cpu_budget_ratio", GAUGE, "CPU budget of the agent and its commands, in CPUs.",
                 self.settings.cpu_budget),
-            one("lifetime_stretch_ratio", GAUGE, "By how much lifetimes are stretched to keep the "
-                "budget.", governor.stretch),
-            one("vminfod_up", GAUGE, "Whether vminfod is followed.",
-                int(self.host.vms.answered and not self.host.vms.problem)),
+            one("lifetime_stretch_ratio", GAUGE, "Factor by which lifetimes are extended to stay "
+                "within the CPU budget.", governor.stretch),
+            one("vminfod_up", GAUGE, "Whether the agent receives events from vminfod (1) or not "
+                "(0).", int(self.host.vms.answered and not self.host.vms.problem)),
         ]
 
 
@@ -7148,7 +7156,7 @@ class AllZones:
         if start + self.AT_ONCE < len(self._zones):
             self._server.loop.call_soon(self._gather, start + self.AT_ONCE)
         elif not self._server.spawn(self._join):
-            self._later.finish(text(503, "too busy; try again in some seconds",
+            self._later.finish(text(503, "the agent is too busy: try again in a few seconds",
                                     ("Retry-After", "5"), ("X-Cmon-Error", "too_busy")))
 
     def _join(self) -> None:
@@ -7252,12 +7260,12 @@ class Agent:
         server = self.scraper.server
         deadline = scrape_deadline(request, server.now())
         later = Deferred(deadline, lambda _: text(
-            503, "collecting all zones takes longer than this scrape may: raise scrape_timeout",
+            503, "collecting all zones takes longer than the scrape timeout: raise scrape_timeout",
             ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
 
         def listed(result: Any) -> None:
             if isinstance(result, Exception):
-                later.finish(text(503, f"the zones cannot be listed: {result}",
+                later.finish(text(503, f"cannot list zones: {result}",
                                   ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
                 return
             zones = sorted(name for name in result[0].values() if UUID.fullmatch(name))
@@ -7864,12 +7872,12 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
             fresh = load()
             reload(fresh)
             start_logging(program, getattr(fresh, "log_level"), getattr(fresh, "log_format"))
-            log.info("settings were reread")
+            log.info("settings reloaded")
             server.reload = Reload(True, time.time())
         except ConfigError as error:
             server.reload = server.reload._replace(good=False)
             for problem in error.problems:
-                log.error("the old settings stay: %s", problem)
+                log.error("keeping the old settings: %s", problem)
 
     def hangup() -> None:
         server.loop.call_soon(on_hangup)
@@ -7999,7 +8007,7 @@ def address_of(settings: Settings, host: Host, sysinfo: Sysinfo, problem: str) -
     if address is not None:
         return address
     if sys.platform.startswith("sunos") and not host.recorded:
-        raise ConfigError(f"the admin IP is not known ({problem or 'sysinfo has none'}): set "
+        raise ConfigError(f"the admin IP is unknown ({problem or 'sysinfo has none'}): set "
                           "listen, or see `svcs -xv cmon-agent-setup`")
     return "127.0.0.1", PORT
 
@@ -8050,7 +8058,7 @@ class Running:
         agent = Agent(scraper, registry)
         server.listen(address_of(settings, host, sysinfo, problem), agent.routes)
         if problem:
-            log.warning("the node's name and pool are not known: %s", problem)
+            log.warning("cannot read the node's name and pool: %s", problem)
         scraper.start()
         self._scraper, self._settings = scraper, settings
         atexit.register(host.stop)
@@ -8184,7 +8192,7 @@ def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
         if not isinstance(records, list):
             raise ValueError("its answer is not a list")
     except (ClientError, ValueError, RecursionError) as error:
-        complain("cmon_agent", [f"vminfod: {error}; the capture goes without VMs"])
+        complain("cmon_agent", [f"vminfod: {error}; the capture will not contain VMs"])
         return []
     vms = []
     for record in records:
@@ -8290,7 +8298,7 @@ def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: flo
         if isinstance(result, Exception):
             raise result
         return result
-    raise KstatError("reading kstats takes too long")
+    raise KstatError("reading kstats took too long")
 
 
 def check_sysinfo(node: Examined) -> Iterator[Finding]:

@@ -1225,7 +1225,7 @@ class TlsConnection(Connection):
     def _shaken(self, wanted: int | Exception) -> None:
         if isinstance(wanted, Exception):
             self.server.shook("failed")
-            log.debug("no TLS with %s: %r", self.peer.address, str(wanted)[:200])
+            log.debug("TLS handshake with %s failed: %r", self.peer.address, str(wanted)[:200])
             if getattr(wanted, "reason", "") == "HTTP_REQUEST":
                 self._say_tls()
             self.close()

@@ -525,12 +525,12 @@ def load_with(*points: Any) -> str:
 WRONG = "a value is not what a capture has there"
 BAD_CAPTURES = {
     "": "not JSON", "[]": WRONG, "{}": "'format' is missing", '{"format": 1}': "'host' is missing",
-    '{"format": 2, "host": {}, "frames": []}': "format 2 is not known",
+    '{"format": 2, "host": {}, "frames": []}': "unknown format 2: only 1",
     '{"format": 1, "host": {}, "frames": []}': "there are no frames",
     '{"format": 1, "host": {}, "frames": [7]}': f"frames[0]: {WRONG}",
     frame_with(at="x"): f"frames[0]: {WRONG}",
-    frame_with(at="nan"): "frames[0]: its time, nan, is not after",
-    frame_with().replace('"at": 1', '"at": 1e400'): "frames[0]: its time, inf, is not after",
+    frame_with(at="nan"): "frames[0]: the time nan is not after",
+    frame_with().replace('"at": 1', '"at": 1e400'): "frames[0]: the time inf is not after",
     frame_with(vms=7): f"frames[0]: {WRONG}",
     frame_with(commands={"zfs list": {"status": 0}}):
         "frames[0].commands['zfs list']: 'stdout' is missing",
@@ -543,7 +543,7 @@ BAD_CAPTURES = {
     load_with([0, 1], [0, 2]): "load[0]: the times of its points do not ascend",
     '{"format": 1, "host": {}, "frames": [{"at": 2, "kstats": [], "commands": {}, "vms": []}, '
     '{"at": 1, "kstats": [], "commands": {}, "vms": []}]}':
-        "frames[1]: its time, 1.0, is not after",
+        "frames[1]: the time 1.0 is not after",
 }
 
 
@@ -707,7 +707,7 @@ def test_on_the_platform_there_is_no_silent_fallback(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "platform", "sunos5")
     with pytest.raises(agent.ConfigError) as caught:
         agent.address_of(agent.Settings(), Real(), agent.Sysinfo(), "no sysinfo")   # type: ignore
-    assert "the admin IP is not known (no sysinfo): set listen" in str(caught.value)
+    assert "the admin IP is unknown (no sysinfo): set listen" in str(caught.value)
 
 
 def test_gzip_is_what_gzip_reads(replay: Program) -> None:
@@ -800,7 +800,7 @@ def test_a_capture_goes_without_vms_that_cannot_be_had(kernel: Callable[..., Ker
     done = captured(one, tmp_path / "capture.json", "--frames", "1")
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "capture.json").read_text())["frames"][0]["vms"] == []
-    assert "the capture goes without VMs" in done.stderr
+    assert "the capture will not contain VMs" in done.stderr
     info.info.close()
 
 

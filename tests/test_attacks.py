@@ -576,7 +576,7 @@ def test_new_settings_hold_for_requests_that_were_seen_before(tmp_path: Path) ->
         assert [ask().status for _ in range(3)] == [200] * 3
         proxy_config(tmp_path, host_prefix="metrics")
         program.signal(signal.SIGHUP)
-        program.wait_for_log("settings were reread")
+        program.wait_for_log("settings reloaded")
         assert code(ask()) == "unknown_host"
         assert connection.request("/v1/discover", {"Host": "metrics.test"}).status == 200
     agent.close()
@@ -609,7 +609,7 @@ def test_a_certificate_that_no_ca_has_signed_stays_refused_when_a_ca_comes(tmp_p
         path.write_text(json.dumps(settings))
         program.signal(signal.SIGHUP)
         program.wait_for_log("tls.client_auth, tls.client_ca: changes take effect after a restart")
-        program.wait_for_log("settings were reread")
+        program.wait_for_log("settings reloaded")
         assert code(ask()) == "unknown_key"
 
 

@@ -42,9 +42,9 @@ BROKEN = [
     ("too much in chunks", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n",
      "larger than 1000"),
     ("chunks without size", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
-     "chunks are broken"),
+     "chunked encoding is invalid"),
     ("a chunk without end", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nabc",
-     "chunks are broken"),
+     "chunked encoding is invalid"),
     ("chunks of a byte", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
      + b"0001\r\nx\r\n" * 2000, "too many parts|larger than 1000"),
     ("trailers for ever", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"

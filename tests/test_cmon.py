@@ -360,7 +360,8 @@ def test_plain_http_port(files: Files) -> None:
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         url = f"https://{ADDRESS}:{server.server_port}"
-        one_line(run("discover", *connection(url, files)), 1, f"no TLS with {ADDRESS}")
+        one_line(run("discover", *connection(url, files)), 1,
+                 f"TLS handshake with {url[8:]} failed")
     finally:
         server.shutdown()
         server.server_close()

@@ -165,9 +165,9 @@ printf 'x\\tgauge\\t1\\nttl\\toption\\t1\\n'
 
     def ended_before(most: int) -> list[str]:
         one.settings(max_collections=most)
-        times = one.agent.log.count("settings were reread")
+        times = one.agent.log.count("settings reloaded")
         one.agent.signal(signal.SIGHUP)
-        one.agent.wait_for_log("settings were reread", times + 1)
+        one.agent.wait_for_log("settings reloaded", times + 1)
         time.sleep(1.1)                     # plugins are due again
         least.write_text(str(most))
         began.write_text("")
@@ -188,7 +188,7 @@ def test_mended_settings_count_at_once(machine: MakeMachine) -> None:
     one.settings(commands={**json.loads(one.config.read_text())["commands"],
                            "zfs": str(one.commands / "zfs")})
     one.agent.signal(signal.SIGHUP)
-    one.agent.wait_for_log("settings were reread")
+    one.agent.wait_for_log("settings reloaded")
     assert down(one.zone()) == set()
 
 
@@ -197,7 +197,7 @@ def test_a_timeout_of_the_settings_is_that_of_a_plugin(machine: MakeMachine, tmp
     folder = plugin(tmp_path / "gz", "sleep 100\n")
     one = machine(plugin_dirs={"gz": folder}, collectors={"plugin_note": {"timeout": 0.2}}).start()
     wait_until(lambda: "plugin_note" in one.node())
-    wait_until(lambda: "plugin_note of gz fails" in one.agent.log, timeout=8.0)     # not 10 s
+    wait_until(lambda: "plugin_note of gz failed" in one.agent.log, timeout=8.0)     # not 10 s
 
 
 def test_what_fails_is_tried_no_more_often_than_the_operator_allows(machine: MakeMachine) -> None:

@@ -76,7 +76,7 @@ BAD = [
     ("a label twice", 'a{x="1",x="2"} 1\n', "duplicate label"),
     ("a series twice", 'a{x="1",y="2"} 1\na{y="2",x="1"} 1\n', "same labels twice"),
     ("an unknown type", "# TYPE a number\na 1\n", "unknown type"),
-    ("TYPE behind its samples", "a 1\n# TYPE a gauge\n", "comes twice or behind"),
+    ("TYPE behind its samples", "a 1\n# TYPE a gauge\n", "second TYPE of a, or TYPE after"),
     ("a number of a million digits", "a " + "9" * 1_000_000 + "\n", "is not a number"),
     ("digits of another script", "a ٣\n", "is not a number"),
     ("a float as timestamp", "a 1 1.5\n", "timestamp"),

@@ -375,7 +375,7 @@ def test_sighup_follows_settings_without_loss(tmp_path: Path, keep: Keep) -> Non
                       "new": {"type": "file", "path": "new.log"}}, labels={"site": "x"},
                interval=0.3)
         program.signal(signal.SIGHUP)
-        program.wait_for_log("settings were reread")
+        program.wait_for_log("settings reloaded")
         wait_until(lambda: len(named(second.rows(), "hits_total")) > 5)
         wait_until(lambda: any(row["labels"].get("site") == "x" for row in second.rows()))
         wait_until((tmp_path / "new.log").exists)
@@ -388,10 +388,10 @@ def test_sighup_follows_settings_without_loss(tmp_path: Path, keep: Keep) -> Non
                 ({"h": {"type": "http", "url": "https://x", "ca": "no.pem"}}, {}, "no.pem")]:
             config(sinks=sinks, **more)
             program.signal(signal.SIGHUP)
-            program.wait_for_log(f"the old settings stay: .*{message}")
+            program.wait_for_log(f"keeping the old settings: .*{message}")
         config(sinks={"h": {"type": "http", "url": f"http://{second.text}"}})
         program.signal(signal.SIGHUP)
-        program.wait_for_log("settings were reread", 2)
+        program.wait_for_log("settings reloaded", 2)
         wait_until(lambda: own(program, "sink_up", sink="h") == 1)
         assert "new" not in http_get(program.address, "/metrics").text.split("sink=")[1]
     check_account(first.rows() + second.rows())

@@ -64,7 +64,7 @@ def test_agent_on_a_live_node(kernel: Callable[..., Any], tmp_path: Path,
         assert http_get(program.address, "/v1/zones/metrics").status == 200
         machine.refresh()
         program.process.send_signal(signal.SIGHUP)
-        program.wait_for_log("settings were reread")
+        program.wait_for_log("settings reloaded")
         machine.zone(WEB01), machine.node()
         assert http_get(program.address, "/").status == 200
         assert http_get(program.address, "/metrics").status == 200
@@ -93,7 +93,7 @@ def test_proxy_with_an_inventory_file(tmp_path: Path) -> None:
             program.address, "/v1/discover", {"Host": "cmon.test"},
             tls=client_tls("old_rsa", "rsa")).body)
         program.process.send_signal(signal.SIGHUP)
-        program.wait_for_log("settings were reread")
+        program.wait_for_log("settings reloaded")
         ask_as_alice(program)
         assert http_get(program.addresses(2)[1], "/metrics").status == 200
         assert not touched(program)

@@ -304,7 +304,7 @@ def test_a_plugin_that_failed_is_tried_again_after_its_lifetime(
 LONG = f"sleep 1000.{os.getpid()}"       # to be found again among all processes
 FAILS = {
     "prints garbage": ("echo 'Segmentation fault'; head -c 300 /dev/zero",
-                       "no line can be used: line 1: 1 fields"),
+                       "no valid line: line 1: 1 fields"),
     "exits with 3": ("echo 'x\tgauge\t1'; echo broken >&2; exit 3", "exit 3: broken"),
     "is killed": ("kill -9 $$", "exit -9"),
     "hangs": (f"exec {LONG}", "does not end in time"),
@@ -323,7 +323,7 @@ def test_a_plugin_that_fails_costs_its_own_metrics(machine: MakeMachine, how: st
     page = page_with(one, "plugin_p")
     assert down(page) == {"plugin_p"} and "plugin_good_x 1" in page
     assert value(page, "plugin_p_metrics_available_boolean") == 0
-    one.agent.wait_for_log("plugin_p of gz fails: .*" + why)
+    one.agent.wait_for_log("plugin_p of gz failed: .*" + why)
     nothing_is_left(one)
 
 
@@ -447,7 +447,7 @@ def test_plugins_come_and_go_by_hangup(machine: MakeMachine) -> None:
     (folder / "a.sh").unlink()
     write(folder, {"b.sh": "printf 'x\\tgauge\\t2\\n'"})
     one.agent.signal(1)
-    one.agent.wait_for_log("settings were reread")
+    one.agent.wait_for_log("settings reloaded")
     page = page_with(one, "plugin_b")
     assert "plugin_b_x 2" in page and "plugin_a" not in page
 

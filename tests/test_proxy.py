@@ -476,12 +476,12 @@ def test_settings_are_reread(running: Program, folder: Path, agent: Agent) -> No
     proxy_config(folder, tls=tls, quota={"per_minute": 1, "burst": 1, "hard_per_minute": 1},
                  discover_include_stopped=True)
     running.signal(signal.SIGHUP)
-    running.wait_for_log("settings were reread")
+    running.wait_for_log("settings reloaded")
     assert get(running, page(WEB), ("old_sha1", "rsa")).status == 200
     assert get(running, page(WEB)).status == 429
     proxy_config(folder, nonsense=1)
     running.signal(signal.SIGHUP)
-    running.wait_for_log("the old settings stay: .*nonsense: unknown setting")
+    running.wait_for_log("keeping the old settings: .*nonsense: unknown setting")
     assert get(running, "/_ping").status == 200
 
 

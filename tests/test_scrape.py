@@ -417,8 +417,8 @@ def test_a_zone_without_values_waits_until_its_deadline_and_is_told_when_to_come
     one.kernel.faults(("delay", "memory_cap:5:*", "400"))
     answer = one.get(f"/v1/{WEB01}/metrics", timeout=0.2)
     assert answer.status == 503 and int(answer.headers["retry-after"]) > 0
-    assert answer.text == (f"collecting {WEB01} takes longer than this scrape may: try again in "
-                           "some seconds\n")
+    assert answer.text == (f"collecting {WEB01} takes longer than the scrape timeout: try again in "
+                           "a few seconds\n")
     wait_until(lambda: one.get(f"/v1/{WEB01}/metrics").status == 200)
 
 
@@ -487,7 +487,7 @@ def test_a_command_that_fails_costs_its_own_metrics_only(machine: MakeMachine, c
     page = one.zone() if zone else one.node()
     assert down(page) == {COLLECTOR_OF[command]}, one.agent.log
     assert not down(one.node() if zone else one.zone())
-    log = one.agent.wait_for_log(f"{COLLECTOR_OF[command]} of .* fails: ")
+    log = one.agent.wait_for_log(f"{COLLECTOR_OF[command]} of .* failed: ")
     assert why in log[0].string
     pids = one.commands / "pids"
     if pids.exists():                               # the whole group was killed
@@ -1406,21 +1406,21 @@ def test_hangup_takes_good_settings_and_keeps_the_old_ones_for_bad(machine: Make
     assert one.own("cmon_agent_cpu_budget_ratio") == 0.5 and "zfs_metrics" in one.zone()
     one.settings(cpu_budget=0.25, collectors={"zfs": {"enabled": False}})
     one.agent.signal(1)
-    one.agent.wait_for_log("settings were reread")
+    one.agent.wait_for_log("settings reloaded")
     assert one.own("cmon_agent_cpu_budget_ratio") == 0.25
     one.refresh()
     assert "zfs_metrics" not in one.zone()
     one.settings(cpu_budget="much")
     one.agent.signal(1)
-    one.agent.wait_for_log("the old settings stay: .*cpu_budget")
+    one.agent.wait_for_log("keeping the old settings: .*cpu_budget")
     assert one.own("cmon_agent_cpu_budget_ratio") == 0.25
     one.config.write_text("{")
     one.agent.signal(1)
-    one.agent.wait_for_log("the old settings stay: .*not JSON")
+    one.agent.wait_for_log("keeping the old settings: .*not JSON")
     assert not down(one.zone())
     one.config.write_text(json.dumps({"libkstat": "/elsewhere"}))
     one.agent.signal(1)
-    one.agent.wait_for_log("the old settings stay: libkstat.*restart")
+    one.agent.wait_for_log("keeping the old settings: libkstat.*restart")
     assert not down(one.zone(LB01))
     clean(one)
 
@@ -1448,12 +1448,12 @@ def test_hanging_up_on_all_processes_of_the_service_kills_no_command(machine: Ma
             os.kill(pid, signal.SIGHUP)
         except ProcessLookupError:
             continue                                # a sleep that was over
-    one.agent.wait_for_log("settings were reread")
+    one.agent.wait_for_log("settings reloaded")
     for gate in gates.values():
         gate.touch()
     asked.join()
     wait_until(lambda: not {"zpool", "ntp"} & down(one.node()))
-    assert not one.agent.log.count(" of gz fails: "), one.agent.log
+    assert not one.agent.log.count(" of gz failed: "), one.agent.log
 
 
 def test_a_budget_of_null_is_none(machine: MakeMachine) -> None:

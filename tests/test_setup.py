@@ -485,7 +485,7 @@ def nobody_listens(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--url"] = f"https://localhost:{free_port()}"
 
 
-@fault("TLS", "no TLS with localhost:.*\nNext: give --url .* speaks plain HTTP")
+@fault("TLS", "TLS handshake with localhost.* failed.*\nNext: give --url .* speaks plain HTTP")
 def port_of_something_else(site: Site, flags: Flags, tmp: Path) -> None:
     flags["--url"] = f"https://localhost:{site.agent[1]}"
 

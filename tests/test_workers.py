@@ -141,7 +141,7 @@ def test_workers_reread_settings_and_end_with_the_first_process(folder: Path) ->
         wait_until(lambda: ready(program))
         workers = children(program)
         program.signal(signal.SIGHUP)
-        program.wait_for_log("settings were reread", 3)
+        program.wait_for_log("settings reloaded", 3)
         with Connection(program.address, client_tls(*TLS_OF_OWNER)) as kept:
             assert kept.request(f"/v1/{WEB}/metrics", {"Host": "cmon.test"}).status == 200
             assert program.stop() == 0

@@ -193,7 +193,7 @@ def test_target_count_never_falls(served: DataCenter) -> None:
     settings["quota"] = {"per_minute": 0, "burst": 1, "over_quota": "refuse", "hard_per_minute": 0}
     config.write_text(json.dumps(settings))
     proxies["over quota"].signal(signal.SIGHUP)
-    proxies["over quota"].wait_for_log("settings were reread")
+    proxies["over quota"].wait_for_log("settings reloaded")
     for name, wanted in (("key removed", 401), ("bad inventory", 200),
                          ("restarted with nothing", 503), ("over quota", 429), ("node hangs", 200)):
         wait_until(lambda name=name, wanted=wanted:     # type: ignore[misc]
