@@ -250,7 +250,7 @@ RAW = [
     ("two lengths", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 3\r\n"
      b"\r\nabc", 400, b"more than one content-length header"),
     ("length and chunks", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n"
-     b"Transfer-Encoding: chunked\r\n\r\nabc", 400, b"together"),
+     b"Transfer-Encoding: chunked\r\n\r\nabc", 400, b"both"),
     ("chunks", b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 411,
      b"needs a Content-Length"),
     ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00", 400, b"this port speaks HTTP, not TLS"),

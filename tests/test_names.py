@@ -49,7 +49,7 @@ def test_a_row_keeps_the_rules(metric: agent.Metric) -> None:
     assert agent.valid_metric_name(metric.name) and metric.name.lower() == metric.name or \
         metric.name in INHERITED
     assert metric.kind in (agent.COUNTER, agent.GAUGE)
-    assert re.fullmatch(r"[A-Z].*[^ .]\.", metric.help), "help is a sentence"
+    assert re.fullmatch(r"[A-Z1].*[^ .]\.", metric.help), "help is a sentence"
     assert "(" not in metric.help
     if metric.name.endswith("_total"):
         assert metric.kind == agent.COUNTER or metric.name in TOTAL_ON_A_GAUGE
