@@ -890,7 +890,7 @@ class Commands:
         if process.poll() is None:
             with self._lock:
                 self._hanging[key] = (process, began)
-            raise CommandError(f"{argv[0]}: {problem or 'hangs'} and cannot be killed")
+            raise CommandError(f"{argv[0]}: {problem or 'timed out'} and cannot be killed")
         if problem:
             raise CommandError(f"{argv[0]}: {problem}")
         return Output(process.returncode, stdout.decode("utf-8", "replace"),
@@ -925,7 +925,7 @@ class Commands:
                 if now >= last:
                     break
                 if now >= end:
-                    return b"", b"", "does not end in time"
+                    return b"", b"", "timed out"
                 for key, _ in selector.select(min(end - now, last - now, POLL_SECONDS)):
                     piece = os.read(key.fd, 65536)
                     if not piece:
@@ -936,7 +936,7 @@ class Commands:
         try:
             process.wait(max(end - time.monotonic(), 0.01))
         except subprocess.TimeoutExpired:
-            return b"", b"", "does not end in time"
+            return b"", b"", "timed out"
         return bytes(stdout), bytes(stderr), ""
 
 
@@ -1439,13 +1439,13 @@ class Vms:
                 problem = "it closed the stream of events"
             except ConnectionRefusedError:
                 self.absent = not self.answered
-                problem = "nobody listens there"
+                problem = "nothing listens there"
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 self.absent = False
                 problem = reason_of(error)
             if problem != self.problem and not self._stopping.is_set():
                 log.log(logging.INFO if self.absent else logging.WARNING,
-                        "vminfod at %s cannot be followed: %s", self._url, problem)
+                        "cannot follow vminfod at %s: %s", self._url, problem)
             self.problem = problem
             first.set()
             self._stopping.wait(self._backoff.next())
@@ -5948,7 +5948,7 @@ NICS_SECONDS = 60.0             # how long links wait for a vminfod that is foll
 FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
 BURST_SECONDS = 30.0            # of the CPU budget may be used at once
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
-NO_UUID = "zones go by their UUID in lower case; / lists those that run"
+NO_UUID = "not a zone's UUID in lower case; / lists the running zones"
 
 
 class NotYet(CollectError):
@@ -6391,7 +6391,7 @@ class KstatParts:
             if problem or not vms.answered:             # it is away: it may know when it is back
                 self._unlabelled[key] = now
             if now - self._unlabelled.setdefault(key, now) < NICS_SECONDS:
-                raise NotYet("vminfod has not told of this zone's NICs yet"
+                raise NotYet("vminfod has not reported this zone's NICs yet"
                              + (f" ({problem})" if problem else ""))
         return self._labels.get(key)
 
@@ -6600,8 +6600,8 @@ class Scraper:
         self.submit(Job(look, lambda zone_id: self.server.loop.call_soon(drop, zone_id)))
 
     def _no_zone(self, zone: str) -> Refused:
-        return Refused(404, f"no zone {zone} runs on this compute node; / lists those that do",
-                       code="no_such_zone")
+        return Refused(404, f"zone {zone} is not running on this compute node; / lists the "
+                       "running zones", code="no_such_zone")
 
     def _why(self, page: Page) -> str:
         return "; ".join(sorted({trouble.why for cell in page.cells
@@ -7455,7 +7455,7 @@ class _Queued(logging.Handler):
             if self.dropped > told:
                 told = self.dropped
                 self._print(log.makeRecord(
-                    log.name, logging.WARNING, "", 0, "%s log records were dropped so far: the log "
+                    log.name, logging.WARNING, "", 0, "dropped %s log records so far: the log "
                     "is too slow or its disk is full", (told,), None))
 
     def _print(self, record: logging.LogRecord) -> None:
@@ -8644,7 +8644,7 @@ def check_vminfod(node: Examined) -> Iterator[Finding]:
         time.sleep(0.05)
     vms.stop()
     if vms.absent:
-        yield NOTE, f"nobody listens at {node.settings.vminfod}: links carry no NIC labels"
+        yield NOTE, f"nothing listens at {node.settings.vminfod}: links have no NIC labels"
     elif not vms.answered:
         yield BAD, f"no event `ready` at {node.settings.vminfod}: {vms.problem or 'it is silent'}"
     else:

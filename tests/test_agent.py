@@ -44,7 +44,7 @@ def opts(content: Any) -> dict[str, str]:
 # --- routes ---------------------------------------------------------------------------------------
 
 UNKNOWN = "11111111-2222-4333-8444-555555555555"
-MISSING = f"no zone {UNKNOWN} runs on this compute node; / lists those that do\n"
+MISSING = f"zone {UNKNOWN} is not running on this compute node; / lists the running zones\n"
 ROUTES = [
     ("GET", f"/v1/{WEB01}/metrics", {}, 200, "# HELP cpucap_"),
     ("GET", f"/vms/{WEB01}/metrics", {}, 200, "# HELP cpucap_"),
@@ -61,11 +61,11 @@ ROUTES = [
     ("GET", "/", {}, 200, "<!DOCTYPE html>"),
     ("GET", f"/v1/{UNKNOWN}/metrics", {}, 404, MISSING),
     ("GET", f"/vms/{UNKNOWN}/metrics", {}, 404, MISSING),
-    ("GET", f"/v1/{STOPPED}/metrics", {}, 404, f"no zone {STOPPED} runs"),
-    ("GET", f"/v1/{WEB01.upper()}/metrics", {}, 404, "zones go by their UUID"),
-    ("GET", "/v1/global/metrics", {}, 404, "zones go by their UUID"),
+    ("GET", f"/v1/{STOPPED}/metrics", {}, 404, f"zone {STOPPED} is not running"),
+    ("GET", f"/v1/{WEB01.upper()}/metrics", {}, 404, "not a zone's UUID"),
+    ("GET", "/v1/global/metrics", {}, 404, "not a zone's UUID"),
     ("GET", "/v1/../metrics", {}, 404, ""),
-    ("GET", "/vms/gz/metrics", {}, 404, "zones go by their UUID"),
+    ("GET", "/vms/gz/metrics", {}, 404, "not a zone's UUID"),
     ("GET", "/nothing", {}, 404, ""),
     ("GET", f"/v1/{WEB01}", {}, 404, ""),
     ("GET", f"/v1/{WEB01}/metrics/", {}, 404, ""),

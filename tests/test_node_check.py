@@ -270,7 +270,7 @@ FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {
         (prints("zfs", status=1), "FAIL commands", "zfs list: exit 1"),
         (prints("zpool"), "FAIL commands", "zpool list: 0 pools"),
         (prints("ntpq"), "FAIL clock", "ntpq: exit 0 and no message"),
-        (lambda one: one.vminfod.close(), "note vminfod", "nobody listens at http://127.0.0.1:"),
+        (lambda one: one.vminfod.close(), "note vminfod", "nothing listens at http://127.0.0.1:"),
         (settings(listen="192.0.2.1:9164"), "FAIL port", "192.0.2.1:9164: cannot assign"),
         (open_folder, "FAIL plugins", "nobody else can write to")),
     "commands are odd": (

@@ -307,9 +307,9 @@ FAILS = {
                        "no valid line: line 1: 1 fields"),
     "exits with 3": ("echo 'x\tgauge\t1'; echo broken >&2; exit 3", "exit 3: broken"),
     "is killed": ("kill -9 $$", "exit -9"),
-    "hangs": (f"exec {LONG}", "does not end in time"),
+    "hangs": (f"exec {LONG}", "timed out"),
     "hangs in grandchildren": (f"trap '' TERM INT HUP; ({LONG} & {LONG}) & {LONG}",
-                               "does not end in time"),
+                               "timed out"),
     "writes 500 KiB and more": ("yes 'xxxxxxxxxxxx\tgauge\t1'", "more than 512000 bytes"),
     "writes to stderr without end": ("yes >&2", "more than 512000 bytes"),
 }

@@ -208,7 +208,8 @@ def test_a_zone_that_goes_while_it_is_read_is_not_found(machine: MakeMachine) ->
     one.kernel.faults(("switch", "memory_cap:7:*", "next"))
     answer = one.get(f"/v1/{LB01}/metrics")
     assert answer.status == 404 and answer.headers["x-cmon-error"] == "no_such_zone"
-    assert answer.text == f"no zone {LB01} runs on this compute node; / lists those that do\n"
+    assert answer.text == (f"zone {LB01} is not running on this compute node; / lists the "
+                           "running zones\n")
     assert one.get(f"/vms/{LB01}/metrics").status == 404
     assert not down(one.zone(WEB01))
     one.kernel.faults()
@@ -463,10 +464,10 @@ ENDS = {
     "exits with 1": ("#!/bin/sh\necho 'no such pool' >&2\nexit 1\n", "no such pool"),
     "is killed": ("#!/bin/sh\nkill -9 $$\n", ""),
     "floods": ("#!/bin/sh\nexec yes a b c d e f g h\n", "more than"),
-    "hangs": (HANGS, "does not end in time"),
+    "hangs": (HANGS, "timed out"),
     "hangs with its output closed": ("#!/bin/sh\nexec >&- 2>&-\nexec sleep 1000\n",
-                                     "does not end in time"),
-    "hangs in children that ignore signals": (STUBBORN, "does not end in time"),
+                                     "timed out"),
+    "hangs in children that ignore signals": (STUBBORN, "timed out"),
     "cannot be run": ("no script, no program\n", ""),
 }
 
@@ -1186,7 +1187,7 @@ def test_links_wait_for_a_vminfod_that_does_not_know_their_zone_yet_but_not_for_
     page = one.page(path)
     assert down(page) == {"link"}
     assert '\ncmon_collector_up{collector="link"} 0\n' \
-        "# link: vminfod has not told of this zone's NICs yet\n" in page
+        "# link: vminfod has not reported this zone's NICs yet\n" in page
     assert agent_module.parse(page) and "vminfod" not in agent_module.join_pages({LB01: page})
     one.pass_by(50.0)
     assert down(one.page(path)) == {"link"}
@@ -1210,8 +1211,7 @@ def test_links_of_a_zone_that_is_new_while_vminfod_is_away_wait_until_it_is_back
     for _ in range(5):
         assert down(one.page(path)) == {"link"}
         one.pass_by(45.0)
-    assert "vminfod has not told of this zone&#x27;s NICs yet (it closed the stream of events)" in \
-        one.page("/")
+    assert "reported this zone&#x27;s NICs yet (it closed the stream of events)" in one.page("/")
     vms.vms, vms.problem = {LB01: agent_module.vm_of(vm(LB01, NET, OVERLAY))}, ""
     one.pass_by(10.0)
     page = one.page(path)
@@ -1369,7 +1369,7 @@ def test_a_vminfod_that_speaks_nonsense_costs_no_page(machine: MakeMachine, vmin
     one = machine(vminfod=info.url)
     wait_until(lambda: info.asked)
     assert down(one.zone(LB01)) == {"link"}
-    one.agent.wait_for_log("vminfod at .* cannot be followed: ")
+    one.agent.wait_for_log("cannot follow vminfod at .*: ")
     info.behave = info.ready([vm(LB01, NET, OVERLAY)])
 
     def healed() -> bool:
