@@ -7906,10 +7906,7 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
         host, port = listener.address[:2]
         log.info("listening on %s:%s", f"[{host}]" if ":" in host else host, port)
     parent.ready()
-    try:
-        server.serve_forever()
-    finally:
-        stop_logging()
+    server.serve_forever()              # the log ends at exit: what follows may log, too
     return 0
 
 # --- settings -------------------------------------------------------------------------------------

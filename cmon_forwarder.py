@@ -1788,16 +1788,17 @@ class Spool:
         """Set aside records written for another type of sink: this one cannot accept them."""
         mark = self.folder / "form"
         waiting = [path for path in self.folder.glob("*.log")]
-        if mark.exists() and mark.read_text() not in ("", self._form) and waiting:
+        before = mark.read_text("utf-8", "replace") if mark.exists() else ""
+        if before not in ("", self._form) and waiting:
             aside = self.folder / "refused" / f"spool-{self._clock():.0f}"
             aside.mkdir(parents=True)
             for path in waiting:
                 path.rename(aside / path.name)
             (aside / "reason.txt").write_text(
-                f"written for {mark.read_text()}, but the sink is now {self._form}\n")
+                f"written for {before}, but the sink is now {self._form}\n")
             log.warning("spool %s: %d segments were written for another type of sink; moved them "
                         "to %s", self.folder, len(waiting), aside)
-        if not mark.exists() or mark.read_text() != self._form:
+        if before != self._form:
             mark.write_text(self._form)
 
     def _read_cursor(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -1862,6 +1863,8 @@ class Spool:
 
     def _drop(self, samples: int, reason: str) -> None:
         if samples:
+            if reason not in self.dropped:
+                log.error("spool %s: %s: dropping samples, the oldest first", self.folder, reason)
             self.dropped[reason] = self.dropped.get(reason, 0) + samples
 
     def _to_disk(self) -> None:
@@ -2126,10 +2129,15 @@ class Spool:
         """Close the files; samples kept only in memory count as dropped."""
         with self._lock:
             self._to_disk()
+            before = self.dropped.get("disk full", 0)
             while self._memory:
                 self._forget("disk full")
             if self._held is not None:
                 self._drop(self._held.unwritten, "disk full")
+            lost = self.dropped.get("disk full", 0) - before
+            if lost:
+                log.error("spool %s: %d samples that the disk did not take are lost", self.folder,
+                          lost)
             self._end_writer()
             self._end_reader()
             os.close(self._cursor)

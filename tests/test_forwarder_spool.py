@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import subprocess
 import threading
 import time
@@ -245,6 +246,9 @@ def test_records_of_another_kind_of_sink_are_set_aside(make: Any, tmp_path: Path
     reason, = (tmp_path / "sink" / "refused").glob("*/reason.txt")
     assert reason.read_text() == "written for http lines, but the sink is now graphite tagged\n"
     assert len(list(reason.parent.glob("*.log"))) == 1
+    other.close()
+    (tmp_path / "sink" / "form").write_bytes(b"\xff")       # damaged
+    assert waiting(make()) == 0
 
 
 def test_appending_while_taking_loses_nothing(make: Any) -> None:
@@ -308,6 +312,20 @@ def test_a_full_disk_costs_what_is_oldest(make: Any, small_disk: Path) -> None:
     left = everything(spool)
     assert left == list(range(count - len(left), count))
     assert spool.dropped == {"disk full": count - len(left)}
+
+
+def test_the_log_says_what_is_dropped_and_what_is_lost_at_the_end(
+        make: Any, small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("ERROR", "cmon")
+    spool = make(limit=1 << 30, folder=small_disk)
+    fill(small_disk / "others")
+    for number in range(MEMORY_BYTES // 1000 + 200):
+        put(spool, number, size=1000)
+    spool.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "dropping samples" in line] == [
+        f"spool {spool.folder}: disk full: dropping samples, the oldest first"]
+    assert re.fullmatch(r"spool \S+: 4\d\d\d samples that the disk did not take are lost", said[-1])
 
 
 def test_what_a_full_disk_does_not_take_waits_in_memory(make: Any, small_disk: Path) -> None:
@@ -430,6 +448,20 @@ def test_a_forwarder_on_a_full_disk_goes_on(small_disk: Path) -> None:
         values = [row["value"] for row in sink.rows() if row["name"] == "hits_total"
                   and row["labels"]["alias"] == f"web{number}"]
         assert sorted(set(values)) == list(range(1, values[-1] + 1))
+
+
+def test_what_fails_at_the_end_is_in_the_log_like_everything_else(tmp_path: Path) -> None:
+    source = Source()
+    (tmp_path / "spool" / "counters.json").mkdir(parents=True)
+    try:
+        config = write_config(tmp_path, source, {
+            "s": {"type": "statsd", "address": "127.0.0.1:1"}}, spool="spool")
+        with Program.forwarder(config) as program:
+            program.wait_for_log("listening on")
+        assert re.fullmatch(r"[0-9-]{10} \S+ ERROR +\S+counters.json: is a directory.*",
+                            program.log.splitlines()[-1])
+    finally:
+        source.close()
 
 
 def test_a_spool_that_cannot_be_made_is_said_at_start(tmp_path: Path) -> None:
