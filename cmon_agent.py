@@ -76,7 +76,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import types
 import typing
 import urllib.parse
@@ -293,12 +292,9 @@ _ADMIN_TAG = re.compile(r"admin|admin_rack_[a-z0-9_-]+", re.IGNORECASE)
 
 def is_ip(value: Any) -> bool:
     """Whether this is the text of an IPv4 or IPv6 address. Total: any value may be asked about."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, value)
-            return True
-        except (OSError, TypeError, ValueError):
-            continue
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        socket.inet_pton(socket.AF_INET6 if ":" in value else socket.AF_INET, value)
+        return True
     return False
 
 
@@ -4051,10 +4047,7 @@ class Histogram:
 
     def series(self, *label_values: str) -> list[Number]:
         """A count for each bound, one for +Inf, and the sum."""
-        series = self._series.get(label_values)
-        if series is None:
-            series = self._series[label_values] = [0] * (len(self.bounds) + 1) + [0.0]
-        return series
+        return self._series.setdefault(label_values, [0] * (len(self.bounds) + 1) + [0.0])
 
     def observe(self, value: float, *label_values: str) -> None:
         """Count one observation."""
@@ -4115,10 +4108,8 @@ def _resident_bytes() -> int | None:
 
 def _open_descriptors() -> int | None:
     for folder in ("/proc/self/fd", "/dev/fd"):
-        try:
+        with contextlib.suppress(OSError):
             return max(len(os.listdir(folder)) - 1, 0)          # less the one that lists
-        except OSError:
-            continue
     return None
 
 
@@ -7411,8 +7402,8 @@ class BunyanFormatter(logging.Formatter):
                   "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z")}
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            fields["err"] = {"name": type(error).__name__, "message": str(error), "stack": "".join(
-                traceback.format_exception(type(error), error, error.__traceback__))}
+            fields["err"] = {"name": type(error).__name__, "message": str(error),
+                             "stack": self.formatException(record.exc_info)}
         return json.dumps(fields)
 
 
