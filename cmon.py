@@ -2219,19 +2219,27 @@ def discover(arguments: argparse.Namespace) -> int:
     proxy = proxy_of(arguments)
     if arguments.file_sd:
         return keep_file_sd(proxy, arguments)
+    suffix = suffix_of(arguments, proxy.url) if arguments.hosts or arguments.zone else ""
     found, containers = proxy.containers(arguments.groups)
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     elif not containers:
         print("cmon: no containers" + (f" in {arguments.groups}" if arguments.groups else
                                        ": this account has no running containers"), file=sys.stderr)
-    elif arguments.hosts or arguments.zone:
+    elif suffix:
         host = urllib.parse.urlsplit(proxy.url).hostname or ""
-        print("\n".join(name_lines(containers, host, arguments.suffix or host,
-                                   arguments.hosts or "")))
+        print("\n".join(name_lines(containers, host, suffix, arguments.hosts or "")))
     else:
         print("\n".join(container_table(containers, screen_width())))
     return 0
+
+
+def suffix_of(arguments: argparse.Namespace, url: str) -> str:
+    """Suffix of the containers' host names: that of --suffix, or the host name of the URL."""
+    suffix = arguments.suffix or urllib.parse.urlsplit(url).hostname or ""
+    if is_address(suffix):
+        raise Usage(f"host names cannot end in the address {suffix}: use --suffix NAME")
+    return suffix
 
 
 def name_lines(containers: Sequence[Container], host: str, suffix: str,
@@ -3119,6 +3127,7 @@ def setup(arguments: argparse.Namespace) -> int:
         if not arguments.ssh_key and profile.key_id and os.environ.get("SSH_AUTH_SOCK"):
             arguments.ssh_key, arguments.agent = profile.key_id, True
     arguments.url = proxy_url(arguments.url or profile.url)
+    suffix = suffix_of(arguments, arguments.url) if arguments.dns else ""
     config = folder / "prometheus.yml"
     if os.path.lexists(config) and not arguments.force:
         raise Failure(f"{config} exists: use --force to replace the files of an earlier setup, or "
@@ -3134,8 +3143,6 @@ def setup(arguments: argparse.Namespace) -> int:
     if ca:
         arguments.ca = str(folder / "ca.pem")
         write_plain(folder / "ca.pem", ca)
-    suffix = (arguments.suffix or urllib.parse.urlsplit(arguments.url).hostname or "") \
-        if arguments.dns else ""
     write_plain(config, prometheus_yml(arguments.url, arguments.account, bool(ca), suffix,
                                        operates(arguments)))
     write_plain(folder / "rules.yml", example("rules.yml").read_text("utf-8"))

@@ -235,6 +235,16 @@ def test_names_for_sites_without_wildcard_dns(site: Site, port: int) -> None:
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
 
 
+def test_no_name_ends_in_an_address(site: Site, port: int, tmp_path: Path) -> None:
+    flags = [flag.replace("https://localhost:", "https://127.0.0.1:")
+             for flag in words(site.flags(port))]
+    for command in (["discover", "--zone"], ["setup", str(tmp_path / "x"), "--dns",
+                                             "--account", "alice", "--ssh-key", "none"]):
+        done = run(*command, *flags)
+        assert (done.returncode, done.stderr) == (
+            2, "cmon: host names cannot end in the address 127.0.0.1: use --suffix NAME\n")
+
+
 def test_names_point_to_an_address_where_the_proxy_has_no_name() -> None:
     one = cmon.Container("web01", "7e39c4fe-1b00-4511-9800-4523b6cac865", "joyent", "running", "-")
     for host, kind in (("10.0.0.9", "A"), ("fd00::9", "AAAA")):
