@@ -2044,8 +2044,9 @@ class _FileReader:
         uuid, shown = self._uuid(record, "uuid", where), record.get("admin_ip")
         address: tuple[str, int] | None = None
         try:
-            if shown is not None:
-                address = parse_address(shown if isinstance(shown, str) else "", self.port)
+            if shown is not None:       # "fd00::5" is an address without brackets, too
+                address = (shown, self.port) if is_ip(shown) else parse_address(
+                    shown if isinstance(shown, str) else "", self.port)
         except ConfigError:
             pass
         if shown is not None and (address is None or not is_ip(address[0])):
@@ -2212,7 +2213,8 @@ class FileSource:
         """Log problems once, and when they are resolved."""
         if problems and problems != self.problems:
             for problem in problems:
-                log.error("keeping the old inventory: %s", problem)
+                log.error("%s: %s", "keeping the old inventory" if self._inventory.ready else
+                          "no inventory until this is corrected", problem)
         elif self.problems and not problems:
             log.info("the inventory file is valid again")
         self.problems = problems

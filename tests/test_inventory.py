@@ -42,6 +42,21 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert sorted(holder.name for holder in alice.keys.values()) == ["", "", "", "carol"]
 
 
+@pytest.mark.parametrize("shown, address", [
+    ("fd00::5", ("fd00::5", 9163)), ("[fd00::5]", ("fd00::5", 9163)),
+    ("[fd00::5]:99", ("fd00::5", 99)), ("::ffff:10.0.0.5", ("::ffff:10.0.0.5", 9163))])
+def test_nodes_may_have_ipv6_addresses(tmp_path: Path, shown: str, address: Any) -> None:
+    found = load(tmp_path, inventory(shown))
+    assert found.nodes[NODE_1].address == address
+
+
+def test_a_start_without_a_valid_file_keeps_no_old_inventory(tmp_path: Path) -> None:
+    (tmp_path / "inventory.json").write_text("{")
+    with Program.proxy(proxy_config(tmp_path)) as program:
+        program.wait_for_log("listening on")
+        program.wait_for_log("ERROR +no inventory until this is corrected: .*: not JSON")
+
+
 def test_optional_and_unknown_members(tmp_path: Path) -> None:
     found = load(tmp_path, {
         "accounts": [{"uuid": ALICE.upper(), "login": "alice", "keys": [], "hobby": "chess"}],
