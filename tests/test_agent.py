@@ -94,8 +94,8 @@ ROUTES = [
 @pytest.mark.parametrize("method, path, headers, status, text", ROUTES,
                          ids=[f"{row[0]} {row[1].replace(WEB01, 'ZONE')} {row[3]} {number}"
                               for number, row in enumerate(ROUTES)])
-def test_a_request_has_its_answer(replay: Program, method: str, path: str, headers: Any,
-                                  status: int, text: str) -> None:
+def test_requests_get_the_documented_answers(replay: Program, method: str, path: str, headers: Any,
+                                             status: int, text: str) -> None:
     answer = http_get(replay.address, path, headers, method)
     assert (answer.status, answer.text[:len(text)]) == (status, text)
     if status == 200 and "/metrics" in path:
@@ -113,8 +113,8 @@ ALLOW["/v1/refresh"] = "POST"
 
 @pytest.mark.parametrize("path", list(ALLOW))
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
-def test_a_method_that_is_not_there_is_refused_with_those_that_are(replay: Program, path: str,
-                                                                   method: str) -> None:
+def test_an_unsupported_method_is_refused_with_the_allowed_ones(replay: Program, path: str,
+                                                                method: str) -> None:
     if method in ALLOW[path]:
         return
     answer = http_get(replay.address, path, method=method)
@@ -133,7 +133,7 @@ def test_head_is_get_without_the_body(replay: Program, path: str) -> None:
     assert int(head.headers["content-length"]) > 0
 
 
-def test_a_page_is_sent_with_gzip_to_those_who_take_it(replay: Program) -> None:
+def test_pages_are_compressed_for_clients_that_accept_gzip(replay: Program) -> None:
     path = f"/v1/{WEB01}/metrics"
     packed = http_get(replay.address, path, {"Accept-Encoding": "gzip"})
     assert packed.headers["content-encoding"] == "gzip"
@@ -160,7 +160,7 @@ def pages(replay: Program) -> dict[str, str]:
     return found
 
 
-def test_pages_are_strict_and_their_families_stand_together(pages: dict[str, str]) -> None:
+def test_pages_parse_strictly_and_families_are_contiguous(pages: dict[str, str]) -> None:
     for name, page in pages.items():
         families = agent.parse(page)            # refuses what comes twice or apart
         assert len({family.name for family in families}) == len(families), name
@@ -180,14 +180,14 @@ def test_promtool_reads_every_page(pages: dict[str, str]) -> None:
         assert done.returncode in (0, 3), (name, done.stdout.decode()[-2000:])
 
 
-def test_everything_of_a_healthy_node_is_up(pages: dict[str, str]) -> None:
+def test_all_collectors_of_a_healthy_node_are_up(pages: dict[str, str]) -> None:
     for name, page in pages.items():
         if name != "own":
             assert not re.search(r"^cmon_collector_up.* 0$", page, re.M), name
             assert not down(page)
 
 
-def test_every_collector_says_how_it_is(pages: dict[str, str]) -> None:
+def test_every_collector_has_its_meta_metrics(pages: dict[str, str]) -> None:
     for name in (WEB01, "gz"):
         page = pages[name]
         ups, ages = collectors(page), collectors(page, "cmon_sample_age_seconds")
@@ -201,7 +201,8 @@ def test_every_collector_says_how_it_is(pages: dict[str, str]) -> None:
         assert one in collectors(pages["gz"])
 
 
-def test_the_page_of_all_zones_is_their_pages_with_their_names(pages: dict[str, str]) -> None:
+def test_the_page_of_all_zones_joins_their_pages_with_a_zonename_label(pages: dict[str, str]
+                                                                      ) -> None:
     together: dict[str, str] = {}
     for line in pages["all"].splitlines():
         if not line.startswith("#"):
@@ -224,8 +225,8 @@ def test_the_page_of_all_zones_is_their_pages_with_their_names(pages: dict[str, 
         series for series in expected if float(together[series]) >= float(expected[series])}
 
 
-def test_metadata_is_of_all_that_is_on_the_pages_and_of_nothing_else(replay: Program,
-                                                                     pages: dict[str, str]) -> None:
+def test_metadata_describes_exactly_the_metrics_on_the_pages(replay: Program, pages: dict[str, str]
+                                                            ) -> None:
     rows = json.loads(http_get(replay.address, "/v1/metadata").text)
     told = {(row["scope"], row["name"]): row for row in rows}
     assert len(told) == len(rows)
@@ -242,7 +243,7 @@ def test_metadata_is_of_all_that_is_on_the_pages_and_of_nothing_else(replay: Pro
     assert not {name for name in absent if not quiet.match(name)}, sorted(absent)
 
 
-def test_the_nodes_page_ends_with_what_the_originals_dashboard_asks(replay: Program) -> None:
+def test_the_node_page_ends_with_the_metrics_of_the_original_dashboard(replay: Program) -> None:
     """collector_time_seconds and four more, all of service="cmon-agent", on this page alone."""
     def said(series: str) -> float:
         return value(http_get(replay.address, "/v1/gz/metrics").text, series)
@@ -306,7 +307,7 @@ def test_the_landing_page_lists_zones_and_needs_nothing_from_elsewhere(replay: P
     assert "old-web" not in page.text and "cn07" in page.text
 
 
-def test_aliases_cannot_write_html(tmp_path: Path) -> None:
+def test_aliases_are_escaped_in_html(tmp_path: Path) -> None:
     content = node()
     for frame in content["frames"]:
         for vm in frame["vms"]:
@@ -322,8 +323,8 @@ def test_aliases_cannot_write_html(tmp_path: Path) -> None:
 
 # --- captures and replays -------------------------------------------------------------------------
 
-def test_what_was_captured_replays_as_the_same_pages(kernel: Callable[..., Kernel], tmp_path: Path,
-                                                     recorded_node: dict[str, Any]) -> None:
+def test_a_capture_replays_as_the_same_pages(kernel: Callable[..., Kernel], tmp_path: Path,
+                                             recorded_node: dict[str, Any]) -> None:
     """C library, capture of it, and the recorded node that both come from."""
     frame = recorded_node["frames"][0]
     sysinfo = tmp_path / "sysinfo.json"
@@ -360,8 +361,9 @@ def test_what_was_captured_replays_as_the_same_pages(kernel: Callable[..., Kerne
             assert pages[0] == pages[1], path
 
 
-def test_pages_from_c_are_the_golden_ones(kernel: Callable[..., Kernel], tmp_path: Path,
-                                          recorded_node: dict[str, Any]) -> None:
+def test_pages_read_through_libkstat_equal_the_goldens(kernel: Callable[..., Kernel],
+                                                       tmp_path: Path, recorded_node: dict[str, Any]
+                                                      ) -> None:
     frame = recorded_node["frames"][0]
     sysinfo = tmp_path / "sysinfo.json"
     sysinfo.write_text(json.dumps(recorded_node["host"]))
@@ -382,8 +384,8 @@ def test_pages_from_c_are_the_golden_ones(kernel: Callable[..., Kernel], tmp_pat
     info.close()
 
 
-def test_all_zones_at_once_are_exactly_their_pages(kernel: Callable[..., Kernel], tmp_path: Path
-                                                   ) -> None:
+def test_the_page_of_all_zones_has_exactly_the_samples_of_their_pages(kernel: Callable[..., Kernel],
+                                                                      tmp_path: Path) -> None:
     """On a kernel whose values stand still."""
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"])).start()
     with one.agent:
@@ -425,7 +427,7 @@ def test_a_capture_of_a_replay_is_that_replay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
-def test_counters_keep_growing_across_the_seam(tmp_path: Path, frames: int) -> None:
+def test_counters_keep_growing_when_a_replay_starts_over(tmp_path: Path, frames: int) -> None:
     content = node()
     content["frames"] = content["frames"][:frames]
     path = tmp_path / "capture.json"
@@ -453,7 +455,7 @@ def test_counters_keep_growing_across_the_seam(tmp_path: Path, frames: int) -> N
             assert max(steps) < 20 * (sum(steps) / len(steps)), steps
 
 
-def test_a_load_moves_gauges_and_adds_to_counters_from_second_to_second(tmp_path: Path) -> None:
+def test_a_load_changes_gauges_and_counters_every_second(tmp_path: Path) -> None:
     content = node()
     content["load"] = json.loads((EXAMPLES / "load.json").read_text())
     path = tmp_path / "capture.json"
@@ -488,7 +490,7 @@ def test_a_load_moves_gauges_and_adds_to_counters_from_second_to_second(tmp_path
 
 @pytest.mark.parametrize("points", [[], [[0, 1]], [[1, 1], [2, 1]], [[0, 1], [0, 2]], [["x", 1]],
                                     [[0, 1], ["inf", 1]], [[0, 1], [1, "nan"]]])
-def test_a_load_that_makes_no_sense_is_refused(points: Any, tmp_path: Path) -> None:
+def test_an_invalid_load_is_refused(points: Any, tmp_path: Path) -> None:
     path = tmp_path / "capture.json"
     path.write_text(json.dumps({**node(), "load": [
         {"module": "caps", "instance": 1, "name": "x", "member": "usage", "points": points}]}))
@@ -496,7 +498,7 @@ def test_a_load_that_makes_no_sense_is_refused(points: Any, tmp_path: Path) -> N
         agent.Recording(str(path), Clock())
 
 
-def test_a_replay_has_the_time_of_now(replay: Program) -> None:
+def test_a_replay_is_moved_to_the_current_time(replay: Program) -> None:
     found = samples(http_get(replay.address, f"/v1/{WEB01}/metrics").text)
     import time
     assert abs(found["time_of_day"] / 1000 - time.time()) < 60
@@ -548,7 +550,7 @@ BAD_CAPTURES = {
 
 
 @pytest.mark.parametrize("content", list(BAD_CAPTURES))
-def test_a_bad_capture_is_one_line_and_no_start(tmp_path: Path, content: str) -> None:
+def test_a_bad_capture_prevents_the_start_with_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "capture.json"
     path.write_text(content)
     done = run("--replay", path, "--listen", "127.0.0.1:0")
@@ -558,7 +560,7 @@ def test_a_bad_capture_is_one_line_and_no_start(tmp_path: Path, content: str) ->
         BAD_CAPTURES[content] == "not JSON" or "; `cmon_agent.py capture FILE` " in done.stderr)
 
 
-def test_a_capture_of_a_node_where_nothing_runs_serves(tmp_path: Path) -> None:
+def test_a_capture_of_a_node_without_running_zones_is_served(tmp_path: Path) -> None:
     path = tmp_path / "capture.json"
     path.write_text('{"format": 1, "host": 7, "frames": [{"at": 1, "kstats": [], "commands": {}, '
                     '"vms": []}]}')
@@ -585,7 +587,7 @@ def test_without_libkstat_one_line_names_the_replay() -> None:
     assert "--replay FILE serves a recorded node" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_file_alone_in_an_empty_folder_serves(tmp_path: Path) -> None:
+def test_the_agent_runs_when_copied_alone(tmp_path: Path) -> None:
     shutil.copy(ROOT / "cmon_agent.py", tmp_path)
     with Program(sys.executable, "-I", "-S", tmp_path / "cmon_agent.py", "--replay", NODE,
                  "--listen", "127.0.0.1:0", "--log-format", "text", cwd=tmp_path) as program:
@@ -613,7 +615,8 @@ def test_version_and_help() -> None:
     assert "FILE" in run("capture", "--help").stdout
 
 
-def test_check_config_reads_what_it_can(kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+def test_check_config_reports_problems_of_the_host(kernel: Callable[..., Kernel], tmp_path: Path
+                                                  ) -> None:
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
     done = run("--check-config", "--config", one.config)
     assert (done.returncode, done.stdout) == (0, "cmon_agent: the settings are good\n"), done.stderr
@@ -631,13 +634,13 @@ def test_check_config_reads_what_it_can(kernel: Callable[..., Kernel], tmp_path:
     assert done.returncode == 2 and "must be a folder that root owns" in done.stderr
 
 
-def test_a_port_that_is_taken_is_one_line(replay: Program) -> None:
+def test_a_port_in_use_is_reported_in_one_line(replay: Program) -> None:
     done = run("--replay", NODE, "--listen", "%s:%d" % replay.address)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "cannot listen on" in done.stderr and "address already in use" in done.stderr
 
 
-def test_smf_returns_when_it_listens_and_the_child_ends_by_signal(tmp_path: Path) -> None:
+def test_smf_start_returns_once_listening_and_the_child_stops_on_a_signal(tmp_path: Path) -> None:
     from support import free_port
     port = free_port()
     log = open(tmp_path / "log", "wb")
@@ -654,7 +657,7 @@ def test_smf_returns_when_it_listens_and_the_child_ends_by_signal(tmp_path: Path
                "State:\tZ" in Path(f"/proc/{child}/status").read_text())
 
 
-def test_smf_gets_96_for_bad_settings(tmp_path: Path) -> None:
+def test_smf_start_exits_96_on_bad_settings(tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text('{"listen": 7, "unknown": 1}')
     done = run("--smf", "--config", bad)
@@ -663,8 +666,7 @@ def test_smf_gets_96_for_bad_settings(tmp_path: Path) -> None:
     assert done.returncode == 96 and "--replay" in done.stderr
 
 
-def test_term_ends_it_with_what_is_in_flight(kernel: Callable[..., Kernel], tmp_path: Path
-                                             ) -> None:
+def test_sigterm_finishes_requests_in_flight(kernel: Callable[..., Kernel], tmp_path: Path) -> None:
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
     one.kernel.faults(("block", "memory_cap:5:*"))
     one.start()
@@ -677,8 +679,8 @@ def test_term_ends_it_with_what_is_in_flight(kernel: Callable[..., Kernel], tmp_
     assert one.agent.wait() == 0
 
 
-def test_term_ends_it_while_a_read_is_blocked(kernel: Callable[..., Kernel], tmp_path: Path
-                                              ) -> None:
+def test_sigterm_stops_the_agent_while_a_read_is_blocked(kernel: Callable[..., Kernel],
+                                                         tmp_path: Path) -> None:
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
     one.kernel.faults(("block", "memory_cap:5:*"))
     one.start()
@@ -686,7 +688,7 @@ def test_term_ends_it_while_a_read_is_blocked(kernel: Callable[..., Kernel], tmp
     assert one.agent.stop() == 0
 
 
-def test_where_it_listens_when_nobody_says(tmp_path: Path) -> None:
+def test_the_default_address_is_the_admin_address(tmp_path: Path) -> None:
     settings = agent.Settings()
     host = agent.RecordedHost(str(NODE), settings)
     info, problem = agent.read_sysinfo(host)
@@ -701,7 +703,7 @@ def test_where_it_listens_when_nobody_says(tmp_path: Path) -> None:
         "127.0.0.1", 9163)
 
 
-def test_on_the_platform_there_is_no_silent_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sysinfo_smartos_has_no_default_address(monkeypatch: pytest.MonkeyPatch) -> None:
     class Real:
         recorded = False
     monkeypatch.setattr(sys, "platform", "sunos5")
@@ -710,7 +712,7 @@ def test_on_the_platform_there_is_no_silent_fallback(monkeypatch: pytest.MonkeyP
     assert "the admin IP is unknown (no sysinfo): set listen" in str(caught.value)
 
 
-def test_gzip_is_what_gzip_reads(replay: Program) -> None:
+def test_our_gzip_is_readable_by_gzip(replay: Program) -> None:
     with Connection(replay.address) as connection:
         connection.send(f"GET /v1/{WEB01}/metrics HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip\r\n"
                         "Connection: close\r\n\r\n".encode())
@@ -719,9 +721,9 @@ def test_gzip_is_what_gzip_reads(replay: Program) -> None:
     assert b"Content-Encoding: gzip" in head and b"# HELP" in gzip.decompress(body)
 
 
-def test_all_zones_at_once_has_the_page_that_vminfod_decides(kernel: Callable[..., Kernel],
-                                                             tmp_path: Path) -> None:
-    """Not the one that somebody has asked for with the proxy's header, long ago perhaps."""
+def test_the_page_of_all_zones_ignores_the_proxys_core_flag(kernel: Callable[..., Kernel],
+                                                            tmp_path: Path) -> None:
+    """A page cached for the header is not used: vminfod decides."""
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
     desk = Desk(one.config)
     desk.page(f"/v1/{WEB01}/metrics", x_joyent_cmon_opts=opts({"isCoreZone": True})[
@@ -761,8 +763,8 @@ class Answers:
         self.info.behave = behave
 
 
-def test_a_capture_keeps_what_collectors_need_and_no_secrets(kernel: Callable[..., Kernel],
-                                                             tmp_path: Path) -> None:
+def test_a_capture_contains_what_collectors_need_and_no_secrets(kernel: Callable[..., Kernel],
+                                                                tmp_path: Path) -> None:
     info = Answers(json.dumps([{"uuid": WEB01, "zonename": WEB01, "alias": "web01", **SECRETS}, 7,
                                {"uuid": LB01, "nics": 7, "customer_metadata": "x"}]))
     sysinfo = tmp_path / "sysinfo.json"
@@ -792,9 +794,9 @@ def test_a_capture_keeps_what_collectors_need_and_no_secrets(kernel: Callable[..
 
 @pytest.mark.parametrize("body, status", [("no JSON", "200 OK"), ("[]", "500 Oops"),
                                           ("{}", "200 OK")])
-def test_a_capture_goes_without_vms_that_cannot_be_had(kernel: Callable[..., Kernel],
-                                                       tmp_path: Path, body: str, status: str
-                                                       ) -> None:
+def test_a_capture_is_written_without_vms_if_vminfod_fails(kernel: Callable[..., Kernel],
+                                                           tmp_path: Path, body: str, status: str
+                                                          ) -> None:
     info = Answers(body, status)
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]), vminfod=info.info.url)
     done = captured(one, tmp_path / "capture.json", "--frames", "1")
@@ -804,8 +806,8 @@ def test_a_capture_goes_without_vms_that_cannot_be_had(kernel: Callable[..., Ker
     info.info.close()
 
 
-def test_a_capture_beside_a_blocked_kstat_and_one_that_fails(kernel: Callable[..., Kernel],
-                                                             tmp_path: Path) -> None:
+def test_a_capture_skips_a_blocked_and_a_failing_kstat(kernel: Callable[..., Kernel], tmp_path: Path
+                                                      ) -> None:
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
     one.kernel.faults(("block", "tcp:7:tcp"), ("fail", "zone_vfs:7:*", "5"))
     done = captured(one, tmp_path / "capture.json", "--frames", "1")
@@ -819,8 +821,8 @@ def test_a_capture_beside_a_blocked_kstat_and_one_that_fails(kernel: Callable[..
     assert (7, "tcp") not in names and ("zone_vfs", 7) not in modules
 
 
-def test_a_capture_that_cannot_be_made_is_one_line(kernel: Callable[..., Kernel], tmp_path: Path
-                                                   ) -> None:
+def test_a_capture_that_fails_is_reported_in_one_line(kernel: Callable[..., Kernel], tmp_path: Path
+                                                     ) -> None:
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
     done = captured(one, tmp_path / "nowhere" / "x.json", "--frames", "1")
     assert done.returncode == 1 and "cannot write" in done.stderr

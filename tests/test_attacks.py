@@ -118,8 +118,8 @@ def calls_of(function: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("path", LISTS)
 @pytest.mark.parametrize("query", [{}, {"shard": "7/1024"}], ids=["all", "shard"])
-def test_nothing_that_grows_with_an_account_is_done_in_the_loop(
-        path: str, query: Any, house: Any) -> None:
+def test_work_that_grows_with_an_account_is_not_done_in_the_loop(path: str, query: Any, house: Any
+                                                                ) -> None:
     if path.startswith("/c/") and query:
         return
     calls = []
@@ -141,7 +141,7 @@ def test_a_shard_costs_no_hash(house: Any, monkeypatch: Any) -> None:
     assert {answer.status for answer in shards} == {200} and not hashed
 
 
-def test_an_account_with_slow_lists_leaves_a_thread_to_others(house: Any) -> None:
+def test_an_account_with_slow_lists_leaves_a_thread_for_others(house: Any) -> None:
     world = house(100)
     gate = threading.Event()
     builder, proxy_ = world.proxy._builder, world.proxy
@@ -165,7 +165,7 @@ def test_an_account_with_slow_lists_leaves_a_thread_to_others(house: Any) -> Non
     assert proxy_ is world.proxy and world.settled(waiting).status == 200
 
 
-def test_without_a_thread_a_list_is_refused_and_later_made(house: Any, monkeypatch: Any) -> None:
+def test_a_list_is_refused_without_a_thread_and_built_later(house: Any, monkeypatch: Any) -> None:
     world = house(100)
 
     def no_more(_thread: Any) -> None:
@@ -180,7 +180,7 @@ def test_without_a_thread_a_list_is_refused_and_later_made(house: Any, monkeypat
     assert not world.proxy._builder._queues and not world.proxy._builder._building
 
 
-def test_the_same_list_is_made_once_for_all_who_wait(house: Any, monkeypatch: Any) -> None:
+def test_concurrent_requests_for_a_list_share_one_build(house: Any, monkeypatch: Any) -> None:
     world = house(100)
     made: list[int] = []
     real = cmon_proxy.json_answer
@@ -202,8 +202,7 @@ def grown(function: Callable[[], Any]) -> int:
     return held
 
 
-def test_kept_lists_hold_what_they_count_whatever_is_asked_for(house: Any, monkeypatch: Any
-                                                               ) -> None:
+def test_cached_lists_use_the_memory_that_they_count(house: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(cmon_proxy, "KEPT_ANSWERS_BYTES", 2 << 20)
     world = house(20)
     cache = world.proxy._builder._kept
@@ -217,8 +216,7 @@ def test_kept_lists_hold_what_they_count_whatever_is_asked_for(house: Any, monke
     assert len(cache) < 100
 
 
-def test_old_copies_hold_what_they_count_also_when_they_are_shown(house: Any, monkeypatch: Any
-                                                                  ) -> None:
+def test_cached_pages_use_the_memory_that_they_count(house: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(cmon_proxy, "KEPT_COPIES_BYTES", 1 << 20)
     monkeypatch.setattr(cmon_proxy, "KEPT_ANSWERS_BYTES", 2 << 20)
     world = house(300)
@@ -238,7 +236,7 @@ def test_old_copies_hold_what_they_count_also_when_they_are_shown(house: Any, mo
     assert world.proxy._builder._kept.bytes <= 2 << 20
 
 
-def test_remembered_certificates_hold_what_they_count(monkeypatch: Any) -> None:
+def test_cached_certificates_use_the_memory_that_they_count(monkeypatch: Any) -> None:
     monkeypatch.setattr(cmon_proxy, "KEPT_CERTIFICATES_BYTES", 1 << 20)
     key = make_key()
     names = [f"{number}.example" for number in range(400)]
@@ -255,7 +253,7 @@ def test_remembered_certificates_hold_what_they_count(monkeypatch: Any) -> None:
     assert 1 << 19 < certificates.cache.bytes <= 1 << 20 and held < 2 << 20
 
 
-def test_remembered_heads_of_agents_hold_what_they_count() -> None:
+def test_cached_heads_of_agents_use_the_memory_that_they_count() -> None:
     running = Running()
     cache = running.upstreams._heads
     for number in range(20_000):
@@ -268,7 +266,7 @@ def test_remembered_heads_of_agents_hold_what_they_count() -> None:
     running.close()
 
 
-def test_no_string_from_outside_is_kept_for_ever() -> None:
+def test_no_string_of_a_client_is_kept_forever() -> None:
     """Python 3.12 never frees what sys.intern() was given: each request's headers, for example."""
     for path in ROOT.glob("cmon*.py"):
         assert "sys.intern(" not in path.read_text().replace("Not sys.intern():", "")
@@ -289,7 +287,7 @@ def test_every_cache_shows_its_size(house: Any) -> None:
     assert {"strings", "answers", "copies", "certificates", "agent heads", "timeouts"} <= names
 
 
-def test_a_refusal_does_not_grow_with_each_request(house: Any) -> None:
+def test_a_shared_refusal_does_not_accumulate_tracebacks(house: Any) -> None:
     world = house(1)
     peer = Peer("192.0.2.1", "main", None)
     for _ in range(50):
@@ -304,7 +302,7 @@ def test_a_refusal_does_not_grow_with_each_request(house: Any) -> None:
 # one quota
 
 @pytest.mark.parametrize("path", [*LISTS, page(WEB)])
-def test_refuse_binds_every_kind_of_request(path: str, house: Any) -> None:
+def test_over_quota_refuse_applies_to_every_kind_of_request(path: str, house: Any) -> None:
     world = house(1, per_minute=1, burst=1, hard_per_minute=1000, over_quota="refuse")
     assert world.settled(world.ask("/v1/discover")).status == 200
     assert status_of(world.ask(path)) == (429, "quota")
@@ -325,12 +323,12 @@ def test_a_list_costs_by_its_size(path: str, cost: float, house: Any) -> None:
     assert world.bucket.soft == 500 - cost and world.bucket.hard < world.bucket.limits.hard_burst
 
 
-def test_what_costs_more_than_half_a_burst_costs_half(house: Any) -> None:
+def test_a_request_costs_at_most_half_a_burst(house: Any) -> None:
     world = house(1000, per_minute=60, burst=10, over_quota="refuse")
     assert [world.settled(world.ask("/")).status for _ in range(3)] == [200, 200, 429]
 
 
-def test_who_becomes_an_operator_is_exempt_from_then_on() -> None:
+def test_an_account_that_becomes_an_operator_is_exempt() -> None:
     quotas = Quotas(QuotaSettings(exempt_operators=True, burst=2), lambda: 0.0)
     account = Account("1", "a", {})
     bucket = quotas.of(account)
@@ -341,7 +339,7 @@ def test_who_becomes_an_operator_is_exempt_from_then_on() -> None:
 
 # slots of a node
 
-def test_a_short_timeout_frees_no_slot_while_the_agent_works() -> None:
+def test_a_short_timeout_does_not_free_a_slot_while_the_agent_works() -> None:
     running, agent = Running(max_in_flight=2), Agent()
     agent.modes["/v1/x/metrics"] = "hang"
     for _ in range(12):
@@ -372,7 +370,7 @@ def test_a_late_answer_frees_its_slot_and_keeps_the_connection() -> None:
     agent.close()
 
 
-def test_an_agent_that_never_answers_is_left_after_the_longest_timeout() -> None:
+def test_a_connection_to_a_hanging_agent_is_closed_after_the_maximum_timeout() -> None:
     running, agent = Running(max_in_flight=1, timeout=0.5), Agent()
     agent.modes["/v1/x/metrics"] = "hang"
     running.ask(agent.address, 0.1)
@@ -430,7 +428,7 @@ def destroyed(world: House) -> None:
 @pytest.mark.parametrize("change, status", [
     (without_key, 401), (without_account, 401), (limited_to_a_group, 503), (another_owner, 404),
     (destroyed, 404), (lambda world: None, 200)])
-def test_a_page_on_its_way_is_for_those_who_may_have_it_when_it_arrives(
+def test_a_page_in_flight_goes_only_to_clients_that_may_see_it_on_arrival(
         change: Callable[[House], None], status: int, house: Any) -> None:
     world = house(100)
     later = world.ask(page(WEB))
@@ -444,7 +442,7 @@ def test_a_page_on_its_way_is_for_those_who_may_have_it_when_it_arrives(
 @pytest.mark.parametrize("change, status", [
     (without_key, 401), (without_account, 401), (limited_to_a_group, 503)])
 @pytest.mark.parametrize("path", LISTS)
-def test_a_list_that_is_being_made_is_for_those_who_may_have_it_when_it_is_ready(
+def test_a_list_goes_only_to_clients_that_may_see_it_when_it_is_ready(
         path: str, change: Callable[[House], None], status: int, house: Any) -> None:
     world = house(100)
     later = world.ask(path)
@@ -453,7 +451,7 @@ def test_a_list_that_is_being_made_is_for_those_who_may_have_it_when_it_is_ready
     assert world.settled(later).status == status
 
 
-def test_a_list_that_took_long_is_not_shown_when_containers_have_moved(house: Any) -> None:
+def test_a_slow_list_is_refused_if_containers_have_changed_meanwhile(house: Any) -> None:
     world = house(100)
     later = world.ask("/v1/discover")
     world.clock[0] += 4.0
@@ -461,7 +459,7 @@ def test_a_list_that_took_long_is_not_shown_when_containers_have_moved(house: An
     assert world.settled(later).status == 503
 
 
-def test_a_connection_is_of_the_account_that_it_was_last_let_in_as(house: Any) -> None:
+def test_a_connection_counts_for_the_account_last_authenticated_on_it(house: Any) -> None:
     world = house(1)
     peers = [world.request("/", which=which).peer for which in (0, 1)]
     for which in (0, 1):
@@ -471,7 +469,7 @@ def test_a_connection_is_of_the_account_that_it_was_last_let_in_as(house: Any) -
     assert world.ask("/v1/discover").status == 401 and peers[0].group == ""
 
 
-def test_who_is_no_operator_any_more_gets_no_compute_node(house: Any) -> None:
+def test_a_former_operator_sees_no_compute_nodes(house: Any) -> None:
     world = house(10)
     operator = world.accounts[1][0]
     later = world.ask(page(NODE_1), which=1)
@@ -497,7 +495,7 @@ def test_a_new_owner_sees_nothing_of_the_former_owners_scrapes(house: Any) -> No
 
 
 @pytest.mark.parametrize("path", LISTS[:4])
-def test_who_is_limited_to_a_group_shares_no_list_with_who_is_not(path: str, house: Any) -> None:
+def test_users_limited_to_groups_do_not_share_lists_with_others(path: str, house: Any) -> None:
     """Both are asked for at once, with certificates that differ in the key alone."""
     world = house(0)
     owner = world.owner
@@ -520,8 +518,8 @@ def test_who_is_limited_to_a_group_shares_no_list_with_who_is_not(path: str, hou
 
 @pytest.mark.parametrize("which, core", [(0, b"eyJpc0NvcmVab25lIjogZmFsc2V9"),
                                          (1, b"eyJpc0NvcmVab25lIjogdHJ1ZX0=")])
-def test_a_tag_makes_no_tenants_container_a_zone_of_the_platform(which: int, core: bytes, house: Any
-                                                                 ) -> None:
+def test_a_tag_does_not_make_a_tenants_container_a_core_zone(which: int, core: bytes, house: Any
+                                                            ) -> None:
     world = house(0)
     made = vm_of(vm(WEB, world.accounts[which][0].uuid, tags={"smartdc_role": "vmapi"}), "test", 0)
     world.proxy.inventory.replace(*by_owner([made]))
@@ -546,7 +544,7 @@ def test_a_new_owner_over_the_quota_gets_no_copy_of_the_former_owners_page(house
 
 @pytest.mark.parametrize("path", LISTS)
 @pytest.mark.parametrize("alias", ["\ud800", "a\udfffb", "\0", "</script>\n\r"])
-def test_no_alias_makes_a_500(path: str, alias: str, house: Any) -> None:
+def test_no_alias_causes_a_500(path: str, alias: str, house: Any) -> None:
     world = house(1)
     known = world.proxy.inventory.vms[WEB]
     for fresh in (known._replace(alias=alias, groups=(alias,)), vm_of(
@@ -567,7 +565,7 @@ def test_a_copy_with_broken_gzip_is_not_used(body: bytes, house: Any) -> None:
     assert world.settled(world.ask(page(WEB))).status == 429
 
 
-def test_new_settings_hold_for_requests_that_were_seen_before(tmp_path: Path) -> None:
+def test_new_settings_apply_to_repeated_requests(tmp_path: Path) -> None:
     agent = Agent()
     write_inventory(tmp_path, inventory(agent.text))
     with proxy(tmp_path) as program, connect(program) as connection:
@@ -591,7 +589,7 @@ def test_settings_that_need_a_restart_are_those_that_differ_from_what_runs() -> 
     assert keep_fixed(kept, running)[1] == []
 
 
-def test_a_certificate_that_no_ca_has_signed_stays_refused_when_a_ca_comes(tmp_path: Path) -> None:
+def test_a_self_signed_certificate_stays_rejected_after_a_change_to_ca(tmp_path: Path) -> None:
     """A connection made without a CA keeps a certificate that nobody has verified."""
     key = make_key()
     (tmp_path / "mallory.key").write_bytes(key)
@@ -662,7 +660,7 @@ def lied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Program, Li
     "X: a\rSet-Cookie: b=c", "X: a\0b", "Content-Type: text/plain\nX-Evil: 1", " X: folded"],
     ids=repr)
 @pytest.mark.parametrize("chunked", [False, True])
-def test_no_line_of_an_agents_head_reaches_a_tenant(lines: str, chunked: bool, lied: Any) -> None:
+def test_no_header_line_of_an_agent_reaches_a_tenant(lines: str, chunked: bool, lied: Any) -> None:
     program, liar = lied
     body = b"<html>x 1\n"
     form, sent = "Content-Length: 10", body
@@ -687,7 +685,7 @@ def test_no_line_of_an_agents_head_reaches_a_tenant(lines: str, chunked: bool, l
 
 
 @pytest.mark.parametrize("lines", ["Content-Encoding: gzip", "Content-Encoding: br"])
-def test_a_coding_that_was_not_asked_for_is_refused(lines: str, lied: Any) -> None:
+def test_an_unrequested_content_coding_is_rejected(lines: str, lied: Any) -> None:
     program, liar = lied
     liar.raw = f"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n{lines}\r\n\r\nok".encode()
     answer = get(program, page(WEB))
@@ -716,7 +714,7 @@ def test_a_full_disk_leaves_the_old_snapshot(tmp_path: Path) -> None:
     assert shelf.read().confirmed_at == 6.0
 
 
-def test_what_the_document_on_security_names_is_tested() -> None:
+def test_every_test_named_in_the_security_document_exists() -> None:
     document = (ROOT / "docs" / "SECURITY.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", document))
     there = {name for path in (ROOT / "tests").rglob("test_*.py")

@@ -150,8 +150,8 @@ def fields(cert: Path) -> str:
 # --- what is made ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", GOOD)
-def test_openssl_verifies_what_each_kind_of_key_has_signed(name: str, keys: Path,
-                                                           tmp_path: Path) -> None:
+def test_openssl_verifies_certificates_signed_by_each_kind_of_key(name: str, keys: Path,
+                                                                  tmp_path: Path) -> None:
     done = certgen("--ssh-key", keys / name, "--out", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     verify(tmp_path / "alice-cert.pem", issuer_of(keys, name, tmp_path))
@@ -159,8 +159,9 @@ def test_openssl_verifies_what_each_kind_of_key_has_signed(name: str, keys: Path
 
 @pytest.mark.parametrize("name, by", [
     ("rsa", "file"), ("ecdsa", "public file"), ("ecdsa384", "fingerprint"), ("ecdsa521", "MD5")])
-def test_openssl_verifies_what_ssh_agent_has_signed(name: str, by: str, keys: Path, tmp_path: Path,
-                                                    agent: dict[str, str]) -> None:
+def test_openssl_verifies_certificates_signed_by_ssh_agent(name: str, by: str, keys: Path,
+                                                           tmp_path: Path, agent: dict[str, str]
+                                                          ) -> None:
     add(agent, *(keys / one for one in ("rsa", "ecdsa", "ecdsa384", "ecdsa521", "ed25519")))
     wanted = {"file": str(keys / name), "public file": str(keys / f"{name}.pub")}.get(by)
     if wanted is None:
@@ -171,14 +172,14 @@ def test_openssl_verifies_what_ssh_agent_has_signed(name: str, by: str, keys: Pa
     verify(tmp_path / "alice-cert.pem", issuer_of(keys, name, tmp_path))
 
 
-def test_agents_only_usable_key_is_taken_unasked(keys: Path, tmp_path: Path,
-                                                 agent: dict[str, str]) -> None:
+def test_the_only_usable_key_of_ssh_agent_is_used(keys: Path, tmp_path: Path, agent: dict[str, str]
+                                                 ) -> None:
     add(agent, keys / "ed25519", keys / "ecdsa")
     assert certgen("--agent", "--out", tmp_path, env=agent).returncode == 0
     verify(tmp_path / "alice-cert.pem", issuer_of(keys, "ecdsa", tmp_path))
 
 
-def test_fields_are_those_of_the_original(keys: Path, tmp_path: Path) -> None:
+def test_certificates_have_the_fields_of_the_original(keys: Path, tmp_path: Path) -> None:
     certgen("--ssh-key", keys / "rsa", "--out", tmp_path)
     text = fields(tmp_path / "alice-cert.pem")
     for pattern in (
@@ -211,7 +212,7 @@ def test_old_style_is_the_ssh_key_itself(keys: Path, tmp_path: Path) -> None:
     assert own in (keys / "rsa.pub").read_text()
 
 
-def test_proxy_takes_every_style(keys: Path, tmp_path: Path, agent: dict[str, str]) -> None:
+def test_the_proxy_accepts_every_style(keys: Path, tmp_path: Path, agent: dict[str, str]) -> None:
     add(agent, keys / "ecdsa")
     made = {"new": ("--ssh-key", keys / "rsa"), "old": ("--ssh-key", keys / "pkcs8", "--old-style"),
             "by agent": ("--agent",), "strange": ("--ssh-key", keys / "pem")}
@@ -244,7 +245,7 @@ def pair(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "alice-cert.pem").read_bytes(), (folder / "alice-key.pem").read_bytes()
 
 
-def test_nothing_is_overwritten_unless_asked_for(keys: Path, tmp_path: Path) -> None:
+def test_files_are_overwritten_only_with_force(keys: Path, tmp_path: Path) -> None:
     certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path)
     before = pair(tmp_path)
     one_line(certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path), 1,
@@ -261,8 +262,8 @@ def test_nothing_is_overwritten_unless_asked_for(keys: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("days, renewed", [(29, True), (31, False)])
-def test_renew_replaces_what_is_about_to_end(days: int, renewed: bool, keys: Path,
-                                             tmp_path: Path) -> None:
+def test_renew_replaces_a_certificate_that_expires_soon(days: int, renewed: bool, keys: Path,
+                                                        tmp_path: Path) -> None:
     flags = ("--ssh-key", keys / "ecdsa", "--out", tmp_path)
     assert certgen(*flags, "--renew", "--days", days).returncode == 0
     before = pair(tmp_path)
@@ -272,14 +273,15 @@ def test_renew_replaces_what_is_about_to_end(days: int, renewed: bool, keys: Pat
     assert ("nothing to do yet" in done.stdout) != renewed
 
 
-def test_renew_does_not_replace_what_is_no_certificate(keys: Path, tmp_path: Path) -> None:
+def test_renew_does_not_replace_a_file_that_is_not_a_certificate(keys: Path, tmp_path: Path
+                                                                ) -> None:
     for name in ("cert", "key"):
         (tmp_path / f"alice-{name}.pem").write_text("mine")
     one_line(certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path, "--renew"), 1,
              "alice-cert.pem is not a certificate: --force replaces it")
 
 
-def test_both_files_or_none(keys: Path, tmp_path: Path) -> None:
+def test_certificate_and_key_are_both_written_or_neither(keys: Path, tmp_path: Path) -> None:
     """A folder in the key's place: the certificate that was there stays."""
     certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path)
     before = (tmp_path / "alice-cert.pem").read_bytes()
@@ -330,7 +332,7 @@ def test_passphrase_is_asked_for_on_a_terminal(name: str, keys: Path, tmp_path: 
     verify(tmp_path / "alice-cert.pem", issuer_of(keys, name, tmp_path))
 
 
-def test_other_commands_ask_for_the_passphrase_too(keys: Path, tmp_path: Path) -> None:
+def test_other_commands_also_ask_for_the_passphrase(keys: Path, tmp_path: Path) -> None:
     cert = tmp_path / "cert.pem"
     printed(tool("openssl"), "req", "-x509", "-new", "-key", keys / "secret-pem", "-passin",
             f"pass:{SECRET}", "-subj", "/CN=alice", "-out", cert)
@@ -402,9 +404,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("what, listed, signed, words", HOSTILE, ids=[row[0] for row in HOSTILE])
-def test_odd_answers_of_ssh_agent_are_refused(
-        what: str, listed: bytes | None, signed: bytes, words: str, keys: Path,
-                           tmp_path: Path) -> None:
+def test_invalid_answers_of_ssh_agent_are_refused(what: str, listed: bytes | None, signed: bytes,
+                                                  words: str, keys: Path, tmp_path: Path) -> None:
     if listed is None:
         listed = frame(12, struct.pack(">I", 1) + ssh(blob_of(keys, "rsa"), b"comment"))
     path = str(tmp_path / "odd-agent")

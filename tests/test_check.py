@@ -128,7 +128,7 @@ def test_a_collector_that_failed_is_a_warning(check: Any) -> None:
     assert status == 1 and "cmon_collector_up tcp is 0 (outside 1:) | " in line
 
 
-def test_what_a_page_says_does_not_break_the_line(check: Any) -> None:
+def test_values_of_a_page_cannot_break_the_output_line(check: Any) -> None:
     check.page('x{a="\\n|\'=;é\x1b[2J"} 1\nx{a="b"} 2\n')
     status, line = check("web01", "x")
     assert status == 0 and "\x1b" not in line
@@ -136,7 +136,7 @@ def test_what_a_page_says_does_not_break_the_line(check: Any) -> None:
     assert line.endswith("| 'x /:;é?[2J'=1;; 'x b'=2;;")
 
 
-def test_many_samples_stay_one_line_that_nagios_takes(check: Any) -> None:
+def test_many_samples_stay_within_one_line_for_nagios(check: Any) -> None:
     check.page("".join(f'x{{a="{number:050}"}} {number}\n' for number in range(1000)))
     status, line = check("web01", "x,,5:")
     assert status == 2 and len(line) <= 8192 and "and 0 more" not in line
@@ -159,7 +159,7 @@ def test_a_dead_proxy_is_unknown(check: Any) -> None:
     (Answer(429, b"quota\n"), "says 429: quota"), (Answer(401, b"who?\n"), "says 401"),
     (Answer(200, b"<html>"), "not in Prometheus' text format"),
     (Answer(200, b""), "no sample of load")])
-def test_a_page_that_does_not_come_is_unknown(answer: Answer, words: str, check: Any,
+def test_a_missing_page_is_unknown(answer: Answer, words: str, check: Any,
                                               proxy: StandIn) -> None:  # noqa: F811
     proxy.answers[f"/v1/{UUIDS[0]}/metrics"] = answer
     status, line = check("web01", "load")
@@ -193,7 +193,7 @@ def test_no_connection_flags_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("age, status", [(299, 0), (301, 3)])
-def test_figures_that_are_too_old_are_unknown(age: int, status: int, check: Any) -> None:
+def test_old_values_are_unknown(age: int, status: int, check: Any) -> None:
     """The proxy answers with old copies to an account that is over its quota."""
     check.page(f'load_average 1\ncmon_sample_age_seconds{{collector="zone_misc"}} {age}\n'
                f'zfs_used 1\ncmon_sample_age_seconds{{collector="zfs"}} {age}\n')
@@ -205,7 +205,7 @@ def test_figures_that_are_too_old_are_unknown(age: int, status: int, check: Any)
 
 # --- several --------------------------------------------------------------------------------------
 
-def test_all_containers_that_run(check: Any, proxy: StandIn) -> None:  # noqa: F811
+def test_all_running_containers(check: Any, proxy: StandIn) -> None:  # noqa: F811
     for index in (1, 2):
         check.page(PAGE.replace("load 5", f"load {index}"), index)
     status, line = check("--all", "load,4")
@@ -245,7 +245,7 @@ def test_the_certificate(days: int, status: int, check: Any) -> None:
     assert check("--certificate", "certificate_days_left,50:")[0] == 1
 
 
-def test_a_certificate_that_has_ended_is_critical(check: Any, proxy: StandIn,  # noqa: F811
+def test_an_expired_certificate_is_critical(check: Any, proxy: StandIn,  # noqa: F811
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """The proxy refuses it, so no page can say so."""
     proxy.answers["/v1/fleet/metrics"] = Answer(401, b"the certificate ended\n", "text/plain\r\n"
@@ -256,7 +256,7 @@ def test_a_certificate_that_has_ended_is_critical(check: Any, proxy: StandIn,  #
     assert check("--proxy", "cmon_quota_used")[0] == 3
 
 
-def test_no_end_of_a_certificate_is_unknown(check: Any) -> None:
+def test_a_missing_expiry_date_is_unknown(check: Any) -> None:
     check.fleet("cmon_quota_limited 0\n")
     assert check("--certificate") == (3, "CMON UNKNOWN: no sample of certificate_days_left")
 
@@ -272,7 +272,7 @@ def at(value: float, clock: float, age: float = 0) -> str:
 DROPS = "rate(net_drops_in_total),2,20"
 
 
-def test_a_rate_is_taken_from_one_run_to_the_next(check: Any, tmp_path: Path) -> None:
+def test_a_rate_is_computed_between_two_runs(check: Any, tmp_path: Path) -> None:
     check.page(at(100, 1000))
     first = check("web01", DROPS)
     assert first == (3, "CMON UNKNOWN: rate(net_drops_in_total) needs an earlier reading: "
@@ -335,19 +335,19 @@ def test_broken_readings_count_as_absent(content: bytes | None, check: Any, tmp_
     assert check("web01", DROPS)[0] == 1
 
 
-def test_a_folder_that_cannot_be_is_unknown(check: Any, tmp_path: Path) -> None:
+def test_an_unusable_folder_is_unknown(check: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     status, line = check("web01", DROPS, "--state", tmp_path / "file" / "x")
     assert status == 3 and "rate() needs a folder for its readings" in line
 
 
-def test_a_home_that_is_nowhere_is_unknown(check: Any) -> None:
+def test_a_missing_home_is_unknown(check: Any) -> None:
     status, line = check("web01", DROPS, env={"HOME": "/dev/null", "XDG_CACHE_HOME": "relative"})
     assert status == 3 and "use --state DIR" in line
     assert check("web01", "net_agg_bytes_in", env={"HOME": "/dev/null"})[0] == 0
 
 
-def test_interrupted_it_is_unknown(files: Files) -> None:  # noqa: F811
+def test_an_interrupted_check_is_unknown(files: Files) -> None:  # noqa: F811
     """Nagios ends a plugin that takes too long by a signal; ours ends by itself, in time."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

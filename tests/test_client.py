@@ -157,7 +157,7 @@ def client() -> Iterator[Client]:
     made.close()
 
 
-def test_a_connection_is_kept_and_used_again(client: Client) -> None:
+def test_a_connection_is_reused(client: Client) -> None:
     server = Scripted([OK, OK])
     for _ in range(2):
         assert client.request("GET", server.url, {"X-A": "b"}).body == b"hello"
@@ -167,7 +167,7 @@ def test_a_connection_is_kept_and_used_again(client: Client) -> None:
     assert b"X-A: b\r\n" in server.requests[0]
 
 
-def test_a_kept_connection_that_was_closed_is_replaced(client: Client) -> None:
+def test_a_closed_idle_connection_is_replaced(client: Client) -> None:
     server = Scripted([OK], [OK])
     assert client.request("GET", server.url).status == 200
     assert client.request("GET", server.url).status == 200
@@ -187,7 +187,7 @@ def test_the_deadline_is_for_the_whole_exchange(client: Client) -> None:
         client.request("GET", server.url, timeout=0.2)
 
 
-def test_gzip_is_taken_off_and_bounded(client: Client) -> None:
+def test_gzip_is_decompressed_within_a_limit(client: Client) -> None:
     def packed(body: bytes) -> bytes:
         return b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(
             body) + body
@@ -213,7 +213,7 @@ UNREACHABLE = [
 
 @pytest.mark.parametrize("url, problem", [row[1:] for row in UNREACHABLE],
                          ids=[row[0] for row in UNREACHABLE])
-def test_what_cannot_be_asked_is_told(client: Client, url: str, problem: str) -> None:
+def test_invalid_urls_and_headers_are_reported(client: Client, url: str, problem: str) -> None:
     with pytest.raises(ClientError, match=problem):
         client.request("GET", url)
 
@@ -223,7 +223,7 @@ def test_a_header_cannot_smuggle_a_line(client: Client) -> None:
         client.request("GET", "http://127.0.0.1:1/", {"A": "b\nC: d"})
 
 
-def test_a_name_can_be_reached_elsewhere() -> None:
+def test_a_name_can_be_mapped_to_another_address() -> None:
     server = Scripted([OK])
     client = Client(resolve={"zone.example": ("127.0.0.1", server.port)})
     assert client.request("GET", "http://zone.example/").body == b"hello"

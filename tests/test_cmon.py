@@ -214,7 +214,7 @@ def test_environment_names_proxy_and_user_and_flags_win(proxy: StandIn, files: F
     one_line(run("discover", "--ca", files.ca, env=env), 1, "cannot reach 127.0.0.1:1")
 
 
-def test_what_a_tenant_named_does_not_drive_the_terminal(proxy: StandIn, files: Files) -> None:
+def test_names_given_by_a_tenant_cannot_control_the_terminal(proxy: StandIn, files: Files) -> None:
     odd = container("a\x1b[31m\nb\u202e", CONTAINERS[0]["vm_uuid"], brand=None, new=[{}])
     proxy.answers["/v1/discover"] = Answer(200, json.dumps({"containers": [odd]}).encode())
     done = run("discover", *connection(proxy, files), env={"PYTHONIOENCODING": "utf-8"})
@@ -222,8 +222,7 @@ def test_what_a_tenant_named_does_not_drive_the_terminal(proxy: StandIn, files: 
     assert line.startswith("a?[31m b?  0b7e2c1a-5d44-4f0e-9c3a-7f21d8aa6b10  -")
 
 
-def test_connection_flags_stand_before_the_command_or_behind_it(proxy: StandIn,
-                                                                files: Files) -> None:
+def test_connection_flags_work_before_and_after_the_command(proxy: StandIn, files: Files) -> None:
     good = connection(proxy, files)
     assert run(*good, "discover").returncode == 0
     assert run("--url", "https://127.0.0.1:1", "--timeout", "5", "discover", *good).returncode == 0
@@ -250,7 +249,7 @@ def test_monitor_prints_the_page(name: str, proxy: StandIn, files: Files) -> Non
     assert (done.returncode, done.stderr, done.stdout) == (0, "", PAGE.decode())
 
 
-def test_monitor_passes_bytes_on_whatever_the_locale(proxy: StandIn, files: Files) -> None:
+def test_monitor_copies_bytes_unchanged_in_any_locale(proxy: StandIn, files: Files) -> None:
     page = 'a{b="é→😀"} 1\n'.encode()
     proxy.answers[f"/v1/{CONTAINERS[0]['vm_uuid']}/metrics"] = Answer(200, page)
     command = [sys.executable, str(CMON), "monitor", "web01", *connection(proxy, files)]
@@ -266,14 +265,14 @@ def test_table_in_a_locale_without_the_letters(proxy: StandIn, files: Files) -> 
     assert "caf?" in done.stdout
 
 
-def test_monitor_of_a_uuid_needs_no_discovery(proxy: StandIn, files: Files) -> None:
+def test_monitor_of_a_uuid_does_without_discovery(proxy: StandIn, files: Files) -> None:
     run("monitor", CONTAINERS[0]["vm_uuid"], "--timeout", "7.5", *connection(proxy, files))
     (path, headers), = proxy.requests
     assert path == f"/v1/{CONTAINERS[0]['vm_uuid']}/metrics"
     assert headers["X-Prometheus-Scrape-Timeout-Seconds"] == "7.5"
 
 
-def test_monitor_wants_a_name(proxy: StandIn, files: Files) -> None:
+def test_monitor_requires_a_name(proxy: StandIn, files: Files) -> None:
     one_line(run("monitor", "", *connection(proxy, files)), 2, "no container given")
 
 
@@ -307,8 +306,8 @@ def test_monitor_without_any_container(proxy: StandIn, files: Files) -> None:
     (Answer(503, b""), "says 503: no reason given"),
     (Answer(500, b"a\nb\x1b[2Jc\xff"), "says 500: a b?[2Jc"),
 ])
-def test_refusals_are_told_in_the_proxys_words(answer: Answer, words: str, proxy: StandIn,
-                                               files: Files) -> None:
+def test_refusals_are_shown_in_the_proxys_words(answer: Answer, words: str, proxy: StandIn,
+                                                files: Files) -> None:
     proxy.answers[f"/v1/{CONTAINERS[0]['vm_uuid']}/metrics"] = answer
     done = run("monitor", "web01", *connection(proxy, files), env={"PYTHONIOENCODING": "utf-8"})
     one_line(done, 1, f"127.0.0.1:{proxy.port} {words}")
@@ -370,7 +369,7 @@ def test_plain_http_port(files: Files) -> None:
 @pytest.mark.parametrize("url", [
     "cmon.dc.example", "http://cmon.dc.example", "https://", "https://a:b", "https://a:99999",
     "https://a/v1", "https://u@a", "https://a?x", "x y", "https://[::1"])
-def test_what_is_not_a_url(url: str, files: Files) -> None:
+def test_invalid_urls(url: str, files: Files) -> None:
     one_line(run("discover", *connection(url, files)), 2,
              "not the URL of a proxy: use https://HOST:PORT")
 
@@ -432,7 +431,7 @@ def test_alone_it_says_what_is_missing(tmp_path: Path) -> None:
 
 # --- pipes and terminals --------------------------------------------------------------------------
 
-def test_reader_that_has_seen_enough(proxy: StandIn, files: Files) -> None:
+def test_a_closed_pipe_is_quiet(proxy: StandIn, files: Files) -> None:
     proxy.answers[f"/v1/{CONTAINERS[0]['vm_uuid']}/metrics"] = Answer(200, b"x 1\n" * 500_000)
     command = " ".join(map(shlex.quote, [sys.executable, str(CMON), "monitor", "web01",
                                          *connection(proxy, files)]))
@@ -502,8 +501,7 @@ def test_table_fits_a_terminal(proxy: StandIn, files: Files) -> None:
 
 
 @pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_colour_where_none_is_wanted(env: Mapping[str, str], proxy: StandIn,
-                                        files: Files) -> None:
+def test_colour_can_be_disabled(env: Mapping[str, str], proxy: StandIn, files: Files) -> None:
     assert "\x1b" not in on_terminal(["discover", *connection(proxy, files)], env=env)
 
 
@@ -733,7 +731,7 @@ def test_demo_begins_with_the_page_and_its_certificate(running: Running, tmp_pat
     assert bundle.stat().st_size > 500
 
 
-def test_demo_keeps_no_file_that_a_running_prometheus_needs(running: Running) -> None:
+def test_demo_removes_no_file_that_a_running_prometheus_needs(running: Running) -> None:
     command, = [command for command in running.commands if command.startswith("prometheus")]
     words = shlex.split(command.replace("\\\n", " "))
     config, storage = (word.partition("=")[2] for word in words[1:3])

@@ -197,14 +197,14 @@ def test_without_its_kstat_a_collector_is_empty(collector: str) -> None:
     assert zone(collector) == {}
 
 
-def test_a_kstat_of_another_zone_is_passed_over() -> None:
+def test_a_kstat_of_another_zone_is_ignored() -> None:
     twin = kstat("memory_cap", TWIN[:30], zonename=TWIN, rss=1)
     own = kstat("memory_cap", ZONE[:30], zonename=ZONE, rss=2)
     assert zone("memcap", twin, own) == {"mem_agg_usage": 2}
     assert zone("memcap", twin) == {}
 
 
-def test_of_two_kstats_the_first_is_shown() -> None:
+def test_of_duplicate_kstats_the_first_is_used() -> None:
     assert zone("tcp", kstat("tcp", "tcp", activeOpens=1), kstat("tcp", "tcp", activeOpens=2),
                 kstat("tcp", "tcpstat", activeOpens=3)) == {"tcp_active_open_count": 1}
 
@@ -320,14 +320,14 @@ SWAPS: list[tuple[str, dict[str, int] | None, dict[str, int]]] = [
 
 @pytest.mark.parametrize("before, expected", [row[1:] for row in SWAPS],
                          ids=[row[0] for row in SWAPS])
-def test_swap_is_the_mean_between_two_readings(before: dict[str, int] | None,
-                                               expected: dict[str, int]) -> None:
+def test_swap_is_the_mean_between_two_reads(before: dict[str, int] | None, expected: dict[str, int]
+                                           ) -> None:
     earlier = () if before is None else (kstat("unix", "vminfo", 0, **before),)
     assert node("swap", kstat("unix", "vminfo", 0, updates=100, swap_free=1000),
                 vminfo_before=earlier) == expected
 
 
-def test_swap_does_not_flicker_when_two_readings_fall_into_one_second() -> None:
+def test_swap_does_not_flicker_with_two_reads_in_one_second() -> None:
     readings: tuple[Kstat, ...] = ()
     found = []
     for updates in (90, 100, 100, 105):
@@ -340,7 +340,7 @@ def test_swap_does_not_flicker_when_two_readings_fall_into_one_second() -> None:
     assert agent.vminfo_readings({}, readings) == readings
 
 
-def test_what_is_sold_stands_beside_what_there_is() -> None:
+def test_allocated_and_available_resources_are_both_shown() -> None:
     assert node("alloc", kstat("unix", "system_misc", 0, ncpus=8),
                 kstat("unix", "system_pages", 0, physmem=100),
                 kstat("caps", "cpucaps_zone_7", 7, value=350, zonename=ZONE),
@@ -354,13 +354,13 @@ def test_what_is_sold_stands_beside_what_there_is() -> None:
         'alloc_uncapped_zones{resource="memory"}': 1}
 
 
-def test_disks_and_links_go_by_name() -> None:
+def test_disks_and_links_are_labelled_by_name() -> None:
     assert node("disk", kstat("disk", "sd0", 0, "disk", rtime=10 ** 9)) == {
         'disk_busy_seconds_total{device="sd0"}': 1.0}
     assert node("link", kstat("link", "ixgbe0", 0, link_state=0)) == {'link_up{link="ixgbe0"}': 0}
 
 
-def test_of_equal_labels_the_first_is_shown() -> None:
+def test_of_duplicate_labels_the_first_is_used() -> None:
     assert node("disk", kstat("disk", "sd0", 0, "disk", reads=1),
                 kstat("disk", "sd1", 1, "disk", reads=2),
                 kstat("disk", "sd0", 0, "disk", reads=3)) == {
@@ -393,7 +393,7 @@ def test_an_empty_list_is_one(output: str) -> None:
     assert agent.parse_list("zfs list", output, agent.ZFS_COLUMNS) == {}
 
 
-def test_what_is_no_list_is_a_failure() -> None:
+def test_invalid_output_is_a_failure() -> None:
     with pytest.raises(CollectError, match="zfs list: no line has 12 columns"):
         agent.parse_list("zfs list", "cannot open\n", agent.ZFS_COLUMNS)
 
@@ -490,7 +490,7 @@ SOURCES = ("^,*,192.0.2.1,2,6,357,33,0.0001,0.0002,0.01\n^,!,192.0.2.2,2,99,0,1,
            "^,*,192.0.2.1,9,6,377,33,0,0,0\nshort,line\n")
 
 
-def test_chrony_where_ntpd_is_not() -> None:
+def test_chrony_is_used_without_ntpd() -> None:
     one, two = '{remote="192.0.2.1"}', '{remote="192.0.2.2"}'
     assert shown(agent.part_of(agent.chrony_families(TRACKING, SOURCES))) == {
         "ntp_stratum_number": 3, "ntp_pll_offset_seconds": 0.001, "ntp_frequency_offset_ppm": -1.5,
@@ -600,6 +600,6 @@ VMS: list[tuple[str, Any, dict[str, tuple[str, str]], list[int], bool]] = [
 
 @pytest.mark.parametrize("vm, nics, ports, core", [row[1:] for row in VMS],
                          ids=[row[0] for row in VMS])
-def test_what_vminfod_says(vm: Any, nics: dict[str, tuple[str, str]], ports: list[int],
-                           core: bool) -> None:
+def test_records_of_vminfod(vm: Any, nics: dict[str, tuple[str, str]], ports: list[int], core: bool
+                           ) -> None:
     assert (agent.nic_labels(vm), agent.metric_ports(vm), agent.is_core(vm)) == (nics, ports, core)

@@ -98,7 +98,7 @@ def test_nothing_is_run_for_a_zone_that_does_not_run(machine: MakeMachine, tmp_p
     assert set(ran.read_text().split()) == {WEB01}
 
 
-def test_a_first_page_has_what_plugins_say(machine: MakeMachine, tmp_path: Path) -> None:
+def test_the_first_page_has_values_of_plugins(machine: MakeMachine, tmp_path: Path) -> None:
     folder = plugin(tmp_path / "vm", "sleep 0.3; printf 'x\\tgauge\\t1\\n'\n")
     one = machine(plugin_dirs={"vm": folder}).start()
     own = "cmon_agent_collections_total"
@@ -108,8 +108,8 @@ def test_a_first_page_has_what_plugins_say(machine: MakeMachine, tmp_path: Path)
 
 
 @pytest.mark.parametrize("fault", [("fail", "zones:5:*", 5), ("block", "zones:5:*")])
-def test_a_zone_whose_own_kstat_cannot_be_read_is_not_said_to_be_gone(
-        machine: MakeMachine, fault: tuple[str, ...]) -> None:
+def test_a_zone_with_an_unreadable_kstat_is_not_reported_missing(machine: MakeMachine,
+                                                                 fault: tuple[str, ...]) -> None:
     one = machine()
     one.kernel.faults(fault)
     one.start()
@@ -121,8 +121,7 @@ def test_a_zone_whose_own_kstat_cannot_be_read_is_not_said_to_be_gone(
     assert one.get(f"/v1/{STOPPED}/metrics").status == 404
 
 
-def test_a_zone_that_cannot_be_told_from_others_is_not_said_to_be_gone(machine: MakeMachine
-                                                                       ) -> None:
+def test_an_ambiguous_zone_is_not_reported_missing(machine: MakeMachine) -> None:
     one = machine()
     one.kernel.faults(("fail", "*:5:7e39*", 5))
     one.start()
@@ -130,7 +129,7 @@ def test_a_zone_that_cannot_be_told_from_others_is_not_said_to_be_gone(machine: 
     assert answer.status == 503 and "input/output error" in answer.text
 
 
-def test_a_chain_that_cannot_be_opened_again_heals(machine: MakeMachine) -> None:
+def test_a_chain_that_cannot_be_reopened_recovers(machine: MakeMachine) -> None:
     one = machine().start()
     one.zone()
     one.kernel.faults(("fail-open", 24))
@@ -144,7 +143,7 @@ def test_a_chain_that_cannot_be_opened_again_heals(machine: MakeMachine) -> None
 
 # -- settings while it runs
 
-def test_fewer_collections_at_once_from_hangup_on(machine: MakeMachine, tmp_path: Path) -> None:
+def test_sighup_lowers_max_collections(machine: MakeMachine, tmp_path: Path) -> None:
     folder, began, ended, least = (tmp_path / name for name in ("gz", "began", "ended", "least"))
     folder.mkdir(mode=0o755)
     least.write_text("1")
@@ -178,7 +177,7 @@ printf 'x\\tgauge\\t1\\nttl\\toption\\t1\\n'
     assert ended_before(4) == ["0", "0", "0", "0"], "all at once"
 
 
-def test_mended_settings_count_at_once(machine: MakeMachine) -> None:
+def test_corrected_settings_apply_at_once(machine: MakeMachine) -> None:
     one = machine()
     one.hide("zfs")
     one.start()
@@ -192,15 +191,14 @@ def test_mended_settings_count_at_once(machine: MakeMachine) -> None:
     assert down(one.zone()) == set()
 
 
-def test_a_timeout_of_the_settings_is_that_of_a_plugin(machine: MakeMachine, tmp_path: Path
-                                                       ) -> None:
+def test_a_plugin_uses_the_timeout_of_the_settings(machine: MakeMachine, tmp_path: Path) -> None:
     folder = plugin(tmp_path / "gz", "sleep 100\n")
     one = machine(plugin_dirs={"gz": folder}, collectors={"plugin_note": {"timeout": 0.2}}).start()
     wait_until(lambda: "plugin_note" in one.node())
     wait_until(lambda: "plugin_note of gz failed" in one.agent.log, timeout=8.0)     # not 10 s
 
 
-def test_what_fails_is_tried_no_more_often_than_the_operator_allows(machine: MakeMachine) -> None:
+def test_a_failing_collector_respects_min_poll_interval(machine: MakeMachine) -> None:
     one = machine(min_poll_interval=60)
     one.kernel.faults(("fail", "tcp:5:tcp", 5))
     one.start()
@@ -211,7 +209,7 @@ def test_what_fails_is_tried_no_more_often_than_the_operator_allows(machine: Mak
     assert one.own("cmon_agent_kstat_reads_total") == before
 
 
-def test_every_problem_is_reported_with_its_place(tmp_path: Path) -> None:
+def test_every_problem_is_reported_with_its_key(tmp_path: Path) -> None:
     path = tmp_path / "agent.json"
     path.write_text(json.dumps({"collectors": {"zfs": {"ttl": -1}, "zsf": {}, "mem": {}},
                                 "commands": {"zfss": "x", "npt": 5}, "cpu_budget": 0}))
@@ -235,7 +233,7 @@ def alive(file: Path) -> bool:
         return False
 
 
-def test_nothing_that_it_started_outlives_it(machine: MakeMachine, tmp_path: Path) -> None:
+def test_no_child_process_outlives_the_agent(machine: MakeMachine, tmp_path: Path) -> None:
     one, pid = machine(), tmp_path / "pid"
     one.script("zfs", f"#!/bin/sh\ntrap '' TERM\necho $$ > {pid}.new\nmv {pid}.new {pid}\n"
                       "sleep 1000\nsleep 1000\n")
@@ -246,7 +244,7 @@ def test_nothing_that_it_started_outlives_it(machine: MakeMachine, tmp_path: Pat
     wait_until(lambda: not alive(pid))
 
 
-def test_a_capture_goes_without_what_blocks(machine: MakeMachine, tmp_path: Path) -> None:
+def test_a_capture_skips_what_blocks(machine: MakeMachine, tmp_path: Path) -> None:
     one, path = machine(), tmp_path / "capture.json"
     one.kernel.faults(("block", "tcp:5:tcp"), ("fail", "memory_cap:5:*", 5))
     ended = subprocess.run(

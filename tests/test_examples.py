@@ -40,7 +40,7 @@ def promtool(*arguments: str) -> "subprocess.CompletedProcess[str]":
                                        ("check", "config", "--syntax-only",
                                         "prometheus-operator.yml")],
                          ids=" ".join)
-def test_promtool_is_content(arguments: Any) -> None:
+def test_promtool_accepts_the_examples(arguments: Any) -> None:
     done = promtool(*arguments)
     assert done.returncode == 0, done.stdout
 
@@ -76,7 +76,7 @@ def served() -> set[str]:
     return names
 
 
-def test_rules_and_dashboards_know_what_we_serve(served: set[str]) -> None:
+def test_rules_and_dashboards_use_only_existing_metrics(served: set[str]) -> None:
     """What proxies serve is in tests/services/test_dashboards.py."""
     recorded = set(re.findall(r"record: (\S+)", (EXAMPLES / "rules.yml").read_text()))
     tables = {row["name"] for row in metadata()}
@@ -87,7 +87,7 @@ def test_rules_and_dashboards_know_what_we_serve(served: set[str]) -> None:
 
 
 @pytest.mark.parametrize("name", [row[0] for row in make_dashboards.DASHBOARDS])
-def test_dashboards_fit_a_screen_and_each_other(name: str) -> None:
+def test_dashboards_fit_a_screen_and_are_consistent(name: str) -> None:
     made = make_dashboards.dashboard(name)
     places = [panel["gridPos"] for panel in made["panels"]]
     taken = [(x, y) for place in places for x in range(place["x"], place["x"] + place["w"])
@@ -114,7 +114,7 @@ def test_the_readme_shows_metrics_that_are_served(served: set[str]) -> None:
     assert len(names) > 8 and names <= served
 
 
-def test_the_readme_shows_the_same_configuration() -> None:
+def test_the_readme_shows_the_configuration_of_the_examples() -> None:
     """Its blocks are what the examples have: nothing is explained in two ways."""
     readme = (ROOT / "README.md").read_text("utf-8")
     examples = [(EXAMPLES / name).read_text() for name in ("prometheus.yml", "prometheus-dns.yml")]

@@ -30,7 +30,7 @@ RENDERED = [
 
 @pytest.mark.parametrize("sample, line", [row[1:] for row in RENDERED],
                          ids=[row[0] for row in RENDERED])
-def test_a_sample_is_written(sample: tuple[dict[str, str], float], line: str) -> None:
+def test_samples_are_written(sample: tuple[dict[str, str], float], line: str) -> None:
     page = render([gauge("a", sample)])
     assert page == "# HELP a Help.\n# TYPE a gauge\n" + line
     assert render(parse(page)) == page
@@ -113,7 +113,7 @@ def test_samples_are_limited() -> None:
     assert len(families[0].samples) == 10 and len(problems) == 10
 
 
-def test_merging_makes_families_contiguous_and_tells_what_it_leaves_out() -> None:
+def test_merging_makes_families_contiguous_and_reports_omissions() -> None:
     merged, problems = merge([
         gauge("a", ({"x": "1"}, 1)), gauge("b", ({}, 1)),
         gauge("a", ({"x": "2"}, 2), ({"x": "1"}, 9)),
@@ -124,7 +124,7 @@ def test_merging_makes_families_contiguous_and_tells_what_it_leaves_out() -> Non
     assert "more than once" in problems[0] and "already a gauge" in problems[1]
 
 
-def test_merging_refuses_a_name_that_runs_into_a_histogram() -> None:
+def test_merging_refuses_a_name_that_collides_with_a_histogram() -> None:
     merged, problems = merge([*parse(HISTOGRAM), gauge("h_sum", ({}, 1)), gauge("h", ({}, 1))])
     assert [family.name for family in merged] == ["h"] and len(problems) == 2
 
@@ -144,7 +144,7 @@ def random_families(seed: int) -> list[Family]:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_what_is_rendered_parses_to_the_same(seed: int) -> None:
+def test_rendered_pages_parse_to_the_same_families(seed: int) -> None:
     families = random_families(seed)
     assert parse(render(families)) == families
 

@@ -61,8 +61,8 @@ def test_every_sample_arrives_with_its_target(tmp_path: Path, keep: Keep) -> Non
     assert source.connections <= 4      # kept
 
 
-def test_a_container_that_is_silent_is_down_and_one_that_is_gone_says_nothing(
-        tmp_path: Path, keep: Keep) -> None:
+def test_a_silent_container_is_down_and_a_removed_one_sends_nothing(tmp_path: Path, keep: Keep
+                                                                   ) -> None:
     source, sink = keep(Source(2)), keep(HttpSink())
     config = write_config(tmp_path, source, {"h": {"type": "http", "url": f"http://{sink.text}"}})
     with Program.forwarder(config) as program:
@@ -93,12 +93,12 @@ def test_a_container_that_is_silent_is_down_and_one_that_is_gone_says_nothing(
     b'[{"labels": {"instance": "a", "__metrics_path__": "x"}}]', b"\xff", b"[" * 10 ** 6,
     b'[{"labels": {"instance": "a", "__metrics_path__": "/x\\r\\ny"}}]',
     b'[{"labels": {"__metrics_path__": "/x"}}]'])
-def test_an_answer_that_is_no_list_of_targets_is_refused(body: bytes) -> None:
+def test_an_invalid_list_of_targets_is_rejected(body: bytes) -> None:
     with pytest.raises(DiscoveryError):
         read_targets(body, {})
 
 
-def test_half_a_character_in_an_alias_is_replaced() -> None:
+def test_a_lone_surrogate_in_an_alias_is_replaced() -> None:
     target = read_targets(b'[{"labels": {"instance": "a", "__metrics_path__": "/x", '
                           b'"__meta_triton_machine_alias": "web\\ud800"}}]', {})["a"]
     assert target.alias == "web?" and target.labels == (("alias", "web?"), ("instance", "a"))
@@ -111,7 +111,7 @@ def test_targets_are_spread_over_the_interval() -> None:
         assert 100 < sum(second <= offset < second + 1 for offset in offsets) < 240
 
 
-def test_scrapes_are_bounded_and_late_ones_are_left_out(tmp_path: Path, keep: Keep) -> None:
+def test_concurrent_scrapes_are_bounded_and_late_ones_skipped(tmp_path: Path, keep: Keep) -> None:
     source, sink = keep(Source(6)), keep(HttpSink())
     flying = most = 0
 
@@ -133,7 +133,7 @@ def test_scrapes_are_bounded_and_late_ones_are_left_out(tmp_path: Path, keep: Ke
     assert most <= 2
 
 
-def test_a_page_that_hangs_costs_its_deadline_and_is_down(tmp_path: Path, keep: Keep) -> None:
+def test_a_hanging_page_is_down_after_its_timeout(tmp_path: Path, keep: Keep) -> None:
     source, sink = keep(Source(2)), keep(HttpSink())
     real = source.page
 
@@ -159,7 +159,7 @@ def check_account(rows: list[dict[str, Any]], first: int = 1) -> None:
     assert sorted(set(values)) == list(range(first, values[-1] + 1))
 
 
-def test_what_may_pass_is_tried_again_in_order(tmp_path: Path, keep: Keep) -> None:
+def test_temporary_failures_are_retried_in_order(tmp_path: Path, keep: Keep) -> None:
     source = keep(Source())
     sinks: dict[str, HttpSink] = {}
     for name, answers in (
@@ -181,8 +181,7 @@ def test_what_may_pass_is_tried_again_in_order(tmp_path: Path, keep: Keep) -> No
         check_account(sink.rows())
 
 
-def test_what_a_sink_refuses_is_set_aside_and_what_is_too_large_is_halved(
-        tmp_path: Path, keep: Keep) -> None:
+def test_refused_records_are_set_aside_and_large_batches_halved(tmp_path: Path, keep: Keep) -> None:
     source = keep(Source(8))
     refusing, small, picky = keep(HttpSink()), keep(HttpSink()), keep(HttpSink())
     refusing.answers = [204, (400, "X: y\r\n"), 204, 403]
@@ -247,7 +246,7 @@ def graphite_values(sink: LineSink) -> list[int]:
     return [int(line.split()[1]) for line in sink.lines() if line.startswith("hits_total")]
 
 
-def test_lines_that_a_dying_sink_had_not_read_are_sent_again(tmp_path: Path, keep: Keep) -> None:
+def test_lines_unread_by_a_dying_sink_are_sent_again(tmp_path: Path, keep: Keep) -> None:
     source, sink = keep(Source()), keep(LineSink())
     sink.mode = "cut"
     config = write_config(tmp_path, source, {"g": {"type": "graphite", "address": sink.text}})
@@ -266,8 +265,7 @@ def test_lines_that_a_dying_sink_had_not_read_are_sent_again(tmp_path: Path, kee
 
 # --- counters -------------------------------------------------------------------------------------
 
-def test_differences_add_up_over_restarts_resets_and_a_sink_that_was_away(
-        tmp_path: Path, keep: Keep) -> None:
+def test_increases_add_up_across_restarts_resets_and_outages(tmp_path: Path, keep: Keep) -> None:
     source, sink = keep(Source()), keep(UdpSink())
     source.step = 7
     config = write_config(tmp_path, source, {
@@ -309,7 +307,7 @@ def test_differences_add_up_over_restarts_resets_and_a_sink_that_was_away(
 
 # --- ends and restarts ----------------------------------------------------------------------------
 
-def test_what_waits_survives_sigterm(tmp_path: Path, keep: Keep) -> None:
+def test_waiting_samples_survive_sigterm(tmp_path: Path, keep: Keep) -> None:
     source, sink = keep(Source()), keep(HttpSink())
     sink.close()
     config = write_config(tmp_path, source, {"h": {"type": "http", "url": f"http://{sink.text}"}})
@@ -323,7 +321,7 @@ def test_what_waits_survives_sigterm(tmp_path: Path, keep: Keep) -> None:
     check_account(sink.rows())
 
 
-def test_nothing_that_was_scraped_is_lost_by_kill_9(tmp_path: Path, keep: Keep) -> None:
+def test_scraped_samples_survive_kill_9(tmp_path: Path, keep: Keep) -> None:
     """At moments of chance, under load; more often by hand: CMON_KILLS=50."""
     source, sink = keep(Source(20)), keep(HttpSink())
     sink.default = lambda body: 503 if len(body) % 3 == 0 else 204
@@ -361,7 +359,7 @@ def test_nothing_that_was_scraped_is_lost_by_kill_9(tmp_path: Path, keep: Keep) 
             assert fresh == sorted(fresh)
 
 
-def test_sighup_follows_settings_without_loss(tmp_path: Path, keep: Keep) -> None:
+def test_sighup_applies_settings_without_loss(tmp_path: Path, keep: Keep) -> None:
     source, first, second = keep(Source()), keep(HttpSink()), keep(HttpSink())
 
     def config(**more: Any) -> Path:
@@ -447,7 +445,7 @@ def test_once_succeeds_only_when_all_is_accepted(tmp_path: Path, keep: Keep) -> 
     assert done.returncode == 1 and "discovery at" in done.stderr
 
 
-def test_once_again_and_again_gives_differences(tmp_path: Path, keep: Keep) -> None:
+def test_repeated_runs_with_once_give_increases(tmp_path: Path, keep: Keep) -> None:
     source, sink = keep(Source()), keep(UdpSink())
     source.step = 5
     config = write_config(tmp_path, source, {"s": {"type": "statsd", "address": sink.text}})

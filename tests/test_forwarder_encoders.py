@@ -88,14 +88,14 @@ def test_a_sample_becomes(where: SinkSettings, point: Any, expected: str | None)
     assert texts(where, scrape(point)) == ([] if expected is None else [expected])
 
 
-def test_statsd_gets_what_counters_have_grown_by() -> None:
+def test_statsd_gets_the_increase_of_counters() -> None:
     one = scrape((NET, 100), (Series("b", (), True), 5), increases={NET: 7})
     assert texts(STATSD, one) == ["cmon.web01.net_in_total.net0:7|c"]
     assert texts(DOGSTATSD, one) == [
         f"cmon.net_in_total:7|c|#alias:web01,instance:{UUID},interface:net0"]
 
 
-def test_elasticsearch_documents_have_ids_that_come_again() -> None:
+def test_elasticsearch_documents_have_reproducible_ids() -> None:
     where = sink("http", form="elasticsearch", index="m")
     first, second = encode(where, scrape((GAUGE, 1), (NET, 2 ** 63)))
     action, document = map(json.loads, first.decode().split("\n"))
@@ -143,7 +143,7 @@ def odd_texts() -> list[str]:
 
 
 @pytest.mark.parametrize("value", odd_texts(), ids=lambda value: ascii(value)[:40])
-def test_odd_characters_come_through(value: str) -> None:
+def test_unusual_characters_are_preserved(value: str) -> None:
     target = WEB._replace(alias=value, labels=(("alias", value), ("instance", UUID)))
     labels = {"alias": value, "instance": UUID, "label": value}
     one = scrape((Series("m", (("label", value),)), 1.5), target=target)
@@ -179,7 +179,7 @@ def test_odd_characters_come_through(value: str) -> None:
     assert dict(read.labels) == labels
 
 
-def test_labels_that_a_format_keeps_for_itself_are_renamed() -> None:
+def test_reserved_labels_are_renamed() -> None:
     one = scrape((Series("m", (("id", "1"), ("value", "2"), ("name", "3"), ("x" * 40, "4"))), 0))
     assert read_syslog(texts(sink("syslog"), one)[0]) == {
         "name": "m", "value": "0", "alias": "web01", "instance": UUID, "id": "1",
@@ -192,7 +192,7 @@ def test_labels_that_a_format_keeps_for_itself_are_renamed() -> None:
     assert ",exported_exported_time=2,exported_time=3 " in texts(INFLUX_1, one)[0]
 
 
-def test_no_label_takes_the_place_of_another() -> None:
+def test_renamed_labels_never_collide() -> None:
     """Twice the same name, or __name__: stores refuse the whole request for it."""
     reader = PageReader(selector(labels={"exported_site": "x"}))
     page = ('a{alias="1",exported_alias="2",exported_exported_alias="3"} 1\n'
@@ -204,7 +204,7 @@ def test_no_label_takes_the_place_of_another() -> None:
         (("exported_exported_site", "e"),)]
 
 
-def test_a_page_cannot_say_up_in_our_place() -> None:
+def test_a_page_cannot_replace_our_up() -> None:
     reader = PageReader(selector())
     page = 'up 7\nup{job="x"} 8\nscrape_samples_scraped 9\n# TYPE x untyped\nx 1 1700000000\n'
     for _ in range(2):
@@ -269,7 +269,7 @@ def test_octet_counting_counts_octets() -> None:
     assert octet_counted(["ä".encode(), b"bc"]) == b"2 \xc3\xa42 bc"
 
 
-def test_gelf_messages_are_compressed_and_cut_into_chunks() -> None:
+def test_gelf_messages_are_compressed_and_chunked() -> None:
     small = gelf_datagrams(b"{}")
     assert [zlib.decompress(one) for one in small] == [b"{}"]
     content = random.Random(3).getrandbits(8 * 5000).to_bytes(5000, "big")
@@ -301,7 +301,7 @@ def test_lines_fill_datagrams_and_are_never_split() -> None:
     (sink("remote_write", url="http://x"), "http://x/api/v1/write"),
     (sink("remote_write", url="http://x/api/v1/push"), "http://x/api/v1/push"),
 ])
-def test_requests_go_to(where: SinkSettings, url: str) -> None:
+def test_request_urls(where: SinkSettings, url: str) -> None:
     assert post_url(where) == url
 
 
@@ -314,8 +314,8 @@ def test_requests_go_to(where: SinkSettings, url: str) -> None:
      "ab", ""),
     ([], "abc", ""), ({"errors": True, "items": [{}]}, "abc", ""),
 ])
-def test_each_document_of_a_bulk_request_has_its_own_answer(body: Any, again: str, never: str
-                                                            ) -> None:
+def test_each_document_of_a_bulk_request_is_judged_separately(body: Any, again: str, never: str
+                                                             ) -> None:
     said = read_bulk([b"a", b"b", b"c"], json.dumps(body).encode())
     assert (b"".join(said.again).decode(), b"".join(said.never).decode()) == (again, never)
     assert bool(said.reason) == bool(again or never)
@@ -346,7 +346,7 @@ u 7
 """
 
 
-def test_a_page_is_read_alike_the_first_time_and_later() -> None:
+def test_a_page_is_read_the_same_with_and_without_cache() -> None:
     reader = PageReader(selector())
     first, count = reader.read(PAGE)
     assert count == 11
@@ -364,7 +364,7 @@ def kit_reading(page: str) -> Any:
                   for family in parse(page) for one in family.samples)
 
 
-def test_the_quick_way_and_the_kit_agree() -> None:
+def test_the_fast_parser_and_the_kits_parser_agree() -> None:
     """Lines of a page are moved, doubled, cut and changed: both read the same, or both refuse."""
     source = random.Random(5)
     reader = PageReader(selector())
@@ -410,7 +410,7 @@ def test_the_quick_way_and_the_kit_agree() -> None:
                                                  {"site": "s"}}, "a b c"),
     ({"rename": {"a": "z"}, "exclude": ["z"]}, "z b c"),
 ])
-def test_metrics_are_chosen_by_name_and_label(settings: Any, names: str) -> None:
+def test_metrics_are_selected_by_name_and_label(settings: Any, names: str) -> None:
     chosen = selector(**settings)
     target = WEB._replace(labels=WEB.labels + tuple(settings.get("labels", {}).items()))
     page, _ = PageReader(chosen).read('a 1\nb{k="1"} 2\nc{k="12"} 3\n')
@@ -423,7 +423,7 @@ def test_a_counter_never_shrinks(before: Any, now: Any, grown: Any) -> None:
     assert increase(now, before) == grown
 
 
-def test_every_type_of_sink_is_in_the_document() -> None:
+def test_every_sink_type_is_documented() -> None:
     from support import ROOT
     text = (ROOT / "docs" / "FORWARDER.md").read_text("utf-8")
     assert [name for name in SINKS if f"| `{name}`" not in text] == []

@@ -83,7 +83,7 @@ def fetcher_of(address: str, scheme: str = "http", most: int = 2,
     return Fetcher(Loop(), settings, context)
 
 
-def test_connections_are_few_and_kept(peer: Peer, run: Run) -> None:
+def test_connections_are_few_and_persistent(peer: Peer, run: Run) -> None:
     fetcher = fetcher_of(peer.text)
     for _ in range(3):
         assert run(fetcher, *["/"] * 20) == [Reply(200, b"ok")] * 20
@@ -91,8 +91,8 @@ def test_connections_are_few_and_kept(peer: Peer, run: Run) -> None:
     fetcher.close()
 
 
-def test_an_address_without_a_route_is_followed_by_the_next(
-        peer: Peer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_unreachable_address_the_next_is_tried(peer: Peer, run: Run,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
         (socket.AF_INET, socket.SOCK_STREAM, 0, "", address)
         for address in (("255.255.255.255", 9), peer.address)])
@@ -128,7 +128,7 @@ def test_answers(peer: Peer, run: Run, answer: bytes, ends: bool, expected: Any)
     fetcher.close()
 
 
-def test_a_request_that_met_a_closing_connection_is_made_again(peer: Peer, run: Run) -> None:
+def test_a_request_on_a_closing_connection_is_retried(peer: Peer, run: Run) -> None:
     fetcher = fetcher_of(peer.text, most=1)
     run(fetcher, "/")
     for _ in range(3):
@@ -141,8 +141,8 @@ def test_a_request_that_met_a_closing_connection_is_made_again(peer: Peer, run: 
     fetcher.close()
 
 
-def test_an_address_that_is_dead_costs_no_request(peer: Peer, run: Run,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_address_costs_no_request(peer: Peer, run: Run, monkeypatch: pytest.MonkeyPatch
+                                        ) -> None:
     """As localhost, which is ::1 too, or a name with an address that is out of order."""
     dead = socket.socket()
     dead.bind(("127.0.0.1", 0))
@@ -171,7 +171,7 @@ def test_requests_do_not_queue_for_longer_than_the_interval(peer: Peer, run: Run
     fetcher.close()
 
 
-def test_a_request_that_is_lost_while_settings_change_is_made_again(peer: Peer, run: Run) -> None:
+def test_a_request_lost_while_settings_change_is_retried(peer: Peer, run: Run) -> None:
     fetcher = fetcher_of(peer.text, most=1)
     asked, changed = threading.Event(), threading.Event()
 
@@ -195,7 +195,7 @@ def test_a_request_that_is_lost_while_settings_change_is_made_again(peer: Peer, 
     fetcher.close()
 
 
-def test_deadlines_hold_and_free_the_connection(peer: Peer, run: Run) -> None:
+def test_deadlines_are_kept_and_free_the_connection(peer: Peer, run: Run) -> None:
     fetcher = fetcher_of(peer.text, most=1)
     replies = run(fetcher, "/hang", "/", "/", timeout=1.0)
     assert replies == [Reply(0, b"", "timed out"), Reply(200, b"ok"), Reply(200, b"ok")]
@@ -203,7 +203,7 @@ def test_deadlines_hold_and_free_the_connection(peer: Peer, run: Run) -> None:
     fetcher.close()
 
 
-def test_an_absent_proxy_is_reported_and_found_again(peer: Peer, run: Run) -> None:
+def test_an_absent_proxy_is_reported_and_recovers(peer: Peer, run: Run) -> None:
     peer.close()
     fetcher = fetcher_of(peer.text)
     assert [reply.problem for reply in run(fetcher, "/", "/", "/")] == ["connection refused"] * 3
@@ -215,7 +215,7 @@ def test_an_absent_proxy_is_reported_and_found_again(peer: Peer, run: Run) -> No
         one.close()
 
 
-def test_new_settings_are_followed_and_old_connections_not_kept(peer: Peer, run: Run) -> None:
+def test_new_settings_apply_and_old_connections_are_closed(peer: Peer, run: Run) -> None:
     other = Peer()
     other.bytes["/"] = http(b"other")
     try:
@@ -261,7 +261,7 @@ def test_pages_of_many_records_come_over_tls(run: Run) -> None:
         peer.close()
 
 
-def test_a_server_that_speaks_no_tls(peer: Peer, run: Run) -> None:
+def test_a_server_without_tls(peer: Peer, run: Run) -> None:
     fetcher = fetcher_of(peer.text, "https", context=client_context(None, None, TLS / "ca.pem"))
     peer.bytes = {}
     reply, = run(fetcher, "/", timeout=2.0)
@@ -294,7 +294,7 @@ def test_series_end_and_counters_grow(peer: Peer) -> None:
     scraper.fetcher.close()
 
 
-def test_counters_of_containers_that_are_gone_are_not_remembered(peer: Peer) -> None:
+def test_counters_of_removed_containers_are_forgotten(peer: Peer) -> None:
     settings = Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={})
     scraper = Scraper(Loop(), settings, None, lambda _: None, Registry())
     scraper.baseline = {"gone": {"c": 1}, "here": {"c": 2}}
@@ -306,7 +306,7 @@ def test_counters_of_containers_that_are_gone_are_not_remembered(peer: Peer) -> 
 
 
 @pytest.mark.parametrize("page", [b"c{ 5\n", b"c 5", b"\xff 1\n", b"c 1\nc 1\n"])
-def test_a_page_that_is_wrong_is_a_failed_scrape(peer: Peer, page: bytes) -> None:
+def test_an_invalid_page_is_a_failed_scrape(peer: Peer, page: bytes) -> None:
     delivered: list[Scrape] = []
     settings = Settings(proxy=ProxySettings(url=f"http://{peer.text}"), sinks={})
     scraper = Scraper(Loop(), settings, None, delivered.append, Registry())

@@ -72,7 +72,7 @@ def test_containers_of_the_account_are_forwarded_over_tls(tmp_path: Path, agent:
     ({"url": "https://127.0.0.1:1"}, "connection refused"),
     ({"url": "https://no.such.host.invalid:1"}, "does not resolve"),
 ])
-def test_what_is_wrong_with_the_proxy_is_said(tmp_path: Path, agent: Agent, change: Any,
+def test_problems_with_the_proxy_are_reported(tmp_path: Path, agent: Agent, change: Any,
                                               message: str) -> None:
     write_inventory(tmp_path, inventory(agent.text))
     with proxy(tmp_path, host_prefix="") as door:
@@ -88,8 +88,7 @@ def test_what_is_wrong_with_the_proxy_is_said(tmp_path: Path, agent: Agent, chan
     assert "Traceback" not in done.stderr
 
 
-def test_three_collectors_with_a_shard_each_bring_every_series_once(tmp_path: Path, agent: Agent
-                                                                    ) -> None:
+def test_three_sharded_collectors_store_every_series_once(tmp_path: Path, agent: Agent) -> None:
     """The forwarder, vmagent and Prometheus in agent mode, as in examples/, and one store."""
     numbers = range(1000, 1000 + TARGETS)
     content = inventory(agent.text)

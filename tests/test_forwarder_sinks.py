@@ -389,7 +389,7 @@ def same(found: dict[Key, dict[int, Any]], expected: dict[Key, dict[int, Any]]) 
         assert found[key] == values, key
 
 
-def test_the_run_had_all_of_it(world: World) -> None:
+def test_the_run_covered_all_cases(world: World) -> None:
     names = {row["name"] for row in world.rows}
     assert {"up", "scrape_duration_seconds", "scrape_samples_scraped", "hits_total", "nan",
             "odd"} <= names
@@ -488,7 +488,7 @@ def test_statsd_sums_equal_the_increase_at_the_source(world: World) -> None:
     assert gauge("web0.below") == world.values("web0", "below")[-1] < -1000
 
 
-def test_statsd_from_npm_counts_the_same(world: World) -> None:
+def test_the_statsd_of_npm_counts_the_same(world: World) -> None:
     port = world.ports["npm_control"]
     for alias in ("web0", "web1"):
         wanted = {f"cmon.{alias}.{path}": world.grown(alias, name) for name, path in (
@@ -578,7 +578,7 @@ def close_to(found: dict[int, float], values: dict[int, Any]) -> bool:
 
 
 @pytest.mark.parametrize("by", ["write", "influx", ""])
-def test_victoriametrics_takes_three_of_the_formats(world: World, by: str) -> None:
+def test_victoriametrics_accepts_three_formats(world: World, by: str) -> None:
     found: dict[Key, dict[int, float]] = {}
     for labels, values in victoria(world):
         labels = dict(labels)
@@ -598,7 +598,7 @@ def test_victoriametrics_takes_three_of_the_formats(world: World, by: str) -> No
             assert {at // 1000 for at in found[key]} == {at // 1000 for at in values}
 
 
-def test_stale_markers_are_what_prometheus_writes() -> None:
+def test_stale_markers_are_those_of_prometheus() -> None:
     target = Target("i", "a", "/", (("alias", "a"), ("instance", "i")))
     record, = remote_write_records(SinkSettings(type="remote_write"),
                                    Scrape(target, 1, (), gone=[Series("m", ())]))

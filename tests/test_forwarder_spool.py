@@ -71,7 +71,7 @@ def segments(folder: Path) -> list[Path]:
     return sorted((folder / "sink").glob("*.log"))
 
 
-def test_records_come_back_in_order_and_leave_nothing(make: Any, tmp_path: Path) -> None:
+def test_records_are_taken_in_order_and_removed(make: Any, tmp_path: Path) -> None:
     spool = make()
     put(spool, 1, 2)
     put(spool, 3)
@@ -95,7 +95,7 @@ def test_a_batch_is_held_until_it_is_settled(make: Any, tmp_path: Path) -> None:
     assert everything(again) == [1, 2]
 
 
-def test_a_batch_that_was_under_way_is_sent_again_as_it_was(make: Any) -> None:
+def test_a_batch_in_flight_is_sent_again_unchanged(make: Any) -> None:
     spool = make()
     for number in range(4):
         put(spool, number, size=100)
@@ -113,7 +113,7 @@ def test_a_batch_that_was_under_way_is_sent_again_as_it_was(make: Any) -> None:
     assert everything(spool) == []
 
 
-def test_a_batch_waits_for_its_size_or_its_age(make: Any, clock: Clock) -> None:
+def test_a_batch_waits_for_size_or_age(make: Any, clock: Clock) -> None:
     spool = make()
     found: list[Batch | None] = []
     stop = threading.Event()
@@ -176,7 +176,7 @@ def test_a_held_batch_is_not_dropped_with_its_segment(make: Any) -> None:
     assert left == list(range(50 - len(left), 50))
 
 
-def test_any_end_of_a_file_is_survived(make: Any, tmp_path: Path) -> None:
+def test_a_file_truncated_at_any_byte_is_recovered(make: Any, tmp_path: Path) -> None:
     """Cut at every byte: entries before are there, the torn one is not, nothing is invented."""
     spool = make()
     for number in range(5):
@@ -196,7 +196,7 @@ def test_any_end_of_a_file_is_survived(make: Any, tmp_path: Path) -> None:
             left.unlink()
 
 
-def test_damage_costs_its_segment_and_is_counted(make: Any, tmp_path: Path) -> None:
+def test_damage_drops_its_segment_and_is_counted(make: Any, tmp_path: Path) -> None:
     source = random.Random(7)
     spool = make(limit=64_000)
     for number in range(200):
@@ -221,7 +221,7 @@ def test_damage_costs_its_segment_and_is_counted(make: Any, tmp_path: Path) -> N
         again.close()
 
 
-def test_a_damaged_cursor_sends_again_what_is_there(make: Any, tmp_path: Path) -> None:
+def test_a_damaged_cursor_sends_everything_again(make: Any, tmp_path: Path) -> None:
     spool = make()
     put(spool, 1)
     put(spool, 2)
@@ -237,7 +237,7 @@ def test_a_damaged_cursor_sends_again_what_is_there(make: Any, tmp_path: Path) -
     assert everything(make()) == [3, 4]
 
 
-def test_records_of_another_kind_of_sink_are_set_aside(make: Any, tmp_path: Path) -> None:
+def test_records_of_another_sink_type_are_set_aside(make: Any, tmp_path: Path) -> None:
     spool = make()
     put(spool, 1)
     spool.close()
@@ -278,8 +278,8 @@ def test_refused_records_are_bounded(make: Any, tmp_path: Path, clock: Clock) ->
     assert newest.with_suffix(".reason").read_text() == "1 samples: 400 bad\n"
 
 
-def test_refused_records_whose_reason_is_gone_are_bounded_too(make: Any, tmp_path: Path,
-                                                              clock: Clock) -> None:
+def test_refused_records_without_reason_are_also_bounded(make: Any, tmp_path: Path, clock: Clock
+                                                        ) -> None:
     spool = make()
     for number in range(105):
         clock.now += 1
@@ -304,7 +304,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_costs_what_is_oldest(make: Any, small_disk: Path) -> None:
+def test_a_full_disk_drops_the_oldest_samples(make: Any, small_disk: Path) -> None:
     spool = make(limit=1 << 30, folder=small_disk)
     count = MEMORY_BYTES // 1000 + 3000
     for number in range(count):
@@ -328,7 +328,7 @@ def test_the_log_says_what_is_dropped_and_what_is_lost_at_the_end(
     assert re.fullmatch(r"spool \S+: 4\d\d\d samples that the disk did not take are lost", said[-1])
 
 
-def test_what_a_full_disk_does_not_take_waits_in_memory(make: Any, small_disk: Path) -> None:
+def test_samples_wait_in_memory_while_the_disk_is_full(make: Any, small_disk: Path) -> None:
     spool = make(limit=1 << 30, folder=small_disk)
     other = small_disk / "others"
     fill(other)
@@ -364,8 +364,8 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_happens_the_account_is_right(make: Any, tmp_path: Path, seed: int,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sent_waiting_and_dropped_samples_always_add_up(make: Any, tmp_path: Path, seed: int,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """Full disks, crashes that leave torn entries, limits: all is delivered once and in order,
     counted as dropped, or there still. A held batch alone may go with its segment and a crash."""
     chance, real = random.Random(seed), os.write
@@ -423,7 +423,7 @@ def test_whatever_happens_the_account_is_right(make: Any, tmp_path: Path, seed: 
     spool.close()
 
 
-def test_a_forwarder_on_a_full_disk_goes_on(small_disk: Path) -> None:
+def test_a_forwarder_continues_on_a_full_disk(small_disk: Path) -> None:
     source, sink = Source(5), HttpSink()
     try:
         config = write_config(small_disk, source, {
@@ -464,7 +464,7 @@ def test_what_fails_at_the_end_is_in_the_log_like_everything_else(tmp_path: Path
         source.close()
 
 
-def test_a_spool_that_cannot_be_made_is_said_at_start(tmp_path: Path) -> None:
+def test_an_unusable_spool_is_reported_at_start(tmp_path: Path) -> None:
     source = Source()
     try:
         (tmp_path / "taken").write_text("")
@@ -511,8 +511,8 @@ def test_files_are_rotated_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("before, after", [
     (b"", b"new\n"), (b"a\n", b"a\nnew\n"), (b'a\n{"na', b"a\nnew\n"),
     (b'{"name": "torn', b"new\n"), (b'a\n{"name": "' + b"x" * 200_000, b"a\nnew\n")])
-def test_a_line_that_a_crash_has_cut_off_is_taken_away(tmp_path: Path, before: bytes, after: bytes
-                                                       ) -> None:
+def test_a_line_truncated_by_a_crash_is_removed(tmp_path: Path, before: bytes, after: bytes
+                                               ) -> None:
     path = tmp_path / "samples.log"
     path.write_bytes(before)
     transport = FileTransport(with_defaults(SinkSettings(type="file", path=path)))
@@ -541,7 +541,7 @@ def test_a_line_that_a_full_disk_has_cut_off_and_that_stays_is_taken_away_later(
     assert path.read_bytes() == b'{"name": "a"}\n{"name": "c"}\n'
 
 
-def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_foreign_file_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "report"
     path.write_bytes(b"a\nno newline at its end")
     transport = FileTransport(with_defaults(SinkSettings(type="file", path=path)))
@@ -552,7 +552,7 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path: Path) -> None:
 
 # --- counters over a restart ----------------------------------------------------------------------
 
-def test_counters_are_remembered_once(tmp_path: Path) -> None:
+def test_saved_counters_are_used_once(tmp_path: Path) -> None:
     path = tmp_path / "counters.json"
     counters = {"a": {"x{b=\"1\"}": 2 ** 64 - 1, "y": 1.5}}
     write_counters(path, counters)

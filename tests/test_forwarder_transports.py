@@ -48,8 +48,8 @@ def sink(type: str, **more: Any) -> SinkSettings:
      {"content-type": "application/x-protobuf", "content-encoding": "snappy",
       "x-prometheus-remote-write-version": "0.1.0", "x-scope-orgid": "1"}),
 ])
-def test_requests_have_the_head_that_the_sink_wants(keep: Keep, settings: Any, path: str,
-                                                    headers: dict[str, str]) -> None:
+def test_requests_have_the_headers_of_each_sink(keep: Keep, settings: Any, path: str,
+                                                headers: dict[str, str]) -> None:
     server = keep(HttpSink())
     where = sink(url=f"http://{server.text}", **settings)
     records = encode(where, scrape((GAUGE, 1)))
@@ -100,7 +100,7 @@ def test_the_status_decides(keep: Keep, answer: Any, error: Any) -> None:
             transport.send([b"x"])
 
 
-def test_a_sink_that_closes_idle_connections_costs_no_failure(keep: Keep) -> None:
+def test_closing_idle_connections_is_not_a_failure(keep: Keep) -> None:
     class Brief(HttpSink):
         def serve(self, accepted: socket.socket) -> None:
             self.seen.append(("", {}, read_request(accepted.makefile("rb"))[3]))
@@ -117,7 +117,7 @@ def test_a_sink_that_closes_idle_connections_costs_no_failure(keep: Keep) -> Non
     assert [body for _, _, body in server.seen] == [b"1\n", b"2\n", b"3\n"]
 
 
-def test_a_sink_that_says_nothing_costs_its_timeout(keep: Keep) -> None:
+def test_a_silent_sink_times_out(keep: Keep) -> None:
     server = keep(HttpSink())
     server.default = "hang"
     transport = keep(transport_of(sink("http", url=f"http://{server.text}", timeout=0.2)))
@@ -177,7 +177,7 @@ def test_streams_are_framed(keep: Keep) -> None:
 
 
 @pytest.mark.parametrize("mode", ["cut", "slow"])
-def test_a_stream_that_was_not_read_whole_is_sent_again(keep: Keep, mode: str) -> None:
+def test_a_partially_read_stream_is_sent_again(keep: Keep, mode: str) -> None:
     server = keep(LineSink())
     server.mode = mode
     transport = keep(transport_of(sink("graphite", address=server.text, timeout=0.5)))
@@ -195,8 +195,9 @@ class Ending(LineSink):
 
 
 @pytest.mark.parametrize("mode", ["reset", "closed"])
-def test_a_sink_that_ended_before_it_had_read_all_did_not_accept(
-        keep: Keep, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_that_closes_before_reading_everything_did_not_accept(keep: Keep, mode: str,
+                                                                     monkeypatch: pytest.MonkeyPatch
+                                                                    ) -> None:
     server = keep(Ending())
     server.mode = mode
     transport = keep(transport_of(sink("graphite", address=server.text)))
@@ -222,7 +223,7 @@ def test_a_sink_that_ended_before_it_had_read_all_did_not_accept(
     assert ended[0]
 
 
-def test_half_a_line_never_looks_like_a_whole_one(keep: Keep) -> None:
+def test_an_incomplete_line_never_looks_complete(keep: Keep) -> None:
     """What a failed delivery leaves is cut by a reset, which no sink takes for an end."""
     ends: list[Any] = []
     go = threading.Event()
@@ -244,7 +245,7 @@ def test_half_a_line_never_looks_like_a_whole_one(keep: Keep) -> None:
     wait_until(lambda: ends == ["reset"])
 
 
-def test_a_sink_that_confirms_is_not_believed_when_it_is_silent(keep: Keep) -> None:
+def test_silence_of_a_confirming_sink_is_a_failure(keep: Keep) -> None:
     """Its process hangs: what the machine has taken would be lost with it."""
     server = keep(LineSink())
     transport = keep(transport_of(sink("graphite", address=server.text)))
@@ -297,7 +298,7 @@ def tls_sink(keep: Keep) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["polite", "rude", "chatty"])
-def test_tls_is_confirmed_however_it_ends(tls_sink: Any, mode: str) -> None:
+def test_tls_deliveries_are_confirmed_however_the_sink_closes(tls_sink: Any, mode: str) -> None:
     tls_sink.mode = mode
     transport = transport_of(sink("syslog", transport="tls", ca=TLS / "ca.pem",
                                   address=f"localhost:{tls_sink.address[1]}"))
@@ -305,7 +306,7 @@ def test_tls_is_confirmed_however_it_ends(tls_sink: Any, mode: str) -> None:
     wait_until(lambda: tls_sink.received == [b"5 hello"])
 
 
-def test_tls_that_is_reset_or_not_trusted_is_tried_again(tls_sink: Any) -> None:
+def test_reset_or_untrusted_tls_is_retried(tls_sink: Any) -> None:
     tls_sink.mode = "reset"
     trusted = sink("syslog", transport="tls", ca=TLS / "ca.pem", timeout=5,
                    address=f"localhost:{tls_sink.address[1]}")
@@ -317,7 +318,7 @@ def test_tls_that_is_reset_or_not_trusted_is_tried_again(tls_sink: Any) -> None:
         transport_of(sink("syslog", transport="tls", ca=Path("no.pem"), address="x:1"))
 
 
-def test_a_client_certificate_that_is_refused_after_the_data_is_no_success(tls_sink: Any) -> None:
+def test_a_client_certificate_rejected_after_the_data_is_a_failure(tls_sink: Any) -> None:
     """With TLS 1.3 the client has sent all before the server's alert comes."""
     tls_sink.mode = "strict"
     transport = transport_of(sink("syslog", transport="tls", ca=TLS / "ca.pem",
@@ -354,7 +355,7 @@ def test_many_datagrams_are_paced(keep: Keep) -> None:
     assert server.datagrams == records
 
 
-def test_a_record_that_fits_no_datagram_is_set_aside_alone(keep: Keep) -> None:
+def test_only_a_record_too_large_for_a_datagram_is_set_aside(keep: Keep) -> None:
     server = keep(UdpSink())
     records = [b"a", b"b" * 65_508, b"c" * 65_507, b"d"]
     with pytest.raises(Rejected) as caught:
@@ -365,7 +366,7 @@ def test_a_record_that_fits_no_datagram_is_set_aside_alone(keep: Keep) -> None:
     assert server.datagrams == [records[0], records[2], records[3]]
 
 
-def test_a_listener_that_went_away_in_between_is_noticed(keep: Keep) -> None:
+def test_a_listener_that_disappears_is_noticed(keep: Keep) -> None:
     server = keep(UdpSink())
     transport = transport_of(sink("syslog", address=server.text))
     transport.send([b"1"])
@@ -402,7 +403,7 @@ def _refused(transport: Any) -> bool:
 
 # --- faults of our own ----------------------------------------------------------------------------
 
-def test_a_bug_costs_its_batch_and_not_the_sink(tmp_path: Path, keep: Keep,
+def test_a_bug_loses_one_batch_and_not_the_sink(tmp_path: Path, keep: Keep,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     server = keep(HttpSink())
     delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
@@ -426,7 +427,7 @@ def test_a_bug_costs_its_batch_and_not_the_sink(tmp_path: Path, keep: Keep,
     assert server.rows()[0]["labels"]["instance"] == UUID
 
 
-def test_what_is_under_way_at_the_end_is_delivered_or_kept(tmp_path: Path, keep: Keep) -> None:
+def test_a_batch_in_flight_at_the_end_is_delivered_or_kept(tmp_path: Path, keep: Keep) -> None:
     server = keep(HttpSink())
     began, go = threading.Event(), threading.Event()
 
@@ -486,8 +487,8 @@ def test_pauses_grow_and_retry_after_is_obeyed(tmp_path: Path, keep: Keep,
     assert pauses == [1.0, 2.0, 4.0, 7.05, 16.0, 32.0]
 
 
-def test_settings_that_change_back_leave_the_pauses(tmp_path: Path, keep: Keep,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_change_back_keep_the_pauses(tmp_path: Path, keep: Keep,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     server = keep(HttpSink())
     server.answers = [500]
     settings = SinkSettings(type="http", url=f"http://{server.text}", batch_age=0)
@@ -505,8 +506,8 @@ def test_settings_that_change_back_leave_the_pauses(tmp_path: Path, keep: Keep,
     assert woken == [False]
 
 
-def test_a_sink_that_refuses_all_is_one_error_in_the_log(tmp_path: Path, keep: Keep,
-                                                         caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_refuses_everything_is_logged_once(tmp_path: Path, keep: Keep,
+                                                       caplog: pytest.LogCaptureFixture) -> None:
     server = keep(HttpSink())
     server.default = 413
     delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),

@@ -134,7 +134,7 @@ def page_of(row: Row) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.expected for row in ROWS])
-def test_a_recorded_node_has_the_page_that_was_read_by_a_person(row: Row, request: Any) -> None:
+def test_pages_of_recorded_nodes_equal_the_goldens(row: Row, request: Any) -> None:
     page = page_of(row)
     path = HERE / "golden" / f"{row.expected}.prom"
     if request.config.getoption("--rewrite"):
@@ -143,14 +143,14 @@ def test_a_recorded_node_has_the_page_that_was_read_by_a_person(row: Row, reques
     assert page == path.read_text()
 
 
-def test_goldens_are_those_of_the_rows() -> None:
+def test_every_golden_belongs_to_a_row() -> None:
     assert {path.name for path in (HERE / "golden").iterdir()} == {
         f"{row.expected}.prom" for row in ROWS}
     assert {path.stem for path in (HERE / "captures").iterdir()} == {
         row.capture for row in ROWS} - {"node"}
 
 
-def test_a_healthy_golden_has_nothing_that_is_down() -> None:
+def test_healthy_goldens_have_no_failed_collector() -> None:
     for row in ROWS:
         text = (HERE / "golden" / f"{row.expected}.prom").read_text()
         bad = re.findall(r'^cmon_collector_up{collector="(\w+)"} 0$', text, re.M)
@@ -158,7 +158,7 @@ def test_a_healthy_golden_has_nothing_that_is_down() -> None:
         assert bool(bad) == row.expected.startswith("failing")
 
 
-def test_labels_of_a_page_are_those_that_its_metadata_tells() -> None:
+def test_pages_have_the_labels_of_the_metadata() -> None:
     told = {(entry["scope"], entry["name"]): set(entry["labels"]) for entry in agent.metadata()}
     for row in (row for row in ROWS if row.capture == "node"):     # others have fewer
         scope = "node" if row.target == "gz" else "zone"
@@ -167,7 +167,7 @@ def test_labels_of_a_page_are_those_that_its_metadata_tells() -> None:
             assert shown == told[scope, family.name], (row.expected, family.name)
 
 
-def test_a_failing_collector_costs_its_own_families_only() -> None:
+def test_a_failing_collector_loses_only_its_own_families() -> None:
     """What fails on the page is missing there, and all else is as on the page that recovered."""
     for target in ("gz", "web01"):
         bad, good = (agent.parse((HERE / "golden" / f"{how}-{target}.prom").read_text())
@@ -179,7 +179,7 @@ def test_a_failing_collector_costs_its_own_families_only() -> None:
         assert lost and {owners[name] for name in lost} <= row.fails | {"swap"} | missing
 
 
-def test_what_only_grows_grows_from_frame_to_frame_and_over_the_seam() -> None:
+def test_counters_grow_between_frames_and_when_a_replay_starts_over() -> None:
     earlier, later, again = (
         {(family.name, sample.labels): (family.kind, sample.value)
          for family in agent.parse((HERE / "golden" / f"node-web01{when}.prom").read_text())

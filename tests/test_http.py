@@ -101,13 +101,13 @@ def test_a_scrape_has_a_deadline(headers: dict[str, str], seconds: float) -> Non
 
 
 @pytest.mark.parametrize("word", ["", "0", "-1", "nan", "inf", "soon", "1,5", "9" * 100])
-def test_a_deadline_that_is_no_number_is_refused(word: str) -> None:
+def test_an_invalid_deadline_is_refused(word: str) -> None:
     with pytest.raises(Refused, match="X-Prometheus-Scrape-Timeout-Seconds") as refusal:
         scrape_deadline(request(x_prometheus_scrape_timeout_seconds=word), 0.0)
     assert refusal.value.status == 400
 
 
-def test_gzip_is_taken_when_it_is_meant() -> None:
+def test_accept_encoding_is_parsed() -> None:
     def packed(value: str) -> bool:
         head = f"GET / HTTP/1.1\r\nHost: a\r\nAccept-Encoding: {value}\r\n\r\n".encode()
         return bool(parse_head(head, Limits())[7])
@@ -117,7 +117,7 @@ def test_gzip_is_taken_when_it_is_meant() -> None:
         assert not packed(value), value
 
 
-def test_a_prepared_answer_is_what_would_be_sent_anyway() -> None:
+def test_a_prepared_answer_equals_the_rendered_one() -> None:
     response = Response(200, BIG, PAGE, (("X-Test", "1"),))
     prepared = prepare(response)
     for packed in (False, True):
@@ -342,7 +342,7 @@ def test_a_header_line_takes_linear_time() -> None:
         assert time.process_time() - began < 10     # 0.02; in quadratic time 80
 
 
-def test_a_request_behind_a_parked_one_waits_its_turn(served: Served) -> None:
+def test_a_request_after_a_parked_one_waits(served: Served) -> None:
     with Connection(served.address) as connection:
         connection.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert served.inside.acquire(timeout=10)
@@ -375,7 +375,7 @@ def test_parked_answers_hold_no_thread_and_expire_at_their_deadline(served: Serv
         connection.close()
 
 
-def test_a_client_that_goes_away_cancels_what_it_waited_for(served: Served) -> None:
+def test_a_disconnected_client_cancels_its_request(served: Served) -> None:
     connection = Connection(served.address)
     connection.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
     assert served.inside.acquire(timeout=10)
@@ -412,7 +412,7 @@ class Noted(NamedTuple):
                           else "socket, by another thread")
 
 
-def test_a_thread_that_takes_the_turn_may_watch_sockets_and_set_timers() -> None:
+def test_a_thread_that_runs_in_the_loop_may_watch_sockets_and_set_timers() -> None:
     loop, (ours, theirs), notes = Loop(), socket.socketpair(), list[str]()
     fired = threading.Event()
 
@@ -469,7 +469,7 @@ LIMITED = [
 ]
 
 
-def test_who_leaves_most_unread_loses_it_first(served: Served) -> None:
+def test_the_client_with_the_most_unread_bytes_is_closed_first(served: Served) -> None:
     served.server.limits = dataclasses.replace(LIMITS, write_seconds=60.0, unsent_bytes=100 << 20)
     clients: list[Connection] = []
     with Connection(served.address) as quick:
@@ -492,7 +492,7 @@ def test_who_leaves_most_unread_loses_it_first(served: Served) -> None:
 
 @pytest.mark.parametrize("raw, limit, status", [row[1:] for row in LIMITED],
                          ids=[row[0] for row in LIMITED])
-def test_a_slow_client_is_ended_and_counted(served: Served, raw: bytes, limit: str, status: int
+def test_a_slow_client_is_closed_and_counted(served: Served, raw: bytes, limit: str, status: int
                                             ) -> None:
     with Connection(served.address) as connection:
         connection.send(raw)
@@ -537,7 +537,7 @@ def test_requests_are_counted_by_route_and_timed(served: Served) -> None:
     assert own[f'{prefix}_duration_seconds_bucket{{route="/page",le="+Inf"}}'] == 2
 
 
-def test_stopping_finishes_what_is_under_way(served: Served) -> None:
+def test_stopping_finishes_requests_in_flight(served: Served) -> None:
     idle, busy = Connection(served.address), Connection(served.address)
     assert idle.request("/").status == 200
     busy.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -553,7 +553,7 @@ def test_stopping_finishes_what_is_under_way(served: Served) -> None:
     assert not served.thread.is_alive()
 
 
-def test_an_address_in_use_is_told_in_words(served: Served) -> None:
+def test_an_address_in_use_is_reported(served: Served) -> None:
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{served.address[1]}: address"):
         Server("agent", Registry()).listen(served.address, PLAIN)
 
@@ -568,7 +568,7 @@ def test_timers_and_calls_run_in_the_servers_thread(served: Served) -> None:
     assert served.thread.ident in seen and "timer" in seen
 
 
-def test_an_applications_socket_is_watched(served: Served) -> None:
+def test_sockets_of_the_application_are_watched(served: Served) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     seen: list[bytes] = []
@@ -626,7 +626,7 @@ def test_tls_with_and_without_a_client_certificate(secure: Served, pems: Path) -
         assert connection.request("/who").text == "None\n"
 
 
-def test_silent_clients_do_not_hold_up_handshakes_and_are_ended(secure: Served, pems: Path) -> None:
+def test_silent_clients_do_not_delay_handshakes_and_are_closed(secure: Served, pems: Path) -> None:
     silent = [Connection(secure.address) for _ in range(16)]
     assert http_get(secure.address, "/page", tls=client(pems), server_name="localhost").body == BIG
     for connection in silent:
@@ -651,7 +651,7 @@ def test_garbage_ends_a_handshake_and_is_counted(secure: Served, pems: Path) -> 
     assert own['cmon_agent_http_tls_handshakes_total{result="done"}'] == 1
 
 
-def test_many_handshakes_at_once_keep_their_certificates_apart(secure: Served, pems: Path) -> None:
+def test_concurrent_handshakes_do_not_mix_certificates(secure: Served, pems: Path) -> None:
     contexts = [client(pems, "alice"), client(pems, "localhost"), client(pems)]
     names = [b"alice", b"localhost", b"None"]
     failures: list[str] = []
@@ -701,7 +701,7 @@ def is_open(connection: Connection) -> bool:
         return False
 
 
-def test_at_the_limit_strangers_go_first_and_tenants_stay(crowded: Any, pems: Path) -> None:
+def test_at_the_limit_unauthenticated_clients_are_closed_first(crowded: Any, pems: Path) -> None:
     server, address = crowded(connections=6, share=1.0)
     tls = client(pems, "alice")
     tenants = [Connection(address, tls, "localhost") for _ in range(3)]
@@ -721,7 +721,7 @@ def test_at_the_limit_strangers_go_first_and_tenants_stay(crowded: Any, pems: Pa
         connection.close()
 
 
-def test_where_all_are_tenants_the_longest_idle_one_makes_room(crowded: Any, pems: Path) -> None:
+def test_among_authenticated_clients_the_longest_idle_is_closed(crowded: Any, pems: Path) -> None:
     _, address = crowded(connections=3, share=1.0)
     tls = client(pems, "alice")
     tenants = [Connection(address, tls, "localhost") for _ in range(3)]
@@ -734,8 +734,7 @@ def test_where_all_are_tenants_the_longest_idle_one_makes_room(crowded: Any, pem
         tenant.close()
 
 
-def test_who_has_more_than_a_share_makes_room_before_strangers_and_others(
-        crowded: Any, pems: Path) -> None:
+def test_a_client_above_its_share_is_closed_before_all_others(crowded: Any, pems: Path) -> None:
     """Else an account with all connections would leave strangers one place, and each newcomer,
     who is a stranger until the handshake is done, would push out the one before."""
     _, address = crowded(connections=8, share=0.25)
@@ -757,7 +756,7 @@ def test_who_has_more_than_a_share_makes_room_before_strangers_and_others(
         connection.close()
 
 
-def test_who_is_not_let_in_any_more_is_a_stranger_again(crowded: Any, pems: Path) -> None:
+def test_a_client_that_loses_access_counts_as_unauthenticated(crowded: Any, pems: Path) -> None:
     server, address = crowded()
     with Connection(address, client(pems, "alice"), "localhost") as connection:
         for group, strangers in (("a", 0), ("b", 0), ("", 1), ("a", 0)):
@@ -774,7 +773,7 @@ def test_a_network_is_what_one_machine_cannot_choose() -> None:
     assert network_of("fe80::1%net0") == network_of("fe80::2")
 
 
-def test_one_address_holds_no_more_strangers_than_its_share(crowded: Any, pems: Path) -> None:
+def test_unauthenticated_connections_of_one_address_are_limited(crowded: Any, pems: Path) -> None:
     server, address = crowded(connections=16)
     silent = [Connection(address) for _ in range(12)]
     wait_until(lambda: [is_open(one) for one in silent] == [True] * 4 + [False] * 8)
@@ -786,7 +785,7 @@ def test_one_address_holds_no_more_strangers_than_its_share(crowded: Any, pems: 
     assert "cmon_agent_http_strangers" in render(server._tls_families())
 
 
-def test_a_stranger_is_not_kept_as_long_as_a_tenant(crowded: Any, pems: Path) -> None:
+def test_unauthenticated_connections_have_a_shorter_idle_timeout(crowded: Any, pems: Path) -> None:
     _, address = crowded(stranger_seconds=0.0, idle_seconds=60.0)
     tls = client(pems, "alice")
     with Connection(address, tls, "localhost") as tenant, \
@@ -803,8 +802,8 @@ def test_a_stranger_is_not_kept_as_long_as_a_tenant(crowded: Any, pems: Path) ->
     (700, 1, False),                    # a certificate of 10 kB: larger than any that could be good
     (300, 4, False),                    # a list of 18 kB
 ], ids=["small", "large", "a list", "too large", "a list that is too large"])
-def test_what_a_client_may_show_in_a_handshake(names: int, copies: int, welcome: bool, pems: Path,
-                                               tmp_path: Path) -> None:
+def test_client_certificates_in_a_handshake_are_bounded(names: int, copies: int, welcome: bool,
+                                                        pems: Path, tmp_path: Path) -> None:
     """Parsed names take ten times their size: 100 kB of them held 1.3 MB for each connection."""
     key = make_key()
     pem = make_certificate(key, "alice", names=[f"a{index:03}.example" for index in range(names)])
@@ -850,7 +849,7 @@ def key_updates(connection: Connection, count: int) -> None:
             raise ConnectionError
 
 
-def test_a_client_that_sends_records_without_data_for_ever_is_ended(pems: Path) -> None:
+def test_a_client_that_sends_endless_empty_records_is_closed(pems: Path) -> None:
     """OpenSSL would read on behind them as long as more come, and the loop with it."""
     context = server_context(str(pems / "localhost.pem"), str(pems / "localhost.key"))
     secure = Served(context, dataclasses.replace(LIMITS, empty_reads=40))
@@ -868,7 +867,7 @@ def test_a_client_that_sends_records_without_data_for_ever_is_ended(pems: Path) 
     secure.server.shutdown()
 
 
-def test_the_limit_follows_the_descriptors_that_there_are(pems: Path) -> None:
+def test_the_connection_limit_follows_the_available_descriptors(pems: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = Server("agent", Registry(), Limits())
     try:
@@ -880,7 +879,7 @@ def test_the_limit_follows_the_descriptors_that_there_are(pems: Path) -> None:
         server.server_close()
 
 
-def test_out_of_descriptors_strangers_make_room(crowded: Any, pems: Path) -> None:
+def test_without_descriptors_unauthenticated_clients_are_closed(crowded: Any, pems: Path) -> None:
     """EMFILE although the limit is not reached: others of the process have taken them."""
     server, address = crowded(connections=200, share=1.0)
     tls = client(pems, "alice")
@@ -920,7 +919,7 @@ def test_a_new_certificate_serves_new_connections(secure: Served, pems: Path) ->
     assert http_get(secure.address, "/page", tls=trusting, server_name="alice").body == BIG
 
 
-def test_out_of_descriptors_the_queue_waits(served: Served) -> None:
+def test_without_descriptors_new_connections_wait(served: Served) -> None:
     calls: list[int] = []
     accept: Callable[[], Any] = served.listener.socket.accept
 

@@ -78,7 +78,7 @@ def test_unknown_account_reads_like_one_without_the_key(name: str) -> None:
     assert words(None) == words(account("other"))
 
 
-def test_sha1_is_taken_where_the_settings_say_so() -> None:
+def test_sha1_is_accepted_only_with_allow_sha1() -> None:
     policy = Policy(allow_sha1=True)
     assert verdict("old_sha1", account("rsa"), policy) == "ok"
     assert verdict("new_sha1", account("rsa"), policy) == "ok"
@@ -95,7 +95,7 @@ def test_sha1_is_taken_where_the_settings_say_so() -> None:
     ("RSA-MD5-SHA1", "md5-sha1", True, False), ("", "", True, False),
     ("SM2-SM3", "sm3", True, False),
 ])
-def test_digests_are_taken_by_name(signature: str, digest: str, sha1: bool, taken: bool) -> None:
+def test_digests_are_accepted_by_name(signature: str, digest: str, sha1: bool, taken: bool) -> None:
     shown = identity("old_rsa")
     assert shown.cert is not None
     shown.cert = shown.cert._replace(signature=signature, digest=digest)
@@ -175,11 +175,11 @@ def test_a_short_key_of_the_certificate_is_refused_whatever_the_accounts_is(tmp_
 
 
 @pytest.mark.parametrize("digest", ["sha512-256", "sha512-224", "sha3-256"])
-def test_rare_digests_that_are_strong_are_taken(tmp_path: Path, digest: str) -> None:
+def test_rare_strong_digests_are_accepted(tmp_path: Path, digest: str) -> None:
     assert refusal_of(*made(tmp_path, 2048, digest), Policy()) == ""
 
 
-def test_dsa_is_no_key_to_come_in_with(tmp_path: Path) -> None:
+def test_dsa_keys_are_rejected(tmp_path: Path) -> None:
     _, der = made(tmp_path, 2048, kind="DSA")
     with pytest.raises(Refused, match="not an RSA, ECDSA or Ed25519 key"):
         grant(Identity(der), account("rsa"), Policy(), NOW)
@@ -189,7 +189,7 @@ def test_dsa_is_no_key_to_come_in_with(tmp_path: Path) -> None:
     ("old_rsa", ("MD5:", "SHA256:", "check that the common name, alice, is your login")),
     ("new_rsa", ("MD5:", "`ssh-keygen -l -E md5 -f KEY.pub`", "is your login")),
 ])
-def test_who_is_not_known_learns_by_which_key_and_name(name: str, words: Any) -> None:
+def test_an_unknown_key_refusal_names_key_and_login(name: str, words: Any) -> None:
     with pytest.raises(Refused) as caught:
         grant(identity(name), account("other"), Policy(), NOW)
     shown = str(caught.value)
@@ -198,7 +198,7 @@ def test_who_is_not_known_learns_by_which_key_and_name(name: str, words: Any) ->
         assert all(one in shown for one in (TLS / "rsa.fingerprints.txt").read_text().split())
 
 
-def test_new_settings_hold_for_open_connections() -> None:
+def test_new_settings_apply_to_open_connections() -> None:
     shown, who = identity("old_sha1"), account("rsa", approved=False)
     lax = Policy(allow_sha1=True)
     assert grant(shown, who, lax, NOW).account is who
@@ -208,13 +208,13 @@ def test_new_settings_hold_for_open_connections() -> None:
     assert grant(shown, who, lax, NOW).account is who
 
 
-def test_approval_is_asked_for_where_the_settings_say_so() -> None:
+def test_approval_is_required_only_with_require_approved() -> None:
     waiting = account("rsa", approved=False)
     assert verdict("old_rsa", waiting) == "ok"
     assert verdict("old_rsa", waiting, Policy(require_approved=True)) == "not_approved"
 
 
-def test_with_a_ca_the_name_is_enough_and_dates_count() -> None:
+def test_with_a_ca_the_name_suffices_and_dates_are_checked() -> None:
     policy = Policy(by_ca=True)
     assert verdict("ca_client", account(), policy) == "ok"
     assert verdict("ca_client", None, policy) == "unknown_account"
@@ -228,7 +228,7 @@ def test_garbage_is_refused(der: bytes, why: str) -> None:
         grant(Identity(der), account("rsa"), Policy(), NOW)
 
 
-def test_a_key_removed_or_a_date_passed_counts_on_the_next_request() -> None:
+def test_a_removed_key_or_passed_date_applies_to_the_next_request() -> None:
     who, shown = account("rsa"), identity("new_rsa")
     policy = Policy()
     first = grant(shown, who, policy, NOW)
@@ -243,7 +243,7 @@ def test_a_key_removed_or_a_date_passed_counts_on_the_next_request() -> None:
         grant(shown, None, Policy(), NOW)
 
 
-def test_the_signature_is_worked_out_once(monkeypatch: Any) -> None:
+def test_a_signature_is_verified_once(monkeypatch: Any) -> None:
     calls: list[int] = []
     real = cmon_proxy.signed_by
     monkeypatch.setattr(cmon_proxy, "certificates", cmon_proxy.Certificates())
@@ -254,7 +254,7 @@ def test_the_signature_is_worked_out_once(monkeypatch: Any) -> None:
     assert len(calls) == 1
 
 
-def test_a_certificate_of_another_is_not_one_of_ours() -> None:
+def test_a_certificate_signed_by_another_key_is_rejected() -> None:
     # bob's name, signed by alice's key: good for neither
     assert verdict("new_bob", account("other", login="bob")) == "unknown_key"
 
@@ -281,5 +281,5 @@ def test_spellings_of_a_fingerprint(name: str, expected: Any) -> None:
     assert key_id_of(name) == expected
 
 
-def test_the_header_tells_the_end_of_the_certificate() -> None:
+def test_the_header_contains_the_expiry_of_the_certificate() -> None:
     assert identity("old_expired").header == b"X-Cmon-Certificate-Expires: 2019-01-01 00:00:00Z\r\n"

@@ -108,7 +108,7 @@ def test_optional_and_unknown_members(tmp_path: Path) -> None:
     ({"accounts": [], "servers": [{"uuid": NODE_1, "admin_ip": 7}], "vms": []}, "IP address"),
     ({"accounts": [], "servers": [], "vms": [{"uuid": WEB}]}, r"vms\[0\]: needs owner_uuid"),
 ], ids=lambda value: json.dumps(value)[:50])
-def test_a_bad_file_is_refused_whole(content: Any, problem: str, tmp_path: Path) -> None:
+def test_a_bad_file_is_rejected_as_a_whole(content: Any, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
         load(tmp_path, content)
 
@@ -156,7 +156,7 @@ def test_problems_are_reported_up_to_a_limit(tmp_path: Path) -> None:
     (lambda content: content["accounts"][1].update(uuid=ALICE),
      "accounts: two accounts share a uuid, so both own its VMs"),
 ])
-def test_what_looks_like_a_mistake_is_a_warning(change: Any, warning: str, tmp_path: Path) -> None:
+def test_probable_mistakes_are_warnings(change: Any, warning: str, tmp_path: Path) -> None:
     content = inventory("10.0.0.1")
     assert not load(tmp_path, content).warnings
     change(content)
@@ -164,7 +164,7 @@ def test_what_looks_like_a_mistake_is_a_warning(change: Any, warning: str, tmp_p
     assert any(line.startswith(f"{path}: {warning}") for line in load(tmp_path, content).warnings)
 
 
-def test_members_of_other_tools_are_no_mistake(tmp_path: Path) -> None:
+def test_members_of_other_tools_are_allowed(tmp_path: Path) -> None:
     content = inventory("10.0.0.1")
     for record in content["vms"]:
         record.update(zone_state="running", ram=7, role_tags={}, nics=[], datasets=[], quota=1)
@@ -176,7 +176,7 @@ def test_members_of_other_tools_are_no_mistake(tmp_path: Path) -> None:
     assert not load(tmp_path, content).warnings
 
 
-def test_half_a_surrogate_pair_does_not_leave_the_inventory(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_replaced_on_reading(tmp_path: Path) -> None:
     content = inventory("10.0.0.1")
     content["vms"][0].update(alias="a\ud800b", tags={"triton.cmon.groups": "\udfff,x"})
     found = load(tmp_path, content).vms[WEB]
@@ -239,7 +239,7 @@ def without_alice() -> Any:
     return content
 
 
-def test_a_change_counts_within_a_second(desk: Desk) -> None:
+def test_a_change_applies_within_a_second(desk: Desk) -> None:
     desk.pass_by(5)
     assert desk.directory.find("alice") and desk.age <= 1 and desk.reads == 0
     assert desk.metrics == {"last_reload_successful": 1, "warnings": 0,
@@ -252,8 +252,8 @@ def test_a_change_counts_within_a_second(desk: Desk) -> None:
 @pytest.mark.parametrize("failure", [
     PermissionError(13, "Permission denied"), OSError(24, "Too many open files"),
     MemoryError(), TypeError("a fault of the program")], ids=repr)
-def test_a_read_that_failed_is_tried_again_though_the_file_stays_the_same(
-        desk: Desk, failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_of_an_unchanged_file_is_retried(desk: Desk, failure: Exception,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is good all the time; what fails is the reading."""
     def refuse(*_: Any) -> Any:
         raise failure
@@ -269,7 +269,7 @@ def test_a_read_that_failed_is_tried_again_though_the_file_stays_the_same(
     assert desk.metrics["last_reload_successful"] == 1
 
 
-def test_a_file_that_may_not_be_read_for_a_while(desk: Desk) -> None:
+def test_a_temporarily_unreadable_file_is_retried(desk: Desk) -> None:
     """chmod changes neither size nor date of the content."""
     write_inventory(desk.folder, without_alice())
     desk.path.chmod(0)
@@ -286,8 +286,8 @@ def test_a_file_that_may_not_be_read_for_a_while(desk: Desk) -> None:
     (lambda desk: (desk.path.unlink(), desk.path.mkdir()), "is a directory"),
     (lambda desk: write_inventory(desk.folder, {"accounts": 5}), "must be a list"),
 ], ids=["gone", "cut off", "garbage", "a folder", "wrong"])
-def test_a_bad_file_leaves_what_was_and_lets_it_age(desk: Desk, spoil: Any, log: str,
-                                                    caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_file_keeps_the_old_inventory_which_ages(desk: Desk, spoil: Any, log: str,
+                                                       caplog: pytest.LogCaptureFixture) -> None:
     spoil(desk)
     desk.pass_by(50)
     assert desk.directory.find("alice") and desk.age >= 50 and not desk.inventory.refusal
@@ -304,7 +304,7 @@ def test_a_bad_file_leaves_what_was_and_lets_it_age(desk: Desk, spoil: Any, log:
     assert desk.directory.find("alice") is None and not desk.inventory.refusal
 
 
-def test_the_same_bad_content_put_back_to_what_it_was_is_good_again(desk: Desk) -> None:
+def test_restoring_the_old_content_is_valid_again(desk: Desk) -> None:
     good = desk.path.rename(desk.folder / "aside")
     desk.pass_by(3)
     good.rename(desk.path)
@@ -312,7 +312,7 @@ def test_the_same_bad_content_put_back_to_what_it_was_is_good_again(desk: Desk) 
     assert desk.age <= 1 and desk.metrics["last_reload_successful"] == 1
 
 
-def test_a_proxy_says_that_its_inventory_has_gone(tmp_path: Path) -> None:
+def test_a_missing_inventory_is_logged(tmp_path: Path) -> None:
     write_inventory(tmp_path, inventory("127.0.0.1:1"))
     with proxy(tmp_path, inventory={"file": "inventory.json", "max_age": 2}) as program:
         wait_until(lambda: admin(program)["cmon_proxy_inventory_ready"] == 1)
@@ -330,7 +330,7 @@ def test_a_proxy_says_that_its_inventory_has_gone(tmp_path: Path) -> None:
 
 # --- the server's certificate ---------------------------------------------------------------------
 
-def test_a_certificate_that_could_not_be_read_is_tried_again(tmp_path: Path) -> None:
+def test_an_unreadable_certificate_is_retried(tmp_path: Path) -> None:
     for name in ("server.pem", "server.key"):
         (tmp_path / name).write_bytes((TLS / name).read_bytes())
     settings = Settings(TlsSettings(tmp_path / "server.pem", tmp_path / "server.key"),
@@ -375,7 +375,7 @@ def check(folder: Path, **more: Any) -> Program:
     return program
 
 
-def test_check_config_says_what_it_has_loaded(tmp_path: Path) -> None:
+def test_check_config_reports_what_it_loaded(tmp_path: Path) -> None:
     content = inventory("10.0.0.1")
     content["vms"][0]["alais"] = content["vms"][0].pop("alias")
     write_inventory(tmp_path, content)
@@ -394,8 +394,8 @@ def test_check_config_says_what_it_has_loaded(tmp_path: Path) -> None:
     ("old_rsa", "rsa", "old_rsa.pem: has no name such as *.cmon.dc.example"),
     ("old_expired", "rsa", "old_expired.pem: expired on 2019-01-01 00:00:00Z"),
 ])
-def test_check_config_warns_of_the_certificate(cert: str, private: str, said: str, tmp_path: Path
-                                               ) -> None:
+def test_check_config_warns_about_the_certificate(cert: str, private: str, said: str, tmp_path: Path
+                                                 ) -> None:
     write_inventory(tmp_path, inventory("10.0.0.1"))
     done = check(tmp_path, tls={"certificate": str(TLS / f"{cert}.pem"),
                                 "key": str(TLS / f"{private}.key")})
@@ -411,7 +411,7 @@ def test_check_config_warns_of_the_certificate(cert: str, private: str, said: st
     ({"certificate": "server.key", "key": "server.pem"}, "tls.certificate: DIR/server.key: no"),
     ({"client_auth": "ca", "client_ca": "rsa.pub"}, "tls.client_ca: DIR/rsa.pub contains no PEM"),
 ], ids=str)
-def test_files_of_tls_that_do_not_fit_are_named(tls: Any, said: str, tmp_path: Path) -> None:
+def test_mismatched_tls_files_are_named(tls: Any, said: str, tmp_path: Path) -> None:
     (tmp_path / "openssh").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n"
                                       "-----END OPENSSH PRIVATE KEY-----\n")
     (tmp_path / "locked").write_bytes(subprocess.run(
@@ -443,7 +443,7 @@ def test_each_state(name: str) -> None:
     assert tuple(map(int, STATES[name])) == ROWS[name]
 
 
-def test_states_are_all_here_and_a_new_one_does_not_vanish() -> None:
+def test_all_states_are_known_and_a_new_one_stays_visible() -> None:
     assert set(ROWS) == set(STATES)
     assert STATES["quantum"] is STATES["unknown"]
 
@@ -455,7 +455,7 @@ def test_an_unusable_record_counts_as_absent(record: Any) -> None:
     assert vm_of(record, "test", 0) is None
 
 
-def test_odd_members_survive() -> None:
+def test_unexpected_members_are_survived() -> None:
     generator = random.Random(4)
     odd = [None, "", "x", 7, -1.5, True, [], {}, [1], {"a": 1}, "triton.cmon.groups"]
     for _ in range(2000):
@@ -475,7 +475,7 @@ def made(number: int, owner: str = ALICE, **more: Any) -> Vm:
     return found
 
 
-def test_changes_are_followed_and_told() -> None:
+def test_changes_are_applied_and_notified() -> None:
     inventory_ = Inventory()
     told: list[Any] = []
     inventory_.changed.append(lambda before, after: told.append((before, after)))
@@ -528,7 +528,7 @@ def test_mantas_role_is_a_group_of_its_owner_alone() -> None:
     assert groups_of(one, "") == ("a",)
 
 
-def test_accounts_that_stay_the_same_stay_the_same_object() -> None:
+def test_unchanged_accounts_keep_their_object() -> None:
     directory = Directory()
     first = {"a": Account("1", "a", {}), "b": Account("2", "b", {})}
     directory.replace(first)

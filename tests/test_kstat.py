@@ -118,7 +118,7 @@ def q(value: int) -> bytes:
     (CHAR, b"on-line" + bytes(9), "on-line"), (CHAR, b"0123456789abcdef", "0123456789abcdef"),
     (CHAR, bytes(16), ""), (CHAR, b"\xff\xfe" + bytes(14), "\ufffd\ufffd"),
 ], ids=repr)
-def test_a_member_is_its_value_to_the_last_bit(kind: int, value: bytes, expected: Any) -> None:
+def test_members_are_decoded_exactly(kind: int, value: bytes, expected: Any) -> None:
     found = read(member("m", kind, value.ljust(16, b"\0"))).data
     assert found == {"m": expected} and type(found["m"]) is type(expected)
 
@@ -128,7 +128,7 @@ def test_members_of_unknown_types_are_left_out() -> None:
         == {"m4": 1}
 
 
-def test_names_that_fill_their_place_or_are_no_text() -> None:
+def test_names_without_nul_or_with_invalid_text() -> None:
     found = read(member("n" * 31, UINT64, q(1)) + member(b"caf\xe9", UINT64, q(2))
                  + member("snow☃", UINT64, q(3)) + member(b"a\0junk", UINT64, q(4))).data
     assert found == {"n" * 31: 1, "caf\ufffd": 2, "snow☃": 3, "a": 4}
@@ -148,7 +148,7 @@ def strings(*places: tuple[int, int], tail: bytes) -> Any:
     return found
 
 
-def test_strings_are_taken_from_their_own_block_only() -> None:
+def test_strings_are_read_only_from_the_kstats_own_data() -> None:
     tail = b"first\0second\0\xff\0"
     found = strings((4 * 48, 6), (4 * 48 + 6, 7), (4 * 48 + 13, 2), (0, 0), tail=tail)
     assert found == {"s0": "first", "s1": "second", "s2": "\ufffd"}, "a NULL pointer is no member"
@@ -158,7 +158,7 @@ def test_strings_are_taken_from_their_own_block_only() -> None:
     (-16, 4), (8, 4), (47, 4), (48 + 8, 9), (48 + 200, 1), (2 ** 40, 4), (48, 2 ** 32 - 1),
 ], ids=["before the block", "within the members", "a byte before the strings",
         "over the end by one", "behind the end", "far away", "4 GB long"])
-def test_a_string_that_points_elsewhere_is_no_member(offset: int, length: int) -> None:
+def test_a_string_pointing_outside_the_data_is_ignored(offset: int, length: int) -> None:
     assert strings((offset, length), tail=b"12345678\0"[:8]) == {}
     assert strings((48, 8), tail=b"12345678") == {"s0": "12345678"}, "all of the tail without NUL"
 
@@ -192,13 +192,13 @@ def test_vminfo_is_the_only_raw_kstat_that_is_read() -> None:
             read(raw, 1, kind)
 
 
-def test_a_kstat_without_data_or_with_absurd_ones_is_refused() -> None:
+def test_a_kstat_with_no_or_absurd_data_is_refused() -> None:
     for more in ({"base": 0}, {"size": 2 ** 40}, {"size": 2 ** 63}):
         with pytest.raises(KstatError, match="invalid data size"):
             read(member("m", UINT64, q(1)), **more)
 
 
-def test_what_is_read_keeps_nothing_of_c_memory() -> None:
+def test_decoded_kstats_keep_no_pointer_to_c_memory() -> None:
     memory = Memory()
     at = memory.header("zones", 1, "z", NAMED, member("m", UINT64, q(9)) +
                        member("c", CHAR, b"abc".ljust(16, b"\0")), 2)
@@ -223,7 +223,7 @@ def test_a_failed_read_says_which_kstat_and_why(number: int) -> None:
     assert caught.value.vanished == (number == errno.ENXIO)
 
 
-def test_open_and_update_that_fail_say_so() -> None:
+def test_failures_of_open_and_update_are_reported() -> None:
     class Broken(Memory):
         def open(self) -> Any:
             ctypes.set_errno(errno.EACCES)
@@ -264,7 +264,7 @@ def test_the_layout_is_that_of_the_header_file() -> None:
     assert ctypes.sizeof(KstatT) == 184
 
 
-def test_a_32_bit_python_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_32_bit_python_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ctypes.sizeof
     monkeypatch.setattr(ctypes, "sizeof", lambda kind: 4 if kind is ctypes.c_void_p else real(kind))
     with pytest.raises(LibraryError) as caught:
@@ -297,7 +297,7 @@ def names(refs: list[Ref]) -> list[str]:
     return [str(ref) for ref in refs]
 
 
-def test_links_of_a_zone_are_found_by_their_name_since_their_instance_is_none() -> None:
+def test_links_of_a_zone_are_found_by_name() -> None:
     index = index_of(("link", 0, "z7_net0"), ("link", 0, "z7_net1"), ("link", 0, "z70_net0"),
                      ("link", 0, "net0"), ("link", 0, "ixgbe0"), ("link", 0, "z_net0"),
                      ("link", 0, "zx7_net0"), ("link", 0, "z7_"), ("link", 0, "external0"))
@@ -309,7 +309,7 @@ def test_links_of_a_zone_are_found_by_their_name_since_their_instance_is_none() 
     assert set(index.zones) == {7, 70}
 
 
-def test_several_kstats_of_one_triple_are_all_there() -> None:
+def test_duplicate_kstats_are_all_indexed() -> None:
     """The global zone sees tcp:0:tcp of each stack; a triple is no key."""
     index = index_of(("tcp", 3, "tcp", "mib2"), ("tcp", 3, "tcp", "mib2"), ("cpu", 0, "sys"),
                      ("cpu", 0, "sys"))
@@ -329,7 +329,7 @@ def test_the_index_keeps_nothing_that_no_table_wants() -> None:
     assert set(index.modules) == {"unix", "cpu"} and not index.zones
 
 
-def test_a_table_of_a_new_module_is_all_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_module_needs_only_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = agent.Table("fresh", "newmod", "stat*", (
         agent.gauge("fresh_things", "things", agent.COUNT, "Things."),), zone=agent.by_instance)
     monkeypatch.setattr(agent, "WANTED", agent.wanted_of((*agent.TABLES, fresh)))
@@ -337,7 +337,7 @@ def test_a_table_of_a_new_module_is_all_that_it_takes(monkeypatch: pytest.Monkey
     assert names(index.zones[4]) == ["newmod:4:stat7"] and index.zones[4][0].tables == (fresh,)
 
 
-def test_members_that_move_are_found_where_they_are_now() -> None:
+def test_moved_members_are_found_again() -> None:
     """Members are looked for when a kstat is read first, and when its size or number changes."""
     memory = Memory()
     rss = member("rss", UINT64, q(11))
@@ -363,8 +363,7 @@ def test_members_that_move_are_found_where_they_are_now() -> None:
     (FLOAT, struct.pack("<f", float("inf")) + POISON * 12, "+Inf"),
     (CHAR, b"12".ljust(16, b"\0"), None), (STRING, bytes(16), None), (200, q(1), None)],
     ids=repr)
-def test_a_number_is_on_the_page_to_the_last_bit(kind: int, value: bytes, shown: str | None
-                                                 ) -> None:
+def test_numbers_are_exact_on_the_page(kind: int, value: bytes, shown: str | None) -> None:
     memory = Memory()
     data = member("rss", kind, value.ljust(16, b"\0"))
     memory.header("memory_cap", 3, "z", NAMED, data, 1)
@@ -402,14 +401,14 @@ def test_only_caps_of_zones_belong_to_zones() -> None:
     assert names(index.zones[5]) == ["caps:5:cpucaps_zone_5", "caps:5:nprocs_zone_5"]
 
 
-def test_disks_go_by_their_class_and_strangers_are_counted_only() -> None:
+def test_disks_are_recognised_by_class() -> None:
     index = index_of(("sd", 0, "sd0", "disk"), ("blkdev", 1, "blkdev1", "disk"),
                      ("vmem", 1, "x"), ("zfs", 0, "arcstats"))
     assert names(index.modules["disk"]) == ["disk:0:sd0", "disk:1:blkdev1"]
     assert set(index.modules) == {"disk", "zfs"} and not index.zones
 
 
-def test_names_of_30_characters_that_are_no_text_harm_nobody() -> None:
+def test_names_of_30_invalid_characters_are_survived() -> None:
     index = index_of(("zones", 4, b"\xff" * 30), ("zones", 5, "a" * 30))
     assert names(index.zones[4]) == ["zones:4:" + "\ufffd" * 30]
 
@@ -456,7 +455,7 @@ def zone(zone_id: int, name: str, crtime: int = 5, **values: int) -> list[dict[s
          "data": {"rbytes64": values.get("bytes", zone_id * 10), "zonename": name}}]
 
 
-def test_uuids_that_are_alike_in_30_characters_are_told_apart(kernel: MakeKernel) -> None:
+def test_uuids_with_the_same_30_characters_are_distinguished(kernel: MakeKernel) -> None:
     assert TWIN_A[:30] == TWIN_B[:30]
     reading = Reading(kernel([*zone(3, TWIN_A), *zone(9, TWIN_B)]))
     assert reading.zone(TWIN_A)[f"memory_cap:{TWIN_A[:30]}"].data["rss"] == 3000
@@ -465,7 +464,7 @@ def test_uuids_that_are_alike_in_30_characters_are_told_apart(kernel: MakeKernel
         reading.zone(TWIN_A[:-2] + "00")
 
 
-def test_a_zone_id_that_another_zone_has_now_is_not_mixed_up(kernel: MakeKernel) -> None:
+def test_a_reused_zone_id_is_not_confused(kernel: MakeKernel) -> None:
     other = "ffffffff-0000-4000-8000-00aa11223344"
     kern = kernel(zone(3, TWIN_A, crtime=5))
     reading = Reading(kern)
@@ -476,7 +475,7 @@ def test_a_zone_id_that_another_zone_has_now_is_not_mixed_up(kernel: MakeKernel)
     assert reading.zone(other)[f"memory_cap:{other[:30]}"].data["rss"] == 42
 
 
-def test_a_twin_that_gets_the_id_of_its_twin_is_not_mixed_up(kernel: MakeKernel) -> None:
+def test_a_zone_with_the_id_of_its_twin_is_not_confused(kernel: MakeKernel) -> None:
     """The cut names are equal, so only the time of birth and the whole name tell."""
     kern = kernel(zone(3, TWIN_A, crtime=5))
     reading = Reading(kern)

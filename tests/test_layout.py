@@ -180,14 +180,14 @@ def test_map_in_the_docstring_is_the_list_of_banners(program: str) -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_what_looks_like_a_banner_is_one(program: str) -> None:
+def test_banners_have_one_form(program: str) -> None:
     """What looks like a banner but is not would be missing from the table of contents."""
     text = source(program)
     assert len(re.findall(r"^# ---", text, re.M)) == len(sections(text))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_files_begin_alike(program: str) -> None:
+def test_files_begin_with_the_same_lines(program: str) -> None:
     lines = source(program).splitlines()
     assert lines[0] == "#!/usr/bin/env python3"
     assert lines[1] == "# SPDX-License-Identifier: MPL-2.0"
@@ -205,7 +205,7 @@ def test_the_kit_exports_what_the_other_programs_import() -> None:
     assert set(exported()) == wanted <= kit | TABLES
 
 
-def test_the_kit_uses_nothing_of_the_rest() -> None:
+def test_the_kit_uses_only_the_kit() -> None:
     text = source("cmon_agent.py")
     kit, rest = names_by_kit()
     lines = text.splitlines(keepends=True)
@@ -239,7 +239,7 @@ def test_public_names_are_explained(program: str) -> None:
     assert not silent
 
 
-def test_nothing_speaks_of_where_it_was_written() -> None:
+def test_no_file_mentions_where_it_was_written() -> None:
     wrong = []
     for path in tracked():
         if path.suffix in BINARY or path.name in ("LICENSE", "test_layout.py"):
@@ -259,7 +259,7 @@ def test_docs_are_not_stale(path: str) -> None:
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/ENDPOINTS.md", "docs/TROUBLESHOOTING.md"])
-def test_files_that_the_documents_name_are_there(document: str) -> None:
+def test_files_named_in_the_documents_exist(document: str) -> None:
     text = source(document)
     folder = (ROOT / document).parent
     named = {ROOT / name for name in re.findall(
@@ -292,6 +292,6 @@ def test_messages_that_the_documents_explain_exist() -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_an_older_python_can_read_as_far_as_its_message(program: str) -> None:
+def test_an_older_python_reaches_the_version_message(program: str) -> None:
     """Nothing that Python 3.7 cannot parse: it would say `invalid syntax` and not what it needs."""
     ast.parse(source(program), feature_version=(3, 7))

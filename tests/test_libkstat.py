@@ -124,7 +124,7 @@ def test_members_of_every_type_arrive(kernel: Make) -> None:
     assert header.contents.snaptime > 0
 
 
-def test_chain_update_tells_of_changes_and_only_of_changes(kernel: Make) -> None:
+def test_chain_update_reports_only_changes(kernel: Make) -> None:
     kern = kernel([A, B])
     handle = Handle(kern)
     assert handle.update() == 0
@@ -177,7 +177,7 @@ def test_late_kstat_needs_a_new_handle(kernel: Make) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.ENOMEM])
-def test_reads_fail_as_told_and_heal(kernel: Make, number: int) -> None:
+def test_reads_fail_on_demand_and_recover(kernel: Make, number: int) -> None:
     kern = kernel([A, B])
     handle = Handle(kern)
     kern.faults(("fail", "a:*:*", number, 2))
@@ -221,7 +221,7 @@ def test_churn_frees_every_header(kernel: Make) -> None:
 
 
 @pytest.mark.parametrize("fault", ["fail-open", "fail-update"])
-def test_open_and_update_fail_as_told(kernel: Make, fault: str) -> None:
+def test_open_and_update_fail_on_demand(kernel: Make, fault: str) -> None:
     kern = kernel([A])
     handle = Handle(kern)
     kern.faults((fault, errno.EACCES))
@@ -248,7 +248,7 @@ def test_recorded_node_survives_the_round_trip(kernel: Make, recorded_node: dict
             assert handle.members(header) == expected["data"]
 
 
-def test_synthesised_chain_is_quick_and_bounded(kernel: Make) -> None:
+def test_a_synthetic_chain_is_fast_and_bounded(kernel: Make) -> None:
     kern = kernel()
     kern.synthesise(zones=500, kstats=50_000)
     before = time.process_time()
@@ -262,6 +262,6 @@ def test_synthesised_chain_is_quick_and_bounded(kernel: Make) -> None:
     assert handle.update() > 0 and kern["headers"] == 50_001
 
 
-def test_two_kernels_in_one_process_are_two(kernel: Make, tmp_path: Path) -> None:
+def test_two_kernels_in_one_process_are_independent(kernel: Make, tmp_path: Path) -> None:
     one, two = Handle(kernel([A])), Handle(kernel([B]))
     assert one.names() == ["a:1:a"] and two.names() == ["b:2:b"]

@@ -101,7 +101,7 @@ words=(discover) _cmon
 """
 
 
-def test_zsh_takes_the_script(tmp_path: Path) -> None:
+def test_zsh_accepts_the_script(tmp_path: Path) -> None:
     zsh = tool("zsh")
     seen = {}
     for wanted in ("command", "argument"):

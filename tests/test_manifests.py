@@ -98,7 +98,7 @@ def test_daemon_has_no_more_than_the_basic_privileges(name: str, user: str) -> N
             assert credential.get(which) == cmon_agent.PRIVILEGES, "`check` looks with these"
 
 
-def test_only_the_setup_is_root_and_it_ends() -> None:
+def test_only_the_setup_runs_as_root_and_it_exits() -> None:
     root = [name for name in SERVICES for credential in service(name).iter("method_credential")
             if credential.get("user") == "root"]
     assert root == ["site/cmon-agent-setup"]
@@ -116,7 +116,7 @@ def test_working_directory_is_set(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["site/cmon-agent", "site/cmon-proxy",
                                   "site/cmon-forwarder"])
-def test_refresh_is_a_hangup_and_stop_a_term(name: str) -> None:
+def test_refresh_sends_sighup_and_stop_sigterm(name: str) -> None:
     assert method(name, "refresh").get("exec") == ":kill -HUP"
     assert method(name, "stop").get("exec") == ":kill"
 
@@ -130,7 +130,7 @@ def start_words(name: str) -> list[str]:
     ("site/cmon-proxy", "cmon_proxy", "/opt/local/bin/python3.11", "-sE"),
     ("site/cmon-forwarder", "cmon_forwarder", "/opt/local/bin/python3.11", "-sE"),
 ])
-def test_start_tells_readiness(name: str, program: str, python: str, isolation: str) -> None:
+def test_start_returns_when_ready(name: str, program: str, python: str, isolation: str) -> None:
     """As the README installs it; --smf is what makes "online" mean "listening"."""
     words = start_words(name)
     assert words[:4] == [python, isolation, "-X", "utf8"]
@@ -166,7 +166,7 @@ def test_agent_waits_for_the_setup() -> None:
     assert (setup.get("grouping"), setup.get("restart_on")) == ("require_all", "restart")
 
 
-def test_the_original_is_kept_off_by_a_service_of_its_own_and_its_files_are_not_ours() -> None:
+def test_the_original_agent_is_disabled_by_a_separate_service() -> None:
     """Triton's agent: cmon-agent.xml, svc:/smartdc/agent/cmon-agent, its log rotation."""
     [dependent] = service("site/cmon-original-off").iter("dependent")
     assert [fmri.get("value") for fmri in dependent] == ["svc:/smartdc/agent/cmon-agent"]
@@ -208,7 +208,7 @@ def run_setup(tmp_path: Path, sysinfo: str, logadm: str = "echo \"$*\" >> \"$0.l
         stderr=subprocess.STDOUT, universal_newlines=True)
 
 
-def test_setup_leaves_sysinfo_for_the_agent_alone(tmp_path: Path) -> None:
+def test_setup_writes_sysinfo_readable_by_the_agent_only(tmp_path: Path) -> None:
     done = run_setup(tmp_path, "echo '{\"Admin IP\": \"10.0.0.5\"}'\n")
     assert (done.returncode, done.stdout) == (0, "")
     left = tmp_path / "run" / "sysinfo.json"
@@ -226,7 +226,7 @@ def test_setup_bounds_the_log(tmp_path: Path) -> None:
     assert log == "/var/svc/log/site-cmon-agent:default.log"
 
 
-def test_setup_waits_for_an_address_that_comes_late(tmp_path: Path) -> None:
+def test_setup_waits_for_a_late_address(tmp_path: Path) -> None:
     """DHCP: the third sysinfo has one. What tells is the agent, as the manifest has it."""
     config = tmp_path / "agent.json"
     config.write_text("{}")
@@ -252,8 +252,8 @@ echo x >> "$0.count"
     ("{}", "no JSON", 1, "not JSON"), ("{}", "[]", 1, "no address on the admin network"),
     ('{"listne": 1}', "{}", 2, "unknown setting"), ("", "{}", 2, "not JSON")],
     ids=["a key twice", "listen says it", "DHCP", "no JSON", "a list", "a typing error", "empty"])
-def test_whether_there_is_an_address(config: str, sysinfo: str, status: int, said: str,
-                                     tmp_path: Path) -> None:
+def test_setup_detects_an_address(config: str, sysinfo: str, status: int, said: str, tmp_path: Path
+                                 ) -> None:
     (tmp_path / "agent.json").write_text(config)
     (tmp_path / "sysinfo.json").write_text(sysinfo)
     done = subprocess.run(
@@ -263,7 +263,7 @@ def test_whether_there_is_an_address(config: str, sysinfo: str, status: int, sai
     assert done.returncode == status and said in done.stdout and "Traceback" not in done.stdout
 
 
-def test_setup_goes_on_without_logadm(tmp_path: Path) -> None:
+def test_setup_continues_without_logadm(tmp_path: Path) -> None:
     done = run_setup(tmp_path, "echo '{}'\n", "exit 1\n")
     assert done.returncode == 0
     assert "logadm failed" in done.stdout

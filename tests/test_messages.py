@@ -55,7 +55,7 @@ def test_a_wrong_command_line_is_one_line_in_our_words(words: Any, said: str) ->
 
 @pytest.mark.parametrize("words", [("check", "--json"), ("--check-config", "--replay", str(NODE))],
                          ids=lambda words: words[0])
-def test_output_that_a_full_disk_does_not_take_is_one_line(words: tuple[str, ...]) -> None:
+def test_a_full_disk_is_reported_in_one_line(words: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, str(ROOT / "cmon_agent.py"), *words], stdout=full,
                               stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
@@ -98,7 +98,7 @@ def is_healthy(port: int) -> bool:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_an_old_python_is_told_which_one_is_needed(program: str) -> None:
+def test_an_old_python_is_refused_with_the_required_version(program: str) -> None:
     code = (f"import runpy, sys; sys.argv = [{program!r}]; sys.version_info = (3, 8, 1, 'final', 0)"
             f"; runpy.run_path({str(ROOT / program)!r} + '.py', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT,
@@ -116,7 +116,7 @@ def test_a_program_without_its_neighbour_says_so(program: str, tmp_path: Path) -
     assert f"cmon_agent.py of the same version must be beside {program}.py" in done.stderr
 
 
-def test_a_command_that_needs_the_proxys_code_says_so_where_it_is_missing(tmp_path: Path) -> None:
+def test_a_command_reports_that_cmon_proxy_is_missing(tmp_path: Path) -> None:
     for name in ("cmon.py", "cmon_agent.py"):
         shutil.copy(str(ROOT / name), str(tmp_path))
     done = subprocess.run([sys.executable, str(tmp_path / "cmon.py"), "certgen", "--account", "a",
@@ -148,7 +148,7 @@ def capture(file: str, before: str = "") -> subprocess.CompletedProcess[str]:
                           stderr=subprocess.PIPE, universal_newlines=True)
 
 
-def test_capture_on_a_full_disk_leaves_no_half(tmp_path: Path) -> None:
+def test_capture_on_a_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     path = tmp_path / "capture.json"
     done = capture(str(path), "ulimit -f 8; ")
     assert (done.returncode, done.stderr) == (
@@ -235,7 +235,7 @@ def test_a_key_in_openssh_format_leads_to_certgen(demo: Demo, tmp_path: Path) ->
     assert f"the key {key} is in OpenSSH's format" in done.stderr and "certgen" in done.stderr
 
 
-def test_another_key_is_told_from_a_broken_one(demo: Demo, tmp_path: Path) -> None:
+def test_a_mismatched_key_is_distinguished_from_a_broken_one(demo: Demo, tmp_path: Path) -> None:
     other = tmp_path / "other.pem"
     other.write_bytes(make_key())
     assert "does not belong to the certificate" in demo.cmon("discover", key=str(other)).stderr
@@ -247,7 +247,7 @@ def test_https_to_an_agent_is_named(demo: Demo) -> None:
     assert "speaks plain HTTP, as an agent" in done.stderr
 
 
-def test_an_own_container_that_is_stopped_is_not_unknown(demo: Demo) -> None:
+def test_a_stopped_container_of_the_account_is_not_unknown(demo: Demo) -> None:
     done = demo.cmon("monitor", "old-web")
     assert done.returncode == 1
     assert re.fullmatch(r"cmon: container \S+ \(old-web, stopped\) is not running; metrics are "
@@ -255,12 +255,12 @@ def test_an_own_container_that_is_stopped_is_not_unknown(demo: Demo) -> None:
     assert "no container 'old-wab'" in demo.cmon("monitor", "old-wab").stderr
 
 
-def test_the_agents_page_says_that_it_replays(demo: Demo) -> None:
+def test_the_agents_page_shows_a_replay(demo: Demo) -> None:
     host, _, port = demo.agent.partition(":")
     assert "replay of" in http_get((host, int(port)), "/").text
 
 
-def test_who_prefers_openmetrics_gets_the_same_series(demo: Demo) -> None:
+def test_clients_preferring_openmetrics_get_the_same_series(demo: Demo) -> None:
     """OpenMetrics renames counters and types: the page stays the text format that is expected."""
     accept = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"}
     tls = ssl.create_default_context(cafile=str(demo.folder / "ca.pem"))

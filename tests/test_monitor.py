@@ -82,8 +82,8 @@ def compare(name: str, text: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize("name", sorted(cmon.TABLES))
 @pytest.mark.parametrize("recorded", ["node-web01", "node-gz", "node-spark01-bhyve"])
-def test_tables_look_as_a_person_has_seen_them(recorded: str, name: str, width: int,
-                                               request: pytest.FixtureRequest) -> None:
+def test_tables_equal_the_goldens(recorded: str, name: str, width: int,
+                                  request: pytest.FixtureRequest) -> None:
     lines = cmon.TABLES[name].lines(golden_figures(recorded), width)
     assert all(cmon.cells_of(line) <= width and line == line.rstrip() for line in lines)
     compare(f"{name}-{recorded}-{width}", "".join(line + "\n" for line in lines), request)
@@ -115,7 +115,7 @@ def test_without_a_cap_there_is_no_verdict() -> None:
     assert (row["cap"], row["used"], row["share"]) == (None, 50, None)
 
 
-def test_errors_at_all_are_bad() -> None:
+def test_any_error_is_bad() -> None:
     before = cmon.Figures(page("# TYPE mem_anon_alloc_fail counter\nmem_anon_alloc_fail 3\n", 10))
     now = page("# TYPE mem_anon_alloc_fail counter\nmem_anon_alloc_fail 4\n", 20)
     cells = {cell.name: cell.verdict for cell in cmon.use_cells(cmon.Figures(now, before))}
@@ -136,7 +136,7 @@ def test_amounts_are_short(value: Any, unit: str, text: str) -> None:
     assert cmon.amount(value, unit) == text
 
 
-def test_wide_and_combining_letters_take_the_columns_that_they_take() -> None:
+def test_wide_and_combining_characters_are_measured() -> None:
     assert cmon.cells_of("日本") == 4 and cmon.cells_of("e\u0301") == 1
     assert cmon.clipped("日本語", 5) == "日本…"
     lines = cmon.aligned(("A", "B"), [("日本", "1"), ("abcd", "2")])
@@ -156,7 +156,7 @@ def rate(*readings: str, at: Any = ()) -> dict[str, float]:
     return {name: found[()] for name, found in figures.rates.items() if () in found}
 
 
-def test_a_rate_is_taken_over_the_time_between_the_readings_not_the_answers() -> None:
+def test_a_rate_uses_the_time_between_the_samples_not_the_answers() -> None:
     """Asked 10 s apart, but the first values were 6 s old by then: 16 s lie between them."""
     assert rate(reading(100, 1000, 6), reading(260, 1010, 0))["tcp_segments_in_total"] == 10
 
@@ -166,7 +166,7 @@ def test_without_the_nodes_clock_ours_is_used() -> None:
     assert rate(text.format(5), text.format(7)) == {"tcp_segments_in_total": 2}
 
 
-def test_a_clock_that_stands_still_is_not_believed() -> None:
+def test_a_stopped_clock_is_ignored() -> None:
     readings = (reading(100, 1000), reading(160, 1000))
     assert rate(*readings, at=(1000, 1060))["tcp_segments_in_total"] == 1
     assert rate(readings[0], readings[0], at=(1000, 1060))["tcp_segments_in_total"] == 0
@@ -174,16 +174,16 @@ def test_a_clock_that_stands_still_is_not_believed() -> None:
         "tcp_segments_in_total": 1, "time_of_day": 1060000 / 60}
 
 
-def test_what_has_changed_was_read_again_whatever_its_age() -> None:
+def test_changed_values_count_as_read_again() -> None:
     pages = (reading(100, 1000, 0), reading(130, 1003, 3))
     assert rate(*pages)["tcp_segments_in_total"] == 10
 
 
-def test_a_counter_that_began_again_is_never_negative() -> None:
+def test_a_restarted_counter_is_never_negative() -> None:
     assert rate(reading(10 ** 6, 1000), reading(30, 1010))["tcp_segments_in_total"] == 3
 
 
-def test_what_was_not_read_again_keeps_its_rate() -> None:
+def test_values_not_read_again_keep_their_rate() -> None:
     readings = (reading(100, 1000), reading(200, 1010), reading(200, 1012, 2.001))
     assert rate(*readings)["tcp_segments_in_total"] == 10
     assert "tcp_segments_in_total" not in rate(readings[0], reading(100, 1003, 3))
@@ -235,7 +235,7 @@ def test_expressions(text: str, expected: list[float]) -> None:
 @pytest.mark.parametrize("text", [
     "", "1", "a b", "a//b", "a/b/c", "rate(a", "rate()", "rate(a)/", "a{", "a{b}", 'a{b="c}',
     'a{b="c",b="d"}', "a+b", "rate(rate(a))", "é"])
-def test_what_is_no_expression(text: str) -> None:
+def test_invalid_expressions(text: str) -> None:
     with pytest.raises(cmon.Usage):
         cmon.Expression.of_text(text)
 
@@ -254,7 +254,7 @@ def test_ranges_of_the_plugin_guidelines(text: str, quiet: list[float], loud: li
 
 @pytest.mark.parametrize("text", ["", ":", "@", "a", "20:10", "1:2:3", "10-20", "1,5", "inf",
                                   "nan:", "~", "::", "@@1", "10:~", " "])
-def test_what_is_no_range(text: str) -> None:
+def test_invalid_ranges(text: str) -> None:
     with pytest.raises(cmon.Usage):
         cmon.Range.of_text(text)
 
@@ -325,7 +325,7 @@ def test_json_is_one_object_with_exact_numbers(web01: Container, monitor: Any) -
     assert net[0]["interface"] == "vnic0\n" and net[0]["net_link_up"] == 1
 
 
-def test_a_table_without_figures_says_so(monitor: Any) -> None:
+def test_a_table_without_values_says_so(monitor: Any) -> None:
     done = monitor("web01", "--disk")
     assert (done.returncode, done.stdout) == (0, "the page has no metrics for this table\n")
 
@@ -339,7 +339,7 @@ def test_watch_in_a_pipe_is_one_table_after_another(web01: Container, monitor: A
     assert done.stderr.startswith("cmon: 127.0.0.1:") and "the node is silent" in done.stderr
 
 
-def test_watch_of_a_page_that_never_came_fails(web01: Container, monitor: Any) -> None:
+def test_watch_fails_without_any_page(web01: Container, monitor: Any) -> None:
     web01.broken = {1}
     one_line(monitor("web01", "--use", "--watch"), 1, "says 503: the node is silent")
 
@@ -390,7 +390,8 @@ def test_a_recording_replays_as_it_was(recording: Path, web01: Container, monito
     assert use.stderr == raw.stderr == ""
 
 
-def test_recording_goes_on_where_it_ended(recording: Path, web01: Container, monitor: Any) -> None:
+def test_recording_appends_to_an_existing_file(recording: Path, web01: Container, monitor: Any
+                                              ) -> None:
     for _ in range(2):
         monitor("web01", "--record", recording, "--watch", "0.05", "--count", "2")
     assert inside("monitor", "--replay", recording).stdout.count("x 9007199254740993") == 4
@@ -410,8 +411,8 @@ def test_a_recording_on_a_full_disk_says_what_it_has(tmp_path: Path, web01: Cont
     assert inside("monitor", "--replay", path).stdout.count("x 9007199254740993") == 1
 
 
-def test_a_recording_that_was_cut_off_replays_to_the_cut(recording: Path, web01: Container,
-                                                         monitor: Any) -> None:
+def test_a_truncated_recording_replays_up_to_the_cut(recording: Path, web01: Container, monitor: Any
+                                                    ) -> None:
     monitor("web01", "--record", recording, "--watch", "0.05", "--count", "3")
     whole = recording.read_bytes()
     if recording.suffix != ".gz":
@@ -425,8 +426,8 @@ def test_a_recording_that_was_cut_off_replays_to_the_cut(recording: Path, web01:
     assert inside("monitor", "--replay", recording).stdout.count("x 9007199254740993\n") == 2
 
 
-def test_nothing_else_is_overwritten_or_taken_for_a_recording(tmp_path: Path, web01: Container,
-                                                              monitor: Any) -> None:
+def test_other_files_are_not_overwritten_or_replayed(tmp_path: Path, web01: Container, monitor: Any
+                                                    ) -> None:
     for name, content in (("a.txt", b"my thesis\n"), ("a.gz", b"my thesis\n")):
         path = tmp_path / name
         path.write_bytes(content)
@@ -438,7 +439,7 @@ def test_nothing_else_is_overwritten_or_taken_for_a_recording(tmp_path: Path, we
     one_line(inside("monitor", "--replay", packed), 1, "contains no complete page")
 
 
-def test_recordings_that_cannot_be(tmp_path: Path, web01: Container, monitor: Any) -> None:
+def test_unusable_recordings(tmp_path: Path, web01: Container, monitor: Any) -> None:
     one_line(inside("monitor", "--replay", tmp_path / "none"), 1, "cannot read", "no such file")
     one_line(inside("monitor", "--replay", tmp_path), 1, "cannot read", "is a directory")
     one_line(monitor("web01", "--record", tmp_path / "no" / "x", "--count", "1"), 1,

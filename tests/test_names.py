@@ -28,7 +28,7 @@ NO_BASE_UNIT = re.compile(r"_(milliseconds|millis|ms|microseconds|us|nanoseconds
 
 @pytest.mark.parametrize("row", ORIGINAL, ids=[f"{row['scope']} {row['metric']}"
                                                for row in ORIGINAL])
-def test_a_metric_of_the_original_is_there(row: dict[str, str]) -> None:
+def test_metrics_of_the_original_exist(row: dict[str, str]) -> None:
     for scope in SCOPES[row["scope"]]:
         found = [one for one in METADATA if one["name"] == row["metric"]
                  and one["scope"] == scope]
@@ -45,7 +45,7 @@ def tables() -> list[tuple[str, agent.Metric]]:
 
 
 @pytest.mark.parametrize("metric", [row[1] for row in tables()], ids=[row[0] for row in tables()])
-def test_a_row_keeps_the_rules(metric: agent.Metric) -> None:
+def test_rows_follow_the_rules(metric: agent.Metric) -> None:
     assert agent.valid_metric_name(metric.name) and metric.name.lower() == metric.name or \
         metric.name in INHERITED
     assert metric.kind in (agent.COUNTER, agent.GAUGE)
@@ -67,7 +67,7 @@ def test_a_row_keeps_the_rules(metric: agent.Metric) -> None:
             assert not stem.endswith(("_bytes", "_seconds"))
 
 
-def test_rows_of_one_name_agree_and_stand_together() -> None:
+def test_rows_of_one_name_agree_and_are_adjacent() -> None:
     for table in agent.ZONE_TABLES + agent.NODE_TABLES:
         seen: dict[str, agent.Metric] = {}
         last = ""
@@ -91,14 +91,14 @@ def test_help_ends_with_the_source() -> None:
     assert all(row["source"] for row in METADATA)
 
 
-def test_the_page_order_is_that_of_names_and_time_is_last() -> None:
+def test_pages_are_ordered_by_name_with_time_last() -> None:
     for collectors in (agent.ZONE_COLLECTORS, agent.NODE_COLLECTORS):
         names = [one.name for one in collectors]
         assert names[-1] == "time"
         assert names[:-1] == sorted(names[:-1])
 
 
-def test_what_to_look_at_is_there() -> None:
+def test_use_tables_name_existing_metrics() -> None:
     names = {(row["scope"], row["name"]) for row in OWN}
     for use in agent.USE:
         for name in use.utilisation + use.saturation + use.errors + use.share:
@@ -108,7 +108,7 @@ def test_what_to_look_at_is_there() -> None:
     assert {*agent.USE_FROM, *agent.USE_UP} <= judged
 
 
-def test_quirks_are_of_metrics_that_exist() -> None:
+def test_quirks_name_existing_metrics() -> None:
     assert set(agent.QUIRKS) <= {row["name"] for row in METADATA}
 
 
@@ -121,7 +121,7 @@ def test_counters_are_known_by_member(member: tuple[str, str], grows: bool) -> N
     assert (member in agent.COUNTER_MEMBERS) is grows
 
 
-def test_metadata_is_what_json_can_say() -> None:
+def test_metadata_is_valid_json() -> None:
     kinds: dict[str, Any] = {"name": str, "collector": str, "scope": str, "type": str,
                              "unit": str, "help": str, "source": str, "lifetime": float,
                              "labels": list, "use": str, "quirk": str}

@@ -17,7 +17,7 @@ COUNTERS = {"nsec_user", "nsec_sys", "nsec_waitrq", "nread", "nwritten", "reads"
             "above_sec", "below_sec", "pgpgin", "hits", "misses", "time_run", "updates"}
 
 
-def test_files_are_what_the_script_makes(tmp_path: Path) -> None:
+def test_the_recorded_node_is_current(tmp_path: Path) -> None:
     subprocess.run([sys.executable, EXAMPLES / "make_node.py", tmp_path], check=True)
     for name in ("node.json", "inventory.json", "load.json"):
         assert (tmp_path / name).read_bytes() == (EXAMPLES / name).read_bytes(), name
@@ -61,8 +61,7 @@ def test_counters_never_fall_and_the_busy_ones_grow(recorded_node: dict[str, Any
     assert grown > 200
 
 
-def test_kids_come_in_the_order_of_creation_and_names_are_cut(recorded_node: dict[str, Any]
-                                                              ) -> None:
+def test_names_are_cut_and_kstats_unique(recorded_node: dict[str, Any]) -> None:
     kstats = recorded_node["frames"][0]["kstats"]
     assert all(len(kstat["name"]) <= 30 for kstat in kstats)
     triples = Counter((k["module"], k["instance"], k["name"]) for k in kstats)
@@ -79,7 +78,7 @@ def test_inventory_matches_the_node(recorded_node: dict[str, Any]) -> None:
     assert [server["uuid"] for server in inventory["servers"]] == [recorded_node["host"]["UUID"]]
 
 
-def test_a_replay_asks_nobody_in_the_recorded_network(recorded_node: dict[str, Any]) -> None:
+def test_a_replay_contacts_no_recorded_address(recorded_node: dict[str, Any]) -> None:
     [core] = [vm["uuid"] for vm in recorded_node["frames"][0]["vms"]
               if vm["customer_metadata"].get("metricPorts")]
     with Program.agent("--replay", NODE) as agent:

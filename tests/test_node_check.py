@@ -144,7 +144,7 @@ def kstats_less(recorded_node: dict[str, Any], *modules: str) -> list[dict[str, 
 
 # --- a node that is right -------------------------------------------------------------------------
 
-def test_a_node_that_is_right_needs_nothing(node: MakeNode) -> None:
+def test_a_correct_node_passes(node: MakeNode) -> None:
     one = node()
     before = sorted(path.name for path in one.machine.commands.parent.rglob("*"))
     found = one.check()
@@ -191,7 +191,7 @@ def test_a_node_that_is_right_needs_nothing(node: MakeNode) -> None:
         "it changes nothing"
 
 
-def test_lines_for_people_say_what_to_do(node: MakeNode) -> None:
+def test_text_output_says_what_to_do(node: MakeNode) -> None:
     one = node()
     one.prints("svcs", SVCS.replace("online* ", "maintenance"))
     found = one.check("--user", ME)
@@ -329,7 +329,7 @@ FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {
 
 
 @pytest.mark.parametrize("name", list(FAULTS))
-def test_what_is_wrong_is_told_and_all_else_is_looked_at(name: str, node: MakeNode) -> None:
+def test_each_fault_is_reported_and_the_rest_is_checked(name: str, node: MakeNode) -> None:
     one = node()
     for do, _, _ in FAULTS[name]:
         do(one)
@@ -346,7 +346,7 @@ def test_what_is_wrong_is_told_and_all_else_is_looked_at(name: str, node: MakeNo
     assert all(("todo" in row) == (row["status"] == "FAIL") for row in found.findings)
 
 
-def test_kstats_that_are_not_there(node: MakeNode, recorded_node: dict[str, Any]) -> None:
+def test_missing_kstats(node: MakeNode, recorded_node: dict[str, Any]) -> None:
     """An older platform: what it cannot have is a remark, what it must have is a fault."""
     kstats = kstats_less(recorded_node, "zfs_metaslab_group", "vmm", "tcp")
     for one in kstats:
@@ -408,12 +408,12 @@ def test_times_of_disks_may_be_in_seconds(node: MakeNode) -> None:
     (1_500_000_000, "1.500000000", 1_500_000_000, True), (15 * 10 ** 8, "2.5", 15 * 10 ** 8, False),
     ("on-line", "on-line", "on-line", True), ("on-line", "off-line", "off-line", True),
     ("on-line", "spare", "off-line", False), (5, "", 5, False), (5, "five", 5, False)])
-def test_what_kstat_says_between_two_reads(before: Any, said: str, after: Any, same: bool) -> None:
+def test_kstat_output_between_two_reads(before: Any, said: str, after: Any, same: bool) -> None:
     """A counter has grown, a gauge moved; text is one of both."""
     assert agent._same(before, said, after) is same
 
 
-def test_a_port_that_is_in_use_is_ours_or_not(node: MakeNode) -> None:
+def test_a_port_in_use_may_be_our_own(node: MakeNode) -> None:
     one = node()
     address = json.loads(one.machine.config.read_text())["listen"]
     with Program(sys.executable, "-I", ROOT / "cmon_agent.py", "--log-format", "text", "--config",
@@ -424,7 +424,7 @@ def test_a_port_that_is_in_use_is_ours_or_not(node: MakeNode) -> None:
         assert one.port() == [("FAIL", f"{address} is in use")]
 
 
-def test_chrony_where_there_is_no_ntpq(node: MakeNode) -> None:
+def test_chrony_without_ntpq(node: MakeNode) -> None:
     one = node()
     one.machine.hide("ntpq")
     one.command("chronyc", "#!/bin/sh\nfor last; do :; done\n[ $last = sources ] || echo "
@@ -434,8 +434,8 @@ def test_chrony_where_there_is_no_ntpq(node: MakeNode) -> None:
     assert status == "ok" and text.startswith("chronyd: ")
 
 
-def test_root_becomes_the_services_user_and_says_what_that_one_cannot_read(
-        node: MakeNode, recorded_node: dict[str, Any]) -> None:
+def test_as_root_the_check_runs_as_the_services_user(node: MakeNode, recorded_node: dict[str, Any]
+                                                    ) -> None:
     if os.geteuid():
         pytest.skip("only root can become somebody else")
     one = node()
@@ -475,8 +475,9 @@ def test_root_becomes_the_services_user_and_says_what_that_one_cannot_read(
         shutil.rmtree(public)
 
 
-def test_who_is_not_root_is_told_what_only_root_sees(
-        node: MakeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_users_are_told_what_only_root_can_check(node: MakeNode,
+                                                       monkeypatch: pytest.MonkeyPatch,
+                                                       tmp_path: Path) -> None:
     """The file of the set-up service is read instead of sysinfo, if it is there."""
     one = node()
     monkeypatch.setattr(os, "geteuid", lambda: 65534)
@@ -500,8 +501,8 @@ def test_bad_settings_are_reported_as_by_the_servers(node: MakeNode) -> None:
     assert found.status == 2 and "unknown setting" in found.text
 
 
-def test_a_minute_is_the_most_that_it_takes(node: MakeNode, monkeypatch: pytest.MonkeyPatch,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_takes_at_most_a_minute(node: MakeNode, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     one = node()
     monkeypatch.setattr(agent, "CHECK_SECONDS", 0.0)
     arguments = agent.agent_command_line("check").parse_args(["--config", str(one.machine.config)])

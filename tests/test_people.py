@@ -86,7 +86,7 @@ def every_page() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["overview", "container", "node"])
-def test_nothing_comes_from_elsewhere_and_nothing_is_inline(kind: str) -> None:
+def test_pages_load_nothing_foreign_and_nothing_inline(kind: str) -> None:
     outline = Outline(every_page()[kind])
     for name, value in outline.attributes:
         assert name != "style" and not name.startswith("on")
@@ -95,7 +95,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline(kind: str) -> None:
     assert outline.tags.count("script") == 1
 
 
-def test_script_and_style_come_from_here_alone() -> None:
+def test_script_and_style_come_only_from_this_server() -> None:
     policy = dict(PAGE_HEADERS)["Content-Security-Policy"]
     assert "unsafe" not in policy and "*" not in policy and "default-src 'none'" in policy
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(",
@@ -103,7 +103,7 @@ def test_script_and_style_come_from_here_alone() -> None:
     assert "innerHTML" not in PAGE_JS and "eval" not in PAGE_JS
 
 
-def test_a_page_without_files_allows_its_own_style_alone() -> None:
+def test_a_page_without_files_allows_only_its_own_style() -> None:
     """That of the agent and that of `admin_listen`; the colours are those of the tenants' page."""
     page = plain_page(f"An {EVIL}", [EVIL], "<p>text</p>\n")
     style, = re.findall("<style>(.*?)</style>", page.body.decode(), re.S)
@@ -116,7 +116,7 @@ def test_a_page_without_files_allows_its_own_style_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["overview", "container", "node"])
-def test_what_comes_from_outside_is_escaped(kind: str) -> None:
+def test_foreign_text_is_escaped(kind: str) -> None:
     text = every_page()[kind]
     assert "<script>alert" not in text and "alert" in text
 
@@ -137,20 +137,19 @@ def test_containers_on_a_silent_node_come_first() -> None:
     assert "2 of 6 containers are on compute nodes that do not answer" in text
 
 
-def test_a_stopped_container_is_not_asked() -> None:
+def test_a_stopped_container_is_not_scraped() -> None:
     text = page(rows(1, state="stopped", server_uuid=None))
     assert "stopped" in text and "none yet" in text and "data-asks" not in text
 
 
 @pytest.mark.parametrize("per_minute, polls", [
     (6000, "600"), (60_000, "600"), (1000, "100"), (100, "10"), (1, "1"), (0, "1")])
-def test_the_browser_asks_for_a_tenth_of_the_quota_at_the_most(per_minute: float, polls: str
-                                                               ) -> None:
+def test_the_browser_uses_at_most_a_tenth_of_the_quota(per_minute: float, polls: str) -> None:
     text = people_page(rows(1), 0, caller(per_minute=per_minute), (), 100.0)
     assert f'data-per-minute="{polls}"' in text
 
 
-def test_a_tenant_is_shown_nothing_of_nodes_and_the_proxy() -> None:
+def test_tenants_see_nothing_of_nodes_and_the_proxy() -> None:
     assert "Compute nodes" not in page(rows(1)) and "This proxy" not in page(rows(1))
 
 
@@ -162,7 +161,7 @@ def test_the_scrape_configuration_is_for_this_container() -> None:
     assert f"metrics_path: /v1/{row.vm.uuid}/metrics" in config
 
 
-def test_the_use_table_is_whole_without_script() -> None:
+def test_the_use_table_is_complete_without_script() -> None:
     text = container_page(rows(1)[0], caller(), "cmon.example")
     names = set(re.findall(r"<li>(\w+)</li>", text))
     for use in USE:
@@ -170,6 +169,6 @@ def test_the_use_table_is_whole_without_script() -> None:
             assert {*use.utilisation, *use.saturation, *use.errors} <= names
 
 
-def test_compact_takes_comments_and_indentation_away() -> None:
+def test_compact_removes_comments_and_indentation() -> None:
     assert compact("a {\n  // why\n  b: 'x//y';  // kept\n\n}\n") == "a {\nb: 'x//y';  // kept\n}\n"
     assert "`\n" not in PAGE_JS, "text over several lines would change"

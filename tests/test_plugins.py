@@ -206,11 +206,11 @@ def test_no_plugin_can_break_the_page(machine: MakeMachine) -> None:
 
 @pytest.mark.parametrize("name, ours", [
     ("up", True), ("scrape_duration_seconds", True), ("cmon_x", True), ("upper", False)])
-def test_names_that_prometheus_adds_are_no_plugins(name: str, ours: bool) -> None:
+def test_plugins_may_not_use_names_that_prometheus_adds(name: str, ours: bool) -> None:
     assert agent.is_ours(name, True) is agent.is_ours(name, False) is ours
 
 
-def test_a_name_that_the_page_has_already_is_refused_with_a_reason(machine: MakeMachine) -> None:
+def test_a_duplicate_name_is_refused_with_a_reason(machine: MakeMachine) -> None:
     """Names of the node's own metrics, and of another plugin's; the rest of the plugin stays."""
     one = machine(gz={
         "a.prom": "printf '# TYPE shared gauge\nshared 1\n# TYPE mine gauge\nmine 1\n'",
@@ -236,7 +236,7 @@ def test_a_name_that_the_page_has_already_is_refused_with_a_reason(machine: Make
     one.agent.wait_for_log("plugin_[abc]: shared is already on the page of gz, by plugin_[abc]")
 
 
-def test_a_plain_plugin_may_write_labels_into_the_name(machine: MakeMachine) -> None:
+def test_a_plain_plugin_may_put_labels_in_the_name(machine: MakeMachine) -> None:
     one = machine(gz={"mako.sh": r"""cat <<'END'
 instructions{storageId="1.stor"}	counter	5	Instructions that were done
 instructions{storageId="2.stor",kind="a b"}	counter	6
@@ -255,7 +255,7 @@ END"""})
     assert one.own('cmon_agent_input_problems_total{source="plugin_mako"}') == 3
 
 
-def test_the_order_of_labels_makes_no_other_series() -> None:
+def test_the_order_of_labels_does_not_matter() -> None:
     [family], _, problems = agent.plugin_families(
         "p", 'm{a="1",b="2"}\tgauge\t1\nm{b="2",a="1"}\tgauge\t2\n', False)
     assert [sample.value for sample in family.samples] == [1]
@@ -335,8 +335,7 @@ def nothing_is_left(one: Machine) -> None:
         "the whole group was killed")
 
 
-def test_what_a_plugin_printed_counts_although_it_leaves_a_child_that_holds_its_output(
-        machine: MakeMachine) -> None:
+def test_output_counts_even_if_a_child_keeps_the_pipe_open(machine: MakeMachine) -> None:
     one = machine(gz={"p.sh": f"{LONG} & printf 'x\\tgauge\\t1\\n'",
                       "plugin.json": {"p.sh": {"timeout": 60_000}}})
     page = page_with(one, "plugin_p")
@@ -350,7 +349,7 @@ def test_500_kib_are_allowed(machine: MakeMachine) -> None:
     assert "plugin_p_x5000 1\n" in page_with(one, "plugin_p")
 
 
-def test_a_lifetime_by_the_plugins_own_word_wins_over_the_file(machine: MakeMachine) -> None:
+def test_a_ttl_printed_by_a_plugin_takes_precedence(machine: MakeMachine) -> None:
     one = machine(gz={"own.sh": "printf 'x\\tgauge\\t1\\nttl\\toption\\t45\\n'",
                       "file.sh": "printf 'x\\tgauge\\t1\\n'",
                       "none.sh": "printf 'x\\tgauge\\t1\\n'",
@@ -390,7 +389,7 @@ def plugins_in(folder: Path) -> tuple[set[str], list[str]]:
     return {plugin.name for plugin in agent.find_plugins(str(folder), problems)}, problems
 
 
-def test_what_others_can_write_to_does_not_run(tmp_path: Path) -> None:
+def test_plugins_writable_by_others_do_not_run(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", {"good.sh": "", "group.sh": "", "world.sh": "", "plain.txt": ""})
     (folder / "group.sh").chmod(0o775)
     (folder / "world.sh").chmod(0o757)
@@ -410,7 +409,7 @@ def test_what_others_can_write_to_does_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_what_belongs_to_others_does_not_run(tmp_path: Path) -> None:
+def test_plugins_owned_by_others_do_not_run(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", {"mine.sh": "", "theirs.sh": "", "linked.sh": ""})
     os.chown(folder / "theirs.sh", 12345, 0)
     (folder / "linked.sh").unlink()
@@ -421,7 +420,7 @@ def test_what_belongs_to_others_does_not_run(tmp_path: Path) -> None:
     assert plugins_in(folder)[0] == set()
 
 
-def test_names_and_the_most_that_run(tmp_path: Path) -> None:
+def test_plugin_names_and_their_maximum_number(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", {"a-b.c.sh": "", "a_b.c.py": "", "x y.sh": "", "z": ""})
     names, problems = plugins_in(folder)
     assert names == {"a_b_c", "z"} and len(problems) == 2
@@ -440,7 +439,7 @@ def test_a_bad_plugin_json_is_reported(tmp_path: Path, content: str) -> None:
     assert problems and all(str(folder) in problem for problem in problems)
 
 
-def test_plugins_come_and_go_by_hangup(machine: MakeMachine) -> None:
+def test_sighup_rereads_plugin_folders(machine: MakeMachine) -> None:
     one = machine(gz={"a.sh": "printf 'x\\tgauge\\t1\\n'"})
     page_with(one, "plugin_a")
     folder = one.config.parent / "gz-plugins"
@@ -507,7 +506,7 @@ def test_no_folder_is_no_file_and_no_zone_is_an_error(tenant: Path) -> None:
     assert "no such file" in textfiles(tenant)
 
 
-def test_what_is_no_regular_file_is_not_opened(tenant: Path, tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tenant: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret.prom"
     secret.write_text("# TYPE secret gauge\nsecret 42\n")
     (tenant / "link.prom").symlink_to(secret)
@@ -538,7 +537,7 @@ def test_a_device_is_not_read(tenant: Path) -> None:
 
 
 @pytest.mark.parametrize("component", [0, 1, 2], ids=["metrics", "triton", "var"])
-def test_a_link_on_the_way_is_not_followed(tenant: Path, tmp_path: Path, component: int) -> None:
+def test_a_link_in_the_path_is_not_followed(tenant: Path, tmp_path: Path, component: int) -> None:
     elsewhere = tmp_path / "elsewhere"
     target = [tenant, tenant.parent, tenant.parent.parent][component]
     target.rename(elsewhere)
@@ -567,7 +566,7 @@ def test_another_file_system_is_refused(tenant: Path) -> None:
         subprocess.run(["umount", tenant], check=True)
 
 
-def test_more_files_than_allowed(tenant: Path) -> None:
+def test_too_many_files(tenant: Path) -> None:
     for number in range(20):
         (tenant / f"{number:02}.prom").write_text(GOOD)
     found = textfiles(tenant)
@@ -585,7 +584,7 @@ def zone_with_files(machine: MakeMachine, tenant: Path, **settings: Any) -> Mach
     return one
 
 
-def test_text_files_are_off_unless_asked_for(machine: MakeMachine, tenant: Path) -> None:
+def test_text_files_are_off_by_default(machine: MakeMachine, tenant: Path) -> None:
     (tenant / "app.prom").write_text(GOOD)
     one = zone_with_files(machine, tenant)
     assert "app_" not in one.zone() and "textfile" not in one.zone()
@@ -607,8 +606,7 @@ def test_text_files_are_on_the_zones_page(machine: MakeMachine, tenant: Path) ->
     assert "app_" not in one.zone(LB01)
 
 
-def test_a_tenants_folder_that_is_a_trap_costs_the_text_files_only(machine: MakeMachine,
-                                                                   tenant: Path) -> None:
+def test_a_malicious_folder_affects_only_text_files(machine: MakeMachine, tenant: Path) -> None:
     tenant.rmdir()
     tenant.symlink_to("/etc")
     one = zone_with_files(machine, tenant, textfiles=True)
@@ -618,7 +616,7 @@ def test_a_tenants_folder_that_is_a_trap_costs_the_text_files_only(machine: Make
     assert down(one.zone(timeout=1.0)) == {"textfile"} and time.monotonic() - began < 5
 
 
-def test_a_tenant_writes_no_line_of_the_log(machine: MakeMachine, tenant: Path) -> None:
+def test_tenants_cannot_write_to_the_log(machine: MakeMachine, tenant: Path) -> None:
     (tenant / "a\nforged \x1b[2J\u2028.prom").write_text("not a line\n")
     one = zone_with_files(machine, tenant, textfiles=True)
     one.zone()
@@ -626,8 +624,7 @@ def test_a_tenant_writes_no_line_of_the_log(machine: MakeMachine, tenant: Path) 
     assert re.match(r"20[-0-9]+ .*a\\nforged \\x1b\[2J\\u2028\.prom: line 1", line), line
 
 
-def test_no_tenant_speaks_for_another_zone_on_the_page_of_all(machine: MakeMachine, tenant: Path
-                                                             ) -> None:
+def test_tenants_cannot_forge_samples_of_other_zones(machine: MakeMachine, tenant: Path) -> None:
     claims = f'mem_agg_usage{{zonename="{LB01}"}} 0'
     (tenant / "a.prom").write_text("".join(
         f"# HELP help{place} a{separator}{claims}\n# TYPE help{place} gauge\nhelp{place} 1\n"
@@ -715,8 +712,8 @@ LINES: list[tuple[str, bytes, str | None]] = [      # the line, what is wrong wi
 
 
 @pytest.mark.parametrize("line, problem", [row[1:] for row in LINES], ids=[row[0] for row in LINES])
-def test_a_line_of_a_core_zone_goes_on_as_it_is_or_costs_itself(line: bytes, problem: str | None
-                                                                ) -> None:
+def test_lines_of_a_core_zone_are_passed_on_or_dropped_singly(line: bytes, problem: str | None
+                                                             ) -> None:
     page = agent.CorePage(lambda name: agent.is_ours(name, False))
     page.add("port 1", b'good{a="2",b="1"} 1\n' + line + b"\nlast 2")     # and no newline
     text = "".join(family.text for family in page.families())
@@ -825,7 +822,7 @@ def test_a_core_zones_own_metrics_are_on_its_page(core: Callable[..., Machine]) 
     assert "http_requests_completed" not in page and len(port.asked) == asked, "a tenant's"
 
 
-def test_a_core_zone_of_20_ports_has_all_of_them(core: Callable[..., Machine]) -> None:
+def test_a_core_zone_with_20_ports_has_all_of_them(core: Callable[..., Machine]) -> None:
     ports = [Port(ARTEDI.replace("ping", f"r{number}")) for number in range(20)]
     page = core(*(port.number for port in ports)).zone(CMON0)
     assert not down(page)
@@ -845,7 +842,7 @@ def test_a_port_that_fails_costs_that_port(core: Callable[..., Machine]) -> None
 @pytest.mark.parametrize("port", [Port(b"\xff\xfe"), Port("x" * 3_000_000), Port("<html>\n"),
                                   Port("", "302 Found"), Port("", hang=True)],
                          ids=["no text", "3 MB", "a page for people", "elsewhere", "hangs"])
-def test_ports_that_all_fail_cost_that_collector(core: Callable[..., Machine], port: Port) -> None:
+def test_the_collector_fails_if_all_ports_fail(core: Callable[..., Machine], port: Port) -> None:
     one = core(port.number, collectors={"triton_core": {"timeout": 0.3}})
     page = one.zone(CMON0)
     assert down(page) == {"triton_core"} and len(samples(page)) > 50

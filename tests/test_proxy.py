@@ -161,12 +161,12 @@ def test_compute_nodes_are_for_operators(shared: Program, operator: Any, agent: 
 
 @pytest.mark.parametrize("who", [("sshpk_old_rsa", "rsa"), ("sshpk_old_ec", "ec"),
                                  ("sshpk_new_rsa", "client"), ("sshpk_new_ec384", "client")])
-def test_certificates_that_node_sshpk_made_come_in(shared: Program, who: Any) -> None:
+def test_certificates_made_by_node_sshpk_are_accepted(shared: Program, who: Any) -> None:
     answer = http_get(shared.address, "/v1/discover", {"Host": "cmon.test"}, tls=client_tls(*who))
     assert answer.status == 200, answer
 
 
-def test_discovery_is_the_originals(shared: Program) -> None:
+def test_discovery_equals_the_originals(shared: Program) -> None:
     answer = get(shared, "/v1/discover")
     assert answer.headers["content-type"] == "application/json"
     rows = json.loads(answer.text)["containers"]
@@ -238,7 +238,7 @@ def test_answers_tell_expiry_and_quota(shared: Program) -> None:
 
 @pytest.mark.parametrize("mode", ["ok", "chunked", "drip", "once", "plain", "partial", "other"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_pages_pass_through_as_they_came(shared_agent: Any, mode: str, packed: bool) -> None:
+def test_pages_are_relayed_unchanged(shared_agent: Any, mode: str, packed: bool) -> None:
     program, agent = shared_agent
     agent.mode = mode
     headers = {"Accept-Encoding": "gzip"} if packed else {}
@@ -262,7 +262,7 @@ def shared_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     agent.close()
 
 
-def test_what_the_agent_is_sent(running: Program, agent: Agent) -> None:
+def test_requests_to_the_agent(running: Program, agent: Agent) -> None:
     get(running, page(WEB), headers={"X-Prometheus-Scrape-Timeout-Seconds": "10",
                                      "Cookie": "secret", "Accept-Encoding": "gzip"})
     get(running, page(WEB), headers={"X-Prometheus-Scrape-Timeout-Seconds": "2"})
@@ -295,8 +295,7 @@ def test_faults_of_an_agent(running: Program, agent: Agent, mode: str, expected:
     assert get(running, page(WEB)).status == 200
 
 
-def test_an_idle_connection_that_the_agent_has_closed_costs_nothing(running: Program, agent: Agent
-                                                                    ) -> None:
+def test_a_closed_idle_connection_causes_no_failure(running: Program, agent: Agent) -> None:
     for _ in range(5):
         assert get(running, page(WEB)).status == 200
         agent.drop()
@@ -325,7 +324,7 @@ def test_identical_scrapes_share_one_relay(running: Program, agent: Agent) -> No
     assert agent.paths() == [page(WEB)]
 
 
-def test_no_more_than_so_many_requests_to_a_node(folder: Path, agent: Agent) -> None:
+def test_requests_to_a_node_are_limited(folder: Path, agent: Agent) -> None:
     content = inventory(agent.text)
     content["vms"] += [vm(uuid(100 + n), ALICE) for n in range(12)]
     write_inventory(folder, content)
@@ -363,8 +362,7 @@ def test_a_silent_node_is_reported_at_once_and_recovers(folder: Path, agent: Age
         fresh.close()
 
 
-def test_a_node_that_accepts_and_hangs_is_found_out_and_comes_back(folder: Path, agent: Agent
-                                                                   ) -> None:
+def test_a_hanging_node_is_detected_and_recovers(folder: Path, agent: Agent) -> None:
     other = Agent()
     other.mode = "hang"
     write_inventory(folder, inventory(agent.text, other.text))
@@ -377,7 +375,7 @@ def test_a_node_that_accepts_and_hangs_is_found_out_and_comes_back(folder: Path,
     other.close()
 
 
-def test_a_client_that_goes_away_does_not_harm(running: Program, agent: Agent) -> None:
+def test_a_disconnected_client_does_no_harm(running: Program, agent: Agent) -> None:
     agent.gate.clear()
     for _ in range(5):
         with connect(running) as connection:
@@ -407,9 +405,8 @@ def without_account(content: Any) -> None:
 
 @pytest.mark.parametrize("change", [without_key, without_account])
 @pytest.mark.parametrize("who", [("old_rsa", "rsa"), ("new_rsa", "client")], ids=["old", "new"])
-def test_a_key_that_is_removed_counts_on_the_next_request(
-        running: Program, folder: Path, agent: Agent, change: Callable[[Any], None], who: Any
-) -> None:
+def test_a_removed_key_applies_to_the_next_request(running: Program, folder: Path, agent: Agent,
+                                                   change: Callable[[Any], None], who: Any) -> None:
     with connect(running, who) as connection:
         assert connection.request(page(WEB), {"Host": "cmon.test"}).status == 200
         content = inventory(agent.text)
@@ -424,8 +421,8 @@ def test_a_key_that_is_removed_counts_on_the_next_request(
         assert connection.request(page(WEB), {"Host": "cmon.test"}).status == 200
 
 
-def test_an_owner_who_changes_while_the_page_is_under_way(running: Program, folder: Path,
-                                                          agent: Agent) -> None:
+def test_the_owner_changes_while_the_page_is_in_flight(running: Program, folder: Path, agent: Agent
+                                                      ) -> None:
     agent.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(get, running, page(WEB))
@@ -440,8 +437,8 @@ def test_an_owner_who_changes_while_the_page_is_under_way(running: Program, fold
     assert code(get(running, page(WEB))) == "no_such_target"
 
 
-def test_a_bad_inventory_is_refused_whole_and_told_once(running: Program, folder: Path,
-                                                        agent: Agent) -> None:
+def test_a_bad_inventory_is_rejected_and_logged_once(running: Program, folder: Path, agent: Agent
+                                                    ) -> None:
     write_inventory(folder, "{")
     running.wait_for_log("keeping the old inventory: .*not JSON")
     content = inventory(agent.text)
@@ -456,8 +453,7 @@ def test_a_bad_inventory_is_refused_whole_and_told_once(running: Program, folder
     assert get(running, "/v1/discover").status == 200
 
 
-def test_without_an_inventory_everything_is_503_in_words_until_there_is_one(
-        tmp_path: Path, agent: Agent) -> None:
+def test_everything_is_503_until_an_inventory_is_loaded(tmp_path: Path, agent: Agent) -> None:
     with proxy(tmp_path) as program:
         assert get(program, "/_ping").text == "OK\n"
         ready = get(program, "/-/ready")
@@ -469,7 +465,7 @@ def test_without_an_inventory_everything_is_503_in_words_until_there_is_one(
         assert get(program, "/v1/discover").status == 200
 
 
-def test_settings_are_reread(running: Program, folder: Path, agent: Agent) -> None:
+def test_settings_are_reloaded(running: Program, folder: Path, agent: Agent) -> None:
     assert get(running, page(WEB), ("old_sha1", "rsa")).status == 401
     tls = {"certificate": str(TLS / "server.pem"), "key": str(TLS / "server.key"),
            "allow_sha1": True}
@@ -485,7 +481,7 @@ def test_settings_are_reread(running: Program, folder: Path, agent: Agent) -> No
     assert get(running, "/_ping").status == 200
 
 
-def test_stopped_containers_are_listed_where_the_settings_say_so(folder: Path) -> None:
+def test_stopped_containers_are_listed_with_discover_include_stopped(folder: Path) -> None:
     with proxy(folder, discover_include_stopped=True) as program:
         rows = json.loads(get(program, "/v1/discover").text)["containers"]
         assert [row["vm_uuid"] for row in rows] == [WEB, DB, STOPPED]
@@ -552,7 +548,7 @@ def test_check_config_reads_the_inventory(folder: Path) -> None:
     assert bad.wait() == 2 and "vms[0]: needs uuid" in bad.log
 
 
-def test_an_address_that_is_taken(folder: Path) -> None:
+def test_an_address_in_use(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = "127.0.0.1:%d" % taken.getsockname()[1]
         program = Program.proxy(proxy_config(folder, listen=address))
@@ -572,7 +568,7 @@ def test_with_a_ca(folder: Path) -> None:
                 get(program, page(WEB), who)
 
 
-def test_the_server_certificate_is_reread(tmp_path: Path, agent: Agent) -> None:
+def test_the_server_certificate_is_reloaded(tmp_path: Path, agent: Agent) -> None:
     write_inventory(tmp_path, inventory(agent.text))
     for name in ("pem", "key"):
         shutil.copy(TLS / f"server.{name}", tmp_path / f"own.{name}")
@@ -598,7 +594,7 @@ def test_the_server_certificate_is_reread(tmp_path: Path, agent: Agent) -> None:
         assert "cmon_proxy_server_certificate_expiry_timestamp_seconds" in admin(program)
 
 
-def test_sigterm_finishes_what_is_under_way(folder: Path, agent: Agent) -> None:
+def test_sigterm_finishes_open_requests(folder: Path, agent: Agent) -> None:
     agent.gate.clear()
     with proxy(folder) as program, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(get, program, page(WEB))
@@ -609,8 +605,9 @@ def test_sigterm_finishes_what_is_under_way(folder: Path, agent: Agent) -> None:
         assert program.wait() == 0
 
 
-def test_a_page_that_is_not_whole_is_told_from_kernel_to_fleet_page(
-        tmp_path: Path, kernel: Callable[..., Any], recorded_node: Any) -> None:
+def test_an_incomplete_page_is_reported_from_kernel_to_fleet_page(tmp_path: Path,
+                                                                  kernel: Callable[..., Any],
+                                                                  recorded_node: Any) -> None:
     machine = Machine(tmp_path / "node", kernel(recorded_node["frames"][0]["kstats"])).start()
     content = inventory("%s:%d" % machine.agent.address)
     content["vms"] = [vm(WEB01, ALICE)]

@@ -47,13 +47,13 @@ def test_rate_over_a_long_time_is_the_limit() -> None:
     ({"accounts": {"b": AccountQuota(per_minute=5)}}, "a", False,
      (6000, 1000, 60000, "stale", False)),
 ])
-def test_terms(settings: Any, login: str, operator: bool, expected: Any) -> None:
+def test_limits(settings: Any, login: str, operator: bool, expected: Any) -> None:
     found = quota_limits_of(QuotaSettings(**settings), login, operator)
     assert (found.per_minute, found.burst, round(found.hard_rate * 60), found.over,
             found.exempt) == expected
 
 
-def test_terms_without_any_rate() -> None:
+def test_limits_with_a_rate_of_zero() -> None:
     one = allowance(per_minute=0, burst=1, hard_per_minute=0)
     assert [one.take(n) for n in (0.0, 1e6)] == [ADMITTED, REFUSED]
     assert one.wait(False) == one.wait(True) == 86400
@@ -67,7 +67,7 @@ def test_an_exempt_account_has_no_limit() -> None:
     assert one.header() == b""
 
 
-def test_a_clock_that_goes_back_adds_nothing() -> None:
+def test_a_clock_set_back_adds_nothing() -> None:
     one = allowance(per_minute=60, burst=2, hard_per_minute=600)
     assert [one.take(at) for at in (10.0, 10.0, 5.0)] == [ADMITTED, ADMITTED, OVER]
 
@@ -115,7 +115,7 @@ def test_accounts_are_kept_apart_and_counted() -> None:
     assert asked == {"alice": 3, "bob": 1}
 
 
-def test_new_terms_hold_at_once() -> None:
+def test_new_limits_apply_at_once() -> None:
     quotas = Quotas(QuotaSettings(burst=100, exempt_operators=True), lambda: 0.0)
     one, root = quotas.of(Account("1", "a", {})), quotas.of(Account("2", "root", {}, True))
     quotas.reload(QuotaSettings(burst=5, per_minute=1))
@@ -124,7 +124,7 @@ def test_new_terms_hold_at_once() -> None:
     assert root.limits.exempt and not one.limits.exempt
 
 
-def test_the_largest_stand_by_name_and_the_rest_as_one() -> None:
+def test_the_largest_accounts_are_named_and_the_rest_summed() -> None:
     quotas = Quotas(QuotaSettings(), lambda: 0.0)
     for number in range(20):
         one = quotas.of(Account(str(number), f"login{number}", {}))
@@ -137,7 +137,7 @@ def test_the_largest_stand_by_name_and_the_rest_as_one() -> None:
     assert sum(by_login.values()) == sum(range(1, 21))
 
 
-def test_the_proxys_cpu_time_is_booked_on_those_who_cause_it(monkeypatch: Any) -> None:
+def test_the_proxys_cpu_time_is_charged_to_the_accounts_that_cause_it(monkeypatch: Any) -> None:
     clock = [10.0]
     monkeypatch.setattr("cmon_proxy.time.process_time", lambda: clock[0])
     quotas = Quotas(QuotaSettings(), lambda: 0.0)
@@ -156,7 +156,7 @@ def test_the_proxys_cpu_time_is_booked_on_those_who_cause_it(monkeypatch: Any) -
     assert sum(sample.value for sample in family.samples) == pytest.approx(3.0)
 
 
-def test_accounts_that_have_left_are_forgotten_but_stay_counted(monkeypatch: Any) -> None:
+def test_forgotten_accounts_stay_counted(monkeypatch: Any) -> None:
     monkeypatch.setattr("cmon_proxy.KEPT_BUCKETS", 3)
     clock = [0.0]
     quotas = Quotas(QuotaSettings(), lambda: clock[0])

@@ -40,7 +40,7 @@ HEAD = "HTTP/1.1 200 OK\r\nDate: Fri, 20 Nov 2026 14:00:00 GMT\r\n"
     ("Content-Length: 12\r\nContent-Encoding: br", AgentHead(-1)),
     ("Content-Length: 12\r\n folded", AgentHead(-1)), ("garbage", AgentHead(-1)),
 ])
-def test_what_is_believed_of_an_agents_head(lines: str, expected: AgentHead) -> None:
+def test_accepted_parts_of_an_agents_head(lines: str, expected: AgentHead) -> None:
     running = Running()
     head = f"{HEAD}{lines}\r\n\r\n".encode("latin-1")
     assert running.upstreams.known_head(head)[:3] == expected[:3]
@@ -50,7 +50,7 @@ def test_what_is_believed_of_an_agents_head(lines: str, expected: AgentHead) -> 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_copy_tells_its_age(packed: bool) -> None:
+def test_a_copy_contains_its_age(packed: bool) -> None:
     body = b"x 1"
     page = Copy("owner", Reply(200, gzip.compress(body) if packed else body, packed), 0).page(7)
     assert page is not None and ("Age", "7") in page.headers
@@ -122,7 +122,7 @@ def test_the_queue_of_a_node_is_bounded(running: Running, agent: Agent, monkeypa
     assert running.wait(10)[4:] == [200] * 6
 
 
-def test_one_account_does_not_take_all_of_a_node(agent: Agent) -> None:
+def test_one_account_cannot_use_all_slots_of_a_node(agent: Agent) -> None:
     running = Running(max_in_flight=4)
     agent.modes["/slow"] = "hang"
     for _ in range(10):
@@ -136,8 +136,8 @@ def test_one_account_does_not_take_all_of_a_node(agent: Agent) -> None:
     running.close()
 
 
-def test_those_who_wait_are_served_in_turn(running: Running, agent: Agent,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_requests_are_served_fairly(running: Running, agent: Agent,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bytes] = []              # they may arrive in another order: by two connections
     start = cmon_proxy.Upstream._start
 
@@ -156,8 +156,8 @@ def test_those_who_wait_are_served_in_turn(running: Running, agent: Agent,
     wait_until(lambda: not running.upstreams.by_node[NODE_1].load)
 
 
-def test_those_who_wait_too_long_are_told_and_those_who_left_are_dropped(
-        running: Running, agent: Agent) -> None:
+def test_waiting_requests_expire_and_abandoned_ones_are_dropped(running: Running, agent: Agent
+                                                               ) -> None:
     agent.modes["/v1/x/metrics"] = "hang"
     running.ask(agent.address, 30.0)
     running.ask(agent.address, 30.0)
@@ -167,8 +167,7 @@ def test_those_who_wait_too_long_are_told_and_those_who_left_are_dropped(
     assert agent.paths() == ["/v1/x/metrics"] * 2
 
 
-def test_a_node_with_another_address_gets_connections_of_its_own(running: Running, agent: Agent
-                                                                 ) -> None:
+def test_a_node_with_a_new_address_gets_new_connections(running: Running, agent: Agent) -> None:
     running.ask(agent.address)
     assert running.wait(1) == [200]
     other = Agent()
@@ -192,7 +191,7 @@ def test_ipv6(running: Running) -> None:
     listening.close()
 
 
-def test_an_agent_that_talks_unasked_is_left(running: Running) -> None:
+def test_a_connection_with_unrequested_data_is_closed(running: Running) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     running.ask(listening.getsockname())
     accepted, _ = listening.accept()
@@ -210,7 +209,7 @@ def test_an_agent_that_talks_unasked_is_left(running: Running) -> None:
         one.close()
 
 
-def test_a_request_that_a_closing_connection_took_along_is_sent_once_more(running: Running) -> None:
+def test_a_request_lost_on_a_closing_connection_is_retried_once(running: Running) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     running.ask(listening.getsockname())
     first, _ = listening.accept()
@@ -233,7 +232,7 @@ def test_a_request_that_a_closing_connection_took_along_is_sent_once_more(runnin
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nabc", b"HTTP/9.9 200 OK\r\n\r\n",
     b"\0" * 100 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n"],
     ids=lambda raw: str(raw[-20:]))
-def test_what_is_not_http_is_an_error_of_the_node(running: Running, raw: bytes) -> None:
+def test_an_answer_that_is_not_http_is_a_node_error(running: Running, raw: bytes) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     running.ask(listening.getsockname())
     accepted, _ = listening.accept()
@@ -244,7 +243,7 @@ def test_what_is_not_http_is_an_error_of_the_node(running: Running, raw: bytes) 
     listening.close()
 
 
-def test_a_node_that_refuses_opens_its_breaker_and_is_asked_no_more(running: Running) -> None:
+def test_a_refusing_node_opens_its_breaker(running: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = listening.getsockname()
     wait_until(lambda: (running.ask(address), "at once: node_silent" in running.results)[1])
@@ -258,15 +257,15 @@ def test_a_node_without_a_route_is_silent(running: Running) -> None:
     assert running.wait(1) == ["node_silent"]
 
 
-def test_ports_of_nodes_that_are_gone_are_forgotten(running: Running, agent: Agent) -> None:
+def test_upstreams_of_removed_nodes_are_forgotten(running: Running, agent: Agent) -> None:
     running.ask(agent.address)
     running.wait(1)
     running.server.loop.call_soon(running.upstreams.retain, {})
     wait_until(lambda: not running.upstreams.by_node)
 
 
-def test_idle_connections_do_not_stay_for_ever(running: Running, agent: Agent, monkeypatch: Any
-                                               ) -> None:
+def test_idle_connections_are_closed_in_time(running: Running, agent: Agent, monkeypatch: Any
+                                            ) -> None:
     running.ask(agent.address)
     running.wait(1)
     port = running.upstreams.by_node[NODE_1]

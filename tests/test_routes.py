@@ -200,7 +200,7 @@ def test_other_methods_are_refused(entry: Any, proxies: Any, users: Any) -> None
         assert answer.status == (404 if pattern in ("none", "/metrics") else 405)
 
 
-def test_no_route_is_without_a_row() -> None:
+def test_every_route_has_a_row() -> None:
     server = Server("proxy", Registry())
     made = Proxy(Settings(TlsSettings(Path("x"), Path("y")), InventorySettings()), server,
                  Registry(), random.random)
@@ -219,7 +219,7 @@ def test_every_refusal_says_what_why_and_what_next() -> None:
         assert ":" in message or "/v1/" in message, f"{code}: what next?"
 
 
-def test_a_kept_answer_has_the_date_at_which_it_is_sent() -> None:
+def test_a_cached_answer_has_the_current_date() -> None:
     """It may have been made an hour ago; a client's clock and cache go by this header."""
     made = prepare(Response(200, b"x" * 9, PAGE, (("X-A", "b"),))).form(False)
     kept = re.sub(rb"Date: [^\r]+", b"Date: Thu, 01 Jan 1970 00:00:00 GMT", made)

@@ -286,7 +286,7 @@ def test_each_alert_fires_for_its_fault_and_for_no_other_and_resolves(tmp_path: 
     assert promtool([scenario(*fault) for fault in FAULTS], tmp_path) == ""
 
 
-def test_a_test_of_an_alert_can_fail(tmp_path: Path) -> None:
+def test_the_alert_tests_can_fail(tmp_path: Path) -> None:
     """The fault of one, expected of another."""
     wrong = scenario("ContainerSilent", "web01", {"mem_agg_usage": 950})
     assert "ContainerMemoryNearCap" in promtool([wrong], tmp_path)
@@ -308,7 +308,7 @@ def test_every_cell_of_the_use_tables_has_an_alert() -> None:
     assert len(set(alerts)) == len(alerts) and set(alerts) <= set(ALERTS)
 
 
-def test_alerts_of_a_cell_look_at_its_metrics() -> None:
+def test_alerts_of_a_cell_use_its_metrics() -> None:
     text = (EXAMPLES / "rules.yml").read_text()
     recorded = dict(re.findall(r"record: (\S+)\n +expr: (.*)", text))
     for use in cmon_agent.USE:

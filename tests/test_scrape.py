@@ -59,7 +59,7 @@ def test_a_page_costs_one_read_for_each_kstat_and_no_walk(machine: MakeMachine) 
     clean(one)
 
 
-def test_neighbours_in_a_module_cost_no_read(machine: MakeMachine) -> None:
+def test_other_kstats_of_a_module_cost_no_read(machine: MakeMachine) -> None:
     """unix, cpu, zfs and others hold a thousand kstats that no table wants."""
     reads = []
     for more in ((), NEIGHBOURS):
@@ -199,7 +199,7 @@ def test_a_zone_that_reboots_during_a_read_is_read_again(machine: MakeMachine, v
     clean(one)
 
 
-def test_a_zone_that_goes_while_it_is_read_is_not_found(machine: MakeMachine) -> None:
+def test_a_zone_that_stops_while_being_read_is_not_found(machine: MakeMachine) -> None:
     one = machine()
     one.zone(WEB01)
     rest = [kstat for kstat in one.frame["kstats"] if kstat["data"].get("zonename") != LB01
@@ -219,7 +219,7 @@ def test_a_zone_that_goes_while_it_is_read_is_not_found(machine: MakeMachine) ->
     clean(one)
 
 
-def test_a_zone_whose_kstats_are_installed_late_is_found(machine: MakeMachine) -> None:
+def test_a_zone_with_late_kstats_is_found(machine: MakeMachine) -> None:
     """Created and installed are two steps, and the second one changes no chain id."""
     one = machine([kstat for kstat in node_kstats() if kstat["data"].get("zonename") != LB01])
     one.zone(WEB01)
@@ -230,7 +230,7 @@ def test_a_zone_whose_kstats_are_installed_late_is_found(machine: MakeMachine) -
     assert one.kernel["opens"] == opens + 1 and one.kernel["closes"] == opens
 
 
-def test_a_zone_that_is_hidden_costs_no_reopening_for_each_request(machine: MakeMachine) -> None:
+def test_a_hidden_zone_does_not_reopen_the_chain_for_each_request(machine: MakeMachine) -> None:
     one = machine()
     one.zone(WEB01)
     one.kernel.faults(("hide", "zones:7:*"))
@@ -247,7 +247,7 @@ def test_a_zone_that_is_hidden_costs_no_reopening_for_each_request(machine: Make
     clean(one)
 
 
-def test_a_chain_that_changes_at_every_look(machine: MakeMachine) -> None:
+def test_a_chain_that_changes_at_every_read(machine: MakeMachine) -> None:
     one = machine()
     one.kernel.faults(("churn",))
     for _ in range(25):
@@ -259,8 +259,7 @@ def test_a_chain_that_changes_at_every_look(machine: MakeMachine) -> None:
     clean(one)
 
 
-def test_zones_that_are_not_there_cost_no_walk_of_a_long_chain_each(desk: Callable[..., Desk]
-                                                                    ) -> None:
+def test_requests_for_missing_zones_do_not_walk_the_chain(desk: Callable[..., Desk]) -> None:
     """A Prometheus with old targets, and a chain that changes all the time."""
     one: Any = desk(kstats=())
     one.kernel.synthesise(10, 30_000)
@@ -273,7 +272,7 @@ def test_zones_that_are_not_there_cost_no_walk_of_a_long_chain_each(desk: Callab
     assert value(agent_page(one), "cmon_agent_pages") == 0, "nothing is kept of them"
 
 
-def test_the_chain_is_opened_anew_once_for_each_state_of_it(desk: Callable[..., Desk]) -> None:
+def test_the_chain_is_reopened_once_per_chain_id(desk: Callable[..., Desk]) -> None:
     """However long a zone that is not there is asked for."""
     one: Any = desk()
     missing = f"/v1/{LB01}/metrics"
@@ -287,7 +286,7 @@ def test_the_chain_is_opened_anew_once_for_each_state_of_it(desk: Callable[..., 
     assert count_on(one, missing) == 3 and one.kernel["opens"] == 3
 
 
-def test_a_zone_that_is_not_there_is_looked_for_once_a_second(desk: Callable[..., Desk]) -> None:
+def test_a_missing_zone_is_looked_up_once_a_second(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     missing = f"/v1/{LB01}/metrics"
     assert one.answer(one.ask(missing)).status == 404
@@ -330,7 +329,7 @@ def test_a_read_that_fails_costs_its_own_collector(machine: MakeMachine, module:
     clean(one)
 
 
-def test_a_kstat_that_has_vanished_is_no_failure(machine: MakeMachine) -> None:
+def test_a_vanished_kstat_is_not_a_failure(machine: MakeMachine) -> None:
     """ENXIO: a cap was taken away between look-up and read."""
     one = machine()
     one.kernel.faults(("fail", "caps:7:cpucaps*", 6))
@@ -342,8 +341,8 @@ def test_a_kstat_that_has_vanished_is_no_failure(machine: MakeMachine) -> None:
 @pytest.mark.parametrize("rule, text", [
     (("fail-open", "13"), "kstat_open: permission denied"),
     (("fail-update", "5"), "kstat_chain_update: input/output error")])
-def test_no_kstats_at_all_is_said_and_heals(machine: MakeMachine, rule: tuple[str, str],
-                                            text: str) -> None:
+def test_missing_kstats_are_reported_and_recover(machine: MakeMachine, rule: tuple[str, str],
+                                                 text: str) -> None:
     one = machine(start=False)
     one.kernel.faults(rule)
     one.start()
@@ -359,8 +358,7 @@ def test_no_kstats_at_all_is_said_and_heals(machine: MakeMachine, rule: tuple[st
     clean(one)
 
 
-def test_a_read_that_blocks_costs_its_own_collector_and_nothing_piles_up(machine: MakeMachine
-                                                                         ) -> None:
+def test_a_blocked_read_affects_only_its_collector(machine: MakeMachine) -> None:
     one = machine()
     page = one.zone(LB01)
     one.node()
@@ -391,8 +389,7 @@ def test_a_read_that_blocks_costs_its_own_collector_and_nothing_piles_up(machine
     clean(one)
 
 
-def test_reads_of_many_kstats_that_block_take_three_handles_and_the_page_still_goes_out(
-        machine: MakeMachine) -> None:
+def test_many_blocked_reads_use_three_handles_and_pages_still_arrive(machine: MakeMachine) -> None:
     one = machine()
     first = one.zone(LB01)
     one.kernel.faults(("block", "tcp:*:*"), ("block", "zone_vfs:*:*"), ("block", "memory_cap:*:*"),
@@ -412,8 +409,8 @@ def test_reads_of_many_kstats_that_block_take_three_handles_and_the_page_still_g
     clean(one)
 
 
-def test_a_zone_without_values_waits_until_its_deadline_and_is_told_when_to_come_again(
-        machine: MakeMachine) -> None:
+def test_a_zone_without_values_waits_until_its_deadline_and_gets_retry_after(machine: MakeMachine
+                                                                            ) -> None:
     one = machine()
     one.kernel.faults(("delay", "memory_cap:5:*", "400"))
     answer = one.get(f"/v1/{WEB01}/metrics", timeout=0.2)
@@ -423,8 +420,8 @@ def test_a_zone_without_values_waits_until_its_deadline_and_is_told_when_to_come
     wait_until(lambda: one.get(f"/v1/{WEB01}/metrics").status == 200)
 
 
-def test_what_belongs_to_the_loop_is_touched_by_who_has_the_turn(
-        desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_owned_objects_are_used_only_in_the_loop(desk: Callable[..., Desk],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers of kstats have the turn when they hand over what they bring; pools never have it."""
     one: Any = desk(kstats=node_kstats())
     strangers = set()
@@ -499,7 +496,7 @@ def test_a_command_that_fails_costs_its_own_metrics_only(machine: MakeMachine, c
 
 
 @pytest.mark.parametrize("command", list(COLLECTOR_OF))
-def test_garbage_of_a_command_is_survived(machine: MakeMachine, command: str) -> None:
+def test_garbage_from_a_command_is_survived(machine: MakeMachine, command: str) -> None:
     one = machine(start=False)
     one.script(command, "#!/bin/sh\nhead -c 20000 /dev/urandom\necho\n"
                "printf 'zones/%s\\t-\\tnan\\tinf\\n' " + WEB01 + "\n")
@@ -509,7 +506,7 @@ def test_garbage_of_a_command_is_survived(machine: MakeMachine, command: str) ->
     clean(one)
 
 
-def test_a_page_does_not_wait_for_a_command_longer_than_it_may(machine: MakeMachine) -> None:
+def test_a_page_waits_for_a_command_only_until_its_deadline(machine: MakeMachine) -> None:
     one = machine(start=False)
     one.script("zfs", "#!/bin/sh\necho $$ >> " + str(one.commands / "runs") + "\nexec sleep 1000\n")
     one.start()
@@ -544,8 +541,7 @@ def test_zfs_is_run_once_for_all_zones(machine: MakeMachine, works: bool) -> Non
     clean(one)
 
 
-def test_a_zfs_that_keeps_failing_is_left_alone_for_all_zones_together(machine: MakeMachine
-                                                                        ) -> None:
+def test_a_failing_zfs_opens_one_breaker_for_all_zones(machine: MakeMachine) -> None:
     one = machine(start=False)
     runs = one.commands / "runs"
     works = (one.commands / "zfs").read_text()
@@ -565,8 +561,7 @@ def test_a_zfs_that_keeps_failing_is_left_alone_for_all_zones_together(machine: 
     desk.close()
 
 
-def test_a_zone_that_is_younger_than_the_list_of_datasets_asks_for_a_new_list(
-        machine: MakeMachine) -> None:
+def test_a_zone_newer_than_the_dataset_list_requests_a_new_list(machine: MakeMachine) -> None:
     one = machine(start=False)
     desk = Desk(one.config)
     path = f"/v1/{WEB01}/metrics"
@@ -582,7 +577,7 @@ def test_a_zone_that_is_younger_than_the_list_of_datasets_asks_for_a_new_list(
     desk.close()
 
 
-def test_what_a_tenant_makes_below_his_dataset_costs_nobody(machine: MakeMachine) -> None:
+def test_datasets_created_by_a_tenant_cost_nobody(machine: MakeMachine) -> None:
     """Ten thousands of datasets, more than is read of a command, which sorts them first."""
     one = machine(start=False)
     (one.commands / "zfs").rename(one.commands / "zfs.real")
@@ -597,7 +592,7 @@ exec {one.commands}/zfs.real "$@"
     assert not down(page) and value(page, "zfs_metrics_available_boolean") == 1
 
 
-def test_an_old_zfs_that_lacks_a_column_is_asked_without_it(machine: MakeMachine) -> None:
+def test_an_old_zfs_without_a_column_is_run_without_it(machine: MakeMachine) -> None:
     one = machine(start=False)
     one.script("zfs", zfs_without("refcompressratio", WEB01))
     one.start()
@@ -607,7 +602,7 @@ def test_an_old_zfs_that_lacks_a_column_is_asked_without_it(machine: MakeMachine
     one.agent.wait_for_log("this zfs has no property refcompressratio")
 
 
-def test_a_column_that_zfs_refused_once_is_asked_for_again(machine: MakeMachine) -> None:
+def test_a_column_refused_once_is_requested_again(machine: MakeMachine) -> None:
     """The platform may be a new one, and whatever was wrong may be over."""
     one = machine(start=False)
     desk = Desk(one.config)
@@ -621,8 +616,7 @@ def test_a_column_that_zfs_refused_once_is_asked_for_again(machine: MakeMachine)
     desk.close()
 
 
-def test_a_zone_that_a_failing_zfs_list_leaves_out_is_not_said_to_have_no_dataset(
-        machine: MakeMachine) -> None:
+def test_a_zone_missing_from_a_failing_zfs_list_keeps_its_dataset(machine: MakeMachine) -> None:
     one = machine(start=False)
     desk = Desk(one.config)
     works = (one.commands / "zfs").read_text()
@@ -638,8 +632,8 @@ def test_a_zone_that_a_failing_zfs_list_leaves_out_is_not_said_to_have_no_datase
     desk.close()
 
 
-def test_a_command_that_cannot_be_killed_is_not_started_again(
-        desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unkillable_command_is_not_started_again(desk: Callable[..., Desk],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits in the kernel for a dead disk: thousands of scrapes start nothing beside it."""
     one: Any = desk(collectors={"zfs": {"timeout": 0.2}})
     one.machine.script("zfs", f"#!/bin/sh\necho $$ >> {one.machine.commands}/runs\nexec sleep 60\n")
@@ -667,7 +661,7 @@ def test_a_command_that_cannot_be_killed_is_not_started_again(
     wait_until(came_back)
 
 
-def test_chrony_stands_in_where_ntpq_is_absent(machine: MakeMachine) -> None:
+def test_chrony_replaces_an_absent_ntpq(machine: MakeMachine) -> None:
     one = machine(start=False)
     one.hide("ntpq")
     (one.commands / "chronyc").write_text("""#!/bin/sh
@@ -742,8 +736,8 @@ def count_on(desk: Any, path: str = PATH, **more: Any) -> float:
 
 
 @pytest.mark.parametrize("interval", [10.0, 5.0, 15.0, 60.0, 1.5])
-def test_neighbours_in_time_are_never_one_sample_twice(desk: Callable[..., Desk], interval: float
-                                                       ) -> None:
+def test_consecutive_scrapes_get_different_samples(desk: Callable[..., Desk], interval: float
+                                                  ) -> None:
     """The original's cache of 10 s made 36 % of the samples of a 10 s scrape a copy."""
     one: Any = desk()
     seen = []
@@ -773,8 +767,7 @@ def test_a_client_that_polls_all_the_time_gets_a_new_sample_each_second(desk: Ca
     assert one.kernel["reads"] - before <= 3
 
 
-def test_the_interval_is_that_of_one_asker_not_the_time_between_two(desk: Callable[..., Desk]
-                                                                    ) -> None:
+def test_the_scrape_interval_is_measured_per_client(desk: Callable[..., Desk]) -> None:
     """Two Prometheus servers at 15 s each, half a second apart, are not one at half a second."""
     one: Any = desk()
     collections = []
@@ -819,14 +812,14 @@ def test_a_zone_is_found_while_its_own_kstat_cannot_be_read(desk: Callable[..., 
     assert not down(one.page(PATH))
 
 
-def test_the_kstat_thread_outlives_a_bug_in_what_it_calls(desk: Callable[..., Desk]) -> None:
+def test_the_kstat_thread_survives_a_bug_in_a_job(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     one.scraper.kstats.submit(agent_module.Job(lambda reader: 1, lambda result: [][1]))
     one.scraper.kstats.submit(agent_module.Job(lambda reader: [][1], lambda result: None))
     assert not down(one.page(PATH))
 
 
-def test_the_age_is_shown_and_cached_says_so(desk: Callable[..., Desk]) -> None:
+def test_the_sample_age_and_the_cached_flag_are_shown(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     page = one.page(PATH)
     assert value(page, 'cmon_sample_age_seconds{collector="memcap"}') == 0
@@ -839,7 +832,7 @@ def test_the_age_is_shown_and_cached_says_so(desk: Callable[..., Desk]) -> None:
     assert value(page, 'cmon_sample_age_seconds{collector="time"}') == 0
 
 
-def test_no_more_often_than_the_operator_allows(desk: Callable[..., Desk]) -> None:
+def test_min_poll_interval_is_respected(desk: Callable[..., Desk]) -> None:
     one: Any = desk(min_poll_interval=30.0)
     seen = []
     for number in range(20):
@@ -850,7 +843,7 @@ def test_no_more_often_than_the_operator_allows(desk: Callable[..., Desk]) -> No
     assert seen == [number - number % 3 for number in range(20)]
 
 
-def test_a_lifetime_of_its_own_for_a_collector(desk: Callable[..., Desk]) -> None:
+def test_a_collector_may_have_its_own_lifetime(desk: Callable[..., Desk]) -> None:
     one: Any = desk(collectors={**{name: {"enabled": False} for name in ("zfs", "link")},
                                 "memcap": {"ttl": 100}, "zone_misc": {"ttl": 100}})
     one.page(PATH)
@@ -872,8 +865,8 @@ def test_steps_of_the_wall_clock_change_time_of_day_only(desk: Callable[..., Des
     assert max(collectors(second, "cmon_sample_age_seconds").values()) == 2.0
 
 
-def test_a_bug_in_a_collector_costs_that_collector(desk: Callable[..., Desk],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_collector_affects_only_that_collector(desk: Callable[..., Desk],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     one: Any = desk()
     real = agent_module.zone_part
 
@@ -887,7 +880,7 @@ def test_a_bug_in_a_collector_costs_that_collector(desk: Callable[..., Desk],
     assert not down(one.page(PATH))
 
 
-def test_a_monotonic_clock_that_stands_still_harms_nobody(desk: Callable[..., Desk]) -> None:
+def test_a_stopped_monotonic_clock_is_survived(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     for _ in range(5):
         one.page(PATH)
@@ -896,8 +889,7 @@ def test_a_monotonic_clock_that_stands_still_harms_nobody(desk: Callable[..., De
 
 # --- the breaker ----------------------------------------------------------------------------------
 
-def test_a_collector_that_keeps_failing_is_left_alone_and_comes_back(desk: Callable[..., Desk]
-                                                                     ) -> None:
+def test_a_failing_collector_is_paused_and_recovers(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     one.kernel.log_reads()
     one.kernel.faults(("fail", "memory_cap:5:*", 5))
@@ -932,7 +924,7 @@ def test_a_breaker_heals_by_itself(desk: Callable[..., Desk]) -> None:
     assert not down(page)
 
 
-def test_last_values_stay_for_a_while_when_a_collector_fails(desk: Callable[..., Desk]) -> None:
+def test_last_values_are_kept_for_a_while_when_a_collector_fails(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     one.kernel.write(small(7))
     one.page(PATH)
@@ -959,8 +951,7 @@ class Cpu:
         return self.used
 
 
-def test_over_the_budget_less_is_collected_and_afterwards_as_before(desk: Callable[..., Desk]
-                                                                    ) -> None:
+def test_above_the_cpu_budget_less_is_collected(desk: Callable[..., Desk]) -> None:
     """Each collection costs 30 ms of a budget of 10 ms a second; scrapes come every second."""
     one: Any = desk(cpu_budget=0.01)
     cpu = Cpu()
@@ -999,7 +990,7 @@ def test_without_a_budget_nothing_is_stretched(desk: Callable[..., Desk]) -> Non
     assert value(own, "cmon_agent_cpu_usage_ratio") > 0.9 and "cpu_budget_ratio" not in own
 
 
-def test_a_throttled_agent_still_tells_a_new_zone(desk: Callable[..., Desk]) -> None:
+def test_a_throttled_agent_still_serves_a_new_zone(desk: Callable[..., Desk]) -> None:
     one: Any = desk(cpu_budget=0.0001)
     cpu = Cpu()
     one.scraper.governor = agent_module.Governor(cpu, one.clock)
@@ -1139,8 +1130,7 @@ def vminfod() -> Iterator[Callable[..., Vminfod]]:
 MakeVminfod = Callable[..., Vminfod]
 
 
-def test_links_carry_the_labels_that_vminfod_tells(machine: MakeMachine, vminfod: MakeVminfod
-                                                   ) -> None:
+def test_links_have_the_labels_of_vminfod(machine: MakeMachine, vminfod: MakeVminfod) -> None:
     info = vminfod()
     info.behave = info.ready([vm(LB01, NET, OVERLAY)])
     one = machine(vminfod=info.url)
@@ -1179,8 +1169,7 @@ def test_the_rest_of_vminfods_events(machine: MakeMachine, vminfod: MakeVminfod)
     clean(one)
 
 
-def test_links_wait_for_a_vminfod_that_does_not_know_their_zone_yet_but_not_for_ever(
-        desk: Callable[..., Desk]) -> None:
+def test_links_wait_a_limited_time_for_labels_of_a_new_zone(desk: Callable[..., Desk]) -> None:
     one: Any = desk(kstats=node_kstats())
     one.host.vms.absent, one.host.vms.answered = False, True
     path = f"/v1/{LB01}/metrics"
@@ -1202,8 +1191,7 @@ def test_links_wait_for_a_vminfod_that_does_not_know_their_zone_yet_but_not_for_
     assert links(one.page(path)) == LABELLED, "and so it stays"
 
 
-def test_links_of_a_zone_that_is_new_while_vminfod_is_away_wait_until_it_is_back(
-        desk: Callable[..., Desk]) -> None:
+def test_links_of_a_new_zone_wait_until_vminfod_is_back(desk: Callable[..., Desk]) -> None:
     one: Any = desk(kstats=node_kstats())
     vms = one.host.vms
     vms.absent, vms.answered, vms.problem = False, True, "it closed the stream of events"
@@ -1218,9 +1206,8 @@ def test_links_of_a_zone_that_is_new_while_vminfod_is_away_wait_until_it_is_back
     assert not down(page) and links(page) == LABELLED
 
 
-def test_a_vminfod_that_says_nothing_for_long_is_still_followed(
-        vminfod: MakeVminfod, monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture) -> None:
+def test_a_quiet_vminfod_is_still_followed(vminfod: MakeVminfod, monkeypatch: pytest.MonkeyPatch,
+                                           caplog: pytest.LogCaptureFixture) -> None:
     """The stream has no heartbeat, so only the first event has a time limit."""
     info = vminfod()
     info.behave = info.ready([])
@@ -1240,8 +1227,8 @@ def test_a_vminfod_that_says_nothing_for_long_is_still_followed(
     assert not caplog.records, "an end that is wanted is no problem"
 
 
-def test_a_vminfod_that_accepts_and_never_begins_is_given_up(
-        vminfod: MakeVminfod, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vminfod_that_never_answers_is_given_up(vminfod: MakeVminfod,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     info = vminfod()                                # it accepts, and says nothing
     vms = agent_module.Vms(info.url)
     monkeypatch.setattr(vms, "READY_SECONDS", 0.05)
@@ -1251,8 +1238,7 @@ def test_a_vminfod_that_accepts_and_never_begins_is_given_up(
     vms.stop()
 
 
-def test_the_pause_before_another_try_is_short_again_after_a_good_stream(
-        vminfod: MakeVminfod) -> None:
+def test_the_retry_pause_resets_after_a_good_stream(vminfod: MakeVminfod) -> None:
     info = vminfod()
     pauses: list[float] = []
     vms = agent_module.Vms(info.url, lambda: 0.5)
@@ -1304,8 +1290,7 @@ def test_labels_wait_for_a_vminfod_that_is_slow(machine: MakeMachine, vminfod: M
     assert links(one.zone(LB01)) == LABELLED
 
 
-def test_links_go_out_without_labels_where_nobody_listens(
-        machine: MakeMachine, vminfod: MakeVminfod) -> None:
+def test_links_have_no_labels_without_vminfod(machine: MakeMachine, vminfod: MakeVminfod) -> None:
     port = free_port()
     one = machine(vminfod=f"http://127.0.0.1:{port}")
     assert links(one.zone(LB01)) == BARE
@@ -1334,8 +1319,8 @@ GARBAGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("event", list(GARBAGE))
-def test_a_vminfod_that_lies_costs_no_page(machine: MakeMachine, vminfod: MakeVminfod, event: str
-                                           ) -> None:
+def test_a_lying_vminfod_costs_no_page(machine: MakeMachine, vminfod: MakeVminfod, event: str
+                                      ) -> None:
     info = vminfod()
 
     def behave(stream: Any) -> None:
@@ -1358,8 +1343,8 @@ def test_a_vminfod_that_lies_costs_no_page(machine: MakeMachine, vminfod: MakeVm
     b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n"],
     ids=["closes", "answers 500", "speaks no HTTP", "ends at once", "bad chunk", "500 headers"])
-def test_a_vminfod_that_speaks_nonsense_costs_no_page(machine: MakeMachine, vminfod: MakeVminfod,
-                                                      raw: bytes) -> None:
+def test_garbage_from_vminfod_costs_no_page(machine: MakeMachine, vminfod: MakeVminfod, raw: bytes
+                                           ) -> None:
     info = vminfod()
 
     def behave(stream: Any) -> None:
@@ -1379,8 +1364,8 @@ def test_a_vminfod_that_speaks_nonsense_costs_no_page(machine: MakeMachine, vmin
     clean(one)
 
 
-def test_two_links_with_one_number_are_both_there(machine: MakeMachine, vminfod: MakeVminfod
-                                                  ) -> None:
+def test_two_links_with_one_number_are_both_shown(machine: MakeMachine, vminfod: MakeVminfod
+                                                 ) -> None:
     kstats = node_kstats()
     net0 = next(kstat for kstat in kstats if kstat["name"] == "z7_net0")
     net1 = next(kstat for kstat in kstats if kstat["name"] == "z7_net1")
@@ -1400,8 +1385,8 @@ def test_two_links_with_one_number_are_both_there(machine: MakeMachine, vminfod:
 
 # --- settings while it runs -----------------------------------------------------------------------
 
-def test_hangup_takes_good_settings_and_keeps_the_old_ones_for_bad(machine: MakeMachine,
-                                                                   tmp_path: Path) -> None:
+def test_sighup_applies_good_settings_and_ignores_bad_ones(machine: MakeMachine, tmp_path: Path
+                                                          ) -> None:
     one = machine(cpu_budget=0.5)
     assert one.own("cmon_agent_cpu_budget_ratio") == 0.5 and "zfs_metrics" in one.zone()
     one.settings(cpu_budget=0.25, collectors={"zfs": {"enabled": False}})
@@ -1425,7 +1410,7 @@ def test_hangup_takes_good_settings_and_keeps_the_old_ones_for_bad(machine: Make
     clean(one)
 
 
-def test_hanging_up_on_all_processes_of_the_service_kills_no_command(machine: MakeMachine) -> None:
+def test_sighup_to_all_processes_of_the_service_kills_no_command(machine: MakeMachine) -> None:
     """As `svcadm refresh` does it: `:kill -HUP` goes to every process of the contract."""
     one = machine(start=False)
     words = {name: (one.commands / name).read_text() for name in ("zpool", "ntpq")}

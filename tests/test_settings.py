@@ -153,7 +153,7 @@ GOOD = [
 
 @pytest.mark.parametrize("content, expected", GOOD, ids=lambda value: json.dumps(
     value) if isinstance(value, dict) else "")
-def test_what_a_file_may_say(content: dict[str, Any], expected: Outer, tmp_path: Path) -> None:
+def test_valid_values(content: dict[str, Any], expected: Outer, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(json.dumps(content))
     assert load_settings(Outer, str(path), {}) == expected
@@ -202,7 +202,7 @@ BAD = [
 
 @pytest.mark.parametrize("content, expected", BAD, ids=[content[:40].encode(
     "ascii", "replace").decode() or "empty" for content, _ in BAD])
-def test_what_a_file_may_not_say(content: str, expected: list[str], tmp_path: Path) -> None:
+def test_invalid_values(content: str, expected: list[str], tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text(content, "utf-8", "surrogateescape")
     with pytest.raises(ConfigError) as caught:
@@ -213,7 +213,7 @@ def test_what_a_file_may_not_say(content: str, expected: list[str], tmp_path: Pa
         assert words in problem
 
 
-def test_flags_win_and_none_is_no_flag(tmp_path: Path) -> None:
+def test_flags_take_precedence(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text('{"name": "y", "on": true}')
     loaded = load_settings(Outer, str(path), {"name": "x", "on": None, "limit": None})
@@ -243,14 +243,14 @@ def test_addresses(text: str, port: int | None, expected: tuple[str, int]) -> No
 
 @pytest.mark.parametrize("text", ["", ":", "a:", "a:b", "::1:80", "[::1", "[]:80", "a:-1",
                                   "a:123456", "a:1 ", "a\n:1"])
-def test_what_is_no_address(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_address(text)
 
 
 # --- reload ---------------------------------------------------------------------------------------
 
-def test_hangup_rereads_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
+def test_sighup_reloads_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "agent.json"
     path.write_text('{"log_level": "info"}')
     with Program.agent("--replay", NODE, "--config", path) as agent:

@@ -151,7 +151,7 @@ def one_line(done: "Done[str]", status: int, *said: str) -> None:
 
 # --- discover -------------------------------------------------------------------------------------
 
-def test_file_sd_is_what_http_discovery_gives(site: Site, port: int, tmp_path: Path) -> None:
+def test_file_sd_equals_http_discovery(site: Site, port: int, tmp_path: Path) -> None:
     path = tmp_path / "targets.json"
     done = run("discover", "--file-sd", path, *words(site.flags(port)))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -193,7 +193,7 @@ def test_file_sd_is_written_from_targets_only(body: bytes, tmp_path: Path) -> No
     assert not path.exists()
 
 
-def test_file_sd_is_kept_up_to_date_until_it_is_ended(site: Site, tmp_path: Path) -> None:
+def test_file_sd_is_updated_until_stopped(site: Site, tmp_path: Path) -> None:
     """A change is followed, a failure is said and survived."""
     port = site.start_proxy("changing")
     path = tmp_path / "targets.json"
@@ -322,7 +322,8 @@ def test_from_an_empty_folder_to_a_prometheus_with_all_targets_up(site: Site, po
         prometheus.program.kill()
 
 
-def test_setup_writes_what_grafana_and_promtool_read(site: Site, port: int, tmp_path: Path) -> None:
+def test_setup_writes_valid_files_for_grafana_and_promtool(site: Site, port: int, tmp_path: Path
+                                                          ) -> None:
     done = run("setup", tmp_path / "x y", "--dns", "--suffix", "cmon.dc.example",
                *setup_flags(site, port))
     assert done.returncode == 1 and "Then start Prometheus" in done.stdout, done.stdout
@@ -350,7 +351,7 @@ def test_operators_prometheus_gets_compute_nodes(site: Site, port: int, tmp_path
         assert "dc.example" not in text
 
 
-def test_setup_again(site: Site, port: int, tmp_path: Path) -> None:
+def test_setup_can_be_repeated(site: Site, port: int, tmp_path: Path) -> None:
     """It replaces nothing unless told to, and never the certificate."""
     flags = setup_flags(site, port)
     assert run("setup", tmp_path, *flags).returncode == 0
@@ -368,7 +369,7 @@ def test_setup_says_what_is_broken_and_leaves_its_files(site: Site, tmp_path: Pa
     assert (tmp_path / "prometheus.yml").exists()
 
 
-def test_setup_takes_what_a_triton_profile_tells(site: Site, port: int, tmp_path: Path) -> None:
+def test_setup_uses_a_triton_profile(site: Site, port: int, tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
     (home / ".triton" / "profiles.d").mkdir(parents=True)
@@ -869,7 +870,7 @@ def test_doctor_of_a_healthy_chain(site: Site, port: int, tmp_path: Path) -> Non
     assert done.stdout.endswith("\nAll checks passed.\n")
 
 
-def test_doctor_accepts_an_ended_certificate_of_the_old_style(site: Site, port: int) -> None:
+def test_doctor_accepts_an_expired_old_style_certificate(site: Site, port: int) -> None:
     key = (site.folder / "alice.ssh").read_bytes()
     site.write("old-key.pem", key)
     site.write("old-cert.pem", make_certificate(key, "alice", not_before=1e9, not_after=1.1e9))
@@ -877,6 +878,6 @@ def test_doctor_accepts_an_ended_certificate_of_the_old_style(site: Site, port: 
     assert done.returncode == 0 and "expired, which the proxy accepts" in done.stdout, done.stdout
 
 
-def test_doctor_needs_to_know_whom_to_ask(site: Site) -> None:
+def test_doctor_requires_a_url(site: Site) -> None:
     one_line(run("doctor"), 2, "set CMON_URL or use --url")
     one_line(run("doctor", "--url", "https://localhost:1"), 2, "set CMON_CERT or use --cert")

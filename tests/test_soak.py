@@ -8,7 +8,7 @@ import sys
 from support import ROOT, Program
 
 
-def test_everything_at_once_shows_nobody_anything_foreign_and_grows_nowhere() -> None:
+def test_under_all_faults_nothing_foreign_is_shown_and_nothing_leaks() -> None:
     soak = Program(sys.executable, ROOT / "tests" / "soak.py", "25")
     try:
         assert soak.wait(240) == 0, soak.output[-6000:] + soak.log[-3000:]

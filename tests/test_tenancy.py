@@ -200,7 +200,7 @@ def test_random_histories(seed: int) -> None:
     assert world.served > 50 and world.hidden > 50      # both kinds happen
 
 
-def test_discovery_lists_what_may_be_seen_and_nothing_else() -> None:
+def test_discovery_lists_exactly_what_may_be_seen() -> None:
     for seed in range(20):
         world = World(seed)
         for which, (account, _) in enumerate(world.accounts):
@@ -218,7 +218,7 @@ def test_discovery_lists_what_may_be_seen_and_nothing_else() -> None:
         world.close()
 
 
-def test_nobody_joins_a_relay_that_everybody_has_left() -> None:
+def test_an_abandoned_relay_is_not_joined() -> None:
     world = World(2)
     number = next(one.uuid for one in world.proxy.inventory.vms.values()
                   if one.owner == world.accounts[0][0].uuid and one.state == "running"
@@ -245,7 +245,7 @@ def test_nobody_joins_a_relay_that_everybody_has_left() -> None:
     world.close()
 
 
-def test_a_deadline_that_passes_leaves_the_others_waiting() -> None:
+def test_one_expired_waiter_leaves_the_others_waiting() -> None:
     world = World(2)
     number = next(one.uuid for one in world.proxy.inventory.vms.values()
                   if one.owner == world.accounts[0][0].uuid and one.state == "running"

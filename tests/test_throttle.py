@@ -22,7 +22,7 @@ def a_cache(limit: int = 10 * Cache.ENTRY) -> Cache[str, bytes]:
     return Cache("pages", limit, lambda key, value: len(key) + len(value))
 
 
-def test_a_cache_counts_keys_and_values_and_lets_the_oldest_go() -> None:
+def test_a_cache_counts_keys_and_values_and_evicts_the_oldest() -> None:
     cache = a_cache(3 * Cache.ENTRY)
     for key in "abc":
         cache.put(key, b"")
@@ -38,7 +38,7 @@ def test_a_cache_counts_keys_and_values_and_lets_the_oldest_go() -> None:
     assert len(cache) == cache.bytes == 0
 
 
-def test_a_value_larger_than_the_cache_is_not_kept_and_empties_nothing() -> None:
+def test_a_value_larger_than_the_cache_is_not_stored() -> None:
     cache = a_cache()
     cache.put("a", b"old")
     cache.put("b", b"x" * cache.limit)
@@ -46,7 +46,7 @@ def test_a_value_larger_than_the_cache_is_not_kept_and_empties_nothing() -> None
     assert list(cache) == [] and cache.evicted == 2     # and no old value in the place of a new one
 
 
-def test_a_breaker_opens_tries_once_and_heals() -> None:
+def test_a_breaker_opens_tries_once_and_recovers() -> None:
     clock = Clock()
     breaker = Breaker(clock, lambda: 0.5, failures=3, first=30.0, longest=100.0)
     for _ in range(2):

@@ -85,12 +85,12 @@ P256 = base64.b64decode(read("ec.pub").split()[1])
     ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----", "not a public key in PEM"),
     ("ssh-rsa " + "A" * 40_000, "too long"),
 ], ids=lambda value: value[:30] or "nothing")
-def test_bad_keys_are_refused_in_words(text: str, problem: str) -> None:
+def test_bad_keys_are_refused_with_a_reason(text: str, problem: str) -> None:
     with pytest.raises(CertificateError, match=problem):
         public_key(text)
 
 
-def test_a_key_that_asks_for_a_passphrase_never_asks_the_terminal(tmp_path: Path) -> None:
+def test_an_encrypted_key_never_prompts_on_the_terminal(tmp_path: Path) -> None:
     locked = subprocess.run(["openssl", "pkey", "-in", FILES / "ec.key", "-aes128", "-passout",
                              "pass:secret"], check=True, stdout=subprocess.PIPE).stdout
     with pytest.raises(CertificateError, match="wrong passphrase"):
@@ -116,7 +116,7 @@ CERTIFICATES = [
 
 
 @pytest.mark.parametrize("row", CERTIFICATES, ids=lambda row: row[0])
-def test_a_certificate_says_what_openssl_says(row: Any) -> None:
+def test_certificates_are_read_as_openssl_reads_them(row: Any) -> None:
     name, subject, issuer, self_issued, digest, key, signer, purposes = row
     found = load(name)
     assert (found.subject, found.self_issued, found.digest) == (subject, self_issued, digest)
@@ -134,7 +134,7 @@ def test_dates_are_seconds_of_the_epoch(name: str, begin: int, end: int) -> None
     assert load(name)[3:5] == (begin, end)
 
 
-def test_damaged_certificates_are_refused_or_no_longer_signed() -> None:
+def test_damaged_certificates_are_rejected_or_no_longer_verify() -> None:
     good = first_certificate(read("new_rsa.pem"))
     signer = public_key(read("rsa.pub"))
     for position in range(0, len(good), 3):
@@ -164,7 +164,7 @@ def made_with(tmp_path: Path, subject: str, extensions: str) -> Any:
     return certificate(made.stdout)
 
 
-def test_names_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_names_are_read_completely_or_rejected(tmp_path: Path) -> None:
     plain = "basicConstraints=CA:FALSE"
     assert made_with(tmp_path, "O=Somebody", plain).subject == ""
     assert made_with(tmp_path, "CN=Jürgen Ω", plain).subject == "Jürgen Ω"
@@ -172,7 +172,7 @@ def test_names_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
         made_with(tmp_path, "0.CN=alice\n1.CN=bob", plain)
 
 
-def test_a_broken_purpose_is_not_taken_for_none(tmp_path: Path) -> None:
+def test_a_broken_purpose_is_not_treated_as_absent(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="extended key usage"):
         made_with(tmp_path, "CN=alice", "extendedKeyUsage=DER:0500")
 
@@ -225,7 +225,7 @@ def test_made_chain_is_verified_by_openssl_strictly(tmp_path: Path) -> None:
     ({"subject": "a", "signing_key": b"nothing"}, "not a PEM private key"),
     ({"subject": "a", "issuer": b"nothing"}, "no PEM certificate"),
 ], ids=lambda value: str(value)[:40])
-def test_what_cannot_be_made_is_said(arguments: Any, problem: str) -> None:
+def test_impossible_certificates_are_reported(arguments: Any, problem: str) -> None:
     with pytest.raises(CertificateError, match=problem):
         make_certificate(make_key(), **arguments)
 
@@ -321,7 +321,7 @@ def test_a_handshake_in_memory_proves_that_any_certificate_arrives() -> None:
     check_any_certificate(context, *files)
 
 
-def test_with_a_ca_strangers_are_refused_in_the_handshake() -> None:
+def test_with_a_ca_foreign_certificates_fail_the_handshake() -> None:
     context = server_context(str(FILES / "server.pem"), str(FILES / "server.key"),
                              str(FILES / "ca.pem"))
     _, far = connect(context, "ca_client", "client")
@@ -332,7 +332,7 @@ def test_with_a_ca_strangers_are_refused_in_the_handshake() -> None:
             connect(context, cert, key)
 
 
-def test_the_wrong_interpreter_is_told_instead_of_crashing(monkeypatch: Any) -> None:
+def test_an_unsupported_interpreter_is_reported(monkeypatch: Any) -> None:
     with pytest.raises(OSError, match="need CPython"):
         cmon_proxy._context_pointer(object())           # type: ignore[arg-type]
     class Other(ssl.SSLContext):
@@ -354,7 +354,7 @@ def test_the_wrong_interpreter_is_told_instead_of_crashing(monkeypatch: Any) -> 
         make_key()
 
 
-def test_threads_may_use_it_at_once_and_no_memory_is_left() -> None:
+def test_threads_may_use_openssl_concurrently_without_leaks() -> None:
     der, keys = first_certificate(read("new_rsa.pem")), [public_key(read("rsa.pub")),
                                                          public_key(read("ec.pub"))]
     failures: list[str] = []
@@ -391,7 +391,7 @@ def test_threads_may_use_it_at_once_and_no_memory_is_left() -> None:
     assert not failures
 
 
-def test_no_error_is_left_for_the_next_connection_of_the_thread() -> None:
+def test_the_error_queue_of_the_thread_is_left_empty() -> None:
     for bad in (b"", b"junk", first_certificate(read("old_rsa.pem"))[:-3]):
         with pytest.raises(CertificateError):
             certificate(bad)

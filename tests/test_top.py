@@ -57,8 +57,7 @@ def usage(percent: float, at: float = 1000.0, uuid: str = WEB01) -> cmon.Page:
 # --- the screen -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_screen_looks_as_a_person_has_seen_it(width: int,
-                                                  request: pytest.FixtureRequest) -> None:
+def test_the_screen_equals_the_golden(width: int, request: pytest.FixtureRequest) -> None:
     names = {"node-web01": "web01", "node-lb01-two-nics": "lb01", "node-spark01-bhyve": "spark01",
              "node-batch-lx-uncapped": "batch-with-a-name-that-is-long-enough-to-be-cut"}
     uuids = {name: f"{index:08}-0000-0000-0000-000000000000" for index, name in enumerate(names)}
@@ -101,7 +100,7 @@ def test_rows_are_sorted_by_any_column_those_without_a_value_last() -> None:
     assert top.sort == "AGE"
 
 
-def test_the_filter_is_typed_and_taken_back() -> None:
+def test_the_filter_is_typed_and_cleared() -> None:
     top = state()
     top.keys("/Web0q", 1000.0, 20)          # q is a letter here
     assert top.typing and not top.ended and names(top) == []
@@ -138,7 +137,7 @@ def test_the_selection_moves_and_the_screen_follows() -> None:
     assert chosen() == "c093"
 
 
-def test_one_containers_use_is_scrolled_and_left() -> None:
+def test_the_use_table_of_a_container_can_be_scrolled_and_closed() -> None:
     top = state((WEB01, "web01", "running"))
     top.take_page(page((GOLDEN / "node-web01.prom").read_text()), WEB01)
     top.screen(80, 10, 1000.0)
@@ -163,7 +162,7 @@ def test_a_narrow_screen_shows_the_column_that_rows_are_sorted_by(title: str) ->
     assert title + "▼" in top.screen(40, 10, 1000.0)[2]
 
 
-def test_a_narrow_screen_says_what_keys_do_and_that_it_is_paused() -> None:
+def test_a_narrow_screen_shows_keys_and_the_pause() -> None:
     top = state(*many(300))
     top.keys(" ", 1000.0, 10)
     lines = top.screen(40, 10, 1000.0)
@@ -193,13 +192,13 @@ def test_the_worst_resource_may_be_full_rather_than_saturated() -> None:
     assert top.rows[WEB01].state_words() == "memory" and top.rows[WEB01].worst[0] == cmon.CRITICAL
 
 
-def test_what_a_tenant_named_does_not_drive_the_terminal() -> None:
+def test_names_given_by_a_tenant_cannot_control_the_terminal() -> None:
     top = state((WEB01, "a\x1b[2J\u202e", "running"))
     top.take_page(cmon.Failure("x\x1b[2J".replace("\x1b", "?")), WEB01)
     assert "\x1b[2J" not in "".join(top.screen(80, 10, 1000.0))
 
 
-def test_a_page_that_does_not_come_leaves_the_last_figures_with_their_age() -> None:
+def test_a_missing_page_leaves_the_last_values_with_their_age() -> None:
     top = state()
     top.take_page(usage(10, 1000), WEB01)
     top.take_page(cmon.Failure("says 503: silent"), WEB01)
@@ -230,11 +229,11 @@ def many(number: int) -> list[tuple[str, str, str]]:
             for index in range(number)]
 
 
-def test_stopped_containers_are_not_asked() -> None:
+def test_stopped_containers_are_not_scraped() -> None:
     assert {row.alias for row in state().due(0.0)} == {"web01", "web02"}
 
 
-def test_what_is_off_the_screen_is_asked_less_often() -> None:
+def test_containers_off_the_screen_are_scraped_less_often() -> None:
     top = state(*many(40), sort="NAME")
     top.screen(80, 14, 1000.0)              # ten rows
     asked = dict.fromkeys(top.rows, 0)
@@ -247,7 +246,7 @@ def test_what_is_off_the_screen_is_asked_less_often() -> None:
     assert top.behind == ""
 
 
-def test_it_asks_within_the_quota_in_turn_and_says_so() -> None:
+def test_scrapes_stay_within_the_quota() -> None:
     top = state(*many(40), quota="cmon_quota_limit 240\n", sort="NAME")
     top.screen(80, 50, 1000.0)
     asked: list[str] = []
@@ -263,7 +262,7 @@ def test_it_asks_within_the_quota_in_turn_and_says_so() -> None:
     assert top.behind[:30] in top.screen(80, 50, 1000.0)[1]
 
 
-def test_it_says_when_pages_take_longer_than_a_round() -> None:
+def test_slow_rounds_are_reported() -> None:
     top = state()
     top.due(0.0)
     assert top.due(5.0) == []
@@ -348,7 +347,7 @@ db          -    -       -     -    -     -  stopped    -
     assert [cloud.asked(path) for path in ("fleet", WEB01, WEB02, DB)] == [1, 2, 2, 0]
 
 
-def test_what_fails_is_told_beside_the_table(cloud: Cloud, files: Files) -> None:  # noqa: F811
+def test_failures_are_shown_beside_the_table(cloud: Cloud, files: Files) -> None:  # noqa: F811
     cloud.lay(f"/v1/{WEB02}/metrics", "silent\n", 503)
     done = inside("top", "--once", "--sort", "name", *connection(cloud.standin, files))
     assert done.returncode == 0
@@ -361,7 +360,7 @@ def test_without_a_fleet_page_there_is_no_table(cloud: Cloud, files: Files) -> N
     one_line(inside("top", *connection(cloud.standin, files)), 1, "says 401: no certificate")
 
 
-def test_groups_are_asked_for(cloud: Cloud, files: Files) -> None:  # noqa: F811
+def test_groups_are_requested(cloud: Cloud, files: Files) -> None:  # noqa: F811
     cloud.lay("/v1/fleet/metrics?groups=a%2Cb", fleet(ROWS[2]))
     done = inside("top", "--groups", "a,b", *connection(cloud.standin, files))
     assert done.stdout.count("\n") == 2 and "\ndb " in done.stdout
@@ -470,25 +469,25 @@ def screen(cloud: Cloud, files: Files) -> Iterator[Pty]:  # noqa: F811
 
 
 @pytest.mark.parametrize("how", ["q", "\x03"], ids=["q", "Ctrl-C"])
-def test_it_gives_the_terminal_back(how: str, screen: Pty) -> None:
+def test_the_terminal_is_restored(how: str, screen: Pty) -> None:
     screen.type(how)
     screen.end()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_it_in_order(number: signal.Signals, screen: Pty) -> None:
+def test_a_signal_stops_it_cleanly(number: signal.Signals, screen: Pty) -> None:
     screen.process.send_signal(number)
     screen.end()
 
 
-def test_a_terminal_that_is_gone_ends_it(screen: Pty) -> None:
+def test_a_lost_terminal_stops_it(screen: Pty) -> None:
     os.close(screen.slave)
     os.close(screen.master)
     screen.slave, screen.master = os.open(os.devnull, 0), os.open(os.devnull, 0)
     assert screen.process.wait(PATIENCE) in (0, 1)
 
 
-def test_ctrl_z_gives_the_terminal_back_until_fg(screen: Pty) -> None:
+def test_ctrl_z_restores_the_terminal_until_fg(screen: Pty) -> None:
     screen.type("\x1a")
     wait_until(lambda: b"\x1b[?1049l" in screen.seen)
     wait_until(lambda: f"\n{screen.process.pid} T" in "\n" + subprocess.run(
@@ -530,7 +529,7 @@ def test_a_proxy_that_dies_and_comes_back(screen: Pty, cloud: Cloud) -> None:
     screen.end()
 
 
-def test_no_colour_where_none_is_wanted(cloud: Cloud, files: Files) -> None:  # noqa: F811
+def test_colour_can_be_disabled(cloud: Cloud, files: Files) -> None:  # noqa: F811
     cloud.lay(f"/v1/{WEB02}/metrics", "silent\n", 503)
     for env, coloured in (({"NO_COLOR": "1"}, False), ({}, True)):
         terminal = Pty("top", *connection(cloud.standin, files), env=env)

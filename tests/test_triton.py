@@ -201,7 +201,7 @@ def test_an_owner_change_takes_effect_for_both(running: Program, cloud: Cloud) -
     assert WEB in cloud.agent.paths()[-1]
 
 
-def test_duplicates_cost_one_reading(running: Program, cloud: Cloud) -> None:
+def test_duplicate_events_cost_one_read(running: Program, cloud: Cloud) -> None:
     before = cloud.vmapi.order("stats")["count"].get("/vms/UUID", 0)
     cloud.vmapi.order("delay", seconds=0.3)
     change(cloud, alias="x", state="stopped", owner_uuid=ALICE, nics=[], tags={"a": "b"},
@@ -214,8 +214,7 @@ def test_duplicates_cost_one_reading(running: Program, cloud: Cloud) -> None:
     assert cloud.vmapi.order("stats")["count"]["/vms/UUID"] - before <= 3
 
 
-def test_a_new_vm_comes_with_its_first_change_and_its_agent_is_told(running: Program, cloud: Cloud
-                                                                    ) -> None:
+def test_a_new_vm_is_added_and_its_agent_notified(running: Program, cloud: Cloud) -> None:
     cloud.vmapi.order("put", vms=[vm(uuid(70), ALICE, None, state="provisioning")])
     cloud.vmapi.order("put", vms=[{"uuid": uuid(70), "server_uuid": NODE_1, "state": "running"}])
     wait_until(lambda: uuid(70) in listed(running))
@@ -226,8 +225,7 @@ def test_a_new_vm_comes_with_its_first_change_and_its_agent_is_told(running: Pro
     wait_until(lambda: cloud.agent.paths().count("/v1/refresh") == 2)
 
 
-def test_what_was_lost_while_disconnected_is_found_and_what_is_gone_is_pruned(
-        running: Program, cloud: Cloud) -> None:
+def test_changes_missed_while_disconnected_are_found(running: Program, cloud: Cloud) -> None:
     cloud.vmapi.order("put", silent=True, vms=[
         {"uuid": WEB, "alias": "renamed"}, {"uuid": DB, "state": "destroyed"},
         vm(uuid(71), ALICE)])
@@ -248,7 +246,7 @@ def test_a_flapping_feed_settles(running: Program, cloud: Cloud) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "7", "null", "{}", '{"changedResourceId": 7}',
                                   '{"changedResourceId": "../../x"}'])
-def test_odd_messages_do_no_harm(running: Program, cloud: Cloud, text: str) -> None:
+def test_unknown_messages_do_no_harm(running: Program, cloud: Cloud, text: str) -> None:
     cloud.vmapi.order("say", text=text)
     change(cloud, alias="after")
     wait_until(lambda: listed(running)[WEB]["vm_alias"] == "after")
@@ -275,7 +273,7 @@ def test_cold_start_with_a_service_down(cloud: Cloud, tmp_path: Path, kind: str,
         assert set(listed(program)) == {WEB, DB}
 
 
-def test_a_service_that_fails_later_changes_nothing(running: Program, cloud: Cloud) -> None:
+def test_a_service_that_fails_later_keeps_the_old_state(running: Program, cloud: Cloud) -> None:
     assert set(listed(running)) == {WEB, DB}
     for service in (cloud.vmapi, cloud.cnapi, cloud.mahi):
         service.order("fail", status=503)
@@ -297,7 +295,7 @@ def test_mahi_down_is_never_a_401(running: Program, cloud: Cloud) -> None:
     assert get(running, page(WEB)).status == 200
 
 
-def test_an_account_is_read_once_for_many(running: Program, cloud: Cloud) -> None:
+def test_concurrent_requests_share_one_account_read(running: Program, cloud: Cloud) -> None:
     cloud.mahi.order("delay", seconds=0.3)
     before = cloud.mahi.order("stats")["count"].get("/accounts", 0)
     with ThreadPoolExecutor(10) as pool:
@@ -335,7 +333,7 @@ def test_restart_with_everything_down_answers_from_the_snapshot(cloud: Cloud, tm
         assert get(program, page(WEB)).status == 503
 
 
-def test_ownership_that_is_too_old_is_not_believed(cloud: Cloud, tmp_path: Path) -> None:
+def test_outdated_ownership_is_not_trusted(cloud: Cloud, tmp_path: Path) -> None:
     with start(cloud, tmp_path, snapshot="state.json", max_age=2) as program:
         wait_until(lambda: get(program, page(WEB)).status == 200)
         wait_until((tmp_path / "state.json").exists)
@@ -349,7 +347,7 @@ def test_ownership_that_is_too_old_is_not_believed(cloud: Cloud, tmp_path: Path)
 
 
 @pytest.mark.parametrize("how", ["blind", "down"])
-def test_a_feed_that_is_up_confirms_nothing(cloud: Cloud, tmp_path: Path, how: str) -> None:
+def test_a_connected_feed_confirms_nothing(cloud: Cloud, tmp_path: Path, how: str) -> None:
     """The publisher's own database poll may fail while the connection stays open."""
     with start(cloud, tmp_path, max_age=4) as program:
         wait_until(lambda: get(program, page(WEB)).status == 200)
@@ -389,8 +387,8 @@ def test_ten_thousand_vms_and_five_hundred_changes_a_second(cloud: Cloud, tmp_pa
         assert statuses == {200}
 
 
-def test_a_much_shorter_list_is_read_again_and_an_empty_one_not_believed(
-        running: Program, cloud: Cloud) -> None:
+def test_a_much_shorter_list_is_read_again_and_an_empty_one_rejected(running: Program, cloud: Cloud
+                                                                    ) -> None:
     cloud.vmapi.order("forget", uuids=[DB, STOPPED, NAT, BOBS, uuid(50), uuid(51)])
     cloud.vmapi.order("cut")
     running.wait_for_log("vmapi lists 1 containers instead of 7: reading again", 2)
@@ -596,7 +594,7 @@ def readings() -> Readings:
     return made
 
 
-def test_all_are_read_again_well_within_the_time_that_they_are_believed(readings: Readings) -> None:
+def test_full_reads_happen_well_within_max_age(readings: Readings) -> None:
     for _ in range(5):
         before = readings.at
         readings.pass_by(125)
@@ -606,7 +604,7 @@ def test_all_are_read_again_well_within_the_time_that_they_are_believed(readings
         assert 20 <= readings.at - readings.inventory.confirmed <= 60
 
 
-def test_a_reading_that_fails_confirms_nothing_and_is_tried_again(readings: Readings) -> None:
+def test_a_failed_read_confirms_nothing_and_is_retried(readings: Readings) -> None:
     readings.fails = True
     readings.pass_by(130)
     assert len(readings.jobs) == 1
@@ -622,7 +620,7 @@ def test_a_reading_that_fails_confirms_nothing_and_is_tried_again(readings: Read
     assert readings.inventory.refusal is None and not readings.reader.problem
 
 
-def test_a_container_that_is_read_confirms_no_other(readings: Readings) -> None:
+def test_reading_one_container_confirms_no_other(readings: Readings) -> None:
     readings.inventory.ready = True
     for _ in range(50):
         readings.pass_by(10)
@@ -632,8 +630,8 @@ def test_a_container_that_is_read_confirms_no_other(readings: Readings) -> None:
     assert readings.reader.fetched == 50 and readings.inventory.refusal is not None
 
 
-def test_a_fault_of_ours_does_not_stop_the_reading(readings: Readings,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_does_not_stop_the_reads(readings: Readings,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(cmon_proxy, "vm_of", lambda *_: 1 // 0)
         readings.reader.changed(WEB)
@@ -647,7 +645,7 @@ def test_a_fault_of_ours_does_not_stop_the_reading(readings: Readings,
     assert readings.inventory.vms[WEB].owner == BOB and not readings.reader.problem
 
 
-def test_without_a_feed_all_are_read_every_minute(readings: Readings) -> None:
+def test_without_a_feed_all_containers_are_read_every_minute(readings: Readings) -> None:
     readings.reader.feed_ends(ServiceError("gone"))
     readings.pass_by(61)
     assert len(readings.jobs) == 1
@@ -656,7 +654,7 @@ def test_without_a_feed_all_are_read_every_minute(readings: Readings) -> None:
     assert len(readings.jobs) == 1
 
 
-def test_what_is_read_singly_meanwhile_is_newer_than_the_page(readings: Readings) -> None:
+def test_a_single_read_during_a_full_read_takes_precedence(readings: Readings) -> None:
     readings.pass_by(125)
     listing, = readings.jobs
     old = dict(readings.stored)
@@ -672,8 +670,7 @@ def test_what_is_read_singly_meanwhile_is_newer_than_the_page(readings: Readings
     assert readings.inventory.vms[WEB].owner == BOB and DB not in readings.inventory.vms
 
 
-def test_what_was_asked_for_before_all_were_read_does_not_win_afterwards(readings: Readings
-                                                                          ) -> None:
+def test_a_single_read_requested_before_a_full_read_is_discarded(readings: Readings) -> None:
     readings.reader.changed(WEB)
     slow = readings.jobs.pop()
     function, args = slow
@@ -686,7 +683,7 @@ def test_what_was_asked_for_before_all_were_read_does_not_win_afterwards(reading
     assert readings.inventory.vms[WEB].owner == BOB
 
 
-def test_vms_that_have_not_changed_keep_their_date_and_kept_answers(readings: Readings) -> None:
+def test_unchanged_vms_keep_their_date_and_cached_answers(readings: Readings) -> None:
     before, generation = readings.inventory.vms[WEB], readings.inventory.generation(ALICE)
     readings.pass_by(125)
     readings.go()
@@ -780,7 +777,7 @@ def test_an_account_is_used_refreshed_or_read_again_by_its_age(desk: Any) -> Non
     assert later.answer.status == 200 and mahi.find("alice") is not first
 
 
-def test_a_key_that_was_removed_is_not_believed_for_long(desk: Any) -> None:
+def test_a_removed_key_is_soon_rejected(desk: Any) -> None:
     mahi, shelf, clock = desk
     known(desk)
     shelf.account = None
@@ -820,7 +817,7 @@ def test_while_mahi_is_down_old_accounts_serve_and_then_no_more(desk: Any) -> No
     assert later.answer.status == 200 and mahi.find("alice") is first
 
 
-def test_questions_to_mahi_are_bounded(desk: Any, monkeypatch: Any) -> None:
+def test_requests_to_mahi_are_bounded(desk: Any, monkeypatch: Any) -> None:
     mahi, shelf, clock = desk
     assert mahi.find("") is None
     shelf.full = True
@@ -840,7 +837,7 @@ def test_questions_to_mahi_are_bounded(desk: Any, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("login", ["x" * 65, "x" * 60_000, "a\nb", "\0", "a\ud800", ""])
-def test_a_login_that_nobody_can_have_is_not_asked_for(desk: Any, login: str) -> None:
+def test_an_impossible_login_is_not_looked_up(desk: Any, login: str) -> None:
     accounts, shelf, _ = desk
     assert accounts.find(login) is None and not shelf.jobs
 
@@ -856,7 +853,7 @@ def both_known(desk: Any) -> Any:
     return first
 
 
-def test_what_mahi_says_to_one_login_is_of_that_login_alone(desk: Any) -> None:
+def test_a_failure_for_one_login_affects_only_that_login(desk: Any) -> None:
     """Every 2 s a stranger's login is answered 414; and one tenant's account cannot be read."""
     accounts, shelf, clock = desk
     both_known(desk)
@@ -876,8 +873,8 @@ def test_what_mahi_says_to_one_login_is_of_that_login_alone(desk: Any) -> None:
 
 @pytest.mark.parametrize("logins, down", [
     (("alice", "bob"), False), (("alice", "bob", "root"), True), (("x1", "x2", "x3", "x4"), False)])
-def test_mahi_is_down_when_several_known_accounts_say_so(desk: Any, logins: Any, down: bool
-                                                         ) -> None:
+def test_mahi_counts_as_down_when_several_known_accounts_fail(desk: Any, logins: Any, down: bool
+                                                             ) -> None:
     accounts, shelf, clock = desk
     both_known(desk)
     clock.at = 100.0
@@ -888,7 +885,7 @@ def test_mahi_is_down_when_several_known_accounts_say_so(desk: Any, logins: Any,
     assert isinstance(accounts.find("dave"), Deferred) is not down
 
 
-def test_what_is_known_now_decides_what_is_handed_over(desk: Any) -> None:
+def test_the_current_account_decides_whether_an_answer_is_sent(desk: Any) -> None:
     accounts, shelf, clock = desk
     default = Account(BOB, "bob", {})
     assert accounts.recall("alice", default) is default         # nothing is known: what it was
@@ -900,7 +897,7 @@ def test_what_is_known_now_decides_what_is_handed_over(desk: Any) -> None:
     assert accounts.recall("alice", default) is None
 
 
-def test_known_accounts_do_not_wait_behind_strangers(desk: Any) -> None:
+def test_known_accounts_do_not_wait_for_unknown_logins(desk: Any) -> None:
     accounts, shelf, clock = desk
     both_known(desk)
     shelf.jobs.clear()
@@ -912,7 +909,7 @@ def test_known_accounts_do_not_wait_behind_strangers(desk: Any) -> None:
     assert isinstance(accounts.find("alice"), Deferred) and len(accounts._pool.jobs) == 1
 
 
-def test_a_flood_of_strangers_leaves_mahi_to_those_who_are_known() -> None:
+def test_a_flood_of_unknown_logins_does_not_affect_known_accounts() -> None:
     """Their look-ups hang; a known account is read all the same, in a thread of its own pool."""
     go = threading.Event()
 
@@ -957,7 +954,7 @@ def test_a_flood_of_strangers_leaves_mahi_to_those_who_are_known() -> None:
     wait_until(lambda: clock.turn() and not accounts._reading)
 
 
-def test_each_address_may_look_up_so_many_unknown_logins(desk: Any) -> None:
+def test_lookups_of_unknown_logins_are_limited_by_address(desk: Any) -> None:
     accounts, shelf, clock = desk
     both_known(desk)
     clock.at = 100.0
@@ -992,7 +989,7 @@ def test_an_unknown_login_costs_as_many_requests_as_a_known_one(desk: Any) -> No
     assert counts == [2, 2]
 
 
-def test_nothing_tells_a_known_login_from_an_unknown_one(tmp_path: Path) -> None:
+def test_known_and_unknown_logins_are_indistinguishable(tmp_path: Path) -> None:
     """Neither the answer, nor whether it waits for mahi, nor an address's limit of lookups."""
     class Mahi(Shelf):
         def get(self, path: str, *more: Any) -> Any:
@@ -1060,7 +1057,7 @@ def test_nothing_tells_a_known_login_from_an_unknown_one(tmp_path: Path) -> None
     assert seen[0] == seen[1] == seen[2] == seen[3]
 
 
-def test_an_account_in_use_is_kept_fresh_and_one_that_is_not_is_left(desk: Any) -> None:
+def test_accounts_in_use_are_refreshed_and_others_are_not(desk: Any) -> None:
     accounts, shelf, clock = desk
     both_known(desk)
     shelf.account = {"account": mahi_account(ALICE, "alice", "rsa")}
@@ -1079,7 +1076,7 @@ def test_an_account_in_use_is_kept_fresh_and_one_that_is_not_is_left(desk: Any) 
 
 # the parts, without processes
 
-def test_nodes_with_odd_members() -> None:
+def test_nodes_with_unexpected_members() -> None:
     found = nodes_of([None, {}, {"uuid": 7}, {"uuid": NODE_1.upper(), "hostname": None},
                       {"uuid": NODE_2, "hostname": "b", "sysinfo": {"Admin IP": "10.0.0.1"}}], 9163)
     assert found[NODE_1].address is None and found[NODE_2].address == ("10.0.0.1", 9163)
@@ -1099,7 +1096,7 @@ def test_account_without_keys_and_groups() -> None:
     assert found is not None and len(found.keys) == 1 and found.operator and not found.approved
 
 
-def test_frames_in_any_pieces() -> None:
+def test_frames_are_parsed_in_any_pieces() -> None:
     def server_frame(opcode: int, payload: bytes, final: bool = True) -> bytes:
         size = len(payload)
         length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big") \
@@ -1125,7 +1122,7 @@ def test_bad_frames(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536])
-def test_frames_of_ours_are_masked(size: int) -> None:
+def test_sent_frames_are_masked(size: int) -> None:
     payload, mask = bytes(index % 251 for index in range(size)), b"\x01\x02\x03\x04"
     frame = frame_of(1, payload, mask)
     assert frame[0] == 0x81 and frame[1] & 0x80
@@ -1183,8 +1180,7 @@ def saved(tmp_path: Path) -> Any:
      "Too many levels of symbolic links"),
     (lambda folder: (folder / "s").unlink() or os.mkfifo(folder / "s"), "is not a regular file"),
 ], ids=["666", "620", "chown", "chown folder", "777", "sticky", "symlink", "fifo"])
-def test_a_snapshot_that_somebody_else_could_have_written_is_refused(
-        saved: Any, attack: Any, said: str) -> None:
+def test_a_snapshot_writable_by_others_is_refused(saved: Any, attack: Any, said: str) -> None:
     folder, content = saved
     attack(folder)
     with pytest.raises((SnapshotError, OSError), match=said):
@@ -1206,8 +1202,9 @@ def test_writing_a_snapshot_follows_no_symlink(saved: Any, name: str, tmp_path: 
     assert Snapshot(folder / "s").read().manta_owner == OPERATOR
 
 
-def test_a_link_that_comes_while_a_snapshot_is_written_is_not_followed(
-        saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_symlink_created_during_the_write_is_not_followed(saved: Any, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch
+                                                           ) -> None:
     folder, content = saved
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -1218,7 +1215,7 @@ def test_a_link_that_comes_while_a_snapshot_is_written_is_not_followed(
     assert victim.read_text() == "precious"
 
 
-def test_check_config_says_that_no_snapshot_can_be_kept(tmp_path: Path) -> None:
+def test_check_config_reports_an_unusable_snapshot_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     urls = dict.fromkeys(("vmapi", "cnapi", "mahi"), "http://127.0.0.1:1")
     done = Program.proxy(proxy_config(tmp_path, inventory={**urls, "snapshot": "s"}),
@@ -1228,7 +1225,7 @@ def test_check_config_says_that_no_snapshot_can_be_kept(tmp_path: Path) -> None:
     assert "inventory from http://127.0.0.1:1" in done.output
 
 
-def test_a_proxy_says_that_it_does_not_use_a_foreign_snapshot(cloud: Cloud, tmp_path: Path) -> None:
+def test_an_ignored_snapshot_is_logged(cloud: Cloud, tmp_path: Path) -> None:
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)

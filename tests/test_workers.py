@@ -84,8 +84,8 @@ def test_a_dead_worker_is_replaced(folder: Path) -> None:
         assert admin(program)["cmon_proxy_worker_restarts_total"] == 1
 
 
-def test_a_worker_killed_under_load_takes_nobody_along_and_revocation_holds_everywhere(
-        folder: Path) -> None:
+def test_a_worker_killed_under_load_affects_no_other_and_revocation_applies_everywhere(folder: Path
+                                                                                      ) -> None:
     with proxy(folder, workers=2) as program:
         wait_until(lambda: ready(program))
         over = threading.Event()
@@ -136,7 +136,7 @@ def test_a_worker_killed_under_load_takes_nobody_along_and_revocation_holds_ever
         assert last - written < 10, last - written
 
 
-def test_workers_reread_settings_and_end_with_the_first_process(folder: Path) -> None:
+def test_workers_reload_settings_and_stop_with_the_first_process(folder: Path) -> None:
     with proxy(folder, workers=2) as program:
         wait_until(lambda: ready(program))
         workers = children(program)
@@ -165,7 +165,7 @@ def test_workers_do_not_outlive_a_first_process_that_is_killed(folder: Path) -> 
         program.process.returncode = 0
 
 
-def test_sums() -> None:
+def test_metrics_of_workers_are_merged() -> None:
     def page(up: int, count: int) -> list[Family]:
         return [
             Family("a_total", COUNTER, "", [Sample((("x", "1"),), count)]),
@@ -180,7 +180,7 @@ def test_sums() -> None:
                      "cmon_proxy_inventory_nodes": [7], "cmon_proxy_node_in_flight": [7]}
 
 
-def test_debts_of_accounts_that_come_later() -> None:
+def test_debts_apply_to_accounts_seen_later() -> None:
     clock = [0.0]
     quotas = Quotas(QuotaSettings(per_minute=60, burst=10), lambda: clock[0])
     quotas.debit({"a": 4})
@@ -192,5 +192,5 @@ def test_debts_of_accounts_that_come_later() -> None:
     assert allowance.soft == -10            # the debt is bounded by one burst
 
 
-def test_a_worker_is_called_as_the_first_process_was() -> None:
+def test_a_worker_gets_the_flags_of_the_first_process() -> None:
     assert interpreter_command()[0] and "utf8" in interpreter_command()
