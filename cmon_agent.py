@@ -1173,7 +1173,8 @@ class KstatThreads:
             if active is not None:
                 active.jobs.put(job)
         if active is None:
-            job.done(KstatError(self._blocked()))
+            job.done(KstatError(f"libkstat blocks {MAX_HANDLES} threads: "
+                                + ", ".join(sorted(self.quarantine))))
 
     def watch(self) -> float | None:
         """Give up a reader that is blocked. In how many seconds to look again; None: when there is
@@ -1269,9 +1270,6 @@ class KstatThreads:
             self._active = Reader(self)
             self._readers.append(self._active)
             self._active.thread.start()
-
-    def _blocked(self) -> str:
-        return f"libkstat blocks {MAX_HANDLES} threads: " + ", ".join(sorted(self.quarantine))
 
 
 class ZoneReading(NamedTuple):
@@ -8649,12 +8647,11 @@ def check_port(node: Examined) -> Iterator[Finding]:
     host, port = address
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host
-                                  else socket.AF_INET):
+        with listening_socket(address):
             yield GOOD, f"{shown} is free"
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            yield BAD, f"{shown}: {reason_of(error)}"
+            yield BAD, reason_of(error)
             return
         try:
             healthy = Client(max_idle=0).request("GET", f"http://{shown}/-/healthy",

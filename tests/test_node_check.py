@@ -271,7 +271,8 @@ FAULTS: dict[str, tuple[tuple[Do, str, str], ...]] = {
         (prints("zpool"), "FAIL commands", "zpool list: 0 pools"),
         (prints("ntpq"), "FAIL clock", "ntpq: exit 0 and no message"),
         (lambda one: one.vminfod.close(), "note vminfod", "nothing listens at http://127.0.0.1:"),
-        (settings(listen="192.0.2.1:9164"), "FAIL port", "192.0.2.1:9164: cannot assign"),
+        (settings(listen="192.0.2.1:9164"), "FAIL port",
+         "cannot listen on 192.0.2.1:9164: cannot assign requested address"),
         (open_folder, "FAIL plugins", "nobody else can write to")),
     "commands are odd": (
         (prints("sysinfo", '{"UUID": "x", "Hostname": "n", "Zpool": "zones", '
@@ -338,6 +339,7 @@ def test_each_fault_is_reported_and_the_rest_is_checked(name: str, node: MakeNod
     for _, begin, part in FAULTS[name]:
         assert any(told.startswith(begin.strip()) and part in told or not begin.strip().startswith(
             ("FAIL", "note", "ok")) and part in told for told in shown), (begin, part, shown)
+    assert "(while" not in str(shown)           # what Python adds for programmers
     expected = {begin[5:] for _, begin, _ in FAULTS[name] if begin.startswith("FAIL")}
     assert {row["check"] for row in found.findings if row["status"] == "FAIL"} - {"port"} == \
         expected - {"port"}, shown
