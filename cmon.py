@@ -86,7 +86,7 @@ try:
     from cmon_agent import (
         COUNTER, Client, ClientError, ClientResponse, CommandLine, ExpositionError, GAUGE, Labels,
         MAX_BODY, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Use,
-        __version__, metadata, number, open_streams, parse, printing, render, within)
+        __version__, bracketed, metadata, number, open_streams, parse, printing, render, within)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must be beside cmon.py")
 
@@ -3186,8 +3186,7 @@ def prometheus_yml(url: str, account: str, ca: bool, suffix: str = "", nodes: bo
         operator = example("prometheus-operator.yml").read_text("utf-8")
         job = operator[operator.index("  - job_name: nodes"):operator.index("  - job_name: agents")]
         text += job.replace("admin-", "alice-")
-    text = text.replace("cmon.dc.example:9163", f"[{host}]:{port}" if ":" in host
-                        else f"{host}:{port}")
+    text = text.replace("cmon.dc.example:9163", f"{bracketed(host)}:{port}")
     text = text.replace("endpoint: cmon.dc.example", f"endpoint: {json.dumps(host)}\n        "
                         f"port: {port}")
     text = text.replace("cmon.dc.example", suffix or host)

@@ -92,7 +92,7 @@ if sys.version_info < (3, 9):       # a traceback is no answer to that
 __version__ = "1.1.0"
 __all__ = [     # what the other programs import
     "admin_address", "Answer", "AnswerReader", "at_least",
-    "Backoff", "BASE_CSS", "begin_connect", "Breaker",
+    "Backoff", "BASE_CSS", "begin_connect", "bracketed", "Breaker",
     "Cache", "call", "Client", "ClientError", "ClientResponse", "command_line",
     "command_settings", "CommandLine", "complain",
     "ConfigError", "Connection", "COUNTER",
@@ -296,6 +296,11 @@ def is_ip(value: Any) -> bool:
         socket.inet_pton(socket.AF_INET6 if ":" in value else socket.AF_INET, value)
         return True
     return False
+
+
+def bracketed(host: str) -> str:
+    """A host before a colon and a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def admin_address(sysinfo: Any) -> str | None:
@@ -3439,8 +3444,7 @@ def collect_core(task: Task) -> Found:
     if vm is None or not vm.ports or not vm.addresses or task.host.recorded:
         return NOTHING      # a recording's addresses belong to somebody's network
     page = CorePage(lambda name: is_ours(name, False))
-    address = f"[{vm.addresses[0]}]" if ":" in vm.addresses[0] else vm.addresses[0]
-    client = Client(max_body=2 << 20, max_idle=0)
+    client, address = Client(max_body=2 << 20, max_idle=0), bracketed(vm.addresses[0])
     end = task.now() + task.timeout         # for all ports, but each has its chance
     for port in vm.ports:
         try:
@@ -5164,7 +5168,7 @@ def listening_socket(address: tuple[str, int] | socket.socket) -> socket.socket:
                 address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
                 backlog=BACKLOG)
         except OSError as error:
-            raise OSError(error.errno, f"cannot listen on {address[0]}:{address[1]}: "
+            raise OSError(error.errno, f"cannot listen on {bracketed(address[0])}:{address[1]}: "
                           + (error.strerror or str(error)).partition(" (while")[0].lower()
                           ) from None
     listening.setblocking(False)
@@ -5824,8 +5828,7 @@ class Client:
             raise ClientError(f"{url!r} is not a URL") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ClientError(f"{url!r} is not an http or https URL")
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        return (_Origin(parts.scheme, host, port),
+        return (_Origin(parts.scheme, bracketed(parts.hostname), port),
                 (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
 
     def _take(self, origin: _Origin) -> socket.socket | None:
@@ -7893,7 +7896,7 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
         signal.signal(number_of_signal, lambda *_, handler=handler: handler())
     for listener in server.listeners:
         host, port = listener.address[:2]
-        log.info("listening on %s:%s", f"[{host}]" if ":" in host else host, port)
+        log.info("listening on %s:%s", bracketed(host), port)
     parent.ready()
     server.serve_forever()              # the log ends at exit: what follows may log, too
     return 0
@@ -8644,8 +8647,7 @@ def check_port(node: Examined) -> Iterator[Finding]:
     if address is None:
         yield NOTE, "not tried: the address is not known"
         return
-    host, port = address
-    shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    shown = f"{bracketed(address[0])}:{address[1]}"
     try:
         with listening_socket(address):
             yield GOOD, f"{shown} is free"

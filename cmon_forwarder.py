@@ -64,11 +64,11 @@ try:
         Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
         Family, GAUGE, HISTOGRAM, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
         READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server,
-        __version__, at_least, begin_connect, command_line, command_settings, complain, gunzip,
-        gzip, is_address, label_text, log, number, one_of, open_streams, page_row, page_table,
-        parse, parse_address, plain_page, printing, reason_of, register_process_metrics, render,
-        run_daemon, setting, single, start_logging, stop_logging, text, valid_label_name,
-        valid_metric_name)
+        __version__, at_least, begin_connect, bracketed, command_line, command_settings, complain,
+        gunzip, gzip, is_address, label_text, log, number, one_of, open_streams, page_row,
+        page_table, parse, parse_address, plain_page, printing, reason_of,
+        register_process_metrics, render, run_daemon, setting, single, start_logging, stop_logging,
+        text, valid_label_name, valid_metric_name)
 except ImportError as import_error:
     sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_forwarder.py")
@@ -694,7 +694,7 @@ class Fetcher:
         self.context = context
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if context is not None else 80)
-        shown = f"[{self.host}]" if ":" in self.host else self.host
+        shown = bracketed(self.host)
         self._host_line = shown if parts.port is None else f"{shown}:{self.port}"
         self.most = settings.max_in_flight
         self._queue_timeout = settings.interval

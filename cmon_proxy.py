@@ -75,7 +75,7 @@ try:
         Cache, Client, ClientError, ConfigError, Connection, Deferred, Family,
         Labels, Limits, Listener, Loop, Pool, Prepared, Refused, Registry, Request,
         Response, Route, Router, Sample, Server, TooLarge, __version__, admin_address, at_least,
-        begin_connect, call, command_line, command_settings, complain, gunzip, http_date,
+        begin_connect, bracketed, call, command_line, command_settings, complain, gunzip, http_date,
         is_address, is_ip, listening_socket, log, one_of, open_streams, page_headers,
         parse_address, plain_page, prepare, read_json, reason_of, register_process_metrics,
         render, reused, run_daemon, scrape_deadline, setting, single, text, wire)
@@ -3806,7 +3806,7 @@ class Upstream:
 
     def __init__(self, upstreams: Upstreams, uuid: str, address: tuple[str, int]) -> None:
         self.all, self.uuid, self.address = upstreams, uuid, address
-        self.host = f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%d" % address
+        self.host = f"{bracketed(address[0])}:{address[1]}"
         self.idle: list[UpstreamConnection] = []    # most recently used last: used next
         self.busy = 0                           # requests the agent is working on
         self.load: dict[str, int] = {}          # of these, by account

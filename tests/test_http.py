@@ -556,6 +556,8 @@ def test_stopping_finishes_requests_in_flight(served: Served) -> None:
 def test_an_address_in_use_is_reported(served: Served) -> None:
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{served.address[1]}: address"):
         Server("agent", Registry()).listen(served.address, PLAIN)
+    with pytest.raises(OSError, match=r"cannot listen on \[2001:db8::1\]:9: "):
+        Server("agent", Registry()).listen(("2001:db8::1", 9), PLAIN)
 
 
 def test_timers_and_calls_run_in_the_servers_thread(served: Served) -> None:
