@@ -3791,6 +3791,8 @@ class Command(NamedTuple):
 
 seconds = within(float, 0.001, 3600, "a number of seconds up to 3600")
 count = within(int, 1, 10 ** 9, "a whole number, at least 1")
+factor = within(float, 0.001, 3600, "a factor from 0.001 to 3600")
+days = within(int, 1, 36500, "a number of days from 1 to 36500")
 port_number = within(int, 1, 65535, "a port from 1 to 65535")
 
 
@@ -3851,23 +3853,15 @@ def monitor_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", metavar="N", type=count, help="end --watch or --record after N pages")
     add("--replay", metavar="FILE", default="", help="show a recording; with --watch at its own "
         "pace, otherwise without pauses")
-    add("--speed", metavar="FACTOR", type=seconds,
+    add("--speed", metavar="FACTOR", type=factor,
         help="with --replay and --watch: play FACTOR times as fast (1)")
     connection_arguments(parser)
-
-
-def days(text: str) -> int:
-    """A flag's value: how long a certificate is valid."""
-    value = int(text)
-    if not 0 < value <= 36500:
-        raise ValueError
-    return value
 
 
 def login(text: str) -> str:
     """A flag's value: an account's login."""
     if LOGIN.fullmatch(text) is None:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a login")
     return text
 
 
@@ -3899,7 +3893,9 @@ def signing_arguments(parser: argparse.ArgumentParser, required: bool = False) -
 
 def address(text: str) -> str:
     """A flag's value: an IP address."""
-    return str(ipaddress.ip_address(text))
+    if not is_address(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address")
+    return text
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -3965,7 +3961,7 @@ def top_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"seconds between rounds ({TOP_SECONDS:g})")
     add("--once", action="store_true", help="print one table and exit, as when writing to a pipe")
     add("--replay", metavar="FILE", default="", help="show a recording made by `monitor`")
-    add("--speed", metavar="FACTOR", type=seconds,
+    add("--speed", metavar="FACTOR", type=factor,
         help="with --replay: play FACTOR times as fast (1)")
     connection_arguments(parser)
 
