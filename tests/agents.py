@@ -43,7 +43,7 @@ class Agent:
         return "%s:%d" % self.address
 
     def paths(self) -> list[str]:
-        """What was asked for, without probes."""
+        """The requests received, without probes."""
         with self.lock:
             return [path for method, path, _ in self.requests if path != "/-/healthy"]
 
@@ -155,7 +155,7 @@ class Agent:
 
 
 def uuid(number: int) -> str:
-    """A UUID that can be told apart."""
+    """A UUID made from a number."""
     return f"{number:08x}-0000-4000-8000-{number:012x}"
 
 
@@ -223,7 +223,7 @@ def proxy_config(folder: Path, **more: Any) -> Path:
 
 
 def write_inventory(folder: Path, content: Any) -> None:
-    """Put it there as a careful operator does: whole."""
+    """Write the file atomically, as a careful operator does."""
     fresh = folder / "inventory.new"
     fresh.write_text(content if isinstance(content, str) else json.dumps(content))
     fresh.replace(folder / "inventory.json")

@@ -17,7 +17,7 @@ def uuid_of(number: int) -> str:
 
 
 class Listening:
-    """Accepts connections, each served by `serve` in a thread; may be shut and opened again."""
+    """Accepts connections and serves each in a thread; can be closed and reopened."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -78,7 +78,7 @@ class Listening:
                     self._sockets.remove(accepted)
 
     def serve(self, accepted: socket.socket) -> None:
-        """What becomes of a connection."""
+        """Serve one connection."""
         raise NotImplementedError
 
 
@@ -97,7 +97,7 @@ def read_request(reader: Any) -> tuple[str, str, dict[str, str], bytes] | None:
 
 
 class Source(Listening):
-    """In the place of the proxy: `containers` have pages that a function makes from the number."""
+    """Stands in for the proxy: a function makes each container's page from its number."""
 
     def __init__(self, count: int = 1, page: Callable[[int], str] | None = None) -> None:
         self.containers = {number: f"web{number}" for number in range(count)}
@@ -142,7 +142,7 @@ class Source(Listening):
 
 
 class HttpSink(Listening):
-    """Takes requests; `answers` says how to the next ones: a status, or a function."""
+    """Accepts requests; `answers` are for the next ones: a status, or a function."""
 
     def __init__(self) -> None:
         self.answers: list[Any] = []
@@ -185,12 +185,12 @@ class HttpSink(Listening):
             return [line for body in self.accepted for line in body.decode().splitlines()]
 
     def rows(self) -> list[dict[str, Any]]:
-        """They as JSON."""
+        """The accepted lines as JSON."""
         return [json.loads(line) for line in self.lines()]
 
 
 class LineSink(Listening):
-    """Takes lines on TCP; `read` says how: "all", "slow" (a byte a second), "cut", "mute"."""
+    """Reads lines from TCP; `read`: "all", "slow" (a byte a second), "cut" or "mute"."""
 
     def __init__(self) -> None:
         self.mode = "all"
@@ -226,7 +226,7 @@ class LineSink(Listening):
 
 
 class UdpSink:
-    """Takes datagrams; may be shut and opened again."""
+    """Receives datagrams; can be closed and reopened."""
 
     def __init__(self) -> None:
         self.address: Address = ("127.0.0.1", 0)
@@ -247,7 +247,7 @@ class UdpSink:
         self._reader.start()
 
     def close(self) -> None:
-        """Nobody listens; what has come before is read."""
+        """Stop listening; what has arrived is read."""
         bound, self._socket = self._socket, None
         if bound is not None:
             bound.connect(("127.0.0.1", 9))     # from now on others are refused

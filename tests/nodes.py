@@ -37,7 +37,7 @@ def down(page: str) -> set[str]:
 
 
 def value(page: str, series: str) -> float:
-    """The value of one series, as it is written on the page."""
+    """The value of one series, as written on the page."""
     found = re.findall(rf"^{re.escape(series)} (\S+)$", page, re.M)
     assert len(found) == 1, (series, found, page[:3000])
     return float(found[0])
@@ -49,7 +49,7 @@ VARIES = re.compile(r"time_of_day|time_metrics|cmon_sample_age_seconds|\w+_metri
 
 
 def steady(page: str) -> list[str]:
-    """The lines of a page that do not tell of the time at which it was made."""
+    """The lines of a page that do not depend on the time."""
     return [line for line in page.splitlines() if not VARIES.search(line)]
 
 
@@ -83,7 +83,7 @@ class Machine:
         self.config.write_text(json.dumps(content))
 
     def get(self, path: str, timeout: float | None = None, **headers: str) -> Answer:
-        """One scrape; `timeout` is what Prometheus says of itself."""
+        """One scrape; `timeout` is Prometheus' scrape timeout."""
         more = {name.replace("_", "-"): text for name, text in headers.items()}
         if timeout is not None:
             more["X-Prometheus-Scrape-Timeout-Seconds"] = repr(timeout)
@@ -111,7 +111,7 @@ class Machine:
         assert (answer.status, answer.body) == (200, b"")
 
     def hide(self, name: str) -> None:
-        """Let a command be one that is not there."""
+        """Remove a command."""
         content = json.loads(self.config.read_text())
         content["commands"][name] = "/nonexistent/" + name
         self.config.write_text(json.dumps(content))
@@ -165,7 +165,7 @@ def placed(module: str, instance: int, name: str, klass: str = "") -> agent.Ref:
 
 
 def missing_stand_ins() -> list[str]:
-    """What collectors ask for and the recorded node does not have."""
+    """Kstats that collectors read and the recorded node lacks."""
     host = agent.RecordedHost(str(NODE), agent.Settings())
     missing = []
     for collector in (*agent.ZONE_COLLECTORS, *agent.NODE_COLLECTORS):
@@ -179,7 +179,7 @@ def missing_stand_ins() -> list[str]:
 
 
 class Clock:
-    """Time that a test moves."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.at = 1000.0
@@ -212,7 +212,7 @@ class Desk:
         self.routes = agent.Agent(self.scraper, self.registry).routes
 
     def pump(self) -> None:
-        """Run what is due in the server's thread, and let others have the turn before."""
+        """Run what is due in the loop, after letting other threads finish their calls."""
         self.turn.release()
         time.sleep(0.0002)
         self.turn.acquire()
@@ -236,7 +236,7 @@ class Desk:
         return respond(self.routes, request)
 
     def answer(self, asked: Any) -> Answer:
-        """The answer of what was asked, once it is there or its deadline has passed."""
+        """The answer to a request, once it is there or its deadline has passed."""
         if isinstance(asked, agent.Deferred):
             end = time.monotonic() + PATIENCE
             while asked.answer is None and time.monotonic() < end:
@@ -274,7 +274,7 @@ def children_of(program: Program) -> list[int]:
 
 
 class Vminfod:
-    """Something that listens where vminfod should, and says what the test wants."""
+    """Stands in for vminfod and sends what the test wants."""
 
     def __init__(self, port: int = 0, first: Callable[[socket.socket], None] | None = None) -> None:
         self.socket = socket.create_server(("127.0.0.1", port), backlog=16)
@@ -328,7 +328,7 @@ class Vminfod:
         self.line(self.streams[-1], event)
 
     def close(self) -> None:
-        """Nobody listens any more, and what was open is cut off."""
+        """Stop listening and close all connections."""
         self._closed = True
         # accept() in another thread keeps the socket alive: wake it up
         try:

@@ -65,7 +65,7 @@ class Tenant:
 
 
 class Truth:
-    """Who owns what, and since when; guarded by a lock, as all threads look."""
+    """Who owns what, and since when; guarded by a lock, since all threads read it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -91,7 +91,7 @@ class Truth:
                     self.lost[lost] = time.monotonic()
 
     def may_show(self, zone: str, owner: str, late: float) -> bool:
-        """Whether the owner may see it now, or may have a moment ago."""
+        """Whether the owner may see it now, or could a moment ago."""
         with self.lock:
             return self.owners.get(zone) == owner or \
                 time.monotonic() - self.lost.get((zone, owner), -1e9) < late
@@ -147,7 +147,7 @@ class Soak:
         return made
 
     def start_agent(self, machine: Machine, number: int) -> None:
-        """At the same address as ever."""
+        """At the same address as before."""
         machine.start("--listen", f"127.0.0.{number + 1}:{self.port}")
         self.programs.append(machine.agent)
         _ = machine.agent.address
@@ -207,7 +207,7 @@ class Soak:
     # what is done to them
 
     def wait(self, least: float, most: float) -> bool:
-        """Some time; False when the end has come."""
+        """Sleep for a random time; False when the test is over."""
         return not self.over.wait(self.random.uniform(least, most))
 
     def hand_over(self) -> None:
@@ -224,7 +224,7 @@ class Soak:
             self.happened("changes of owner", zone)
 
     def trouble(self) -> None:
-        """One thing after the other goes wrong, and is mended soon after."""
+        """Cause one fault after the other, and repair each soon."""
         faults: list[Callable[[], Iterator[None]]] = [
             self.zfs, self.stopped_agent, self.killed_agent, self.churn, self.bad_inventory,
             self.bad_settings, self.killed_worker, self.failing_service, self.cut_feed]
@@ -345,7 +345,7 @@ class Soak:
         self.events.append(f"{time.strftime('%H:%M:%S')} {what} {about}")
 
     def violation(self, what: str) -> None:
-        """Something that must not be; the first comes with what has happened before it."""
+        """Report a violation; the first one with the preceding events."""
         before = "" if self.violations else f" after {list(self.events)}"
         self.violations.append(f"{time.strftime('%H:%M:%S')} {what}{before}")
 
@@ -381,7 +381,7 @@ class Soak:
             connection.close()
 
     def check(self, tenant: Tenant, kind: str, path: str, answer: Any, beyond: float) -> None:
-        """One answer."""
+        """Check one answer."""
         self.counts[f"{kind} {answer.status}"] += 1
         self.latest = max(self.latest, beyond)
         where = f"{kind}: {tenant.login} {path}: {answer.status}"
@@ -434,7 +434,7 @@ class Soak:
         return found
 
     def run(self, seconds: float) -> dict[str, Any]:
-        """All of it; gives the summary."""
+        """Run everything; return the summary."""
         for kind, program in self.proxies.items():
             for tenant in self.tenants:
                 wait_until(lambda: self.works(tenant, kind), f"{tenant.login} at {kind}")
@@ -483,7 +483,7 @@ class Soak:
             return False
 
     def close(self) -> None:
-        """SIGTERM for all; each must end well."""
+        """Send SIGTERM to all; each must exit 0."""
         for program in [*self.proxies.values(), *(machine.agent for machine in self.machines)]:
             status = program.stop()
             if status != 0:

@@ -54,7 +54,7 @@ def wait_until(predicate: Callable[[], T], what: str = "", timeout: float = PATI
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on just now; for programs that cannot be given port 0."""
+    """A free port, for programs that cannot listen on port 0."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -216,7 +216,7 @@ class Program:
         return self.wait(timeout)
 
     def kill(self) -> None:
-        """End it and what it started, whatever it thinks."""
+        """Kill it and all that it started."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -296,7 +296,7 @@ class Connection:
         self._reader = self.socket.makefile("rb")
 
     def send(self, raw: bytes) -> None:
-        """Bytes as they are."""
+        """Send bytes unchanged."""
         self.socket.sendall(raw)
 
     def answer(self, head: bool = False) -> Answer:
@@ -428,15 +428,15 @@ class Kernel:
         struct.pack_into("=Q", self._map, 0, self["generation"] + 1)
 
     def write(self, kstats: str | Iterable[Mapping[str, Any]], name: str = "kstats") -> None:
-        """What the kernel has from now on (or, by another name, after a `switch`)."""
+        """Set the kernel's kstats (or, under another name, those after a `switch`)."""
         self._replace(name, kstats if isinstance(kstats, str) else kstats_file(kstats))
 
     def synthesise(self, zones: int, kstats: int) -> None:
-        """Made-up zones, and as many kstats in all; see `synth` in the library."""
+        """Synthetic zones, and this many kstats in total; see `synth` in the library."""
         self.write(f"synth zones={zones} kstats={kstats}\n")
 
     def faults(self, *rules: Sequence[str | int]) -> None:
-        """The faults from now on, instead of those before: ("block", "tcp:7:tcp"), …"""
+        """Replace the faults: ("block", "tcp:7:tcp"), …"""
         self._rules = ["\t".join(map(str, rule)) for rule in rules]
         self._replace("control", "\n".join(self._rules) + "\n")
 
@@ -454,7 +454,7 @@ class Kernel:
         return {name: self[name] for name in COUNTERS}
 
     def log_reads(self) -> None:
-        """From now on (before the program starts!) note each kstat_read."""
+        """Log each kstat_read from now on; call before the program starts."""
         (self.folder / "reads").write_text("")
 
     def reads(self, clear: bool = True) -> list[str]:

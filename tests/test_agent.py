@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The agent as a program: its routes, its command line, captures and what replays make of them."""
+"""The agent as a program: routes, command line, captures and replays."""
 from __future__ import annotations
 
 import base64
@@ -349,7 +349,7 @@ def test_a_capture_replays_as_the_same_pages(kernel: Callable[..., Kernel], tmp_
         for path in (f"/v1/{WEB01}/metrics", f"/v1/{LB01}/metrics", f"/v1/{SPARK01}/metrics",
                      "/v1/gz/metrics"):
             def settled(program: Program, path: str = path) -> list[str]:
-                """When zoneadm has told which guest is whose."""
+                """After zoneadm has reported the owner of each guest."""
                 text = wait_until(lambda: (lambda page: page if path.find(SPARK01) < 0 or
                                            "vcpu_seconds_total" in page else "")(
                     (http_get(program.address, "/v1/refresh", method="POST"),
@@ -386,7 +386,7 @@ def test_pages_read_through_libkstat_equal_the_goldens(kernel: Callable[..., Ker
 
 def test_the_page_of_all_zones_has_exactly_the_samples_of_their_pages(kernel: Callable[..., Kernel],
                                                                       tmp_path: Path) -> None:
-    """On a kernel whose values stand still."""
+    """On a kernel with constant values."""
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"])).start()
     with one.agent:
         expected = set()
@@ -574,7 +574,7 @@ def test_a_capture_of_a_node_without_running_zones_is_served(tmp_path: Path) -> 
 # --- the command line -----------------------------------------------------------------------------
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> Any:
-    """Run the agent to its end."""
+    """Run the agent until it exits."""
     return subprocess.run([sys.executable, "-I", ROOT / "cmon_agent.py", *arguments],
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, timeout=60, cwd=cwd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What one tenant tries against the others, and what a node tries that lies."""
+"""Attacks of a tenant on others, and of a malicious node."""
 from __future__ import annotations
 
 import dataclasses
@@ -102,7 +102,7 @@ def status_of(answer: Any) -> tuple[int, str]:
 # the loop is everybody's
 
 def calls_of(function: Callable[[], Any]) -> int:
-    """How many functions it calls, Python's and C's, in this thread."""
+    """The number of function calls, of Python and C, in this thread."""
     count = 0
 
     def counted(_frame: Any, event: str, _argument: Any) -> None:
@@ -193,7 +193,7 @@ def test_concurrent_requests_for_a_list_share_one_build(house: Any, monkeypatch:
 # caches
 
 def grown(function: Callable[[], Any]) -> int:
-    """Bytes that Python holds more of afterwards."""
+    """The bytes by which Python's memory grows."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     function()
@@ -496,7 +496,7 @@ def test_a_new_owner_sees_nothing_of_the_former_owners_scrapes(house: Any) -> No
 
 @pytest.mark.parametrize("path", LISTS[:4])
 def test_users_limited_to_groups_do_not_share_lists_with_others(path: str, house: Any) -> None:
-    """Both are asked for at once, with certificates that differ in the key alone."""
+    """Concurrent requests, with certificates that differ only in the key."""
     world = house(0)
     owner = world.owner
     keys, peers = [make_key(), make_key()], []
@@ -590,7 +590,7 @@ def test_settings_that_need_a_restart_are_those_that_differ_from_what_runs() -> 
 
 
 def test_a_self_signed_certificate_stays_rejected_after_a_change_to_ca(tmp_path: Path) -> None:
-    """A connection made without a CA keeps a certificate that nobody has verified."""
+    """A connection made without a CA keeps an unverified certificate."""
     key = make_key()
     (tmp_path / "mallory.key").write_bytes(key)
     (tmp_path / "mallory.pem").write_bytes(make_certificate(key, "alice"))

@@ -94,7 +94,7 @@ def certgen(*arguments: Any, env: Mapping[str, str] | None = None) -> "Done[str]
 
 
 def on_terminal(answer: str, *arguments: Any) -> tuple[int, str]:
-    """The command on a terminal of its own, where somebody answers the first question."""
+    """The command on its own terminal; the first question is answered."""
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, str(CMON), *map(str, arguments)])
@@ -123,7 +123,7 @@ def one_line(done: "Done[str]", status: int, *words: str) -> None:
 
 
 def issuer_of(keys: Path, name: str, folder: Path) -> Path:
-    """A certificate for the account's key, which in the wild does not exist, made by openssl."""
+    """A certificate for the account's key, made by openssl."""
     pem = folder / "signing.pem"
     shutil.copy(str(keys / name), str(pem))
     pem.chmod(0o600)
@@ -138,7 +138,7 @@ def issuer_of(keys: Path, name: str, folder: Path) -> Path:
 
 
 def verify(cert: Path, issuer: Path) -> None:
-    """openssl finds the chain whole, and the signature good."""
+    """openssl accepts the chain and the signature."""
     said = printed(tool("openssl"), "verify", "-CAfile", issuer, cert)
     assert said == f"{cert}: OK\n"
 
@@ -282,7 +282,7 @@ def test_renew_does_not_replace_a_file_that_is_not_a_certificate(keys: Path, tmp
 
 
 def test_certificate_and_key_are_both_written_or_neither(keys: Path, tmp_path: Path) -> None:
-    """A folder in the key's place: the certificate that was there stays."""
+    """With a folder in place of the key, the existing certificate stays."""
     certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path)
     before = (tmp_path / "alice-cert.pem").read_bytes()
     (tmp_path / "alice-key.pem").unlink()

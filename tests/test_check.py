@@ -51,7 +51,7 @@ cmon_quota_used 0.25
 
 @pytest.fixture()
 def check(proxy: StandIn, files: Files, tmp_path: Path) -> Callable[..., Any]:  # noqa: F811
-    """Runs a check; `check.page` and `check.fleet` lay down what the proxy answers."""
+    """Runs a check; `check.page` and `check.fleet` set the proxy's answers."""
     def go(*arguments: Any, url: str = "", run: Any = inside, **more: Any) -> tuple[int, str]:
         done = run("check", *arguments, *connection(url or proxy, files), **{
             "env": {"XDG_CACHE_HOME": str(tmp_path / "cache")}, **more})
@@ -247,7 +247,7 @@ def test_the_certificate(days: int, status: int, check: Any) -> None:
 
 def test_an_expired_certificate_is_critical(check: Any, proxy: StandIn,  # noqa: F811
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proxy refuses it, so no page can say so."""
+    """The proxy rejects the certificate, so no page can report it."""
     proxy.answers["/v1/fleet/metrics"] = Answer(401, b"the certificate ended\n", "text/plain\r\n"
                                                      "X-Cmon-Error: expired")
     assert check("--certificate") == (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The users' command as a process: with a stand-in proxy that has faults; its demo in earnest."""
+"""The users' command as a process, with a faulty stand-in proxy; and the real demo."""
 from __future__ import annotations
 
 import errno
@@ -62,7 +62,7 @@ GOOD = {
 
 
 class StandIn:
-    """A TLS server that answers what a test lays down."""
+    """A TLS server whose answers the test sets."""
 
     def __init__(self, certificate: Path, key: Path, address: str = ADDRESS) -> None:
         self.answers: dict[str, Answer] = dict(GOOD)
@@ -344,7 +344,7 @@ def test_unknown_authority(proxy: StandIn, files: Files) -> None:
 
 
 def test_certificate_for_another_name(files: Files) -> None:
-    """The hint is not the one of an unknown authority."""
+    """The advice differs from that for an unknown authority."""
     server = StandIn(files.folder / "server.pem", files.folder / "server-key.pem", "127.0.0.2")
     try:
         url = f"https://127.0.0.2:{server.port}"
@@ -536,7 +536,7 @@ def temporary_folders() -> list[str]:
 
 
 def test_demo_once_needs_nothing_on_the_path(tmp_path: Path) -> None:
-    """No tool, no network name, no writable folder but the temporary one; and nothing stays."""
+    """Without tools, DNS or a writable folder except the temporary one; leaves nothing."""
     done = run("demo", "--once", env={"PATH": str(tmp_path / "empty"), "TMPDIR": str(tmp_path)})
     assert (done.returncode, done.stderr) == (0, "")
     assert "says 404" not in done.stdout and re.search(r"^    404: ", done.stdout, re.M)

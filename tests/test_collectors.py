@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What collectors make of a recorded node, and of each oddity of kernels and commands."""
+"""Collectors on a recorded node, and with each quirk of kernels and commands."""
 from __future__ import annotations
 
 import csv

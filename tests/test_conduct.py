@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""How the agent behaves towards those who wait, towards what it starts, and when it stops."""
+"""How the agent treats waiting clients and its child processes, and how it stops."""
 from __future__ import annotations
 
 import json
@@ -269,12 +269,12 @@ def test_a_capture_refuses_absurd_pauses(interval: str) -> None:
 # -- a reader that is given up just as it comes back
 
 class Handle:
-    """A handle of nothing."""
+    """A handle without kstats."""
     index, rebuild_seconds = agent.Index(), 0.0
     calls = rebuilds = 0
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to close."""
 
 
 def test_no_job_is_lost_when_a_reader_is_given_up_between_two() -> None:
@@ -325,7 +325,7 @@ def test_a_core_zone_is_asked_on_the_admin_network(nics: Any, expected: tuple[st
 
 @pytest.mark.parametrize("tags", [{"manta_role": "loadbalancer"}, {"smartdc_role": "cmon"}])
 def test_a_tenant_cannot_send_the_global_zone_anywhere(tags: dict[str, str]) -> None:
-    """Tags, ports and even the tag of a NIC are there; the owner is not the platform."""
+    """Tags, ports and the NIC's tag match, but the owner is not the platform."""
     vm = agent.vm_of({
         "uuid": WEB01, "owner_uuid": "2f6d1c1a-9d3c-4a55-8f0e-2b8f3f3b7a10", "tags": tags,
         "customer_metadata": {"metricPorts": "8881"},

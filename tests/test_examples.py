@@ -115,7 +115,7 @@ def test_the_readme_shows_metrics_that_are_served(served: set[str]) -> None:
 
 
 def test_the_readme_shows_the_configuration_of_the_examples() -> None:
-    """Its blocks are what the examples have: nothing is explained in two ways."""
+    """The README's blocks equal the examples."""
     readme = (ROOT / "README.md").read_text("utf-8")
     examples = [(EXAMPLES / name).read_text() for name in ("prometheus.yml", "prometheus-dns.yml")]
     blocks: list[str] = re.findall(r"```yaml\n(.*?)```", readme, re.S)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The text format: what goes out is exact, what comes in is taken strictly or by line."""
+"""The text format: exact output; input parsed strictly, or line by line."""
 from __future__ import annotations
 
 import math

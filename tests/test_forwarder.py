@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The forwarder as a process: what it scrapes, and what it does when sinks fail or it is ended."""
+"""The forwarder as a process: scrapes, failing sinks, stops and restarts."""
 from __future__ import annotations
 
 import contextlib
@@ -273,7 +273,7 @@ def test_increases_add_up_across_restarts_resets_and_outages(tmp_path: Path, kee
         "f": {"type": "file", "path": "samples.log"}})
 
     def grown() -> int:
-        """What the copy in the file says; each first value counts from zero after a reset."""
+        """The values in the file; the first value after a reset counts from zero."""
         values = named([json.loads(line) for line in (tmp_path / "samples.log").read_text(
             ).splitlines()], "hits_total")
         return sum(now - before if now >= before else now
@@ -322,7 +322,7 @@ def test_waiting_samples_survive_sigterm(tmp_path: Path, keep: Keep) -> None:
 
 
 def test_scraped_samples_survive_kill_9(tmp_path: Path, keep: Keep) -> None:
-    """At moments of chance, under load; more often by hand: CMON_KILLS=50."""
+    """At random moments under load; run by hand with CMON_KILLS=50."""
     source, sink = keep(Source(20)), keep(HttpSink())
     sink.default = lambda body: 503 if len(body) % 3 == 0 else 204
     seed = int(os.environ.get("CMON_SEED", time.time_ns() % 10 ** 6))

@@ -193,7 +193,7 @@ def test_reserved_labels_are_renamed() -> None:
 
 
 def test_renamed_labels_never_collide() -> None:
-    """Twice the same name, or __name__: stores refuse the whole request for it."""
+    """Duplicate names or __name__: stores reject the whole request."""
     reader = PageReader(selector(labels={"exported_site": "x"}))
     page = ('a{alias="1",exported_alias="2",exported_exported_alias="3"} 1\n'
             'a{__name__="b",__x="c",site="d"} 2\na{exported_site="e"} 3\n')

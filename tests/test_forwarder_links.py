@@ -143,7 +143,7 @@ def test_a_request_on_a_closing_connection_is_retried(peer: Peer, run: Run) -> N
 
 def test_a_dead_address_costs_no_request(peer: Peer, run: Run, monkeypatch: pytest.MonkeyPatch
                                         ) -> None:
-    """As localhost, which is ::1 too, or a name with an address that is out of order."""
+    """As with localhost, which is also ::1, or a name with a dead address."""
     dead = socket.socket()
     dead.bind(("127.0.0.1", 0))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [

@@ -38,7 +38,7 @@ LINES = ["two\nlines", "end\\", "\\, ", "\u2028"]       # what not every sink ca
 
 
 class Page:
-    """Counters that grow until they are told to stop, and values that are hard to carry."""
+    """Counters that grow until stopped, and values that are hard to represent."""
 
     def __init__(self) -> None:
         self.calls: dict[int, int] = {}
@@ -72,7 +72,7 @@ def key_of(name: str, labels: dict[str, str]) -> Key:
 
 
 class World(NamedTuple):
-    """What was scraped, and the servers that were sent it."""
+    """The scraped samples, and the servers that received them."""
     rows: list[Row]
     folder: Path
     servers: dict[str, Any]
@@ -267,7 +267,7 @@ def statsd_script() -> Path:
 
 
 def start_statsd(folder: Path, ports: dict[str, int]) -> Program:
-    """It adds up until it is asked: its first flush would be in an hour."""
+    """It sums until queried: the first flush is in an hour."""
     (folder / "statsd.js").write_text(json.dumps({
         "address": "127.0.0.1", "port": ports["npm"], "mgmt_address": "127.0.0.1",
         "mgmt_port": ports["npm_control"], "flushInterval": 3_600_000, "backends": []}))

@@ -126,7 +126,7 @@ def test_a_silent_sink_times_out(keep: Keep) -> None:
 
 
 def test_documents_of_elasticsearch_are_judged_one_by_one(keep: Keep, tmp_path: Path) -> None:
-    """What a bulk request has refused is set aside, what was too much then is sent again."""
+    """Refused documents are set aside, throttled ones sent again."""
     answers = [
         {"errors": True, "items": [{"create": {"status": 201}}, {"create": {"status": 400,
                                    "error": {"type": "mapper"}}}, {"create": {"status": 429}}]},
@@ -224,7 +224,7 @@ def test_a_sink_that_closes_before_reading_everything_did_not_accept(keep: Keep,
 
 
 def test_an_incomplete_line_never_looks_complete(keep: Keep) -> None:
-    """What a failed delivery leaves is cut by a reset, which no sink takes for an end."""
+    """A failed delivery ends with a reset, which no sink takes for a normal end."""
     ends: list[Any] = []
     go = threading.Event()
 
@@ -246,7 +246,7 @@ def test_an_incomplete_line_never_looks_complete(keep: Keep) -> None:
 
 
 def test_silence_of_a_confirming_sink_is_a_failure(keep: Keep) -> None:
-    """Its process hangs: what the machine has taken would be lost with it."""
+    """The process hangs: bytes that its kernel accepted would be lost."""
     server = keep(LineSink())
     transport = keep(transport_of(sink("graphite", address=server.text)))
     transport.send([b"a"])
@@ -271,7 +271,7 @@ def test_an_absent_sink_is_retried_with_all_its_data(keep: Keep) -> None:
 
 @pytest.fixture()
 def tls_sink(keep: Keep) -> Any:
-    """Ends each connection with or without a word of TLS."""
+    """Closes each connection, with or without close_notify."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(TLS / "server.pem", TLS / "server.key")
     context.load_verify_locations(TLS / "ca.pem")
@@ -378,7 +378,7 @@ def test_a_listener_that_disappears_is_noticed(keep: Keep) -> None:
 
 
 def test_the_next_address_of_a_name_is_tried(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As localhost, which is ::1 too."""
+    """As with localhost, which is also ::1."""
     server = keep(UdpSink())
     dead = keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     dead.bind(("127.0.0.1", 0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Seeded garbage: whatever a command, plugin, zone or daemon says, nothing but CollectError."""
+"""Seeded garbage from commands, plugins, zones and daemons raises only CollectError."""
 from __future__ import annotations
 
 import json
@@ -42,7 +42,7 @@ WORDS = ["zones", "\t", "\n", " ", ":", "-", "*", "+", "x", ",", "=", "#", "0", 
 
 
 def mutated(source: random.Random, text: str) -> str:
-    """A good output with some of it cut out, doubled or replaced."""
+    """Valid output with parts removed, duplicated or replaced."""
     for _ in range(source.randrange(1, 6)):
         at, size = source.randrange(len(text) + 1), source.randrange(12)
         text = text[:at] + source.choice(["", source.choice(WORDS), text[at:at + size] * 2]) \

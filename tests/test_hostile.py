@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Random and twisted input to all that the agent takes besides commands: documented errors only."""
+"""Random and malformed input to the agent raises only documented errors."""
 from __future__ import annotations
 
 import base64

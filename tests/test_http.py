@@ -143,7 +143,7 @@ SHED = 'cmon_agent_http_limit_refusals_total{limit="unsent_bytes"}'
 
 
 class Served:
-    """A server in a thread, with what its handlers wait for."""
+    """A server in a thread, with the events its handlers wait for."""
 
     def __init__(self, tls: ssl.SSLContext | None = None, limits: TlsLimits = LIMITS) -> None:
         self.go = threading.Event()
@@ -400,7 +400,7 @@ def test_blocking_handlers_do_not_hold_up_the_rest_and_are_bounded(served: Serve
 
 
 class Noted(NamedTuple):
-    """Notes that its socket is ready, and in which thread."""
+    """Records that its socket is ready, and in which thread."""
     loop: Loop
     watched: socket.socket
     notes: list[str]
@@ -677,7 +677,7 @@ def letting_in(request: Request) -> Answer:
 
 @pytest.fixture()
 def crowded(pems: Path) -> Iterator[Callable[..., tuple[TlsServer, Any]]]:
-    """A TLS server with room for few; `/` lets its client in."""
+    """A TLS server with few connections; `/` authenticates its client."""
     servers: list[TlsServer] = []
 
     def start(**limits: Any) -> tuple[TlsServer, Any]:
@@ -737,8 +737,8 @@ def test_among_authenticated_clients_the_longest_idle_is_closed(crowded: Any, pe
 
 
 def test_a_client_above_its_share_is_closed_before_all_others(crowded: Any, pems: Path) -> None:
-    """Else an account with all connections would leave strangers one place, and each newcomer,
-    who is a stranger until the handshake is done, would push out the one before."""
+    """Otherwise an account with all connections would leave one place to strangers, where each
+    newcomer, a stranger until its handshake is done, would push out the one before."""
     _, address = crowded(connections=8, share=0.25)
     tls = client(pems, "alice")
 
@@ -838,7 +838,7 @@ def test_client_certificates_in_a_handshake_are_bounded(names: int, copies: int,
 
 
 def key_updates(connection: Connection, count: int) -> None:
-    """So many TLS records without data."""
+    """This many TLS records without data."""
     library = ctypes.CDLL(_ssl.__file__)
     library.SSL_key_update.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.SSL_do_handshake.argtypes = [ctypes.c_void_p]
@@ -852,7 +852,7 @@ def key_updates(connection: Connection, count: int) -> None:
 
 
 def test_a_client_that_sends_endless_empty_records_is_closed(pems: Path) -> None:
-    """OpenSSL would read on behind them as long as more come, and the loop with it."""
+    """OpenSSL would keep reading as long as more arrive, and block the loop."""
     context = server_context(str(pems / "localhost.pem"), str(pems / "localhost.key"))
     secure = Served(context, dataclasses.replace(LIMITS, empty_reads=40))
     secure.listener.on_handshake = after_handshake
@@ -882,7 +882,7 @@ def test_the_connection_limit_follows_the_available_descriptors(pems: Path) -> N
 
 
 def test_without_descriptors_unauthenticated_clients_are_closed(crowded: Any, pems: Path) -> None:
-    """EMFILE although the limit is not reached: others of the process have taken them."""
+    """EMFILE below the limit: the rest of the process uses the descriptors."""
     server, address = crowded(connections=200, share=1.0)
     tls = client(pems, "alice")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

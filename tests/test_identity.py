@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Who a certificate is: every kind of certificate against every kind of account."""
+"""Every kind of certificate against every kind of account."""
 from __future__ import annotations
 
 import subprocess
@@ -108,7 +108,7 @@ def test_digests_are_accepted_by_name(signature: str, digest: str, sha1: bool, t
 
 
 def made(tmp_path: Path, bits: int, digest: str = "sha256", kind: str = "RSA") -> tuple[str, bytes]:
-    """A key as accounts have it and a certificate by it, as openssl makes them."""
+    """A key of an account and a certificate signed by it, made by openssl."""
     key_file, cert = tmp_path / f"{kind}{bits}.key", tmp_path / f"{kind}{bits}-{digest}.pem"
     config = tmp_path / "openssl.cnf"
     config.write_text("[req]\ndistinguished_name=d\n[d]\n")

@@ -186,7 +186,7 @@ def test_a_lone_surrogate_is_replaced_on_reading(tmp_path: Path) -> None:
 # --- the file as it changes -----------------------------------------------------------------------
 
 class Desk:
-    """A file source on a clock of the test's: `pass_by` is time with its ticks."""
+    """A file source on the test's clock: `pass_by` advances it."""
 
     def __init__(self, folder: Path) -> None:
         self.at = 1000.0
@@ -254,7 +254,7 @@ def test_a_change_applies_within_a_second(desk: Desk) -> None:
     MemoryError(), TypeError("a fault of the program")], ids=repr)
 def test_a_failed_read_of_an_unchanged_file_is_retried(desk: Desk, failure: Exception,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is good all the time; what fails is the reading."""
+    """The file is valid all the time; reading it fails."""
     def refuse(*_: Any) -> Any:
         raise failure
     write_inventory(desk.folder, without_alice())
@@ -339,7 +339,7 @@ def test_an_unreadable_certificate_is_retried(tmp_path: Path) -> None:
     at = [1000.0]
 
     class Stub:
-        """What of the proxy is used."""
+        """The parts of the proxy that are used."""
         server = Server("proxy", Registry(), now=lambda: at[0])
 
         @staticmethod
@@ -347,7 +347,7 @@ def test_an_unreadable_certificate_is_retried(tmp_path: Path) -> None:
             return 1.8e9
 
     class Listening:
-        """Notes each context."""
+        """Records each context."""
 
         def __setattr__(self, name: str, context: Any) -> None:
             given.append(context)

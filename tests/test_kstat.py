@@ -35,7 +35,7 @@ class Memory:
         self.headers: list[int] = []
 
     def block(self, content: bytes) -> int:
-        """Bytes at an address that stays."""
+        """Bytes at a stable address."""
         buffer = ctypes.create_string_buffer(content, max(len(content), 1))
         self.keep.append(buffer)
         return ctypes.addressof(buffer)
@@ -90,7 +90,7 @@ def member(name: str | bytes, kind: int, value: bytes) -> bytes:
 
 def read(data: bytes, count: int | None = None, kind: int = NAMED, name: str = "k",
          **more: Any) -> Any:
-    """What the agent makes of one kstat with these data."""
+    """The agent's decoded form of a kstat with this data."""
     memory = Memory()
     memory.header("zones", 1, name, kind, data, len(data) // 48 if count is None else count, **more)
     handle = Handle(memory)         # type: ignore[arg-type]
@@ -338,7 +338,7 @@ def test_a_new_module_needs_only_a_table(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_moved_members_are_found_again() -> None:
-    """Members are looked for when a kstat is read first, and when its size or number changes."""
+    """Members are located at the first read, and when size or count changes."""
     memory = Memory()
     rss = member("rss", UINT64, q(11))
     at = memory.header("memory_cap", 3, "z", NAMED, rss, 1)
@@ -426,7 +426,7 @@ class Reading:
         self.reader._handle = self.kstats.open_handle()
 
     def now(self) -> float:
-        """Ten minutes pass at each look, so that no pause is kept."""
+        """Ten minutes pass at each call, so that no pause applies."""
         return self.at
 
     def zone(self, name: str) -> Any:
@@ -476,7 +476,7 @@ def test_a_reused_zone_id_is_not_confused(kernel: MakeKernel) -> None:
 
 
 def test_a_zone_with_the_id_of_its_twin_is_not_confused(kernel: MakeKernel) -> None:
-    """The cut names are equal, so only the time of birth and the whole name tell."""
+    """The cut names are equal: only creation time and full name distinguish them."""
     kern = kernel(zone(3, TWIN_A, crtime=5))
     reading = Reading(kern)
     assert reading.zone(TWIN_A)

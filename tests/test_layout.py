@@ -61,7 +61,7 @@ def statements(text: str, section: Section) -> Iterator[ast.stmt]:
 
 
 def defined(statement: ast.stmt) -> Iterator[str]:
-    """The module's names that a statement at the top level makes."""
+    """The names that a top-level statement defines."""
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
         yield statement.name
     elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
@@ -94,7 +94,7 @@ def exported() -> list[str]:
 
 
 def global_names(text: str) -> set[str]:
-    """What the functions and classes of a piece of source refer to outside of themselves."""
+    """The outer names that functions and classes of a source refer to."""
     found: set[str] = set()
     tables = [symtable.symtable(text, "section", "exec")]
     while tables:
@@ -276,7 +276,7 @@ def section_of(document: str, title: str) -> str:
 @pytest.mark.parametrize("program, title", [
     ("cmon_agent.py", "Agent"), ("cmon_proxy.py", "Proxy"), ("cmon_forwarder.py", "Forwarder")])
 def test_the_documents_have_every_endpoint_and_no_other(program: str, title: str) -> None:
-    """A route in the program is one in docs/ENDPOINTS.md; a route's parts are named alike."""
+    """Each route of the program is in docs/ENDPOINTS.md, with the same parts."""
     routes = set(re.findall(r'Route\(\s*"(?:GET|POST)",\s*"(/[^"]*)"', source(program)))
     told = set(re.findall(r"`(/[^`?]*)`", section_of("docs/ENDPOINTS.md", title)))
     assert routes == told
@@ -293,5 +293,5 @@ def test_messages_that_the_documents_explain_exist() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_older_python_reaches_the_version_message(program: str) -> None:
-    """Nothing that Python 3.7 cannot parse: it would say `invalid syntax` and not what it needs."""
+    """Python 3.7 can parse the check: otherwise it would only report `invalid syntax`."""
     ast.parse(source(program), feature_version=(3, 7))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The stand-in for libkstat does what FACTS of the real one say: the net must hold by itself."""
+"""The stand-in for libkstat behaves as the real one."""
 from __future__ import annotations
 
 import ctypes

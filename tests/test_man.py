@@ -24,7 +24,7 @@ def tool(name: str) -> str:
 
 
 def completed(*words: str, folder: Path = ROOT) -> list[str]:
-    """What bash offers for the last word."""
+    """Bash's completions of the last word."""
     script = """
 source <("$1" "$2" completion bash); shift 2
 COMP_WORDS=(cmon "$@"); COMP_CWORD=$#

@@ -227,7 +227,7 @@ def test_setup_bounds_the_log(tmp_path: Path) -> None:
 
 
 def test_setup_waits_for_a_late_address(tmp_path: Path) -> None:
-    """DHCP: the third sysinfo has one. What tells is the agent, as the manifest has it."""
+    """DHCP: the third sysinfo has an address. The agent detects it, as in the manifest."""
     config = tmp_path / "agent.json"
     config.write_text("{}")
     words = shlex.split(str(method("site/cmon-agent-setup", "start").get("exec")))[5:]

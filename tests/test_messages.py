@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What a user is told on the first day: one line, the thing, what was expected, the next step."""
+"""Messages of the first day: one line with the object, the expectation and the next step."""
 from __future__ import annotations
 
 import re
@@ -25,7 +25,7 @@ PROGRAMS = ("cmon_agent", "cmon_proxy", "cmon_forwarder", "cmon")
 
 
 def run(*words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
-    """A program of ours, to its end."""
+    """Run one of our programs until it exits."""
     program, *rest = map(str, words)
     return subprocess.run([sys.executable, str(ROOT / program), *rest], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True, timeout=120, **more)
@@ -146,7 +146,7 @@ def test_warn_is_a_level_and_a_port_alone_an_address() -> None:
 
 
 def capture(file: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """Capture the recorded node, after a command of the shell."""
+    """Capture the recorded node, after a shell command."""
     code = ("import sys, cmon_agent as a; a.make_host = lambda _, s: a.RecordedHost(sys.argv[1], s)"
             "; sys.exit(a.main(['capture', sys.argv[2], '--frames', '1']))")
     return subprocess.run(["/bin/sh", "-c", before + 'exec "$@"', "sh", sys.executable, "-c", code,

@@ -71,7 +71,7 @@ def golden_figures(name: str) -> cmon.Figures:
 # --- tables ---------------------------------------------------------------------------------------
 
 def compare(name: str, text: str, request: pytest.FixtureRequest) -> None:
-    """With a screen of tests/screens; `make golden` writes it, a person reads the diff."""
+    """Compare with a screen of tests/screens; `make golden` rewrites it for review."""
     path = SCREENS / f"{name}.txt"
     if request.config.getoption("--rewrite"):
         path.parent.mkdir(exist_ok=True)
@@ -157,7 +157,7 @@ def rate(*readings: str, at: Any = ()) -> dict[str, float]:
 
 
 def test_a_rate_uses_the_time_between_the_samples_not_the_answers() -> None:
-    """Asked 10 s apart, but the first values were 6 s old by then: 16 s lie between them."""
+    """Scrapes 10 s apart, but the first values were 6 s old: 16 s lie between them."""
     assert rate(reading(100, 1000, 6), reading(260, 1010, 0))["tcp_segments_in_total"] == 10
 
 
@@ -262,7 +262,7 @@ def test_invalid_ranges(text: str) -> None:
 # --- as a process ---------------------------------------------------------------------------------
 
 class Container:
-    """A container behind the stand-in proxy whose counter goes on by 10 with each answer."""
+    """A container behind the stand-in proxy whose counter grows by 10 with each answer."""
 
     def __init__(self, standin: StandIn) -> None:
         outer = self

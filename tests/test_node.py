@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The recorded node of the examples: what its script makes, and believable."""
+"""The recorded node of the examples: current and plausible."""
 from __future__ import annotations
 
 import base64

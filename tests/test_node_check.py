@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""`cmon_agent.py check`: each line of it, on a node that is right and on nodes that are not."""
+"""`cmon_agent.py check`: each line, on a correct node and on faulty ones."""
 from __future__ import annotations
 
 import json
@@ -52,7 +52,7 @@ def kstat_p(kstats: Any) -> str:
 
 
 class Result(NamedTuple):
-    """What a run of `check` left."""
+    """The result of a run of `check`."""
     status: int
     text: str
     findings: list[dict[str, str]]
@@ -92,7 +92,7 @@ class Node:
         self.machine.script(name, script)
 
     def prints(self, name: str, text: str, status: int = 0) -> None:
-        """A command that prints this, whatever it is asked."""
+        """A command that prints this for any arguments."""
         (self.machine.commands / f"{name}.txt").write_text(text)
         self.command(name, f"#!/bin/sh\ncat {self.machine.commands}/{name}.txt\nexit {status}\n")
 
@@ -209,12 +209,12 @@ Do = Callable[[Node], Any]
 
 
 def without(name: str) -> Do:
-    """A command that is not there."""
+    """A missing command."""
     return lambda one: one.machine.hide(name)
 
 
 def line(member: str, value: str, kstat: str = "memory_cap:0:") -> Do:
-    """`kstat -p` says something else of a member."""
+    """`kstat -p` prints another value of a member."""
     def do(one: Node) -> None:
         lines = one.lines.read_text().splitlines(True)
         place = next(index for index, text in enumerate(lines)
@@ -234,7 +234,7 @@ def prints(name: str, text: str = "", status: int = 0) -> Do:
 
 
 def faults(*words: str) -> Do:
-    """A kernel that behaves so."""
+    """A kernel with this fault."""
     return lambda one: one.kernel.faults(words)
 
 
@@ -249,7 +249,7 @@ def behaves(how: Callable[[Vminfod], Any]) -> Do:
 
 
 def open_folder(one: Node) -> None:
-    """A folder of plugins that everybody may write to."""
+    """A plugin folder that is writable by everybody."""
     folder = one.lines.parent / "open"
     folder.mkdir()
     folder.chmod(0o777)
@@ -349,7 +349,7 @@ def test_each_fault_is_reported_and_the_rest_is_checked(name: str, node: MakeNod
 
 
 def test_missing_kstats(node: MakeNode, recorded_node: dict[str, Any]) -> None:
-    """An older platform: what it cannot have is a remark, what it must have is a fault."""
+    """An older platform: optional kstats are a note, required ones a fault."""
     kstats = kstats_less(recorded_node, "zfs_metaslab_group", "vmm", "tcp")
     for one in kstats:
         if one["module"] == "memory_cap":
@@ -388,7 +388,7 @@ def test_a_chain_of_another_layout_is_reported(
 
 
 def test_a_kstat_of_another_type_is_reported(node: MakeNode, recorded_node: dict[str, Any]) -> None:
-    """zone_vfs looks like a disk, and is of named values."""
+    """zone_vfs looks like a disk, but has named values."""
     kstats = [{**one, "type": 3} if one["module"] == "zone_vfs" else one
               for one in recorded_node["frames"][0]["kstats"]]
     assert "kstats: zone_vfs:*:*: of type 3, not 1" in node(kstats).check().bad()
@@ -411,7 +411,7 @@ def test_times_of_disks_may_be_in_seconds(node: MakeNode) -> None:
     ("on-line", "on-line", "on-line", True), ("on-line", "off-line", "off-line", True),
     ("on-line", "spare", "off-line", False), (5, "", 5, False), (5, "five", 5, False)])
 def test_kstat_output_between_two_reads(before: Any, said: str, after: Any, same: bool) -> None:
-    """A counter has grown, a gauge moved; text is one of both."""
+    """A counter may have grown, a gauge moved; text must equal either value."""
     assert agent._same(before, said, after) is same
 
 

@@ -23,7 +23,7 @@ ALICE_PATHS = ("/", "/v1/discover", "/v1/discover?groups=web&shard=1/2", "/v1/sd
 
 
 def touched(program: Program) -> list[str]:
-    """What other threads have touched; and errors, which a wrong checker would make."""
+    """What other threads have touched; and errors, which a broken checker would cause."""
     return [line for line in program.log.splitlines() if line.startswith(("owned:", "Traceback"))]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The page for people: small, closed, escaped, whole without script."""
+"""The HTML pages: small, self-contained, escaped, complete without script."""
 from __future__ import annotations
 
 import base64
@@ -45,7 +45,7 @@ def page(found: list[FleetRow], first: int = 0, nodes: Any = (), login: str = "a
 
 
 class Outline(HTMLParser):
-    """Tags that are opened and closed as they should be, and their attributes."""
+    """Checks that tags are balanced; collects their attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_the_largest_page_is_below_40_kb() -> None:
 
 
 def every_page() -> dict[str, str]:
-    """Each kind of page, with names that are hostile."""
+    """Each kind of page, with hostile names."""
     found = rows(2, alias=EVIL, brand=EVIL, image_uuid=None)
     found[0] = found[0]._replace(groups=(EVIL,))
     node = Node(NODE_1, EVIL, ("10.0.0.1", 9163))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Programs of operators, files of tenants, ports of core zones: taken, and nothing else happens."""
+"""Plugins of operators, files of tenants, ports of core zones: used safely."""
 from __future__ import annotations
 
 import base64
@@ -60,7 +60,7 @@ Plugged = tuple[Desk, Path]
 
 @pytest.fixture()
 def plugged(machine: MakeMachine) -> Iterator[Callable[..., Plugged]]:
-    """Makes agents on the test's clock with these plugins of the node, and says their folder."""
+    """Makes agents on the test's clock with these plugins of the node; returns the folder too."""
     made: list[Desk] = []
 
     def make(gz: dict[str, Any]) -> Plugged:
@@ -186,7 +186,7 @@ def test_a_bad_line_costs_that_line_and_is_counted(machine: MakeMachine, name: s
 
 
 def test_no_plugin_can_break_the_page(machine: MakeMachine) -> None:
-    """Names that run into those of another plugin, or into what the agent says of it."""
+    """Names that collide with another plugin's, or with the agent's metrics about it."""
     one = machine(gz={
         "a.sh": r"printf 'b_x\tgauge\t1\nb_y\tgauge\t1\nok\tgauge\t1\n'",
         "a_b.sh": r"printf 'x\tgauge\t2\ny\tcounter\t2\nfine\tgauge\t1\n'",
@@ -287,7 +287,7 @@ def test_a_plugin_with_a_lifetime_of_zero_is_never_kept(
 
 def test_a_plugin_that_failed_is_tried_again_after_its_lifetime(
         plugged: Callable[..., Plugged]) -> None:
-    """As the original does it: a failure is kept as long as a success."""
+    """As in the original, a failure is cached as long as a success."""
     one, folder = plugged({"p.sh": "echo x >> $0.runs; exit 1",
                            "plugin.json": {"p.sh": {"ttl": 40}}})
 
@@ -328,7 +328,7 @@ def test_a_plugin_that_fails_costs_its_own_metrics(machine: MakeMachine, how: st
 
 
 def nothing_is_left(one: Machine) -> None:
-    """No child, no zombie, and nobody of a group."""
+    """No child, no zombie and no process of the group is left."""
     wait_until(lambda: not children_of(one.agent), "no child and no zombie is left")
     wait_until(lambda: LONG not in subprocess.run(
         ["ps", "-eo", "args"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines(),
@@ -478,7 +478,7 @@ def tenant(tmp_path: Path) -> Path:
 
 
 def textfiles(folder: Path) -> Any:
-    """What the agent's own process reads of a zone's root."""
+    """What the agent's process reads from a zone's root."""
     done = subprocess.run(
         [sys.executable, "-I", "-S", ROOT / "cmon_agent.py", "textfiles", folder.parents[2]],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
@@ -555,7 +555,7 @@ def test_a_link_in_place_of_a_file_is_not_followed(tenant: Path, tmp_path: Path)
 
 
 def test_another_file_system_is_refused(tenant: Path) -> None:
-    """Below may be an NFS server of the tenant's that never answers."""
+    """It may be an NFS server of the tenant that never answers."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "none", tenant], stderr=subprocess.PIPE)
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
@@ -575,7 +575,7 @@ def test_too_many_files(tenant: Path) -> None:
 
 
 def zone_with_files(machine: MakeMachine, tenant: Path, **settings: Any) -> Machine:
-    """A machine whose web01 has its root in a folder of the test's; a vminfod tells of it."""
+    """A machine whose web01 has its root in a test folder, as reported by vminfod."""
     info = Vminfod()
     info.behave = info.ready([{"zonename": WEB01, "uuid": WEB01, "alias": "web01", "nics": [],
                                "zonepath": str(tenant.parents[3])}])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The proxy as a process: tenants with real certificates before it, stand-in agents behind it."""
+"""The proxy as a process, with real certificates of tenants and stand-in agents."""
 from __future__ import annotations
 
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""The relay's parts: what passes as it came, last copies, a node's queue and breaker."""
+"""The parts of the relay: pages, copies, a node's queue and breaker."""
 from __future__ import annotations
 
 import gzip
@@ -71,7 +71,7 @@ class Running:
 
     def ask(self, address: Any, seconds: float = 5.0, path: str = "/v1/x/metrics",
             given_up: bool = False, owner: str = "a") -> Job:
-        """A request; what becomes of it is put into `results`: a status, or a refusal's code."""
+        """Send a request; its result goes to `results`: a status, or a refusal's code."""
         def done(found: Any, refusal: Any) -> None:
             self.results.append(found.status if found else dict(refusal.headers)["X-Cmon-Error"])
         job = Job(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Every route, asked by every kind of user, in every kind of trouble: one table."""
+"""Every route for every kind of user in every kind of outage: one table."""
 from __future__ import annotations
 
 import json
@@ -26,7 +26,7 @@ FAULTS = ("well", "node down", "no inventory", "over quota")
 
 
 def row(*verdicts: str, bad: Any = NOT_IN) -> dict[str, str]:
-    """Verdicts by user; the first one holds for the others that are not given."""
+    """Verdicts by user; the first one is the default."""
     first = list(verdicts) + [verdicts[0]] * (4 - len(verdicts))
     return dict(zip(USERS, [*first, *bad]))
 
@@ -41,7 +41,7 @@ EARLY = row("inventory_not_ready", bad=("inventory_not_ready", "inventory_not_re
 
 
 def page(*verdicts: str, down: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
-    """The rows of a page: the same in trouble, but for who gets it when all is well."""
+    """The rows of a page: the same in an outage, except for who gets it otherwise."""
     return {"well": row(*verdicts), "node down": row(*(down or verdicts)), "no inventory": EARLY,
             "over quota": QUOTA}
 
@@ -127,7 +127,7 @@ def accounts(node: str, keys: dict[str, str]) -> Any:
 
 @pytest.fixture(scope="module")
 def proxies(tmp_path_factory: pytest.TempPathFactory, users: Any) -> Iterator[dict[str, Program]]:
-    """One proxy in each kind of trouble."""
+    """One proxy in each kind of outage."""
     agent, dead = Agent(), Agent()
     dead.close()
     found: dict[str, Any] = {}

@@ -114,7 +114,7 @@ ENDS = "cmon_client_certificate_expiry_timestamp_seconds"
 
 
 def series(name: str) -> str:
-    """The one healthy series that begins so."""
+    """The healthy series with this prefix."""
     found = [one for one in HEALTHY if one.startswith(name)]
     assert len(found) == 1, (name, found)
     return found[0]
@@ -287,7 +287,7 @@ def test_each_alert_fires_for_its_fault_and_for_no_other_and_resolves(tmp_path: 
 
 
 def test_the_alert_tests_can_fail(tmp_path: Path) -> None:
-    """The fault of one, expected of another."""
+    """The fault of one alert, expected of another."""
     wrong = scenario("ContainerSilent", "web01", {"mem_agg_usage": 950})
     assert "ContainerMemoryNearCap" in promtool([wrong], tmp_path)
 

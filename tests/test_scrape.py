@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Scrapes of a whole agent, with all that a kernel, commands and vminfod may do to it."""
+"""Scrapes of a whole agent, with every fault of kernel, commands and vminfod."""
 from __future__ import annotations
 
 import json
@@ -24,7 +24,7 @@ MakeMachine = Callable[..., Machine]
 
 
 def clean(machine: Machine) -> None:
-    """Nothing has failed but what the test made fail."""
+    """Nothing has failed except what the test caused."""
     assert "Traceback" not in machine.agent.log, machine.agent.log
 
 
@@ -157,7 +157,7 @@ def test_sixty_zones_and_four_clients(machine: MakeMachine) -> None:
 
 def rebooted(kstats: list[dict[str, Any]], zone: str, old: int, new: int, **members: Any
              ) -> list[dict[str, Any]]:
-    """The same zone after a reboot: another zone id, other times of birth, other values."""
+    """The same zone after a reboot: another zone id, creation time and values."""
     changed = []
     for kstat in kstats:
         data = kstat["data"]
@@ -273,7 +273,7 @@ def test_requests_for_missing_zones_do_not_walk_the_chain(desk: Callable[..., De
 
 
 def test_the_chain_is_reopened_once_per_chain_id(desk: Callable[..., Desk]) -> None:
-    """However long a zone that is not there is asked for."""
+    """No matter how long a missing zone is requested."""
     one: Any = desk()
     missing = f"/v1/{LB01}/metrics"
     for _ in range(60):
@@ -422,7 +422,7 @@ def test_a_zone_without_values_waits_until_its_deadline_and_gets_retry_after(mac
 
 def test_loop_owned_objects_are_used_only_in_the_loop(desk: Callable[..., Desk],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readers of kstats have the turn when they hand over what they bring; pools never have it."""
+    """Kstat readers run in the loop when they deliver results; pools never do."""
     one: Any = desk(kstats=node_kstats())
     strangers = set()
 
@@ -603,7 +603,7 @@ def test_an_old_zfs_without_a_column_is_run_without_it(machine: MakeMachine) -> 
 
 
 def test_a_column_refused_once_is_requested_again(machine: MakeMachine) -> None:
-    """The platform may be a new one, and whatever was wrong may be over."""
+    """The platform may have been updated, or the fault may be over."""
     one = machine(start=False)
     desk = Desk(one.config)
     works = (one.commands / "zfs").read_text()
@@ -634,7 +634,7 @@ def test_a_zone_missing_from_a_failing_zfs_list_keeps_its_dataset(machine: MakeM
 
 def test_an_unkillable_command_is_not_started_again(desk: Callable[..., Desk],
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits in the kernel for a dead disk: thousands of scrapes start nothing beside it."""
+    """It is blocked by a dead disk: thousands of scrapes start no second one."""
     one: Any = desk(collectors={"zfs": {"timeout": 0.2}})
     one.machine.script("zfs", f"#!/bin/sh\necho $$ >> {one.machine.commands}/runs\nexec sleep 60\n")
     monkeypatch.setattr(os, "killpg", lambda *_: None)  # the kernel does not deliver it
@@ -731,7 +731,7 @@ PATH = f"/v1/{WEB01}/metrics"
 
 
 def count_on(desk: Any, path: str = PATH, **more: Any) -> float:
-    """What the page says of `small(count)`."""
+    """The value on the page for `small(count)`."""
     return value(desk.page(path, **more), "mem_agg_usage")
 
 
@@ -798,7 +798,7 @@ def test_many_clients_are_forgotten_but_not_a_frequent_one(desk: Callable[..., D
 
 
 def test_a_zone_is_found_while_its_own_kstat_cannot_be_read(desk: Callable[..., Desk]) -> None:
-    """Its name is told by others of its kstats, too."""
+    """Other kstats of the zone contain its name, too."""
     one: Any = desk()
     one.kernel.faults(("fail", "*:5:*", 5))
     answer = one.answer(one.ask(PATH))
@@ -1055,7 +1055,7 @@ def test_on_a_busy_node_reads_of_several_zones_begin_together(desk: Callable[...
         return one.kernel["reads"] > reads, asked
 
     def busy() -> None:
-        """Let one second have many reads, and the last of them be long ago."""
+        """Simulate many reads within a second, the last of them long ago."""
         for _ in range(5):
             one.page(next(paths))
         one.pass_by(1.05)
@@ -1262,7 +1262,7 @@ def test_the_retry_pause_resets_after_a_good_stream(vminfod: MakeVminfod) -> Non
 
 def test_labels_wait_for_a_vminfod_that_is_slow(machine: MakeMachine, vminfod: MakeVminfod
                                                 ) -> None:
-    """Where somebody listens, links do not go out without labels and get them later."""
+    """With a vminfod, links never appear first without labels."""
     go = threading.Event()
     info = vminfod()
 

@@ -75,7 +75,7 @@ def given(content: dict[str, Any], prefix: str = "") -> set[str]:
 @pytest.mark.parametrize("path", [case.values[1] for case in cases("good")
                                   if case.values[0] == "forwarder"])
 def test_good_file_of_the_forwarder_loads(path: Path) -> None:
-    """Apart from the others: its --check-config reaches the proxy and the sinks."""
+    """Separate: its --check-config contacts the proxy and the sinks."""
     settings = cmon_forwarder.load_forwarder(argparse.Namespace(
         config=path, listen=None, log_level=None, log_format=None))
     for name, row in cmon_forwarder.SINKS.items():

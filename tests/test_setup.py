@@ -83,7 +83,7 @@ class Site:
 
     def start_proxy(self, name: str = "proxy", agent: tuple[str, int] | None = None,
                     **settings: Any) -> int:
-        """One more proxy, and its port."""
+        """Start another proxy; return its port."""
         host, port = agent or self.agent
         for server in self.inventory["servers"]:
             server["admin_ip"] = f"{host}:{port}"
@@ -194,7 +194,7 @@ def test_file_sd_is_written_from_targets_only(body: bytes, tmp_path: Path) -> No
 
 
 def test_file_sd_is_updated_until_stopped(site: Site, tmp_path: Path) -> None:
-    """A change is followed, a failure is said and survived."""
+    """Changes are applied; a failure is reported and survived."""
     port = site.start_proxy("changing")
     path = tmp_path / "targets.json"
     program = Program.cmon("discover", "--file-sd", path, "--every", "0.2",
@@ -352,7 +352,7 @@ def test_operators_prometheus_gets_compute_nodes(site: Site, port: int, tmp_path
 
 
 def test_setup_can_be_repeated(site: Site, port: int, tmp_path: Path) -> None:
-    """It replaces nothing unless told to, and never the certificate."""
+    """It replaces files only with --force, and never the certificate."""
     flags = setup_flags(site, port)
     assert run("setup", tmp_path, *flags).returncode == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -629,7 +629,7 @@ def fleet_page_that_is_none(site: Site, flags: Flags, tmp: Path) -> FakeProxy:
 
 
 class FakeAgent:
-    """An agent whose figures are as a test says; behind a real proxy."""
+    """An agent with values set by the test, behind a real proxy."""
 
     def __init__(self, page: str, date: str = "") -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -827,7 +827,7 @@ def test_doctor_names_the_broken_link_and_no_other(
         link: str, said: str, what: str, make: Callable[..., Any], site: Site, port: int,
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ) -> None:
-    """In this process, which saves the half of the time; those below run it as users do."""
+    """In this process, which takes half the time; the tests below run it as users do."""
     monkeypatch.setenv("HOME", str(tmp_path))
     flags = site.flags(port)
     made = make(site, flags, tmp_path)

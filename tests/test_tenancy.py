@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""No byte of a foreign zone's page ever leaves: random inventories, requests and changes."""
+"""No byte of a foreign zone's page is ever sent: random inventories, requests and changes."""
 from __future__ import annotations
 
 import json
@@ -36,7 +36,7 @@ def accounts_with_keys(count: int) -> list[tuple[Account, bytes]]:
 
 
 class Agents:
-    """Take requests in the place of an upstream."""
+    """Accept requests in place of an upstream."""
     host = "127.0.0.1:1"
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Agents:
 
 
 class World:
-    """One proxy without sockets, and what is true."""
+    """A proxy without sockets, and the expected ownership."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -136,7 +136,7 @@ class World:
             self.check(account, number, answer)
 
     def check(self, account: Account, number: str, answer: Answer) -> None:
-        """An answer leaves now: is it this account's to see, and is it the page asked for?"""
+        """Check an answer when it is sent: may the account see it, and is it the right page?"""
         whole = wire(answer)
         if answer.status != 200:
             assert b"page of" not in whole

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Cache, breaker, pool and own metrics: small lives with a clock of the test's."""
+"""Cache, breaker, pool and own metrics, on the test's clock."""
 from __future__ import annotations
 
 import threading

@@ -154,7 +154,7 @@ def test_damaged_certificates_are_rejected_or_no_longer_verify() -> None:
 
 
 def made_with(tmp_path: Path, subject: str, extensions: str) -> Any:
-    """A certificate made by openssl with odd content."""
+    """A certificate with unusual content, made by openssl."""
     config = tmp_path / "config"
     config.write_text(f"[req]\ndistinguished_name=d\nprompt=no\nx509_extensions=e\n[d]\n{subject}\n"
                       f"[e]\n{extensions}\n", encoding="utf-8")
@@ -336,7 +336,7 @@ def test_an_unsupported_interpreter_is_reported(monkeypatch: Any) -> None:
     with pytest.raises(OSError, match="need CPython"):
         cmon_proxy._context_pointer(object())           # type: ignore[arg-type]
     class Other(ssl.SSLContext):
-        """Says something else than the SSL_CTX inside."""
+        """Reports other values than the SSL_CTX inside."""
         @property
         def options(self) -> Any:
             return 0

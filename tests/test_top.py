@@ -270,7 +270,7 @@ def test_slow_rounds_are_reported() -> None:
 
 
 class Asked:
-    """Stands for the threads that ask."""
+    """Replaces the scraping threads."""
 
     def __init__(self) -> None:
         self.jobs: list[Any] = []
@@ -432,7 +432,7 @@ class Pty:
 
     @property
     def screen(self) -> str:
-        """What was drawn last, whole."""
+        """The last complete screen."""
         drawn = self.seen.decode("utf-8", "replace").split("\x1b[H")
         whole = [one for one in drawn[1:] if "\x1b[J" in one]
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", whole[-1]).replace("\r", "") if whole else ""
@@ -445,7 +445,7 @@ class Pty:
         os.write(self.master, keys.encode())
 
     def end(self, status: int = 0) -> None:
-        """It has ended, and left the terminal as it was."""
+        """It has exited and restored the terminal."""
         assert self.process.wait(PATIENCE) == status, self.seen[-2000:]
         assert termios.tcgetattr(self.slave) == self.before
         wait_until(lambda: self.seen.rstrip().endswith(b"\x1b[?25h\x1b[?1049l"))

@@ -36,7 +36,7 @@ SERVICES = Path(__file__).parent / "triton" / "services.py"
 
 
 class Service:
-    """One stand-in as a process, and the orders to it."""
+    """A stand-in as a process, and its commands."""
 
     def __init__(self, kind: str) -> None:
         self.kind, self.port = kind, free_port()
@@ -467,7 +467,7 @@ def test_services_that_answer_nonsense_change_nothing(inside: Any, cloud: Cloud)
 
 def test_nothing_of_the_loop_is_touched_by_another_thread(
         cloud: Cloud, monkeypatch: pytest.MonkeyPatch, inside: Any) -> None:
-    """What is read crosses over as immutable values, by calls alone."""
+    """Results cross threads only as immutable values, through calls."""
     source, proxy = inside
     watched = [proxy.inventory, source.vms, source.nodes, source.accounts, source._notices]
     allowed = {VmReader: {"_list", "_read_all", "_fetch"}, type(source.nodes): {"_read"},
@@ -500,7 +500,7 @@ def test_nothing_of_the_loop_is_touched_by_another_thread(
 
 
 def test_large_records_are_read_in_smaller_pages(cloud: Cloud) -> None:
-    """Metadata are left out; and where a page is still too large, it is asked for in halves."""
+    """Metadata is left out; a page that is still too large is requested in halves."""
     cloud.vmapi.order("put", vms=[
         vm(uuid(0x500 + number), ALICE, customer_metadata={"x": "y" * 70_000}, alias="z" * 2000)
         for number in range(40)])
@@ -530,7 +530,7 @@ def test_a_list_that_does_not_end_is_refused(pages: list[Any], said: str) -> Non
 
 
 class Readings:
-    """A VmReader whose jobs run when the test lets them, and answer what the test says."""
+    """A VmReader whose jobs run and answer as the test says."""
 
     def __init__(self) -> None:
         self.at, self.jobs, self.loop = 0.0, [], self
@@ -706,7 +706,7 @@ class Clock:
 
 
 class Shelf:
-    """A service and a pool: what is asked waits until the test lets it go."""
+    """A service and a pool: requests wait until the test releases them."""
 
     def __init__(self) -> None:
         self.account: Any = {"account": mahi_account(ALICE, "alice", "rsa")}
@@ -750,7 +750,7 @@ def desk() -> Any:
 
 
 def known(desk: Any) -> Any:
-    """After the first question."""
+    """After the first request."""
     mahi, shelf, _ = desk
     later = mahi.find("alice")
     shelf.go()
@@ -910,7 +910,7 @@ def test_known_accounts_do_not_wait_for_unknown_logins(desk: Any) -> None:
 
 
 def test_a_flood_of_unknown_logins_does_not_affect_known_accounts() -> None:
-    """Their look-ups hang; a known account is read all the same, in a thread of its own pool."""
+    """Their lookups hang; a known account is still read, in its own pool."""
     go = threading.Event()
 
     class Slow(Shelf):
@@ -990,7 +990,7 @@ def test_an_unknown_login_costs_as_many_requests_as_a_known_one(desk: Any) -> No
 
 
 def test_known_and_unknown_logins_are_indistinguishable(tmp_path: Path) -> None:
-    """Neither the answer, nor whether it waits for mahi, nor an address's limit of lookups."""
+    """Not by the answer, by waiting for mahi, or by the limit of lookups of an address."""
     class Mahi(Shelf):
         def get(self, path: str, *more: Any) -> Any:
             self.account = {"account": mahi_account(ALICE, "alice", "rsa")} \

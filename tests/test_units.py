@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Each conversion at points that were worked out by hand."""
+"""Each conversion at points computed by hand."""
 from __future__ import annotations
 
 from datetime import datetime, timezone

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Programs that start warm: the suite starts them a thousand times, and most of that was imports.
+"""Starts programs warm: the suite starts them a thousand times, mostly spent on imports.
 
 `install()` lets subprocess.Popen hand the commands that start one of our programs to a process that
 has run the program's file up to its last statement, the call of main(). For each command it forks,
@@ -66,7 +66,7 @@ class Nursery:
                 stdin=subprocess.DEVNULL, pass_fds=[other.fileno()])
 
     def order(self, order: dict[str, Any], descriptors: list[int]) -> int:
-        """A child that does that; its process id."""
+        """Fork a child; return its process id."""
         raw = json.dumps(order).encode()
         with self.lock:
             socket.send_fds(self.socket, [len(raw).to_bytes(4, "big")], descriptors)
@@ -77,7 +77,7 @@ class Nursery:
         return pid
 
     def close(self) -> None:
-        """It ends when nobody can give it orders."""
+        """Stop it: it exits when its socket closes."""
         self.socket.close()
         self.process.wait(30)
 
@@ -87,7 +87,7 @@ _lock = threading.Lock()        # guards _nurseries; any thread of a test may st
 
 
 def nursery(call: dict[str, Any]) -> tuple[Nursery, list[str]] | None:
-    """Who starts this, and the program's sys.argv; None if it has to start cold."""
+    """The warm starter and the program's sys.argv; None for a cold start."""
     if call["preexec_fn"] or call["shell"] or not call["close_fds"] or isinstance(
             call["args"], (str, bytes)) or call["executable"]:
         return None
@@ -115,7 +115,7 @@ def nursery(call: dict[str, Any]) -> tuple[Nursery, list[str]] | None:
 
 
 def install() -> Callable[[], None]:
-    """Start programs warm from now on; returns what ends that."""
+    """Start programs warm from now on; returns a function that ends that."""
     if (not SYS_CLONE or not sys.platform.startswith("linux")
             or os.environ.get("CMON_TESTS_COLD") == "1"):
         return lambda: None
@@ -155,7 +155,7 @@ def install() -> Callable[[], None]:
 # --- in the process that forks --------------------------------------------------------------------
 
 def fork() -> int:
-    """A fork, whose parent is the parent of this process; one thread runs here."""
+    """Fork a child of this process' parent; only one thread runs here."""
     python, libc = ctypes.pythonapi, ctypes.PyDLL(None, use_errno=True)
     libc.syscall.argtypes, libc.syscall.restype = [ctypes.c_long] * 6, ctypes.c_long
     python.PyOS_BeforeFork()
@@ -180,7 +180,7 @@ def stream(name: str, number: int) -> None:
 
 
 def become(order: dict[str, Any], descriptors: list[int]) -> None:
-    """Take over what a new process gets from the one that starts it."""
+    """Apply what a new process inherits from its parent."""
     if order["session"]:
         os.setsid()
     os.chdir(order["cwd"])
@@ -198,7 +198,7 @@ def become(order: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def serve(orders: socket.socket) -> bool:
-    """Fork for each order. True in a child, False when nobody gives orders any more."""
+    """Fork for each request. True in a child, False when the socket has closed."""
     while True:
         raw, descriptors, _, _ = socket.recv_fds(orders, 4, 64, socket.MSG_WAITALL)
         if len(raw) < 4:
@@ -215,7 +215,7 @@ def serve(orders: socket.socket) -> bool:
 
 
 def main() -> None:
-    """Run all of a program but its last statement; in each child that one, too."""
+    """Run a program except its last statement; each child runs that one too."""
     orders, what = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
     os.set_inheritable(orders.fileno(), False)
     if not sys.flags.isolated:
