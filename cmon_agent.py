@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""The Container Monitor agent: one Prometheus page for each zone of a compute node, and one for it.
+"""The Container Monitor agent: a Prometheus page for each zone of a compute node and for the node.
 
 Runs in the global zone; reads kstats through libkstat and a few commands, from outside the zones,
-so that a zone's figures are there when the zone itself is out of CPU, memory or descriptors.
+so that metrics are available even when the zone is out of CPU, memory or descriptors.
 
     cmon_agent.py [--config FILE] [--listen HOST:PORT] [--replay CAPTURE] [--libkstat PATH] …
     cmon_agent.py capture FILE
     cmon_agent.py check [--json]
 
-This file runs when copied alone, so it also carries the kit that the proxy and the command share.
+This file runs when copied alone, so it also contains the kit shared by the other programs.
 Map (`grep '^# ---'`), sections marked [kit] use nothing from the others:
 
     data types [kit]
@@ -86,7 +86,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Generic, NamedTuple, NoReturn, Optional, Protocol, TypeVar, Union
 
-if sys.version_info < (3, 9):       # a traceback is no answer to that
+if sys.version_info < (3, 9):       # one line instead of a traceback
     sys.exit("cmon_agent: needs Python 3.9 or later, this is " + sys.version.split()[0])
 
 __version__ = "1.1.0"
@@ -291,7 +291,7 @@ _ADMIN_TAG = re.compile(r"admin|admin_rack_[a-z0-9_-]+", re.IGNORECASE)
 
 
 def is_ip(value: Any) -> bool:
-    """Whether this is the text of an IPv4 or IPv6 address. Total: any value may be asked about."""
+    """Whether this is the text of an IPv4 or IPv6 address. Total: accepts any value."""
     with contextlib.suppress(OSError, TypeError, ValueError):
         socket.inet_pton(socket.AF_INET6 if ":" in value else socket.AF_INET, value)
         return True
@@ -353,17 +353,17 @@ def whole(value: Any) -> Number | None:
 
 
 def cap(value: Any) -> Number | None:
-    """A cap, unless it says that there is none."""
+    """A cap; None if there is none."""
     return None if not isinstance(value, int) or value in UNCAPPED else value
 
 
 def count_cap(value: Any) -> Number | None:
-    """A cap on a number of things, unless it says that there is none."""
+    """A cap on a count; None if there is none."""
     return None if value == INT_MAX else cap(value)
 
 
 def scaled(divisor: int) -> Convert:
-    """A number divided; exact where nothing is lost."""
+    """A converter that divides; exact where possible."""
     def convert(value: Any) -> Number | None:
         return value / divisor if isinstance(value, (int, float)) else None
     return convert
@@ -817,7 +817,7 @@ SYSINFO_MEMBERS = (             # what a capture keeps; boot parameters may hold
 
 
 class CommandError(Exception):
-    """A command cannot be run, fails or hangs; the text says which and how."""
+    """A command cannot be run, fails or hangs; the text names it and the reason."""
 
 
 class NoSuchZone(Exception):
@@ -832,7 +832,7 @@ class Output(NamedTuple):
 
     @property
     def last_line(self) -> str:
-        """The last line on stderr, which tells most about a failure, or the exit status."""
+        """The last line on stderr, the most useful one after a failure, or the exit status."""
         lines = self.stderr.strip().splitlines()
         return lines[-1][:300] if lines else f"exit {self.status} and no message"
 
@@ -4026,12 +4026,12 @@ class Counter:
         self._lock = threading.Lock()       # _values: any thread adds, the scrape copies
 
     def add(self, amount: Number = 1, *label_values: str) -> None:
-        """Count `amount` more."""
+        """Add `amount`."""
         with self._lock:
             self._values[label_values] = self._values.get(label_values, 0) + amount
 
     def family(self) -> Family:
-        """As a family for a scrape."""
+        """The family for a scrape."""
         with self._lock:
             values = list(self._values.items())
         return Family(self.name, COUNTER, self.help, [
@@ -4039,7 +4039,7 @@ class Counter:
 
 
 class Histogram:
-    """Counts of observations by upper bound, with their sum; one series a label combination.
+    """Counts of observations by upper bound, with their sum; one series per label combination.
     Belongs to one thread."""
 
     def __init__(self, name: str, help_text: str, bounds: Sequence[float],
@@ -4048,7 +4048,7 @@ class Histogram:
         self._series: dict[tuple[str, ...], list[Number]] = {}
 
     def series(self, *label_values: str) -> list[Number]:
-        """A count for each bound, one for +Inf, and the sum."""
+        """The counts for each bound and +Inf, and the sum."""
         return self._series.setdefault(label_values, [0] * (len(self.bounds) + 1) + [0.0])
 
     def observe(self, value: float, *label_values: str) -> None:
@@ -4058,7 +4058,7 @@ class Histogram:
         series[-1] += value
 
     def family(self) -> Family:
-        """As a family for a scrape: cumulative buckets, sum and count."""
+        """The family for a scrape: cumulative buckets, sum and count."""
         samples: list[Sample] = []
         for values, series in self._series.items():
             labels = tuple(zip(self.label_names, values))
@@ -4089,14 +4089,14 @@ class Registry:
         self._sources.append(function)
 
     def families(self) -> list[Family]:
-        """All of them, now."""
+        """All families with their current values."""
         return [family for source in self._sources for family in source()]
 
 
 
 
 def _resident_bytes() -> int | None:
-    """Resident memory now, where a file of /proc tells; illumos' psinfo and Linux' statm differ."""
+    """Resident memory from /proc: illumos has psinfo, Linux statm; None elsewhere."""
     try:
         if sys.platform == "linux":
             with open("/proc/self/statm", "rb") as statm:       # pages: size resident …
@@ -4186,7 +4186,7 @@ class Cache(Generic[K, V]):
         return iter(self._entries)
 
     def put(self, key: K, value: V) -> None:
-        """Store a value in place of the old one; evicts the oldest others to make room."""
+        """Store a value, replacing the old one; evicts the oldest entries to make room."""
         self.drop(key)
         size = self._size_of(key, value) + self.ENTRY
         if size > self.limit:
@@ -4199,14 +4199,14 @@ class Cache(Generic[K, V]):
         self.bytes += size
 
     def drop(self, key: K) -> None:
-        """Forget one entry, if it is there."""
+        """Remove an entry, if present."""
         size = self._sizes.pop(key, None)
         if size is not None:
             del self._entries[key]
             self.bytes -= size
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all entries."""
         self._entries.clear()
         self._sizes.clear()
         self.bytes = 0
@@ -4227,7 +4227,7 @@ def reused(value: str) -> str:
 
 
 class Backoff:
-    """Pauses between attempts: `first` seconds, then twice as long each time, up to `longest`.
+    """Pauses between attempts: `first` seconds, then doubled each time, up to `longest`.
 
     Each varies by the fraction `jitter`, so that what failed together does not return together.
     """
@@ -4239,7 +4239,7 @@ class Backoff:
         self._pause = first
 
     def next(self) -> float:
-        """Seconds to wait now."""
+        """Seconds to wait before the next attempt."""
         pause, self._pause = self._pause, min(self._pause * 2, self._longest)
         return pause * (1 + self._jitter * (2 * self._random() - 1))
 
@@ -4277,12 +4277,12 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
-        """The work went well: closed again."""
+        """The work succeeded: close the breaker."""
         self._count, self.open, self.reason = 0, False, ""
         self._backoff.reset()
 
     def failed(self, reason: str) -> None:
-        """The work failed; `reason` is shown to people."""
+        """The work failed; `reason` is shown to users."""
         self._count += 1
         self.reason = reason
         if self.open or self._count >= self._failures:
@@ -4291,12 +4291,12 @@ class Breaker:
 
     @property
     def retry_seconds(self) -> float:
-        """How long until the next try; 0 when closed."""
+        """Seconds until the next attempt; 0 when closed."""
         return max(self._until - self._now(), 0.0) if self.open else 0.0
 
 
 class Pool:
-    """A bounded number of threads, started when there is work, and a bounded queue before them."""
+    """A bounded number of threads, started on demand, with a bounded queue."""
 
     def __init__(self, name: str, size: int, limit: int = 1024) -> None:
         self.name, self.size = name, size
@@ -4309,7 +4309,7 @@ class Pool:
         self.waiting = 0
 
     def submit(self, function: Callable[..., object], *args: Any) -> bool:
-        """Have a thread call it; False when the queue is full."""
+        """Call it in a thread; False when the queue is full."""
         with self._lock:
             if self.waiting >= self._limit:
                 return False
@@ -4357,7 +4357,7 @@ class Pool:
             self._jobs.put(None)
 
     def close(self) -> None:
-        """The threads end when the queue is empty."""
+        """Stop the threads once the queue is empty."""
         self.resize(0)
 
 # --- HTTP [kit] -----------------------------------------------------------------------------------
@@ -4373,7 +4373,7 @@ DURATIONS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one client or of all together; each refusal is counted under the limit's name."""
+    """Limits per client or for all clients; refusals are counted by the limit's name."""
     connections: int = 16_384       # fewer if descriptors are scarce; see `_make_room`
     head_bytes: int = 16_384        # request line and headers
     header_count: int = 100
@@ -4431,7 +4431,7 @@ def _takes_gzip(accept_encoding: str) -> bool:
 
 
 def parse_head(head: bytes, limits: Limits) -> tuple[Any, ...]:
-    """The fields of a Request but for its peer, from a head that ends in an empty line.
+    """The fields of a Request except its peer, from a head that ends with an empty line.
 
     A pure function of the bytes, strict on purpose (RFC 9112): what two parsers could read in two
     ways is refused. Raises Refused.
@@ -4492,7 +4492,7 @@ _SECONDS = re.compile(r"(?=.{1,32}$)[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?"
 
 
 def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float:
-    """Until when this scrape must be answered, on the clock of `now`.
+    """The deadline of a scrape, by the clock of `now`.
 
     Prometheus says how long it waits; a tenth of it, half a second at most, is for the way back.
     The proxy has taken that margin already. A tenth of a second is the least that is kept to.
@@ -4552,13 +4552,13 @@ _PACKED = _VARIES + "Content-Encoding: gzip\r\n"
 
 
 def prepare(response: Response) -> Prepared:
-    """An answer ready for the wire, to be sent many times."""
+    """An encoded answer that can be sent many times."""
     return Prepared(response.status, response=response)
 
 
 def wire(answer: Answer, packed: bool = False, head_only: bool = False,
          close: bool = False) -> bytes:
-    """An answer as the bytes that are sent."""
+    """An answer as bytes for the wire."""
     if isinstance(answer, Prepared):
         whole = answer.form(packed)
     elif not _packs(answer):
@@ -4575,7 +4575,7 @@ def wire(answer: Answer, packed: bool = False, head_only: bool = False,
 
 
 class _Stats:
-    """Counts of one route; who has the loop's turn alone writes and reads them."""
+    """Counts of one route; used only in the loop."""
     __slots__ = ("statuses", "durations")
 
     def __init__(self, durations: list[Number]) -> None:
@@ -4642,10 +4642,10 @@ def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferr
 
 
 class Watcher(Protocol):
-    """Whoever waits for a socket."""
+    """Anything that waits for a socket."""
 
     def ready(self, __mask: int) -> None:
-        """The socket can be read or written, as the mask of events says."""
+        """The socket is readable or writable, according to the mask of events."""
 
 
 class Loop:
@@ -4687,7 +4687,7 @@ class Loop:
                 self.run_due()
 
     def adopt(self) -> threading.Lock:
-        """The calling thread runs this loop while it holds what is returned."""
+        """The calling thread runs this loop within the returned context."""
         self._thread = threading.get_ident()
         return self._turn
 
@@ -4723,7 +4723,7 @@ class Loop:
                 self.guarded(function, args)
 
     def guarded(self, function: Callable[..., object], args: tuple[Any, ...] = ()) -> None:
-        """Call it; an error is logged and goes no further."""
+        """Call it; errors are logged."""
         try:
             function(*args)
         except Exception:
@@ -4758,18 +4758,18 @@ class Loop:
                 self._guest = 0
 
     def run_here(self, function: Callable[..., object], *args: Any) -> None:
-        """From any thread: call it in the loop, immediately if this thread has the turn."""
+        """From any thread: call it in the loop, immediately if this thread runs the loop."""
         if self.has_turn():
             function(*args)
         else:
             self.call_soon(function, *args)
 
     def has_turn(self) -> bool:
-        """Whether this thread may touch what belongs to the loop."""
+        """Whether this thread may use objects owned by the loop."""
         return threading.get_ident() in (self._thread, self._guest)
 
     def call_later(self, seconds: float, function: Callable[..., object], *args: Any) -> int:
-        """Call it after so many seconds, unless what is returned is cancelled before."""
+        """Call it after a delay, unless the returned timer is cancelled."""
         self._serial += 1
         at = self.now() + seconds
         heapq.heappush(self._timers, (at, self._serial, function, args))
@@ -4790,7 +4790,7 @@ class Loop:
         self.call_later(seconds, again)
 
     def wake(self) -> None:
-        """From any thread and from signal handlers: end the wait for sockets."""
+        """From any thread and from signal handlers: wake up the loop."""
         if not self._woken:
             self._woken = True
             try:
@@ -4799,7 +4799,7 @@ class Loop:
                 pass                # full: it will wake; closed: nothing to wake
 
     def ready(self, _mask: int) -> None:
-        """The loop is woken."""
+        """The loop was woken up."""
         try:
             self._wake_read.recv(4096)
         except _AGAIN:
@@ -4821,7 +4821,7 @@ class Loop:
             self._selector.register(watched, events, owner)
 
     def unwatch(self, watched: socket.socket) -> None:
-        """Stop watching; nothing happens when it is not watched."""
+        """Stop watching, if the socket is watched."""
         self._end_wait()
         try:
             self._selector.unregister(watched)
@@ -4926,12 +4926,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._wanted = 0                # bytes of a request whose head is complete
 
     def handle(self) -> None:
-        """Begin."""
+        """Start reading."""
         self.server.joined(self)
         self._wait_for(selectors.EVENT_READ)
 
     def finish(self) -> None:
-        """Does nothing: the connection lives until `close`."""
+        """Nothing to do: the connection lives until `close`."""
 
     # reading
 
@@ -5034,13 +5034,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._deliver(answer)
 
     def _park(self, deferred: Deferred) -> None:
-        """Wait without a thread."""
+        """Park the connection: no thread waits."""
         self._deferred = deferred
         self.server.park(self, deferred)
         deferred.attach(functools.partial(self.server.loop.run_here, self._deferred_done, deferred))
 
     def expire(self, now: float) -> None:
-        """When a parked answer's deadline has passed, send what there is."""
+        """Send what there is once a parked answer's deadline has passed."""
         deferred = self._deferred
         if deferred is not None and now >= deferred.deadline:
             deferred.expire()
@@ -5107,7 +5107,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     # life
 
     def overdue(self, now: float) -> None:
-        """Close it when its state has lasted too long."""
+        """Close it if its state has lasted too long."""
         name = self.limit
         if name and not self.is_working \
                 and now - self.since > getattr(self.server.limits, name):
@@ -5120,18 +5120,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close()
 
     def leave(self) -> None:
-        """The server stops: close unless an answer is in progress."""
+        """The server is stopping: close, unless an answer is in progress."""
         if self.state != WRITING and not self.is_working:
             self.close()
 
     @property
     def limit(self) -> str:
-        """The limit of the present state, by its name in Limits; "": none."""
+        """The name in Limits of the current state's limit; "": none."""
         return _STATE_LIMITS.get(self.state, "")
 
     @property
     def is_working(self) -> bool:
-        """Whether it must not be closed now: a handler is at work for it."""
+        """Whether a handler is working for it, so that it must not be closed."""
         return self.state == BUSY
 
     def _enter(self, state: int) -> None:
@@ -5145,7 +5145,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._events = events
 
     def close(self) -> None:
-        """Close it; may be called more than once."""
+        """Close the connection; may be called more than once."""
         deferred, self._deferred = self._deferred, None
         self._head = None
         if self.server.forget(self):
@@ -5159,7 +5159,7 @@ ListenerType = TypeVar("ListenerType", bound=Listener)
 
 
 def listening_socket(address: tuple[str, int] | socket.socket) -> socket.socket:
-    """A socket that listens on an address, or one that does so already; raises OSError."""
+    """A listening socket for an address, or the given one; raises OSError."""
     if isinstance(address, socket.socket):
         listening = address
     else:
@@ -5176,7 +5176,7 @@ def listening_socket(address: tuple[str, int] | socket.socket) -> socket.socket:
 
 
 class Reload(NamedTuple):
-    """How reading the settings went the last time."""
+    """The result of the last reload of the settings."""
     good: bool
     at: float                       # wall clock of the last success
 
@@ -5229,11 +5229,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def listen(self, address: tuple[str, int] | socket.socket, routes: Sequence[Route],
                name: str = "main") -> Listener:
-        """Listen on one more address, or on a socket that listens already; raises OSError."""
+        """Listen on another address, or on a given listening socket; raises OSError."""
         return self.add(Listener(self, listening_socket(address), Router(routes), name))
 
     def add(self, listener: ListenerType) -> ListenerType:
-        """Accept connections of one more listener."""
+        """Accept connections of another listener."""
         self.listeners.append(listener)
         self._registry.caches.append(listener.heads)
         self._resume(listener)
@@ -5273,7 +5273,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._done.wait()
 
     def server_close(self) -> None:
-        """Close all sockets; the threads end after their current job."""
+        """Close all sockets; threads end after their current job."""
         for connection in list(self.connections):
             connection.close()
         self._close_listeners()
@@ -5342,7 +5342,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that could not begin: already gone, or a bug."""
+        """A connection could not be set up: the client is gone, or there is a bug."""
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ValueError)):
             log.debug("a connection from %r ended at once: %s", client_address, error)
@@ -5362,13 +5362,13 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return bool(victims)
 
     def victims(self, count: int) -> Sequence[Connection]:
-        """Connections to close where others want their places: the longest idle."""
+        """Connections to close when others need a place: the longest idle."""
         return heapq.nsmallest(
             count, (connection for connection in self.connections if connection.state == IDLE),
             key=operator.attrgetter("since"))
 
     def joined(self, connection: Connection) -> None:
-        """A connection has begun."""
+        """Register a new connection."""
         self.connections.add(connection)
 
     def forget(self, connection: Connection) -> bool:
@@ -5398,11 +5398,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 return
 
     def released(self, connection: Connection) -> None:
-        """Its answer is sent, or it is closed."""
+        """Its answer has been sent, or it was closed."""
         self._unsent_bytes -= self._unsent.pop(connection, 0)
 
     def refused(self, limit: str) -> None:
-        """Count what a limit has refused."""
+        """Count a refusal by a limit."""
         self._refusals[limit] = self._refusals.get(limit, 0) + 1
 
     def park(self, connection: Connection, deferred: Deferred) -> None:
@@ -5414,7 +5414,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._tick_at(deferred.deadline)
 
     def unpark(self, connection: Connection) -> None:
-        """Its answer has arrived. The timer stays: most that park later find it set."""
+        """Its answer has arrived. The timer stays set: most connections park again."""
         self._parked.pop(connection, None)
 
     def _tick_at(self, deadline: float) -> None:
@@ -5493,7 +5493,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         ]
 
 
-# What all pages for people have in common. A page without script or files is plain_page().
+# Common parts of all HTML pages. A page without script or files is plain_page().
 BASE_CSS = """\
 :root { color-scheme: light dark; --back: #fff; --card: #f6f7f9; --text: #1c2128; --dim: #5c6670;
   --line: #d7dce2; --link: #0550ae; --good: #1a7f37; --warn: #8a5a00; --bad: #b3261e;
@@ -5536,14 +5536,14 @@ tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem; }
 
 
 def page_headers(sources: str) -> tuple[tuple[str, str], ...]:
-    """Headers of a page for people, which loads nothing but what `sources` allows."""
+    """Headers of an HTML page, which may load only what `sources` allows."""
     return (("Content-Security-Policy", f"default-src 'none'; {sources}; base-uri 'none'; "
              "form-action 'none'; frame-ancestors 'none'"), ("Referrer-Policy", "no-referrer"),
             ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
 
 
 def plain_page(title: str, facts: Iterable[str], main: str) -> Response:
-    """A page for people: `facts` are text, `main` is HTML."""
+    """An HTML page: `facts` are text, `main` is HTML."""
     digest = base64.b64encode(hashlib.sha256(BASE_CSS.encode()).digest()).decode()
     items = "</li><li>".join(map(html.escape, facts))
     page = f"""<!DOCTYPE html>
@@ -5559,14 +5559,14 @@ def plain_page(title: str, facts: Iterable[str], main: str) -> Response:
 
 
 def page_row(first: str, cells: Iterable[tuple[str, str]]) -> str:
-    """A row of HTML; on a phone each cell carries its title."""
+    """An HTML table row; on a phone each cell shows its title."""
     return f'<tr><th scope="row">{first}</th>' + "".join(
         [f'<td data-title="{title}">{cell}</td>' if cell else "<td></td>"
          for title, cell in cells]) + "</tr>\n"
 
 
 def page_table(titles: Iterable[str], rows: Iterable[str]) -> str:
-    """A table of the rows."""
+    """An HTML table of the rows."""
     head = "".join([f'<th scope="col">{title}</th>' for title in titles])
     return (f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>\n{"".join(rows)}'
             "</tbody></table>\n")
@@ -5582,15 +5582,15 @@ _CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[\t -~]*)?\r\n")
 
 
 class ClientError(Exception):
-    """The server cannot be reached or does not speak HTTP; the message is for people."""
+    """The server cannot be reached or does not speak HTTP; the message is for users."""
 
 
 class TooLarge(ClientError):
-    """An answer has more bytes than the client takes."""
+    """An answer is larger than the client allows."""
 
 
 class AnswerReader:
-    """Reads one HTTP/1.1 answer from the bytes that come, in any pieces; strict and bounded."""
+    """Parses one HTTP/1.1 answer from bytes in any pieces; strict and bounded."""
 
     def __init__(self, head_request: bool = False, max_body: int = MAX_BODY) -> None:
         self.status = 0
@@ -5610,11 +5610,11 @@ class AnswerReader:
 
     @property
     def body(self) -> bytes:
-        """The body, chunks joined."""
+        """The body, with chunks joined."""
         return bytes(self._body)
 
     def feed(self, received: bytes) -> bool:
-        """Take received bytes; True when the answer is complete. Raises ClientError."""
+        """Parse received bytes; True when the answer is complete. Raises ClientError."""
         self.begun = self.begun or bool(received)
         self._buffer, self._at = self._buffer[self._at:] + received, 0
         while not self.done and self._next():
@@ -5634,7 +5634,7 @@ class AnswerReader:
                           else "the connection was closed without an answer")
 
     def _count(self) -> None:
-        """Small parts cost the sender less than us."""
+        """Limit the number of parts: small ones cost the sender less than us."""
         self._parts += 1
         if self._parts > MOST_PARTS + self._size // LEAST_PART:
             raise ClientError("the answer is in too many parts")
@@ -5687,7 +5687,7 @@ class AnswerReader:
         self._left = size
 
     def _take(self, most: int) -> int:
-        """Move at most so many bytes to the body."""
+        """Move at most this many bytes to the body."""
         size = min(most, len(self._buffer) - self._at)
         self._body += memoryview(self._buffer)[self._at:self._at + size]
         self._at += size
@@ -5743,14 +5743,14 @@ class AnswerReader:
 
 
 class ClientResponse(NamedTuple):
-    """An answer: status, headers by lower-case name, body with its gzip taken off."""
+    """An answer: status, headers by lower-case name, decompressed body."""
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
 def gunzip(body: bytes, max_body: int) -> bytes:
-    """The content of a gzip stream, of bounded size; raises ClientError."""
+    """The content of a gzip stream, bounded in size; raises ClientError."""
     unpacker = zlib.decompressobj(31)
     try:
         content = unpacker.decompress(body, max_body + 1)
@@ -5908,7 +5908,7 @@ def begin_connect(connection: socket.socket, address: Any) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a connection, or another call of the system, has failed, in readable form."""
+    """The reason why a connection or a system call failed, in readable form."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -5944,7 +5944,7 @@ NO_UUID = "not a zone's UUID in lower case; / lists the running zones"
 
 
 class NotYet(CollectError):
-    """A collector has nothing yet although nothing has failed: no breaker opens for it."""
+    """A collector has no values yet, but has not failed: no breaker opens."""
 
 
 class Form:
@@ -5972,7 +5972,7 @@ def form_of(names: tuple[str, ...], templates: tuple[str, ...]) -> Form:
 
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
 def rest_of(form: Form, newer: Form) -> Form | None:
-    """What a form has and a newer one has not."""
+    """What one form has and a newer one lacks."""
     kept = [place for place, name in enumerate(form.names) if name not in newer.names]
     return Form(tuple([form.names[place] for place in kept]),
                 tuple([form.templates[place] for place in kept]),
@@ -5980,7 +5980,7 @@ def rest_of(form: Form, newer: Form) -> Form | None:
 
 
 class Came(NamedTuple):
-    """What a piece of work has brought: values of some collectors, errors of others."""
+    """The result of a job: values of some collectors, errors of others."""
     form: Form
     values: str                                 # with BETWEEN between them
     failed: Mapping[str, Exception]
@@ -5990,7 +5990,7 @@ NO_FORM = form_of((), ())
 
 
 class Source(NamedTuple):
-    """Values on a page that came together."""
+    """Values on a page that were collected together."""
     form: Form
     values: str
     at: float                                   # when they came …
@@ -5999,7 +5999,7 @@ class Source(NamedTuple):
 
 
 class Trouble:
-    """A collector that fails now."""
+    """A failing collector."""
     __slots__ = ("why", "tried", "breaker")
 
     def __init__(self) -> None:
@@ -6009,7 +6009,7 @@ class Trouble:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a breaker keeps it from being tried."""
+        """Whether its breaker is open."""
         return self.breaker is not None and self.breaker.open
 
     @property
@@ -6048,17 +6048,17 @@ class Cell:
         self.shared = collectors[0].shared      # whether the work is done for all zones
 
     def mend(self) -> None:
-        """What failed may be mended: forget that it did."""
+        """Forget failures: the cause may have been repaired."""
         self.troubles.clear()
 
     def forget(self) -> None:
-        """Collect it again."""
+        """Collect it again, regardless of its age."""
         self.mend()
         self.sources, self.proved, self.at = (), False, -math.inf
 
 
 class Page:
-    """One page: its collectors, and who waits for it. Belongs to who has the loop's turn."""
+    """One page: its collectors and its waiters. Owned by the loop."""
     __slots__ = ("key", "zone", "core", "names", "cells", "proof", "generation", "waiting",
                  "waiting_since", "prepared", "until", "asked", "used", "since", "checked")
 
@@ -6070,7 +6070,7 @@ class Page:
         self.cells: tuple[Cell, ...] = ()
         self.proof: Cell | None = None          # brings something only where the zone runs
         self.generation = -1
-        # Each waits for cells of its own: a client that came after a cell was found to be late does
+        # Per waiter: the cells it waits for. A client that arrived after a cell was late does
         # not wait for it.
         self.waiting: dict[Deferred, set[Cell]] = {}
         self.waiting_since = 0.0
@@ -6087,7 +6087,7 @@ class Page:
         return self.is_proved()
 
     def is_proved(self) -> bool:
-        """Whether its zone runs, as far as that can be told; before that, nothing is run for it."""
+        """Whether its zone is known to run; until then, no command is run for it."""
         return self.proof is None or self.proof.proved
 
     def seen(self, client: str, now: float) -> None:
@@ -6187,7 +6187,7 @@ PLUGIN_CONFIG = "plugin.json"
 
 
 def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
-    """The plugins of a folder; what is not safe to run is left out and told."""
+    """The plugins of a folder; unsafe ones are left out and reported."""
     try:
         status = os.stat(folder)
         names = set(os.listdir(folder))
