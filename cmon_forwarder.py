@@ -2568,10 +2568,11 @@ class Delivery:
         self._thread.start()
 
     def use(self, sink: SinkSettings, limit: int) -> None:
-        """Apply new settings of the same form, to waiting samples too."""
+        """Apply new settings of the same form, to waiting samples too; read certificates again."""
         self.spool.set_limit(limit)
-        if with_defaults(sink) != self.sink:
-            self.sink = with_defaults(sink)
+        fresh = with_defaults(sink)
+        if fresh != self.sink or fresh.cert is not None or fresh.ca is not None:
+            self.sink = fresh
             self._wake.set()
 
     @property
@@ -2622,7 +2623,7 @@ class Delivery:
             part = work.pop(0)
             left: Records = []
             try:
-                if self._transport.sink != self.sink:
+                if self._transport.sink is not self.sink:
                     self._replace_transport(part)
                 self._transport.send(part)
                 self._succeeded()

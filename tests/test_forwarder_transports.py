@@ -328,6 +328,22 @@ def test_a_client_certificate_rejected_after_the_data_is_a_failure(tls_sink: Any
         transport.send([b"hello"])
 
 
+def test_a_reload_reads_certificates_again(tls_sink: Any, tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes((TLS / "old_ec.pem").read_bytes())
+    settings = SinkSettings(type="syslog", transport="tls", ca=ca, batch_age=0,
+                            address=f"localhost:{tls_sink.address[1]}")
+    delivery = Delivery("s", settings, tmp_path, 1 << 20, random=lambda: 600.0)
+    delivery.give(scrape((GAUGE, 1)))
+    delivery.start()
+    wait_until(lambda: "not trusted" in delivery.problem)
+    ca.write_bytes((TLS / "ca.pem").read_bytes())
+    delivery.use(settings, 1 << 20)
+    wait_until(lambda: delivery.sent == 1)
+    delivery.stop()
+    delivery.join(10)
+
+
 # --- datagrams ------------------------------------------------------------------------------------
 
 def test_datagrams_arrive(keep: Keep) -> None:
