@@ -193,23 +193,20 @@ class Prepared:
     Each form is made when it is first asked for, unless `whole` is all there is. Any thread may
     ask: at worst two make it.
     """
-    __slots__ = ("status", "_response", "_plain", "_packed")
+    __slots__ = ("status", "_response", "_forms")
 
     def __init__(self, status: int, whole: bytes | None = None, response: Response | None = None
                  ) -> None:
-        self.status, self._plain, self._packed = status, whole, whole
+        self.status = status
         self._response = response           # what forms are made of
+        self._forms = [whole, whole]        # without gzip, and with it
 
     def form(self, packed: bool) -> bytes:
         """With gzip, if the body is large enough to be worth it, or without."""
-        whole = self._packed if packed else self._plain
+        whole = self._forms[packed]
         if whole is None:
             assert self._response is not None
-            whole = wire(self._response, packed)
-            if packed:
-                self._packed = whole
-            else:
-                self._plain = whole
+            whole = self._forms[packed] = wire(self._response, packed)
         return whole
 
 
