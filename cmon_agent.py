@@ -136,14 +136,14 @@ class Sample(NamedTuple):
 
 
 class Family(NamedTuple):
-    """All samples of one metric, with what HELP and TYPE say of it."""
+    """All samples of one metric, with its HELP and TYPE."""
     name: str
     kind: str
     help: str
     samples: Sequence[Sample]
 
 def single(name: str, kind: str, help_text: str, value: Number | None) -> Family:
-    """A family with one sample, without labels; None: with none."""
+    """A family with one sample without labels; without samples if the value is None."""
     return Family(name, kind, help_text, [] if value is None else [Sample((), value)])
 
 
@@ -188,7 +188,7 @@ class Response(NamedTuple):
 
 
 class Prepared:
-    """A whole answer as it goes on the wire, head and body, sent many times.
+    """A complete answer as sent on the wire, head and body, to be sent many times.
 
     Each form is made when it is first asked for, unless `whole` is all there is. Any thread may
     ask: at worst two make it.
@@ -228,7 +228,7 @@ class Refused(Exception):
 
 
 class Deferred:
-    """An answer that will come later: the connection is parked, and no thread waits.
+    """An answer that comes later: the connection is parked, and no thread waits.
 
     `finish` may be called from any thread, the first call wins. When the deadline (monotonic
     seconds) passes first, the server sends what `expired` returns. `on_cancel` is called in the
@@ -332,7 +332,7 @@ Convert = Callable[[Any], Optional[Number]]
 
 
 class Unit(NamedTuple):
-    """How the kernel counts a member, and what that becomes in a metric."""
+    """The kernel's unit of a member, and its conversion to the metric's."""
     name: str                               # of the metric's value, in /v1/metadata
     convert: Convert                        # None: leave the sample out
 
@@ -398,7 +398,7 @@ ZONE_LINK = re.compile(r"z([0-9]{1,9})_(.+)")   # what dls calls a zone's link i
 
 
 class KstatError(Exception):
-    """libkstat or the kernel has no data this time; `vanished`: the kstat is gone."""
+    """libkstat or the kernel returned no data; `vanished`: the kstat is gone."""
 
     def __init__(self, message: str, ref: Ref | None = None, vanished: bool = False) -> None:
         super().__init__(message if ref is None else f"{ref}: {message}")
@@ -411,7 +411,7 @@ class LibraryError(Exception):
 
 
 class Ref:
-    """Where a kstat is in the chain, until the chain changes. Belongs to a reader's thread."""
+    """The place of a kstat in the chain, until the chain changes. Owned by a reader's thread."""
     __slots__ = ("module", "instance", "name", "klass", "type", "crtime", "address", "tables",
                  "shape")
 
@@ -430,7 +430,7 @@ class Ref:
 
 
 class Kstat(NamedTuple):
-    """One kstat as it was copied; nothing of C is left but bytes."""
+    """One kstat, copied; nothing refers to C memory."""
     ref: Ref
     type: int
     snaptime: int                   # ns since some time around boot
@@ -440,7 +440,7 @@ class Kstat(NamedTuple):
 
     @property
     def data(self) -> dict[str, Any]:
-        """All members by name, as int, float or str. Tables take what they want from `raw`."""
+        """All members by name, as int, float or str. Tables decode theirs from `raw`."""
         if self.type == NAMED:
             return decode_named(self.raw, self.members, self.base)
         layout, members = _FIXED[self.type]
@@ -518,7 +518,7 @@ _FIXED = {IO: (IO_DATA, IO_MEMBERS), RAW: (VMINFO, VMINFO_MEMBERS)}
 
 
 class Shape(NamedTuple):
-    """What all kstats with the same members in the same places have in common."""
+    """The common part of all kstats with the same members at the same offsets."""
     members: int
     size: int
     block: type[ctypes.Array[ctypes.c_char]]    # to copy the data by
@@ -553,12 +553,12 @@ def shape_of(kstat: Kstat) -> Shape:
 
 @functools.lru_cache(maxsize=256)
 def _names_only(members: int) -> int:
-    """Masks names and types of so many members, as one number: their values are left out."""
+    """A mask for names and types of this many members, as one number; it excludes the values."""
     return int.from_bytes((b"\xff" * 32 + bytes(16)) * members, "little")
 
 
 def pack(ref: Ref, snaptime: int, data: Mapping[str, Any]) -> Kstat:
-    """A kstat of these members as the kernel would lay it out, all of them named."""
+    """A named kstat with these members, laid out as by the kernel."""
     members = {name: value for name, value in data.items() if isinstance(value, (int, float, str))}
     entries, strings, base = [], b"", 1             # a pointer is not NULL
     for name, value in members.items():
@@ -582,7 +582,7 @@ Read = Union[Kstat, KstatError]
 
 
 class Layout(NamedTuple):
-    """Where the members that some rows want are, in all kstats that are laid out alike."""
+    """The offsets of the members that rows need, for all kstats with one layout."""
     unpack: Callable[[bytes], tuple[Any, ...]]
     order: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None  # from places in memory to rows
     rows: tuple[int, ...]                       # that have a member
@@ -596,7 +596,7 @@ _POINTER = struct.Struct("=Q")                  # … of these the first
 
 
 def layout_of(kstat: Kstat, wanted: Sequence[tuple[str, Convert | None]]) -> Layout:
-    """Find what rows want, a member and its conversion each, in kstats like this one."""
+    """Locate the members of rows, each with its conversion, in kstats like this one."""
     places: dict[str, tuple[int, str]] = {}
     zonename: int | None = None
     if kstat.type == NAMED:
@@ -650,7 +650,7 @@ def is_of_zone(kstat: Kstat, zone: bytes, place: int | None) -> bool:
 
 
 class Wanted(NamedTuple):
-    """The tables of a module, and the names of the kstats that they want."""
+    """The tables of a module, and the names of the kstats that they need."""
     tables: tuple[Table, ...]
     whole: frozenset[bytes]
     begins: tuple[bytes, ...]
@@ -686,7 +686,7 @@ class Index:
         self._tables: dict[tuple[Table, ...], tuple[Table, ...]] = {}
 
     def add(self, raw: bytes, address: int) -> int:
-        """Take one header; gives the address of the next."""
+        """Parse one header; return the address of the next."""
         (crtime, following, _kid, module, _resv, instance, name, kind, klass,
          _flags) = HEADER.unpack_from(raw)
         self.count += 1
@@ -698,7 +698,7 @@ class Index:
         return int(following)
 
     def place(self, ref: Ref) -> None:
-        """Take one kstat, if a table wants it."""
+        """Index one kstat, if a table needs it."""
         wanted = WANTED.get(ref.module.encode())
         tables = [table for table in wanted.tables if table.has(ref.name)] if wanted else []
         if ref.module == "zones":
@@ -745,11 +745,11 @@ class Handle:
         self.index = self._build()
 
     def close(self) -> None:
-        """Give the chain back; all addresses are dead."""
+        """Free the chain; all addresses become invalid."""
         self._library.close(self._control)
 
     def reopen(self) -> None:
-        """Close and open: the only way to see what was created but not installed at the time."""
+        """Close and reopen: the only way to see kstats that were created but not yet installed."""
         self.close()
         self._open()
         self.rebuilds += 1
@@ -766,7 +766,7 @@ class Handle:
 
     @property
     def chain_id(self) -> int:
-        """The kernel's number of this state of the chain."""
+        """The kernel's id of the current chain."""
         return int(self._control.contents.kc_chain_id)
 
     def _build(self) -> Index:
@@ -780,7 +780,7 @@ class Handle:
         return index
 
     def read(self, ref: Ref) -> Kstat:
-        """Read one kstat, and copy it at once; raises KstatError. May block for ever."""
+        """Read and copy one kstat; raises KstatError. May block forever."""
         self.calls += 1
         if self._library.read(self._control, ref.address, None) < 0:
             number = ctypes.get_errno()
@@ -834,7 +834,7 @@ class Output(NamedTuple):
         return lines[-1][:300] if lines else f"exit {self.status} and no message"
 
     def checked(self, command: str) -> str:
-        """What a command printed; raises CommandError when it has failed."""
+        """The output of a command; raises CommandError if it failed."""
         if self.status:
             raise CommandError(f"{command}: {self.last_line}")
         return self.stdout
@@ -856,7 +856,7 @@ class Commands:
         self._lock = threading.Lock()       # the two above
 
     def run(self, key: str, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
-        """Wait for a command, `timeout` seconds at the most; raises CommandError."""
+        """Wait for a command for at most `timeout` seconds; raises CommandError."""
         with self._lock:
             hanging = self._hanging.get(key)
             if hanging is not None and hanging[0].poll() is None:
@@ -896,7 +896,7 @@ class Commands:
 
     @property
     def hanging(self) -> int:
-        """How many could not be killed and still exist."""
+        """The number of commands that could not be killed and still exist."""
         with self._lock:
             return sum(process.poll() is None for process, _ in self._hanging.values())
 
@@ -939,7 +939,7 @@ class Commands:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill all that is left of a command."""
+    """Kill all remaining processes of a command."""
     with contextlib.suppress(ProcessLookupError, PermissionError):      # nothing is left
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -1015,7 +1015,7 @@ class Reader:
         return read
 
     def follow(self, force: bool = False) -> bool:
-        """Update the chain, but not too often; True when it has changed."""
+        """Update the chain, with a limited rate; True if it has changed."""
         now = self._kstats.now()
         rebuild = self._handle.rebuild_seconds
         pause = max(0.1, REBUILD_SHARE * rebuild)
@@ -1100,7 +1100,7 @@ class Reader:
     # its life
 
     def _watched(self, what: str, call: Callable[[], V]) -> V:
-        """Call the library; KstatThreads.watch sees it when that does not return."""
+        """Call the library; KstatThreads.watch notices if it does not return."""
         self.doing = (what, self._kstats.now())
         try:
             return call()
@@ -1211,7 +1211,7 @@ class KstatThreads:
             raise KstatError(f"has been blocked for {self.now() - since:.0f} s", ref)
 
     def next_job(self, reader: Reader) -> Job | None:
-        """A reader's next job; None when it is to end."""
+        """A reader's next job; None if it must end."""
         job = None if reader.abandoned else reader.jobs.get()
         with self._lock:
             if not reader.abandoned:
@@ -1222,13 +1222,13 @@ class KstatThreads:
         return None
 
     def is_done(self, reader: Reader) -> bool:
-        """A reader has done its job; False when it was given up and another has the job."""
+        """A reader has finished its job; False if it was given up and another has the job."""
         with self._lock:                    # `watch` sees all of this, or nothing
             reader.job = None
             return not reader.abandoned
 
     def gone(self, reader: Reader) -> None:
-        """A reader ends: what it was blocked on may be read again."""
+        """A reader has ended: the kstat that blocked it may be read again."""
         with self._lock:
             self._readers.remove(reader)
             if self._active is reader:
@@ -1241,14 +1241,14 @@ class KstatThreads:
                 log.info("a blocked read of kstats has returned")
 
     def forget_names(self, index: Index) -> None:
-        """The chain has changed: drop the names of zones that are gone, now and then."""
+        """The chain has changed: from time to time, drop the names of zones that are gone."""
         if len(self.names) > 2 * len(index.zones) + 100:
             born = {(zone_id, ref.name, ref.crtime) for zone_id, ref in index.misc.items()}
             self.names = {key: name for key, name in self.names.items() if key in born}
         self.guests = {}
 
     def note(self, handle: AnyHandle) -> None:
-        """A reader's figures for /metrics."""
+        """A reader's counts for /metrics."""
         self.chain_length, self.rebuild_seconds = handle.index.count, handle.rebuild_seconds
         self.rebuilds += handle.rebuilds        # handles come and go, the sums stay
         self.reads += handle.calls
@@ -1256,12 +1256,12 @@ class KstatThreads:
 
     @property
     def blocked(self) -> int:
-        """Threads that are blocked in the library."""
+        """The number of threads blocked in the library."""
         with self._lock:
             return sum(reader.abandoned for reader in self._readers)
 
     def close(self) -> None:
-        """Let the readers end; blocked ones stay until the process ends."""
+        """Stop the readers; blocked ones remain until the process exits."""
         with self._lock:
             for reader in self._readers:
                 reader.jobs.put(None)
@@ -1275,13 +1275,13 @@ class KstatThreads:
 
 
 class ZoneReading(NamedTuple):
-    """What was read of a zone, all of it from a single boot of that zone."""
+    """The kstats of a zone, all from a single boot of it."""
     zone_id: int
     kstats: dict[Table, list[Read]]
 
 
 def by_table(read: Iterable[Read]) -> dict[Table, list[Read]]:
-    """What was read, and what could not be, by the tables that want it."""
+    """Kstats that were read, and errors, by the tables that need them."""
     by_tables: dict[Table, list[Read]] = {}
     for kstat in read:
         for table in kstat.ref.tables if kstat.ref is not None else ():
@@ -1341,7 +1341,7 @@ def read_tables(reader: Reader, *tables: Table) -> dict[Table, list[Read]]:
 
 
 def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Table, list[Read]]]:
-    """The running zones by id, and their kstats of these tables; what fails is left out."""
+    """The running zones by id, and their kstats of these tables; failures are left out."""
     reader.follow()
     zones: dict[int, str] = {}
     read: list[Read] = []
@@ -1359,7 +1359,7 @@ def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Tab
 
 
 class Vm(NamedTuple):
-    """What the agent takes from a VM object of vminfod."""
+    """The used members of a VM object of vminfod."""
     zone: str
     alias: str
     brand: str
@@ -1415,7 +1415,7 @@ class Vms:
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
-        """Begin to follow it; gives the first attempt a moment to connect."""
+        """Start following vminfod; waits briefly for the first attempt."""
         first = threading.Event()
         threading.Thread(target=self._follow, args=(first,), name="vminfod", daemon=True).start()
         first.wait(0.2)
@@ -1501,13 +1501,13 @@ class Vms:
         self.problem = ""
 
     def replace(self, records: Iterable[Any]) -> None:
-        """Take the whole list of VMs."""
+        """Replace the list of VMs."""
         self.vms = {vm.zone: vm for vm in map(vm_of, records) if vm is not None}
         self.answered = True
 
 
 class Host:
-    """The machine that the agent runs on; nothing else reads the system."""
+    """The machine that the agent runs on; no other class reads the system."""
     recorded = False
 
     def __init__(self, settings: Settings, vms: Vms | None = None,
@@ -1522,7 +1522,7 @@ class Host:
         self.open_kstats = open_kstats or functools.partial(Handle, Libkstat(settings.libkstat))
 
     def start(self) -> None:
-        """Begin to follow the VMs."""
+        """Start following the VMs."""
         self.vms.start()
 
     def stop(self) -> None:
@@ -1531,11 +1531,11 @@ class Host:
         self.commands.kill()
 
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
-        """One of the commands of the settings; raises CommandError."""
+        """Run one of the commands of the settings; raises CommandError."""
         return self.commands.run(name, [self.commands_of[name], *arguments], timeout)
 
     def run_program(self, argv: Sequence[str], timeout: float, limit: int = MAX_OUTPUT) -> Output:
-        """An operator's plugin, or a part of this program; raises CommandError."""
+        """Run an operator's plugin, or a part of this program; raises CommandError."""
         return self.commands.run(" ".join(argv), argv, timeout, limit)
 
 
@@ -1597,7 +1597,7 @@ class Course(NamedTuple):
         return cls(times, values, tuple(itertools.accumulate(growth, initial=0.0)))
 
     def at(self, seconds: float) -> tuple[float, float]:
-        """The value, and the growth since the start."""
+        """The value, and the increase since the start."""
         loops, rest = divmod(seconds, self.times[-1])
         index = bisect.bisect_right(self.times, rest) - 1
         begin, first = self.times[index], self.values[index]
@@ -1608,7 +1608,7 @@ class Course(NamedTuple):
 
 
 class Recording:
-    """A capture: frames that are played in a loop, with time moved to now.
+    """A capture: frames that are played in a loop, with times moved to the present.
 
     Counters grow on from loop to loop, by their growth from the first frame to the last (scaled to
     the loop's length), so that rates are right across the seam. A capture with a `load` (see
@@ -1708,7 +1708,7 @@ class Recording:
         return data
 
     def _move(self, ref: Ref, data: dict[str, Any], frame: int, loop: int) -> None:
-        """Move data between its frame and the next, and as the load says."""
+        """Interpolate data between its frame and the next, and apply the load."""
         elapsed = max(self._now() - self._began, 0.0)
         last = frame + 1 == len(self.frames)
         gap = (self._period if last else self._starts[frame + 1]) - self._starts[frame]
@@ -1729,7 +1729,7 @@ class Recording:
 
 
 class RecordedHandle:
-    """What `Handle` is on a live machine."""
+    """Stands in for `Handle`."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
@@ -1748,16 +1748,16 @@ class RecordedHandle:
         return self._at[1]
 
     def update(self) -> bool:
-        """Go on to the current frame."""
+        """Move to the current frame."""
         before, self._at = self._at, self._recording.place()
         return before[1] != self._at[1]
 
     def reopen(self) -> None:
-        """Nothing is hidden in a recording."""
+        """Nothing to do: a recording is complete."""
         self.update()
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to free."""
 
     def read(self, ref: Ref) -> Kstat:
         """One kstat of this frame."""
@@ -1769,7 +1769,7 @@ AnyHandle = Union[Handle, RecordedHandle]
 
 
 class RecordedHost(Host):
-    """A capture in place of a machine."""
+    """A capture that stands in for a machine."""
     recorded = True
 
     def __init__(self, path: str, settings: Settings) -> None:
@@ -1781,10 +1781,10 @@ class RecordedHost(Host):
         self.page_size = 4096               # of x86, on which all of the platform runs
 
     def start(self) -> None:
-        """Nothing changes by itself."""
+        """Nothing to follow."""
 
     def run(self, name: str, arguments: Sequence[str], timeout: float) -> Output:
-        """The recorded output; raises CommandError where there is none."""
+        """The recorded output; raises CommandError if there is none."""
         argv = " ".join((DEFAULT_COMMANDS[name], *arguments))
         commands = self._recording.frames[self._recording.place()[1]].commands
         # captures of 1.0 hold a list of all datasets, however deep
@@ -1810,11 +1810,11 @@ class RecordedHost(Host):
 # one name, one below the other, make one family and differ in their labels.
 
 class CollectError(Exception):
-    """A collector has nothing this time; the text says which, what and why."""
+    """A collector has failed; the text says which, what and why."""
 
 
 class Metric(NamedTuple):
-    """One row: what a member of a kstat, or a word of a command's output, is sent as."""
+    """One row: the metric of a kstat's member, or of a field of a command's output."""
     kind: str
     name: str
     member: str
@@ -1826,17 +1826,17 @@ class Metric(NamedTuple):
 
 
 def gauge(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> Metric:
-    """A row whose value goes up and down."""
+    """A row for a gauge."""
     return Metric(GAUGE, name, member, unit, help_text, "", tuple(labels.items()))
 
 
 def counter(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> Metric:
-    """A row whose value only grows."""
+    """A row for a counter."""
     return Metric(COUNTER, name, member, unit, help_text, "", tuple(labels.items()))
 
 
 def printed(command: str, label_names: tuple[str, ...], *rows: Metric) -> tuple[Metric, ...]:
-    """Rows of what a command prints; with labels, of each thing that it lists."""
+    """Rows for a command's output; with labels, for each thing that it lists."""
     return tuple([row._replace(source=f"{command}, {row.member}", label_names=label_names)
                   for row in rows])
 
@@ -1848,7 +1848,7 @@ class Part(NamedTuple):
     values: str                             # with BETWEEN between them
 
     def text(self) -> str:
-        """The part as it stands on the page."""
+        """The part as text of the page."""
         return self.template % tuple(self.values.split(BETWEEN)) if self.template else ""
 
 
@@ -1863,7 +1863,7 @@ def _joined(templates: tuple[str, ...]) -> str:
 
 
 def join_parts(parts: Sequence[Part]) -> Part:
-    """Parts one below the other."""
+    """Concatenate parts."""
     if len(parts) == 1:
         return parts[0]
     return Part(_joined(tuple([part.template for part in parts])),
@@ -1885,12 +1885,12 @@ def part_of(families: Iterable[Family]) -> Part:
 
 
 def verbatim(page: str) -> Part:
-    """Text of a page that is ready, as its part."""
+    """Finished text of a page, as a part."""
     return Part("%s", page) if page else NOTHING
 
 
 class Values(NamedTuple):
-    """What was found of one thing."""
+    """The values of one thing."""
     labels: str                             # as between braces; "" for none
     rows: tuple[int, ...]                   # that have a value
     values: Sequence[Any]                   # theirs
@@ -1920,7 +1920,7 @@ class Rows:
         return families
 
     def single(self, rows: tuple[int, ...], values: Sequence[Any]) -> Part:
-        """What the page says of one thing without labels."""
+        """The part of one thing without labels."""
         template = self._single.get(rows)
         if template is None:
             if len(self._single) >= MAX_TEMPLATES:
@@ -1929,14 +1929,14 @@ class Rows:
         return _make(Part, (template, BETWEEN.join(map(str, values))))
 
     def of(self, data: Mapping[str, Any], labels: Labels = ()) -> Values:
-        """From values by member, such as the words of a command."""
+        """A thing from values by member, such as the fields of a command's output."""
         found = [(row, value) for row, metric in enumerate(self.metrics) if metric.member in data
                  for value in (metric.unit.convert(data[metric.member]),) if value is not None]
         return Values(label_text(labels)[1:-1], tuple([row for row, _ in found]), tuple(
             [value if type(value) is int else number(value) for _, value in found]))
 
     def part(self, found: Sequence[Values]) -> Part:
-        """What the page says of these things; only a single one may be without labels."""
+        """The part of these things; only a single one may be without labels."""
         if len(found) == 1 and not found[0].labels:
             return self.single(*found[0][1:])
         key = tuple([one.rows for one in found])
@@ -1985,7 +1985,7 @@ def by_link_name(ref: Ref) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows that are read of one sort of kstat. What no table wants is never read."""
+    """Rows that are read from one kind of kstat. Kstats that no table needs are never read."""
     collector: str
     module: str
     names: str                              # of the kstats, as in HELP; a * at the end stands open
@@ -1997,18 +1997,18 @@ class Table:
     skip_idle: bool = False                 # leave out kstats that have counted nothing
 
     def has(self, name: str) -> bool:
-        """Whether a kstat of the module is one of this table's, by its name."""
+        """Whether this table reads a kstat of the module, by its name."""
         if self.names.endswith("*"):
             return name.startswith(self.names[:-1])
         return name == self.names
 
     @functools.cached_property
     def rows(self) -> Rows:
-        """The metrics as they stand on a page."""
+        """The metrics in page order."""
         return Rows(self.metrics, self)
 
     def layout(self, kstat: Kstat) -> Layout:
-        """Where the rows' members are in a kstat; worked out once for each shape."""
+        """The offsets of the rows' members in a kstat; computed once per shape."""
         shape = kstat.ref.shape
         assert shape is not None            # it was read
         layout = shape.layouts.get(self)
@@ -2023,7 +2023,7 @@ class Table:
         return layout
 
     def part(self, read: Sequence[Read], context: Any, zone: bytes | None = None) -> Part:
-        """From raw kstats to a part of a page; raises CollectError when one could not be read."""
+        """A part of a page from raw kstats; raises CollectError if one could not be read."""
         found: list[tuple[Kstat, tuple[int, ...], Sequence[Any]]] = []
         for kstat in read:
             if isinstance(kstat, KstatError):
@@ -2064,7 +2064,7 @@ class Table:
 
 
 class ZoneContext(NamedTuple):
-    """What a zone's page needs beside the kstats that carry the zone's id."""
+    """Input of a zone's page besides the kstats with the zone's id."""
     zone_id: int
     name: bytes                             # which is its UUID
     # link inside the zone ("net0") -> nic_tag, network_uuid; None where there is no vminfod;
@@ -2073,13 +2073,13 @@ class ZoneContext(NamedTuple):
 
 
 class NodeContext(NamedTuple):
-    """What the node's page needs beside kstats."""
+    """Input of the node's page besides kstats."""
     page_size: int = 4096
     vminfo_before: tuple[Kstat, ...] = ()   # earlier readings of unix:0:vminfo, oldest first
 
 
 def each(function: Callable[[Kstat], Labels]) -> Label:
-    """Labels that are made of one kstat alone."""
+    """Labels that depend on one kstat alone."""
     def label(kstats: Sequence[Kstat], _context: Any) -> list[Labels]:
         return [function(kstat) for kstat in kstats]
     return label
@@ -2093,12 +2093,12 @@ def link_is_up(value: Any) -> Number | None:
 
 
 def divided(value: Number, divisor: int) -> Number:
-    """A number divided; it stays an integer where nothing is lost."""
+    """A quotient that stays an integer where it is exact."""
     return int(value) // divisor if value % divisor == 0 else value / divisor
 
 
 def bytes_of_bits(value: Any) -> Number | None:
-    """A link's speed; zero is a link that has none."""
+    """A link's speed; None for zero, a link without speed."""
     return divided(value, 8) if isinstance(value, int) and value > 0 else None
 
 
@@ -2514,7 +2514,7 @@ def mean_since(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
 
 def vminfo_readings(found: Mapping[Table, Sequence[Read]], before: tuple[Kstat, ...]
                     ) -> tuple[Kstat, ...]:
-    """What the next reading is compared with: two, in case it comes within the same second."""
+    """Samples to compare the next one with: two, in case it falls into the same second."""
     last = next((kstat for kstat in found.get(SWAP, ()) if isinstance(kstat, Kstat)), None)
     if last is None or before and before[-1].data.get("updates") == last.data.get("updates"):
         return before
@@ -2540,7 +2540,7 @@ METASLAB = Table("zpool", "zfs_metaslab_group", "*", (
 
 def _made(kind: str, name: str, unit: Unit, help_text: str, source: str, *label_names: str
           ) -> Metric:
-    """A row of what a function below makes of several things."""
+    """A row that a function below computes from several things."""
     return Metric(kind, name, "", unit, help_text, source, (), label_names)
 
 
@@ -2836,12 +2836,12 @@ NTP = printed("ntpq", (),       # by the words of iostats, kerninfo, monstats, s
 # -- metadata of metrics
 
 def source_of(metric: Metric, table: Table | None) -> str:
-    """Where the value comes from."""
+    """The source of the value."""
     return metric.source or table and f"kstat {table.module}:*:{table.names}:{metric.member}" or ""
 
 
 def help_of(metric: Metric, table: Table | None = None) -> str:
-    """What HELP says: the sentence, and where the value comes from."""
+    """The HELP text: the sentence and the source of the value."""
     return f"{metric.help[:-1]} ({source_of(metric, table)})."
 
 
@@ -2860,7 +2860,7 @@ def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
 
 
 def alloc_families(read: Mapping[Table, Sequence[Read]], page_size: int) -> list[Family]:
-    """The sums of zones' caps beside what the node has."""
+    """The sums of zones' caps, and the node's resources."""
     def values(table: Table, member: str, convert: Convert) -> list[Number | None]:
         return [convert(kstat.data.get(member)) for kstat in read.get(table, ())
                 if isinstance(kstat, Kstat) and (table.zone is None or kstat.ref.instance != 0)]
@@ -3100,7 +3100,7 @@ class Foreign(NamedTuple):
     text: str
 
     def names(self) -> set[str]:
-        """The names that its samples may have."""
+        """The valid names of its samples."""
         return {self.name + suffix for suffix in ("", *SUFFIXES.get(self.kind, ()))}
 
 
@@ -3135,7 +3135,7 @@ class CorePage:
         self.problems: list[str] = []
 
     def add(self, source: str, body: bytes) -> None:
-        """Take one port's page."""
+        """Add one port's page."""
         lines = body.split(b"\n", MAX_FOREIGN_LINES)
         for index, raw in enumerate(lines[:MAX_FOREIGN_LINES], 1):
             try:
@@ -3148,7 +3148,7 @@ class CorePage:
             self.problems.append(f"{source}: more than {MAX_FOREIGN_LINES} lines")
 
     def families(self) -> list[Foreign]:
-        """All families so far."""
+        """All families added so far."""
         return [Foreign(name, kind, f"# HELP {name} {self._helps.get(name, name)}\n"
                         f"# TYPE {name} {kind}\n" + "".join(lines))
                 for name, lines in self._lines.items()
@@ -3280,7 +3280,7 @@ def _members(value: Any) -> Mapping[str, Any]:
 
 
 def _label(value: Any) -> str:
-    """Text that a page can carry: JSON may hold halves of characters, which UTF-8 cannot."""
+    """Text that a page can contain: JSON may have lone surrogates, which UTF-8 cannot encode."""
     return value[:256].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
@@ -3355,7 +3355,7 @@ class Task(NamedTuple):
 
 
 def collect_alloc(task: Task) -> Found:
-    """What zones may use, and what the node has."""
+    """The caps of zones, and the node's resources."""
     read = task.read(lambda reader: {**read_tables(reader, PROC, MEMORY),
                                      **read_zones(reader, MEMCAP, CPUCAP)[1]})
     return part_of(alloc_families(read, task.host.page_size))
@@ -3397,7 +3397,7 @@ def collect_zpool(task: Task) -> Found:
 
 
 def query_ntpd(run: Callable[..., Output]) -> tuple[list[NtpPeer], NtpDetails]:
-    """What ntpq says; raises CommandError where it is absent, CollectError where ntpd is down."""
+    """Values from ntpq; raises CommandError if it is absent, CollectError if ntpd is down."""
     output = run("ntpq", *APEERS_COMMAND)
     if not output.stdout.strip():           # exit 0, and a line on stderr
         raise CollectError(f"ntpq: {output.last_line}")
@@ -3408,13 +3408,13 @@ def query_ntpd(run: Callable[..., Output]) -> tuple[list[NtpPeer], NtpDetails]:
 
 
 def query_chronyd(run: Callable[..., Output]) -> list[Family]:
-    """What chronyc says; raises CommandError, CollectError."""
+    """Values from chronyc; raises CommandError, CollectError."""
     tracking, sources = (run("chronyc", *words) for words in (TRACKING_COMMAND, SOURCES_COMMAND))
     return chrony_families(tracking.stdout, sources.stdout)
 
 
 def collect_ntp(task: Task) -> Found:
-    """ntpd's figures, or chrony's where ntpq is absent."""
+    """Values from ntpd, or from chrony if ntpq is absent."""
     try:
         return ntp_part(*query_ntpd(task.command))
     except CommandError as error:
@@ -3425,7 +3425,7 @@ def collect_ntp(task: Task) -> Found:
 
 
 def collect_zones(task: Task) -> Found:
-    """How many zones are in which state."""
+    """The number of zones by state."""
     zones = parse_zoneadm(task.command("zoneadm", *ZONEADM_COMMAND).checked("zoneadm list"))
     if not zones:                           # the global zone is always there
         raise CollectError("zoneadm list: no line has 7 fields")
@@ -3479,7 +3479,7 @@ def collect_textfiles(task: Task) -> Found:
 
 
 def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found:
-    """What a plugin prints; `others`: prefixes of other plugins' names."""
+    """The output of a plugin; `others`: prefixes of other plugins' names."""
     output = task.host.run_program((plugin.path, "global" if task.zone == NODE else task.zone),
                                    task.timeout, PLUGIN_OUTPUT)
     if output.stderr:
@@ -3553,7 +3553,7 @@ WANTED = wanted_of(TABLES)      # what the index keeps of the chain
 
 def zone_part(collector: Collector, found: Mapping[Table, Sequence[Read]], context: ZoneContext
               ) -> Part:
-    """What one collector sends of a zone, from what was read of it; raises CollectError."""
+    """A collector's part of a zone's page, from its kstats; raises CollectError."""
     if len(collector.tables) == 1:
         table = collector.tables[0]
         return table.part(found.get(table, ()), context, context.name)
@@ -3563,7 +3563,7 @@ def zone_part(collector: Collector, found: Mapping[Table, Sequence[Read]], conte
 
 def node_part(collector: Collector, found: Mapping[Table, Sequence[Read]], context: NodeContext
               ) -> Part:
-    """What one collector sends of the node, from what was read; raises CollectError."""
+    """A collector's part of the node's page, from its kstats; raises CollectError."""
     parts: list[Part] = []
     for table in collector.tables:
         read = found.get(table, ())
@@ -3687,7 +3687,7 @@ COUNTER_MEMBERS: frozenset[tuple[str, str]] = frozenset(
 # --- USE [kit] ------------------------------------------------------------------------------------
 
 class Use(NamedTuple):
-    """What to look at first: for one resource, how busy, how long the queue, how many errors."""
+    """What to look at first for a resource: utilisation, saturation and errors."""
     scope: str
     resource: str
     utilisation: tuple[str, ...]
@@ -5934,7 +5934,7 @@ UNKNOWN_SECONDS = 1.0           # how long a zone that is not there is not looke
 NEW_DATASET_SECONDS = 30.0      # a zone that an older zfs list does not have asks for a new one
 NICS_SECONDS = 60.0             # how long links wait for a vminfod that is followed and does not
                                 # know their zone: vmadm does not manage it
-FORGET_SECONDS = 900.0          # pages that nobody asks for are dropped
+FORGET_SECONDS = 900.0          # unused pages are dropped
 BURST_SECONDS = 30.0            # of the CPU budget may be used at once
 LONGEST_STRETCH = 64.0          # of lifetimes by the governor
 NO_UUID = "not a zone's UUID in lower case; / lists the running zones"
@@ -6011,7 +6011,7 @@ class Trouble:
 
     @property
     def note(self) -> str:
-        """For the page, where it has nothing yet although nothing has failed (NotYet)."""
+        """A comment for the page if there are no values yet without a failure (NotYet)."""
         return "" if self.breaker is not None else "".join(filter(str.isprintable, self.why))
 
 
@@ -6038,7 +6038,7 @@ class Cell:
         self.pages: tuple[Page, ...] = ()       # … and these want to know when it ends
 
     def use(self, collectors: tuple[Collector, ...]) -> None:
-        """These, with the lifetimes and timeouts of the settings."""
+        """Set the collectors, with lifetimes and timeouts of the settings."""
         self.collectors = collectors            # one with a function, or all that read kstats
         self.name = collectors[0].name if collectors[0].collect else KSTATS
         self.lifetime = min([one.lifetime for one in collectors if one.tables or one.collect])
@@ -6088,7 +6088,7 @@ class Page:
         return self.proof is None or self.proof.proved
 
     def seen(self, client: str, now: float) -> None:
-        """Note that somebody asks, and how often."""
+        """Record a client's request, to know its interval."""
         last = self.asked.get(client)
         self.used = now
         if last is None:
@@ -6102,7 +6102,7 @@ class Page:
             self.asked[client] = (now, now - last[0])
 
     def interval(self, now: float) -> float:
-        """The shortest scrape interval of a client; inf when none has scraped twice."""
+        """The shortest scrape interval of a client; inf if none has scraped twice."""
         shortest = math.inf
         for last, interval in self.asked.values():
             if interval < shortest and now - last <= 4 * interval + 5:
@@ -6111,7 +6111,7 @@ class Page:
 
 
 class Governor:
-    """Holds the agent's own CPU, its commands included, to a share of one CPU (F8).
+    """Limits the CPU time of the agent and its commands to a share of one CPU.
 
     Over the budget it stretches the lifetimes of all values, so that less is collected; under it
     they shrink back. A burst as large as 30 s of the budget goes through. Looked at once a second.
@@ -6227,7 +6227,7 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
 
 
 def _is_owned(status: os.stat_result) -> bool:
-    """Root's, or that of the user whom the agent runs as; and not for others to write."""
+    """Whether it belongs to root or the agent's user, and is not writable by others."""
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
@@ -6330,7 +6330,7 @@ class KstatParts:
 
     def zone(self, collectors: Sequence[Collector], skipped: AbstractSet[str], zone: str,
              reading: ZoneReading) -> Came:
-        """What collectors send of a zone."""
+        """The collectors' parts of a zone's page."""
         def nics() -> Mapping[str, tuple[str, str]] | None:
             return self._nics(zone, reading.zone_id)
         context = ZoneContext(reading.zone_id, zone.encode(), nics)
@@ -6338,7 +6338,7 @@ class KstatParts:
 
     def node(self, collectors: Sequence[Collector], skipped: AbstractSet[str],
              read: Mapping[Table, Sequence[Read]]) -> Came:
-        """What collectors send of the node."""
+        """The collectors' parts of the node's page."""
         context = NodeContext(self._host.page_size, self._vminfo)
         self._vminfo = vminfo_readings(read, self._vminfo)
         return self._results("node", collectors, skipped, node_part, read, context)
@@ -6426,7 +6426,7 @@ class Scraper:
         server.loop.every(1.0, self._sweep)
 
     def submit(self, job: Job) -> None:
-        """From any thread: have a reader of kstats do it, and watch it while it does."""
+        """From any thread: run a job in a kstat reader, and watch for blocking."""
         self.kstats.submit(job)
         self.server.loop.run_here(self._watch_in, STUCK_SECONDS)
 
@@ -6444,7 +6444,7 @@ class Scraper:
     # settings and what changes by itself
 
     def start(self) -> None:
-        """Read what does not come with a scrape."""
+        """Read what scrapes do not read."""
         self.host.start()
         self._reread_plugins()
         self.server.loop.every(60.0, self._reread_plugins)
@@ -6452,7 +6452,7 @@ class Scraper:
         self.server.loop.every(60.0, self._reread_zones)
 
     def use(self, settings: Settings) -> None:
-        """Other settings from now on."""
+        """Apply new settings."""
         self.settings = settings
         self._foreign.resize(settings.max_collections)
         self.host.commands_of = dict(settings.commands)
@@ -6462,7 +6462,7 @@ class Scraper:
         self._reread_plugins()
 
     def _renew(self) -> None:
-        """What pages consist of may have changed."""
+        """The collectors of pages may have changed."""
         self.generation += 1
 
     def _reread_plugins(self) -> None:
@@ -6541,7 +6541,7 @@ class Scraper:
         return page.prepared
 
     def bring(self, zone: str, deadline: float) -> Deferred | None:
-        """As `ask`, for the page of all zones: what is to be waited for, if anything."""
+        """As `ask`, for the page of all zones: the answer to wait for, if any."""
         now = self.server.now()
         page = self._asked(zone, None, "all zones", now)
         awaited = self._collect(page, now)
@@ -6561,7 +6561,7 @@ class Scraper:
         return page
 
     def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
-        """The page, once these have come."""
+        """The page, once these cells have values."""
         if self._reads and deadline - now <= HURRY_SECONDS:
             self._begin_reads()
         later = Deferred(deadline, lambda later: self._partial(page, later))
@@ -6598,7 +6598,7 @@ class Scraper:
             or "it is not due yet"
 
     def _collect(self, page: Page, now: float) -> set[Cell]:
-        """Begin what is due; what this page is to wait for."""
+        """Start what is due; return the cells that this page waits for."""
         if page.generation != self.generation:
             self._furnish(page)
         awaited: set[Cell] = set()
@@ -6616,7 +6616,7 @@ class Scraper:
         return awaited
 
     def lifetime(self, cell: Cell, page: Page, now: float) -> float:
-        """For how long a cell's values are used; those of kstats depend on clients' intervals."""
+        """The lifetime of a cell's values; for kstats it depends on the clients' intervals."""
         seconds = cell.lifetime
         if cell.name == KSTATS:
             seconds = max(min(seconds, INTERVAL_SHARE * page.interval(now)), LEAST_LIFETIME)
@@ -6648,7 +6648,7 @@ class Scraper:
     # what work brings
 
     def _begin(self, cell: Cell, page: Page, now: float) -> None:
-        """Have the work of a cell done."""
+        """Start the work of a cell."""
         cell.began = now
         self._running += 1
         if cell.name == KSTATS:
@@ -6657,7 +6657,7 @@ class Scraper:
             self._begin_function(cell, page)
 
     def _begin_kstats(self, cell: Cell, page: Page) -> None:
-        """Have a reader read what the page's tables want."""
+        """Have a reader read the kstats of the page's tables."""
         zone, collectors, parts = page.zone, cell.collectors, self._parts
         skipped = frozenset([name for name, trouble in cell.troubles.items()
                              if trouble.breaker is not None and not trouble.breaker.allows()])
@@ -6701,7 +6701,7 @@ class Scraper:
         self._begin_reads()
 
     def _begin_reads(self) -> None:
-        """Have the readers do what has gathered."""
+        """Hand the gathered reads to the readers."""
         if self._gathering is not None:
             self.server.loop.cancel(self._gathering)
             self._gathering = None
@@ -6732,7 +6732,7 @@ class Scraper:
                 "too many collections wait already"), self.server.now())
 
     def _wait_for(self, work: Callable[[Reader], Any]) -> Any:
-        """In a pool: kstats that belong to what a command says."""
+        """In a pool: kstats that belong to a command's output."""
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.submit(Job(work, done.put))
         try:
@@ -6744,7 +6744,7 @@ class Scraper:
         return result
 
     def _arrived(self, cell: Cell, brought: Came | Found | Exception, at: float) -> None:
-        """Work has ended: keep what it brought, and answer those who waited for nothing else."""
+        """A job has ended: store its result, and answer clients that waited only for it."""
         now, pages, began = self.server.now(), cell.pages, cell.began or 0.0
         self._running -= 1
         self.inherited.collected.observe(
@@ -6766,7 +6766,7 @@ class Scraper:
             self._release(page, cell, now)
 
     def _gone(self, page: Page, now: float) -> None:
-        """The zone does not run."""
+        """The zone is not running."""
         waiting, page.waiting = page.waiting, {}
         self._pages.pop(page.key, None)
         if len(self._unknown) > 1000:
@@ -6777,7 +6777,7 @@ class Scraper:
 
     def _take(self, cell: Cell, page: Page, brought: Came | Found | Exception, at: float,
               seconds: str) -> None:
-        """Keep what has come, and of collectors that failed or were left out what there was."""
+        """Store new values; keep the old ones of collectors that failed or were left out."""
         where = "all zones" if cell.shared else page.zone
         form, values, failed = brought if isinstance(brought, Came) else \
             self._came(cell, page, brought)
@@ -6801,7 +6801,7 @@ class Scraper:
             self._failed(cell, name, where, error)
 
     def _came(self, cell: Cell, page: Page, brought: Found | Exception) -> Came:
-        """What a collector's function has brought."""
+        """The result of a collector's function."""
         if isinstance(brought, Exception):
             return Came(NO_FORM, "", {cell.name: brought})
         if isinstance(brought, Brought):
@@ -6812,7 +6812,7 @@ class Scraper:
         return Came(form_of((cell.name,), (brought.template,)), brought.values, {})
 
     def _admitted(self, cell: Cell, page: Page, brought: Brought) -> Part:
-        """Foreign metrics, without names that another source has on this page."""
+        """Foreign metrics, without names that another source uses on this page."""
         name = cell.name
         taken = {taken: other.name for other in page.cells if other is not cell
                  for taken in other.claims}
@@ -6851,7 +6851,7 @@ class Scraper:
     # answers
 
     def _release(self, page: Page, cell: Cell, now: float) -> None:
-        """Answer those who waited for nothing but this one, with the same bytes."""
+        """Answer the clients that waited only for this cell, with the same bytes."""
         for needed in page.waiting.values():
             needed.discard(cell)
         ready = [later for later, needed in page.waiting.items() if not needed]
@@ -6872,7 +6872,7 @@ class Scraper:
             later.finish(answer)
 
     def give_up(self, page: Page, later: Deferred) -> None:
-        """A client's time is over: mark what it has waited for as late."""
+        """A client's deadline has passed: mark the cells it waited for as late."""
         for cell in page.waiting.pop(later, ()):
             cell.late = cell.began is not None
 
@@ -6919,7 +6919,7 @@ class Scraper:
         return shown, missing
 
     def _of_zone(self, cell: Cell, page: Page, now: float) -> tuple[Source, ...]:
-        """What a collector for all zones has brought for this one."""
+        """This zone's part of a collector for all zones."""
         part = cell.by_zone.parts.get(page.zone, NOTHING if cell.by_zone.complete else None)
         if not cell.sources or part is None or self._is_older(cell, page, now):
             return ()
@@ -6929,7 +6929,7 @@ class Scraper:
     # what pages consist of
 
     def _furnish(self, page: Page) -> None:
-        """Give a page its collectors as they are now; those that stay keep what they have."""
+        """Update a page's collectors; those that remain keep their values."""
         plugins = [plugin for plugin in self._plugins["gz" if page.zone == NODE else "vm"]
                    if plugin.zones is None or page.zone in plugin.zones]
         kind = (self.generation, page.zone == NODE, page.core, *(one.name for one in plugins))
@@ -6959,7 +6959,7 @@ class Scraper:
         page.generation = self.generation
 
     def _rows(self, page: Page, plugins: Sequence[Plugin]) -> Iterator[Collector]:
-        """The collectors of a page in its order, as the settings want them."""
+        """The collectors of a page in page order, according to the settings."""
         rows = [*(NODE_COLLECTORS if page.zone == NODE else ZONE_COLLECTORS)]
         rows.remove(TIME)
         for plugin in sorted(plugins):
@@ -6993,7 +6993,7 @@ class Scraper:
         return self.settings.pool or self.sysinfo.pool or "zones"
 
     def refresh(self) -> None:
-        """What an operator, or the proxy after a change, asks for: all is collected again."""
+        """For an operator, or the proxy after a change: collect everything again."""
         for cell in self._shared.values():
             cell.forget()
         for page in [page for page in self._pages.values() if page.zone != NODE]:
@@ -7013,18 +7013,18 @@ class Scraper:
                                lambda _result: None))
 
     def pages_of(self, zone: str) -> list[Page]:
-        """The pages of a zone that are kept: with and without its own ports."""
+        """The cached pages of a zone: with and without its own ports."""
         return [page for core in (False, True) for page in (self._pages.get((zone, core)),)
                 if page is not None]
 
     def all_cells(self) -> Iterator[Cell]:
-        """The collectors of all pages that are kept."""
+        """The cells of all cached pages."""
         yield from self._shared.values()
         for page in self._pages.values():
             yield from [cell for cell in page.cells if not cell.shared]
 
     def broken(self) -> list[tuple[str, str, Trouble]]:
-        """What fails now: where, and which collector."""
+        """The failing collectors, and where they fail."""
         places = [("all zones", cell) for cell in self._shared.values()] + [
             (page.zone, cell) for page in self._pages.values() for cell in page.cells
             if not cell.shared]
@@ -7032,7 +7032,7 @@ class Scraper:
                 for name, trouble in cell.troubles.items()]
 
     def texts(self, zones: Iterable[str]) -> dict[str, str]:
-        """The pages of these zones as text, as far as there is anything of them."""
+        """The pages of these zones as text, if they have values."""
         now = self.server.now()
         pages = ((zone, self._pages.get((zone, self._is_core(zone)))) for zone in zones)
         return {zone: self.text(page, now, math.inf)[0] for zone, page in pages
@@ -7169,7 +7169,7 @@ class AllZones:
 
 
 def join_pages(pages: Mapping[str, str]) -> str:
-    """Pages of ours as one, families contiguous, each sample with the label `zonename`."""
+    """Join pages, with contiguous families and the label `zonename` on each sample."""
     families: dict[str, tuple[str, list[str]]] = {}     # two comment lines, samples of all zones
     for zone, page in pages.items():
         label = f'zonename="{zone}"'
@@ -7255,7 +7255,7 @@ class Agent:
         return self.scraper.ask(NODE, False, request.peer.address, deadline)
 
     def _is_core(self, request: Request) -> bool | None:
-        """What the proxy says of the zone; None when nobody says."""
+        """The proxy's flag for the zone; None without the header."""
         word = request.headers.get("x-joyent-cmon-opts")
         return read_opts(word) if word else None
 
@@ -7278,12 +7278,12 @@ class Agent:
         return later
 
     def refresh(self, _request: Request) -> Answer:
-        """Forget what is known of zones."""
+        """Drop cached pages and indexes of zones."""
         self.scraper.refresh()
         return Response(200, b"")
 
     def metadata(self, _request: Request) -> Answer:
-        """Where each metric comes from."""
+        """The source of each metric."""
         return Response(200, json.dumps(metadata(), indent=1).encode() + b"\n", JSON)
 
     def own_metrics(self, _request: Request) -> Answer:
@@ -7303,7 +7303,7 @@ class Agent:
         return later
 
     def overview(self, _request: Request) -> Deferred:
-        """A page for people."""
+        """The HTML page."""
         scraper = self.scraper
         later = Deferred(scraper.server.now() + 5.0, lambda _: text(
             503, "the zones cannot be listed in time", ("X-Cmon-Error", "not_collected")))
@@ -7386,7 +7386,7 @@ SMF_EXIT_ERR_CONFIG = 96    # /lib/svc/share/smf_include.sh
 
 
 class BunyanFormatter(logging.Formatter):
-    """One JSON object a line, as `bunyan` of the platform reads it."""
+    """One JSON object per line, as the platform's `bunyan` reads it."""
 
     def __init__(self, program: str) -> None:
         super().__init__()
@@ -7409,7 +7409,7 @@ class TextFormatter(logging.Formatter):
     """A line for each record; control characters are escaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line; a traceback follows on lines of its own."""
+        """The line; a traceback follows on separate lines."""
         if not record.message.isprintable():
             record.message = "".join([
                 letter if letter.isprintable() else letter.encode("unicode_escape").decode()
@@ -7485,14 +7485,14 @@ def start_logging(program: str, level: str, form: str) -> None:
 
 
 def stop_logging() -> None:
-    """Write out what is queued."""
+    """Write the queued records."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used: the operator's to mend. All problems at once, a line each."""
+    """Invalid settings, for the operator to correct: all problems at once, a line each."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -7518,7 +7518,7 @@ def at_least(lowest: float) -> Check:
 
 
 def one_of(*words: str) -> Check:
-    """A check for words."""
+    """A check for one of several strings."""
     return lambda value: None if value in words else "must be one of " + ", ".join(
         word or '""' for word in words)
 
@@ -7545,7 +7545,7 @@ def _field_types(wanted: type) -> dict[str, Any]:
 
 
 class _Loader:
-    """Turns JSON into settings, and collects what is wrong instead of stopping at the first."""
+    """Converts JSON to settings; collects all problems instead of stopping at the first."""
 
     def __init__(self, origin: str, folder: Path) -> None:
         self.origin, self.folder = origin, folder
@@ -7559,7 +7559,7 @@ class _Loader:
         self.problems.append(f"{origin}: {where}: {what}" if where else f"{origin}: {what}")
 
     def convert(self, value: Any, wanted: Any, where: str) -> Any:
-        """The value as the type that the field is annotated with."""
+        """Convert the value to the field's annotated type."""
         if typing.get_origin(wanted) is Union:
             inner = [kind for kind in typing.get_args(wanted) if kind is not type(None)]
             return None if value is None else self.convert(value, inner[0], where)
@@ -7698,7 +7698,7 @@ def parse_address(value: str, default_port: int | None = None) -> tuple[str, int
 
 def within(convert: Callable[[str], N], least: float, most: float, what: str
            ) -> Callable[[str], N]:
-    """A type for argparse: a number between two, or an error in our words."""
+    """A type for argparse: a number within a range; our own error message."""
     def value(word: str) -> N:
         with contextlib.suppress(ValueError):
             parsed = convert(word)
@@ -7709,18 +7709,18 @@ def within(convert: Callable[[str], N], least: float, most: float, what: str
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, in the same words on every Python."""
+    """A parser whose errors are one line, the same on every Python."""
 
     CHOICE = re.compile(
         r"argument ([^:]+): invalid choice: ['\"]?([^'\"]*)['\"]? \(choose from (.*)\)")
 
     def error(self, message: str) -> NoReturn:
-        """What is wrong and where help is, on stderr; status 2."""
+        """Print the problem and where to find help on stderr; exit status 2."""
         self.exit(EXIT_USAGE, f"{self.prog}: {self.reworded(message)}; "
                   f"`{self.prog} --help` explains\n")
 
     def reworded(self, message: str) -> str:
-        """Without argparse's list of a hundred choices."""
+        """Omit argparse's list of a hundred choices."""
         wrong = self.CHOICE.fullmatch(message)
         if wrong is None:
             return message.replace("argument ", "", 1) if message.startswith("argument ") \
@@ -7738,7 +7738,7 @@ def not_known(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def command_line(program: str, description: str) -> argparse.ArgumentParser:
-    """The flags that both servers have."""
+    """The flags that all servers have."""
     parser = CommandLine(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="settings file (JSON); flags override it")
@@ -7756,7 +7756,7 @@ def command_line(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def complain(program: str, problems: Iterable[str]) -> None:
-    """Tell people what is wrong, a line each."""
+    """Print messages to stderr, a line each."""
     for problem in problems:
         print(f"{program}: {problem}", file=sys.stderr)
 
@@ -7794,13 +7794,13 @@ def printing(program: str, work: Callable[[], int]) -> int:
 
 
 class _Parent:
-    """The process that SMF started: it ends when the child serves, or with the child's status."""
+    """The process that SMF started: exits when the child serves, or with the child's status."""
 
     def __init__(self) -> None:
         self._write: int | None = None
 
     def fork(self) -> int | None:
-        """None in the child; in the parent the exit status, when the child is ready or dead."""
+        """None in the child; in the parent the exit status, once the child is ready or dead."""
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
@@ -7816,7 +7816,7 @@ class _Parent:
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
 
     def ready(self) -> None:
-        """In the child: the parent may end."""
+        """In the child: the parent may exit."""
         if self._write is not None:
             os.write(self._write, b"+")
             os.close(self._write)
@@ -7824,7 +7824,7 @@ class _Parent:
 
 
 def raise_descriptor_limit() -> None:
-    """A connection is a descriptor: take as many as the system allows."""
+    """Raise the limit of descriptors as far as the system allows: a connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -8014,7 +8014,7 @@ def address_of(settings: Settings, host: Host, sysinfo: Sysinfo, problem: str) -
 
 
 def read_sysinfo(host: Host) -> tuple[Sysinfo, str]:
-    """What sysinfo says of the node, or why it is not known."""
+    """The node's sysinfo, or why it is unknown."""
     try:
         return parse_sysinfo(host.raw_sysinfo()), ""
     except ConfigError as error:
@@ -8030,11 +8030,11 @@ class Running:
         self._settings: Settings | None = None
 
     def load(self) -> Settings:
-        """The settings as they are now."""
+        """The current settings."""
         return load_agent(self._arguments)
 
     def check(self, settings: Settings) -> list[str]:
-        """What --check-config finds beyond the settings themselves."""
+        """Problems that --check-config finds beyond the settings themselves."""
         problems: list[str] = []
         try:
             host = make_host(self._arguments, settings)
@@ -8049,7 +8049,7 @@ class Running:
         return problems
 
     def start(self, settings: Settings) -> Server:
-        """Make everything and listen; raises ConfigError, OSError."""
+        """Create everything and listen; raises ConfigError, OSError."""
         host = make_host(self._arguments, settings)
         sysinfo, problem = read_sysinfo(host)
         registry = Registry()
@@ -8066,7 +8066,7 @@ class Running:
         return server
 
     def reload(self, settings: Settings) -> None:
-        """Use new settings; raises ConfigError for one that needs a restart."""
+        """Apply new settings; raises ConfigError for one that needs a restart."""
         assert self._scraper is not None and self._settings is not None
         fixed = [name for name in ("listen", "libkstat", "vminfod", "sysinfo_file") if
                  getattr(settings, name) != getattr(self._settings, name)]
@@ -8184,7 +8184,7 @@ CAPTURED_NIC = ("interface", "nic_tag", "network_uuid", "ip")
 
 
 def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
-    """VM objects, without what tenants would not want to see mailed around."""
+    """VM objects, without private data of tenants."""
     try:
         answer = Client().request("GET", settings.vminfod.rstrip("/") + "/vms", timeout=30.0)
         if answer.status != 200:
@@ -8229,7 +8229,7 @@ Finding = Union[tuple[str, str], tuple[str, str, str]]
 
 
 class Header(NamedTuple):
-    """A kstat of the chain, whether a table wants it or not."""
+    """A kstat of the chain, needed by a table or not."""
     module: str
     instance: int
     name: str
@@ -8237,13 +8237,13 @@ class Header(NamedTuple):
 
 
 def listed(begin: str, names: Iterable[str], most: int = 5) -> str:
-    """The first names behind a few words; nothing where there are none."""
+    """A prefix and the first of the names; "" without names."""
     shown = ", ".join(itertools.islice(names, most))
     return begin + shown if shown else ""
 
 
 class Examined:
-    """What the checks share: settings, what earlier ones have read, and the time limit."""
+    """State shared by the checks: settings, results of earlier ones, the time limit."""
 
     def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
         self.arguments, self.settings = arguments, settings
@@ -8255,21 +8255,21 @@ class Examined:
         self._end = time.monotonic() + CHECK_SECONDS
 
     def left(self, most: float = 10.0) -> float:
-        """Seconds that the next step may take."""
+        """Remaining seconds for the next step."""
         return max(min(self._end - time.monotonic(), most), 0.1)
 
     @property
     def late(self) -> bool:
-        """Whether the time is up."""
+        """Whether the time limit has passed."""
         return time.monotonic() >= self._end
 
     def run(self, name: str, *arguments: str) -> Output:
-        """A command of the settings; raises CommandError."""
+        """Run a command of the settings; raises CommandError."""
         return self.commands.run(name, [self.settings.commands[name], *arguments],
                                  self.left(30.0 if name == "sysinfo" else 10.0))
 
     def job(self, work: Callable[[Reader], Any]) -> Any:
-        """Have a reader of kstats do it; raises KstatError."""
+        """Run a job in a kstat reader; raises KstatError."""
         if self.readers is None:
             raise KstatError("kstats cannot be read: see libkstat")
         return kstat_job(self.readers, work, self.left(CHECK_SECONDS))
@@ -8280,7 +8280,7 @@ class Examined:
         return self.settings.pool or parse_sysinfo(self.sysinfo).pool or "zones"
 
     def address(self) -> tuple[str, int] | None:
-        """Where the agent will listen, if that is known."""
+        """The address on which the agent will listen, if known."""
         return known_address(self.settings, admin_address(self.sysinfo))
 
 
@@ -8347,7 +8347,7 @@ def check_services(node: Examined) -> Iterator[Finding]:
 
 
 def check_user(node: Examined) -> Iterator[Finding]:
-    """From here on with the user and the privileges of the service."""
+    """Switch to the user and the privileges of the service."""
     wanted = node.arguments.user
     if os.geteuid() == 0:
         try:
@@ -8496,7 +8496,7 @@ def _check_tables(node: Examined, reader: Reader) -> Iterator[Finding]:
 
 
 def _differing(node: Examined, reader: Reader, ref: Ref) -> list[str]:
-    """Members of which `kstat -p` has another value; raises CommandError, KstatError. A gauge may
+    """Members with another value in `kstat -p`; raises CommandError, KstatError. A gauge may
     differ once, not three times."""
     which = ("-c", "disk") if ref.module == "disk" else ("-m", ref.module)
     begin = f":{ref.instance}:{ref.name}:"
@@ -8623,7 +8623,7 @@ def check_clock(node: Examined) -> Iterator[Finding]:
 
 
 def check_vminfod(node: Examined) -> Iterator[Finding]:
-    """Whether the first event comes."""
+    """Whether vminfod sends its first event."""
     vms, end = Vms(node.settings.vminfod), time.monotonic() + node.left()
     vms.start()
     while not (vms.answered or vms.problem) and time.monotonic() < end:
@@ -8662,7 +8662,7 @@ def check_port(node: Examined) -> Iterator[Finding]:
 
 
 def check_plugins(node: Examined) -> Iterator[Finding]:
-    """The plugins that would run."""
+    """The plugins that the agent would run."""
     problems: list[str] = []
     plugins = [plugin.name for folder in node.settings.plugin_dirs.values()
                for plugin in find_plugins(folder, problems)]
@@ -8798,7 +8798,7 @@ def print_address(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 class Command(NamedTuple):
-    """A command of the agent beside serving: what does it, what it is for, its flags."""
+    """A subcommand of the agent: its function, help and flags."""
     run: Callable[[argparse.Namespace, Settings], int]
     description: str
     flags: tuple[tuple[str, Mapping[str, Any]], ...]
@@ -8852,7 +8852,7 @@ def agent_command_line(command: str = "") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The agent, or one of its commands; returns the exit status."""
+    """Run the agent or one of its subcommands; return the exit status."""
     open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["textfiles"] and len(words) == 2:      # for the agent itself
