@@ -2734,9 +2734,11 @@ class Forwarder:
             raise ConfigError(f"spool {folder}: {reason_of(error)}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise ConfigError(f"spool {folder}: in use by another forwarder; stop it or set "
                               "another spool") from None
+        except OSError as error:            # some network file systems have no locks
+            raise ConfigError(f"spool {folder}: cannot lock it: {reason_of(error)}") from None
         return lock
 
     def deliver(self, scrape: Scrape) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import re
@@ -17,9 +18,10 @@ import pytest
 from forwarding import HttpSink, Source, drained, own, write_config
 from support import Program, wait_until
 
+from cmon_agent import ConfigError
 from cmon_forwarder import (
-    ENTRY, MEMORY_BYTES, Batch, FileTransport, RetryLater, SinkSettings, Spool, read_counters,
-    with_defaults, write_counters)
+    ENTRY, MEMORY_BYTES, Batch, FileTransport, Forwarder, ProxySettings, RetryLater, Settings,
+    SinkSettings, Spool, read_counters, with_defaults, write_counters)
 
 STOP = threading.Event()
 
@@ -548,6 +550,15 @@ def test_a_foreign_file_is_not_changed(tmp_path: Path) -> None:
     with pytest.raises(RetryLater, match="not a sample"):
         transport.send([b"new"])
     assert path.read_bytes() == b"a\nno newline at its end"
+
+
+def test_a_file_system_without_locks_is_not_another_forwarder(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match="spool .*: cannot lock it: no locks available"):
+        Forwarder(Settings(ProxySettings("http://127.0.0.1:1"), {}, spool=tmp_path))
 
 
 # --- counters over a restart ----------------------------------------------------------------------
