@@ -432,18 +432,17 @@ class Ref:
 class Kstat(NamedTuple):
     """One kstat, copied; nothing refers to C memory."""
     ref: Ref
-    type: int
+    shape: Shape
     snaptime: int                   # ns since some time around boot
     raw: bytes                      # ks_data: members, and the strings behind them
-    members: int                    # how many
     base: int                       # the address that `raw` was copied from
 
     @property
     def data(self) -> dict[str, Any]:
         """All members by name, as int, float or str. Tables decode theirs from `raw`."""
-        if self.type == NAMED:
-            return decode_named(self.raw, self.members, self.base)
-        layout, members = _FIXED[self.type]
+        if self.shape.type == NAMED:
+            return decode_named(self.raw, self.shape.members, self.base)
+        layout, members = _FIXED[self.shape.type]
         return dict(zip(members, layout.unpack_from(self.raw)))
 
 
@@ -517,37 +516,86 @@ def decode_named(raw: bytes, count: int, base: int) -> dict[str, Any]:
 _FIXED = {IO: (IO_DATA, IO_MEMBERS), RAW: (VMINFO, VMINFO_MEMBERS)}
 
 
-class Shape(NamedTuple):
-    """The common part of all kstats with the same members at the same offsets."""
-    members: int
-    size: int
-    block: type[ctypes.Array[ctypes.c_char]]    # to copy the data by
-    layouts: dict[Table, Layout]    # where the rows of a table find their members
+class Shape:
+    """What kstats have in common whose members are in the same places, and which are wanted by the
+    same tables: how to take from the raw data what the tables want."""
+    __slots__ = ("type", "members", "size", "tables", "block", "unpack", "places", "floats",
+                 "zonename", "name_place")
+
+    def __init__(self, kind: int, members: int, size: int, tables: tuple[Table, ...]) -> None:
+        self.type, self.members, self.size, self.tables = kind, members, size, tables
+        self.block = ctypes.c_char * size       # to copy the data by
+        self.unpack: Callable[[bytes], tuple[Any, ...]]     # the wanted members, as in memory
+        self.places: dict[str, int] = {}        # of members among what that gives
+        self.floats: set[str] = set()           # which of them are floating point
+        self.zonename: int | None = None        # where the pointer of this STRING is in the data
+        self.name_place: int | None = None      # of the string itself among what `unpack` gives
+
+    def look(self, raw: bytes, base: int) -> None:
+        """Find the members by the data of one kstat."""
+        found: list[tuple[int, str, str]] = []  # offset, format, name
+        strings: list[tuple[int, str]] = []
+        if self.type == NAMED:
+            for place in range(0, self.members * NAMED_ENTRY.size, NAMED_ENTRY.size):
+                name, kind, _, _ = NAMED_ENTRY.unpack_from(raw, place)
+                if kind in _CODES:
+                    found.append((place + 32, _CODES[kind], _text(name)))
+                elif kind == _STRING:
+                    strings.append((place + 32, _text(name)))
+        else:
+            layout, names = _FIXED[self.type]
+            place = 0
+            for member, code in zip(names, layout.format[1:]):
+                found.append((place, code, member))
+                place += struct.calcsize("=" + code)
+        wanted = {row.member for table in self.tables for row in table.metrics}
+        self.zonename = next((place for place, name in strings if name == "zonename"), None)
+        if self.zonename is not None and len(strings) == 1:     # then its text has one place, too
+            start = _POINTER.unpack_from(raw, self.zonename)[0] - base
+            if self.members * NAMED_ENTRY.size <= start <= self.size - UUID_SIZE:
+                found.append((start, f"{UUID_SIZE}s", ""))
+        form, end, count = "=", 0, 0
+        for place, code, name in sorted(found):
+            if name in wanted or not name:
+                form += f"{place - end}x{code}"
+                end = place + struct.calcsize("=" + code)
+                self.places[name] = count
+                count += 1
+                if code in "fd":
+                    self.floats.add(name)
+        self.name_place = self.places.pop("", None)
+        self.unpack = struct.Struct(form).unpack_from
 
 
-_shapes: dict[tuple[int, int, int, int], Shape] = {}
+_CODES = {_INT32: "i", _UINT32: "I", _INT64: "q", _UINT64: "Q", _FLOAT: "f", _DOUBLE: "d"}
+_STRING_AT = struct.Struct("=QI")               # kstat_named_t: str.addr, str.len
+_POINTER = struct.Struct("=Q")                  # … of these the first
+UUID_SIZE = 37                                  # with a NUL
+_shapes: dict[tuple[Any, ...], Shape] = {}
 
 
-def shape_of(kstat: Kstat) -> Shape:
+def shape_of(ref: Ref, kind: int, raw: bytes, members: int, base: int) -> Shape:
     """Look at names and types of all members; raises KstatError for data that are not read here,
     or lie about their size. This is done again only when the chain or the size has changed: a
     kernel does not rename the members of a kstat that is installed."""
-    kind, members, size = kstat.type, kstat.members, len(kstat.raw)
+    size = len(raw)
     names = 0
     if kind == NAMED:
         end = members * NAMED_ENTRY.size
         if end > size:
-            raise KstatError(f"{members} members do not fit into {size} bytes", kstat.ref)
-        names = int.from_bytes(kstat.raw[:end], "little") & _names_only(members)
+            raise KstatError(f"{members} members do not fit into {size} bytes", ref)
+        names = int.from_bytes(raw[:end], "little") & _names_only(members)
     elif kind not in _FIXED or size < _FIXED[kind][0].size \
-            or (kind == RAW and kstat.ref.name != "vminfo"):
-        raise KstatError(f"unsupported type {kind} with {size} bytes", kstat.ref)
-    key = (kind, members, size, names)
+            or (kind == RAW and ref.name != "vminfo"):
+        raise KstatError(f"unsupported type {kind} with {size} bytes", ref)
+    key = (kind, members, size, names, ref.tables)
     shape = _shapes.get(key)
     if shape is None:
         if len(_shapes) >= MAX_TEMPLATES:
             _shapes.clear()
-        shape = _shapes[key] = Shape(members, size, ctypes.c_char * size, {})
+        shape = Shape(kind, members, size, ref.tables)
+        shape.look(raw, base)
+        _shapes[key] = shape
     return shape
 
 
@@ -573,77 +621,26 @@ def pack(ref: Ref, snaptime: int, data: Mapping[str, Any]) -> Kstat:
             kind, high = _INT64 if value < 0 else _UINT64, 0
             low = min(max(value, -2 ** 63), 2 ** 64 - 1) % 2 ** 64
         entries.append(NAMED_ENTRY.pack(name.encode("utf-8", "replace"), kind, low, high))
-    kstat = Kstat(ref, NAMED, snaptime, b"".join(entries) + strings, len(entries), base)
-    ref.shape = shape_of(kstat)
-    return kstat
+    raw = b"".join(entries) + strings
+    return Kstat(ref, shape_of(ref, NAMED, raw, len(entries), base), snaptime, raw, base)
 
 
-Read = Union[Kstat, KstatError]
+class Reading(NamedTuple):
+    """What was read together, and what could not be; of a zone all of it from a single boot."""
+    kstats: list[Kstat]
+    errors: list[KstatError]
+    zone_id: int = 0
 
 
-class Layout(NamedTuple):
-    """The offsets of the members that rows need, for all kstats with one layout."""
-    unpack: Callable[[bytes], tuple[Any, ...]]
-    order: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None  # from places in memory to rows
-    rows: tuple[int, ...]                       # that have a member
-    converts: tuple[tuple[int, Convert], ...]   # by place among these
-    zonename: int | None                        # where the pointer of this STRING is
-
-
-_CODES = {_INT32: "i", _UINT32: "I", _INT64: "q", _UINT64: "Q", _FLOAT: "f", _DOUBLE: "d"}
-_STRING_AT = struct.Struct("=QI")               # kstat_named_t: str.addr, str.len
-_POINTER = struct.Struct("=Q")                  # … of these the first
-
-
-def layout_of(kstat: Kstat, wanted: Sequence[tuple[str, Convert | None]]) -> Layout:
-    """Locate the members of rows, each with its conversion, in kstats like this one."""
-    places: dict[str, tuple[int, str]] = {}
-    zonename: int | None = None
-    if kstat.type == NAMED:
-        for place in range(0, kstat.members * NAMED_ENTRY.size, NAMED_ENTRY.size):
-            name, kind, _, _ = NAMED_ENTRY.unpack_from(kstat.raw, place)
-            if kind in _CODES:
-                places[_text(name)] = (place + 32, _CODES[kind])
-            elif kind == _STRING and _text(name) == "zonename":
-                zonename = place + 32
-    else:
-        layout, members = _FIXED[kstat.type]
-        place = 0
-        for name, code in zip(members, layout.format[1:]):
-            places[name] = (place, code)
-            place += struct.calcsize("=" + code)
-    rows = [row for row, (member, _) in enumerate(wanted) if member in places]
-    found = [places[wanted[row][0]] for row in rows]
-    ascending = sorted(set(found))
-    form, end = "=", 0
-    for place, code in ascending:
-        form += f"{place - end}x{code}"
-        end = place + struct.calcsize("=" + code)
-    order = [ascending.index(one) for one in found]
-    converts = []
-    for index, row in enumerate(rows):
-        convert = wanted[row][1]
-        if found[index][1] in "fd":
-            convert = functools.partial(_as_text, convert)
-        if convert is not None:
-            converts.append((index, convert))
-    return Layout(struct.Struct(form).unpack_from, None if order == list(range(len(ascending)))
-                  else operator.itemgetter(*order), tuple(rows), tuple(converts), zonename)
-
-
-def _as_text(convert: Convert | None, value: float) -> Any:
-    """Floating point, which no kernel sends any more: it may be no number."""
-    found = value if convert is None else convert(value)
-    return None if found is None else number(found)
-
-
-def is_of_zone(kstat: Kstat, zone: bytes, place: int | None) -> bool:
-    """Whether a kstat's member `zonename` at this place is this zone's; one without it is."""
+def is_of_zone(kstat: Kstat, zone: bytes) -> bool:
+    """Whether a kstat's member `zonename` is this zone's; one without it is."""
+    place = kstat.shape.zonename
     if place is None:
         return True
     address, size = _STRING_AT.unpack_from(kstat.raw, place)
     start = address - kstat.base
-    if not address or start < kstat.members * NAMED_ENTRY.size or start + size > len(kstat.raw):
+    if not address or start < kstat.shape.members * NAMED_ENTRY.size \
+            or start + size > len(kstat.raw):
         return True
     member = kstat.raw[start:start + size]
     return member == zone + b"\0" or member.split(b"\0", 1)[0] == zone
@@ -707,9 +704,13 @@ class Index:
             zone_id = None if table.zone is None else table.zone(ref)
             if zone_id is not None:
                 ref.tables = self._shared([one for one in tables if one.zone])
-                self.zones.setdefault(zone_id, []).append(ref)
-                if ref.module == "zones":
-                    self.misc.setdefault(zone_id, ref)
+                refs = self.zones.setdefault(zone_id, [])
+                if zone_id in self.misc:        # which stays the last, as it is read last
+                    refs.insert(-1, ref)
+                else:
+                    refs.append(ref)
+                    if ref.module == "zones":
+                        self.misc[zone_id] = ref
                 return
         tables = [table for table in tables if table.zone is None]
         if tables:
@@ -791,11 +792,11 @@ class Handle:
             raise KstatError(f"invalid data size of {size} bytes", ref)
         shape = ref.shape
         if shape is not None and shape.size == size and shape.members == members:
-            return _make(Kstat, (ref, ref.type, snaptime, shape.block.from_address(pointer).raw,
-                                 members, pointer))
-        kstat = Kstat(ref, ref.type, snaptime, ctypes.string_at(pointer, size), members, pointer)
-        ref.shape = shape_of(kstat)
-        return kstat
+            return _make(Kstat, (ref, shape, snaptime, shape.block.from_address(pointer).raw,
+                                 pointer))
+        raw = ctypes.string_at(pointer, size)
+        ref.shape = shape = shape_of(ref, ref.type, raw, members, pointer)
+        return Kstat(ref, shape, snaptime, raw, pointer)
 
 # --- host -----------------------------------------------------------------------------------------
 
@@ -1002,17 +1003,18 @@ class Reader:
         finally:
             self.doing = None
 
-    def read_all(self, refs: Iterable[Ref]) -> list[Read]:
-        """These kstats, or the error in place of one that cannot be read. Vanished kstats are
-        left out: a cap was removed, a link renamed."""
-        read: list[Read] = []
+    def read_all(self, refs: Iterable[Ref]) -> Reading:
+        """These kstats, and the errors of those that cannot be read. Vanished kstats are left out:
+        a cap was removed, a link renamed."""
+        kstats: list[Kstat] = []
+        errors: list[KstatError] = []
         for ref in refs:
             try:
-                read.append(self.read(ref))
+                kstats.append(self.read(ref))
             except KstatError as error:
                 if not error.vanished:
-                    read.append(error)
-        return read
+                    errors.append(error)
+        return Reading(kstats, errors)
 
     def follow(self, force: bool = False) -> bool:
         """Update the chain, with a limited rate; True if it has changed."""
@@ -1274,23 +1276,8 @@ class KstatThreads:
             self._active.thread.start()
 
 
-class ZoneReading(NamedTuple):
-    """The kstats of a zone, all from a single boot of it."""
-    zone_id: int
-    kstats: dict[Table, list[Read]]
-
-
-def by_table(read: Iterable[Read]) -> dict[Table, list[Read]]:
-    """Kstats that were read, and errors, by the tables that need them."""
-    by_tables: dict[Table, list[Read]] = {}
-    for kstat in read:
-        for table in kstat.ref.tables if kstat.ref is not None else ():
-            by_tables.setdefault(table, []).append(kstat)
-    return by_tables
-
-
 def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
-              skipped: AbstractSet[str] = frozenset()) -> ZoneReading:
+              skipped: AbstractSet[str] = frozenset()) -> Reading:
     """Read a zone's kstats, except those of skipped collectors; raises NoSuchZone, KstatError.
 
     The zone's zone_misc is looked up first and read last: if it is still there, the zone id has
@@ -1299,24 +1286,21 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
     reader.follow()
     for _ in range(4):
         zone_id = reader.zone_id(zone)
-        misc_ref = None if zone_id is None else reader.index.misc.get(zone_id)
-        if zone_id is None or misc_ref is None:
+        misc = None if zone_id is None else reader.index.misc.get(zone_id)
+        if zone_id is None or misc is None:
             if reader.follow(force=True) or reader.reopen():
                 continue
             raise NoSuchZone(zone)
-        refs = [ref for ref in reader.index.zones[zone_id] if ref is not misc_ref and not (
-            skipped and all([table.collector in skipped for table in ref.tables]))]
+        refs = reader.index.zones[zone_id]
+        if skipped:
+            refs = [ref for ref in refs if ref is misc or not all(
+                [table.collector in skipped for table in ref.tables])]
         if debug_id is not None and VCPU.collector not in skipped:
-            refs += _guest(reader, debug_id)
-        read = reader.read_all(refs)
-        try:
-            misc = reader.read(misc_ref)
-        except KstatError as error:
-            if not error.vanished:
-                return ZoneReading(zone_id, by_table([*read, error]))
-        else:
-            if is_of_zone(misc, zone.encode(), ZONE_MISC.layout(misc).zonename):
-                return ZoneReading(zone_id, by_table([*read, misc]))
+            refs = [*_guest(reader, debug_id), *refs]
+        kstats, errors = reader.read_all(refs)[:2]
+        if kstats and kstats[-1].ref is misc and is_of_zone(kstats[-1], zone.encode()) \
+                or errors and errors[-1].ref is misc:
+            return Reading(kstats, errors, zone_id)
         reader.follow(force=True)           # it has rebooted or stopped in between: read again
     raise KstatError(f"zone {zone} changes faster than it can be read")
 
@@ -1331,20 +1315,20 @@ def _guest(reader: Reader, debug_id: int) -> list[Ref]:
                                      if ref.instance == minor and VCPU in ref.tables]
 
 
-def read_tables(reader: Reader, *tables: Table) -> dict[Table, list[Read]]:
+def read_tables(reader: Reader, *tables: Table) -> Reading:
     """The compute node's kstats of these tables."""
     reader.follow()
-    return by_table(reader.read_all([
+    return reader.read_all([
         ref for module in dict.fromkeys([table.module for table in tables])
         for ref in reader.index.modules.get(module, ())
-        if any([table in ref.tables for table in tables])]))
+        if any([table in ref.tables for table in tables])])
 
 
-def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Table, list[Read]]]:
+def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], list[Kstat]]:
     """The running zones by id, and their kstats of these tables; failures are left out."""
     reader.follow()
     zones: dict[int, str] = {}
-    read: list[Read] = []
+    kstats: list[Kstat] = []
     for zone_id, refs in reader.index.zones.items():
         try:
             name = reader.zone_name(zone_id)
@@ -1353,9 +1337,9 @@ def read_zones(reader: Reader, *tables: Table) -> tuple[dict[int, str], dict[Tab
         if name is None:
             continue
         zones[zone_id] = name
-        read += reader.read_all([ref for ref in refs if any(
-            table in ref.tables for table in tables)])
-    return zones, by_table([kstat for kstat in read if isinstance(kstat, Kstat)])
+        kstats += reader.read_all([ref for ref in refs if any(
+            table in ref.tables for table in tables)]).kstats
+    return zones, kstats
 
 
 class Vm(NamedTuple):
@@ -1889,6 +1873,13 @@ def verbatim(page: str) -> Part:
     return Part("%s", page) if page else NOTHING
 
 
+def taking(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Takes these of a list, in this order."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: [values[place] for place in places]
+
+
 class Values(NamedTuple):
     """The values of one thing."""
     labels: str                             # as between braces; "" for none
@@ -1905,8 +1896,7 @@ class Rows:
 
     def __init__(self, metrics: tuple[Metric, ...], table: Table | None = None) -> None:
         self.metrics, self._table = metrics, table
-        self._single: dict[tuple[int, ...], str] = {}
-        self._templates: dict[Any, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {}
+        self._templates: dict[Any, tuple[str, Callable[[Sequence[Any]], Sequence[Any]]]] = {}
 
     @functools.cached_property
     def _families(self) -> list[tuple[str, list[tuple[int, str, str]]]]:
@@ -1919,15 +1909,6 @@ class Rows:
             families[-1][1].append((row, metric.name, label_text(metric.labels)[1:-1]))
         return families
 
-    def single(self, rows: tuple[int, ...], values: Sequence[Any]) -> Part:
-        """The part of one thing without labels."""
-        template = self._single.get(rows)
-        if template is None:
-            if len(self._single) >= MAX_TEMPLATES:
-                self._single.clear()
-            template = self._single[rows] = self._template([Values("", rows, values)])[0]
-        return _make(Part, (template, BETWEEN.join(map(str, values))))
-
     def of(self, data: Mapping[str, Any], labels: Labels = ()) -> Values:
         """A thing from values by member, such as the fields of a command's output."""
         found = [(row, value) for row, metric in enumerate(self.metrics) if metric.member in data
@@ -1936,21 +1917,18 @@ class Rows:
             [value if type(value) is int else number(value) for _, value in found]))
 
     def part(self, found: Sequence[Values]) -> Part:
-        """The part of these things; only a single one may be without labels."""
-        if len(found) == 1 and not found[0].labels:
-            return self.single(*found[0][1:])
+        """What the page says of these things; only a single one may be without labels."""
         key = tuple([one.rows for one in found])
         known = self._templates.get(key)
         if known is None:
             if len(self._templates) >= MAX_TEMPLATES:
                 self._templates.clear()
-            template, order = self._template(found)
-            known = self._templates[key] = (
-                template, operator.itemgetter(*order) if order else lambda values: ())
+            template, order = self.template(found)
+            known = self._templates[key] = (template, taking(order))
         return Part(known[0], BETWEEN.join(map(str, known[1](
             [value for one in found for value in (one.labels, *one.values)]))))
 
-    def _template(self, found: Sequence[Values]) -> tuple[str, list[int]]:
+    def template(self, found: Sequence[Values]) -> tuple[str, list[int]]:
         """The text, and which of labels and values go where."""
         lines: list[str] = []
         order: list[int] = []
@@ -1962,7 +1940,8 @@ class Rows:
                     if row in one.rows:
                         labels = ",".join(filter(None, ("%s" if one.labels else "", own)))
                         lines.append(name + (f"{{{labels}}}" if labels else "") + " %s\n")
-                        order += (place, place + 1 + one.rows.index(row))
+                        order += [place] if one.labels else []
+                        order.append(place + 1 + one.rows.index(row))
                 place += 1 + len(one.values)
             if len(lines) > start:
                 lines.insert(start, head)
@@ -2006,61 +1985,6 @@ class Table:
     def rows(self) -> Rows:
         """The metrics in page order."""
         return Rows(self.metrics, self)
-
-    def layout(self, kstat: Kstat) -> Layout:
-        """The offsets of the rows' members in a kstat; computed once per shape."""
-        shape = kstat.ref.shape
-        assert shape is not None            # it was read
-        layout = shape.layouts.get(self)
-        if layout is None:
-            layout = layout_of(kstat, [
-                (row.member, None if row.unit.convert is whole else row.unit.convert)
-                for row in self.metrics])
-            if kstat.type != NAMED and not layout.rows:     # names may be missing, types not
-                raise CollectError(
-                    f"{self.collector}: {kstat.ref}: has the wrong type {kstat.type}")
-            shape.layouts[self] = layout
-        return layout
-
-    def part(self, read: Sequence[Read], context: Any, zone: bytes | None = None) -> Part:
-        """A part of a page from raw kstats; raises CollectError if one could not be read."""
-        found: list[tuple[Kstat, tuple[int, ...], Sequence[Any]]] = []
-        for kstat in read:
-            if isinstance(kstat, KstatError):
-                raise CollectError(f"{self.collector}: {kstat}")
-            ref, _, _, raw, _, base = kstat
-            layout = (ref.shape.layouts.get(self) if ref.shape else None) or self.layout(kstat)
-            if zone is not None and layout.zonename is not None:
-                (address,) = _POINTER.unpack_from(raw, layout.zonename)
-                if not raw.startswith(zone + b"\0", address - base) \
-                        and not is_of_zone(kstat, zone, layout.zonename):
-                    continue
-            rows = layout.rows
-            values: Any = layout.unpack(raw)
-            if self.skip_idle and not any(values):
-                continue
-            if self.values is not None:
-                _, rows, values = self.rows.of(self.values(kstat, context))
-            elif layout.order is not None:
-                values = layout.order(values)
-            if layout.converts and self.values is None:
-                values = list(values)
-                for place, convert in layout.converts:
-                    values[place] = convert(values[place])
-                if None in values:
-                    rows = tuple([row for row, value in zip(rows, values) if value is not None])
-                    values = [value for value in values if value is not None]
-            if self.labels is None:         # the first
-                return self.rows.single(rows, values)
-            found.append((kstat, rows, values))
-        if self.labels is None or not found:
-            return NOTHING
-        labelled: dict[Labels, Values] = {}     # of equal labels the first is shown
-        for labels, (_, rows, values) in zip(self.labels([kstat for kstat, *_ in found], context),
-                                             found):
-            if labels not in labelled:
-                labelled[labels] = Values(label_text(labels)[1:-1], rows, values)
-        return self.rows.part(list(labelled.values()))
 
 
 class ZoneContext(NamedTuple):
@@ -2512,10 +2436,9 @@ def mean_since(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
     return {member: value * context.page_size // seconds for member, value in found.items()}
 
 
-def vminfo_readings(found: Mapping[Table, Sequence[Read]], before: tuple[Kstat, ...]
-                    ) -> tuple[Kstat, ...]:
-    """Samples to compare the next one with: two, in case it falls into the same second."""
-    last = next((kstat for kstat in found.get(SWAP, ()) if isinstance(kstat, Kstat)), None)
+def vminfo_readings(kstats: Iterable[Kstat], before: tuple[Kstat, ...]) -> tuple[Kstat, ...]:
+    """What the next reading is compared with: two, in case it comes within the same second."""
+    last = next((kstat for kstat in kstats if SWAP in kstat.ref.tables), None)
     if last is None or before and before[-1].data.get("updates") == last.data.get("updates"):
         return before
     return (*before[-1:], last)
@@ -2859,11 +2782,19 @@ def _by_state(metric: Metric, counts: Mapping[str, int]) -> Family:
                               for state in sorted(counts)])
 
 
-def alloc_families(read: Mapping[Table, Sequence[Read]], page_size: int) -> list[Family]:
-    """The sums of zones' caps, and the node's resources."""
+def cpu_part(reading: Reading) -> Part:
+    """CPUs by state, and of which kind the first is."""
+    cpus = sorted(reading.kstats, key=lambda kstat: kstat.ref.instance)
+    states = collections.Counter(str(cpu.data["state"]) for cpu in cpus if "state" in cpu.data)
+    return join_parts([part_of([_by_state(CPUS_BY_STATE, states)]),
+                       kstat_part(reading._replace(kstats=cpus), CPU_INFO)])
+
+
+def alloc_families(kstats: Sequence[Kstat], page_size: int) -> list[Family]:
+    """The sums of zones' caps beside what the node has."""
     def values(table: Table, member: str, convert: Convert) -> list[Number | None]:
-        return [convert(kstat.data.get(member)) for kstat in read.get(table, ())
-                if isinstance(kstat, Kstat) and (table.zone is None or kstat.ref.instance != 0)]
+        return [convert(kstat.data.get(member)) for kstat in kstats if table in kstat.ref.tables
+                and (table.zone is None or kstat.ref.instance != 0)]
 
     memory_caps = values(MEMCAP, "physcap", cap)
     cpu_capped, capped = ([value for value in caps if value is not None]
@@ -2920,9 +2851,9 @@ def zfs_part(words: Mapping[str, str]) -> Part:
     return ZFS_ROWS.part([ZFS_ROWS.of(words)])
 
 
-def zpool_part(pools: Mapping[str, Mapping[str, str]], groups: Sequence[Read]) -> Part:
+def zpool_part(pools: Mapping[str, Mapping[str, str]], groups: Reading) -> Part:
     """Pools as parse_list gives them, with the kstats of their metaslab groups."""
-    return join_parts([METASLAB.part(groups, None), ZPOOL_ROWS.part([
+    return join_parts([kstat_part(groups, METASLAB), ZPOOL_ROWS.part([
         ZPOOL_ROWS.of(words, (("pool", name),)) for name, words in pools.items()])])
 
 
@@ -3355,10 +3286,15 @@ class Task(NamedTuple):
 
 
 def collect_alloc(task: Task) -> Found:
-    """The caps of zones, and the node's resources."""
-    read = task.read(lambda reader: {**read_tables(reader, PROC, MEMORY),
-                                     **read_zones(reader, MEMCAP, CPUCAP)[1]})
-    return part_of(alloc_families(read, task.host.page_size))
+    """What zones may use, and what the node has."""
+    reading = task.read(lambda reader: Reading([*read_tables(reader, PROC, MEMORY).kstats,
+                                                *read_zones(reader, MEMCAP, CPUCAP)[1]], []))
+    return part_of(alloc_families(reading.kstats, task.host.page_size))
+
+
+def collect_cpu_info(task: Task) -> Found:
+    """How many CPUs are in which state, and of which kind the first is."""
+    return cpu_part(task.read(lambda reader: read_tables(reader, CPU_INFO)))
 
 
 def list_datasets(run: Callable[..., Output], pool: str) -> tuple[Output, tuple[str, ...]]:
@@ -3393,7 +3329,7 @@ def collect_zpool(task: Task) -> Found:
     output = task.command("zpool", *ZPOOL_COMMAND).checked("zpool list")
     groups = task.read(lambda reader: read_tables(reader, METASLAB))
     pools = parse_list("zpool list", output, ZPOOL_COLUMNS)
-    return zpool_part(pools, groups.get(METASLAB, ()))
+    return zpool_part(pools, groups)
 
 
 def query_ntpd(run: Callable[..., Output]) -> tuple[list[NtpPeer], NtpDetails]:
@@ -3530,7 +3466,7 @@ ZONE_COLLECTORS = (             # in page order
 NODE_COLLECTORS = (             # in page order
     Collector("alloc", collect_alloc, 60.0, metrics=ALLOC),
     Collector("arcstats", None, KSTAT_SECONDS, (ARCSTATS,)),
-    Collector("cpu_info", None, KSTAT_SECONDS, (CPU_INFO,), (CPUS_BY_STATE,)),
+    Collector("cpu_info", collect_cpu_info, KSTAT_SECONDS, (CPU_INFO,), (CPUS_BY_STATE,)),
     Collector("cpu_util", None, KSTAT_SECONDS, (CPU_UTIL,)),
     Collector("disk", None, KSTAT_SECONDS, (DISK,)),
     Collector("link", None, KSTAT_SECONDS, (NODE_LINK,)),
@@ -3551,29 +3487,228 @@ PROOFS = frozenset(table.collector for table in ZONE_TABLES)
 WANTED = wanted_of(TABLES)      # what the index keeps of the chain
 
 
-def zone_part(collector: Collector, found: Mapping[Table, Sequence[Read]], context: ZoneContext
-              ) -> Part:
-    """A collector's part of a zone's page, from its kstats; raises CollectError."""
-    if len(collector.tables) == 1:
-        table = collector.tables[0]
-        return table.part(found.get(table, ()), context, context.name)
-    return join_parts([table.part(found.get(table, ()), context, context.name)
-                       for table in collector.tables])
+# -- from raw kstats to values on a page
+
+class Form:
+    """Collectors whose values came together: their templates, and which values are whose. One
+    object for all that are alike: pages find their layout by it."""
+    __slots__ = ("names", "templates", "places", "size")
+
+    def __init__(self, names: tuple[str, ...], templates: tuple[str, ...],
+                 places: tuple[range, ...], size: int) -> None:
+        self.names, self.templates, self.places = names, templates, places
+        self.size = size                        # how many values there are; no text is one, too
 
 
-def node_part(collector: Collector, found: Mapping[Table, Sequence[Read]], context: NodeContext
-              ) -> Part:
-    """A collector's part of the node's page, from its kstats; raises CollectError."""
-    parts: list[Part] = []
-    for table in collector.tables:
-        read = found.get(table, ())
-        if table is CPU_INFO:
-            read = sorted(read, key=lambda one: one.ref.instance if one.ref else 0)
-            parts.append(part_of([_by_state(CPUS_BY_STATE, collections.Counter(
-                str(data["state"]) for kstat in read if isinstance(kstat, Kstat)
-                for data in (kstat.data,) if "state" in data))]))
-        parts.append(table.part(read, context))
-    return join_parts(parts)
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def form_of(names: tuple[str, ...], templates: tuple[str, ...]) -> Form:
+    """The form of the parts of these collectors, whose values are joined in this order."""
+    places: list[range] = []
+    size = 0
+    for template in templates:
+        count = template.replace("%%", "").count("%s")
+        places.append(range(size, size + count))
+        size += count
+    return Form(names, templates, tuple(places), size or 1)
+
+
+class Came(NamedTuple):
+    """What a piece of work has brought: values of some collectors, errors of others."""
+    form: Form
+    values: str                                 # with BETWEEN between them
+    failed: Mapping[str, Exception]
+
+
+NO_FORM = form_of((), ())
+Wants = tuple[tuple[str, tuple[Table, ...]], ...]       # collectors by name, with their tables
+
+
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def wants_of(collectors: tuple[Collector, ...]) -> Wants:
+    """What these collectors read."""
+    return tuple([(collector.name, collector.tables) for collector in collectors])
+
+
+def _as_text(convert: Convert, value: float) -> Any:
+    """Floating point, which no kernel sends any more: it may be no number."""
+    found = convert(value)
+    return None if found is None else number(found)
+
+
+class Plan:
+    """How kstats of these shapes become values on a page: worked out once for all zones alike.
+
+    The place of a value is its number in one list: the members of all kstats as `Shape.unpack`
+    gives them, then a label text for each kstat of a table with labels, then what is converted.
+    """
+
+    def __init__(self, wants: Wants, shapes: tuple[Shape, ...]) -> None:
+        self.wants, self.shapes = wants, shapes
+        starts, size = [], 0
+        for shape in shapes:
+            starts.append(size)
+            size += len(shape.places) + (shape.name_place is not None)
+        self.zonenames = [
+            (index, None if shape.name_place is None else starts[index] + shape.name_place)
+            for index, shape in enumerate(shapes) if shape.zonename is not None]
+        self.labelled: list[tuple[Label, list[int]]] = []   # for these kstats
+        self.idle: list[tuple[int, list[int]]] = []     # kstats, to be left out if these are all 0
+        self.wrong: list[tuple[str, int]] = []          # collectors, with kstats of a wrong type
+        kstats: dict[Table, list[int]] = {}
+        label_places: dict[tuple[Table, int], int] = {}
+        for name, tables in wants:
+            for table in tables:
+                mine = kstats[table] = [index for index, shape in enumerate(shapes)
+                                        if table in shape.tables]
+                if table.labels is not None:
+                    self.labelled.append((table.labels, mine))
+                    for index in mine:
+                        label_places[table, index] = size
+                        size += 1
+        self.converts: list[tuple[int, Convert]] = []
+        self.things: dict[Table, list[Thing]] = {}
+        for name, tables in wants:
+            for table in tables:
+                self.things[table] = []
+                for index in kstats[table]:
+                    shape = shapes[index]
+                    rows: list[tuple[int, int]] = []
+                    for row, metric in enumerate(table.metrics):
+                        if metric.member not in shape.places:
+                            continue
+                        place = starts[index] + shape.places[metric.member]
+                        convert = metric.unit.convert
+                        if metric.member in shape.floats:
+                            convert = functools.partial(_as_text, convert)
+                        if convert is not whole:
+                            self.converts.append((place, convert))
+                            place = size + len(self.converts) - 1
+                        rows.append((row, place))
+                    if not rows and shape.type != NAMED:    # names may be missing, types not
+                        self.wrong.append((name, index))
+                    if table.skip_idle:
+                        self.idle.append((index, [starts[index] + place for place
+                                                  in shape.places.values()]))
+                    self.things[table].append(Thing(index, label_places.get((table, index)), rows))
+        self.first_made = size
+
+
+class Thing(NamedTuple):
+    """What a table says of one kstat."""
+    kstat: int                                  # its number
+    label: int | None                           # place of its label text
+    rows: list[tuple[int, int]]                 # rows that have a member, and its place
+
+
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def plan_of(wants: Wants, shapes: tuple[Shape, ...]) -> Plan:
+    """The plan for these."""
+    return Plan(wants, shapes)
+
+
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def planned_form(plan: Plan, dropped: tuple[int, ...], absent: tuple[int, ...]
+                 ) -> tuple[Form, Callable[[Sequence[Any]], Sequence[Any]]]:
+    """The form without kstats that are dropped and places without a value, and how its values are
+    taken from all."""
+    templates: list[str] = []
+    order: list[int] = []
+    for _, tables in plan.wants:
+        text_ = ""
+        for table in tables:
+            found: list[Values] = []
+            places: list[int] = []
+            for thing in plan.things[table]:
+                if thing.kstat in dropped or table.labels is None and found:    # the first counts
+                    continue
+                rows = [(row, place) for row, place in thing.rows if place not in absent]
+                found.append(Values("" if thing.label is None else "%s",
+                                    tuple([row for row, _ in rows]), rows))
+                places += (thing.label or 0, *[place for _, place in rows])
+            part, own = table.rows.template(found)
+            text_ += part
+            order += [places[place] for place in own]
+        templates.append(reused(text_))
+    return form_of(tuple([name for name, _ in plan.wants]), tuple(templates)), taking(order)
+
+
+def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes | None = None
+                ) -> Came:
+    """What collectors send of what was read of a zone, or of the node; raises CollectError when
+    one of them cannot."""
+    for error in reading.errors:
+        for name, tables in wants:
+            if error.ref is not None and not set(tables).isdisjoint(error.ref.tables):
+                raise CollectError(f"{name}: {error}")
+    kstats = reading.kstats
+    if zone is None:
+        kstats = [derived(kstat, wants, context) for kstat in kstats]
+    plan = plan_of(wants, tuple([kstat.shape for kstat in kstats]))
+    for name, index in plan.wrong:
+        raise CollectError(f"{name}: {kstats[index].ref}: has the wrong type "
+                           f"{kstats[index].shape.type}")
+    values: list[Any] = []
+    for kstat in kstats:
+        values += kstat.shape.unpack(kstat.raw)
+    dropped: list[int] = []
+    if zone is not None:
+        named = zone + b"\0"
+        for index, place in plan.zonenames:
+            if (place is None or values[place] != named) and not is_of_zone(kstats[index], zone):
+                dropped.append(index)
+    for index, places in plan.idle:
+        if not any([values[place] for place in places]):
+            dropped.append(index)
+    for labels_of, indices in plan.labelled:
+        shown = [index for index in indices if index not in dropped]
+        texts: dict[str, int] = {}
+        for index, labels in zip(shown, labels_of([kstats[index] for index in shown], context)):
+            text_ = label_text(labels)[1:-1]
+            if texts.setdefault(text_, index) != index:     # of equal labels the first is shown
+                dropped.append(index)
+        by_index = {index: text_ for text_, index in texts.items()}
+        values += [by_index.get(index) for index in indices]
+    made = [convert(values[place]) for place, convert in plan.converts]
+    absent = tuple([plan.first_made + place for place, value in enumerate(made)
+                    if value is None]) if None in made else ()
+    form, order = planned_form(plan, tuple(dropped), absent)
+    return Came(form, BETWEEN.join(map(str, order(values + made))), {})
+
+
+def derived(kstat: Kstat, wants: Wants, context: Any) -> Kstat:
+    """The kstat with the values that a table makes of its members, if it does."""
+    for table in kstat.ref.tables:
+        if table.values is not None and any([table in tables for _, tables in wants]):
+            return pack(kstat.ref, kstat.snaptime, table.values(kstat, context))
+    return kstat
+
+
+def _bug(collector: str, error: Exception) -> CollectError:
+    log.exception("collector %s failed", collector)
+    return CollectError(f"internal error: {type(error).__name__}")
+
+
+def each_from_kstats(wants: Wants, reading: Reading, context: Any, zone: bytes | None) -> Came:
+    """As `from_kstats`, but what one collector cannot send costs that collector alone."""
+    try:
+        return from_kstats(wants, reading, context, zone)
+    except Exception as error:
+        if len(wants) == 1:
+            [(name, _)] = wants
+            return Came(NO_FORM, "", {
+                name: error if isinstance(error, CollectError) else _bug(name, error)})
+    each_came = [each_from_kstats((want,), reading, context, zone) for want in wants]
+    good = [came for came in each_came if not came.failed]
+    return Came(form_of(tuple([came.form.names[0] for came in good]),
+                        tuple([came.form.templates[0] for came in good])),
+                BETWEEN.join([came.values for came in good if came.form.templates[0]]),
+                {name: error for came in each_came for name, error in came.failed.items()})
+
+
+def kstat_part(reading: Reading, *tables: Table) -> Part:
+    """What the node's page says of these kstats; raises CollectError."""
+    came = from_kstats(((tables[0].collector, tables),), reading)
+    return Part(came.form.templates[0], came.values)
 
 # -- the endpoint explains itself: what /v1/metadata and docs/METRICS.md say
 
@@ -5944,29 +6079,6 @@ class NotYet(CollectError):
     """A collector has no values yet, but has not failed: no breaker opens."""
 
 
-class Form:
-    """Collectors whose values came together: their templates, and which values are whose. One
-    object for all that are alike: pages find their layout by it."""
-    __slots__ = ("names", "templates", "places", "size")
-
-    def __init__(self, names: tuple[str, ...], templates: tuple[str, ...],
-                 places: tuple[range, ...], size: int) -> None:
-        self.names, self.templates, self.places = names, templates, places
-        self.size = size                        # how many values there are
-
-
-@functools.lru_cache(maxsize=MAX_TEMPLATES)
-def form_of(names: tuple[str, ...], templates: tuple[str, ...]) -> Form:
-    """The form of the parts of these collectors, whose values are joined in this order."""
-    places: list[range] = []
-    size = 0
-    for template in templates:
-        count = template.replace("%%", "").count("%s")
-        places.append(range(size, size + count))
-        size += count or 1                      # the values of no template are an empty text
-    return Form(names, templates, tuple(places), size)
-
-
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
 def rest_of(form: Form, newer: Form) -> Form | None:
     """What one form has and a newer one lacks."""
@@ -5974,16 +6086,6 @@ def rest_of(form: Form, newer: Form) -> Form | None:
     return Form(tuple([form.names[place] for place in kept]),
                 tuple([form.templates[place] for place in kept]),
                 tuple([form.places[place] for place in kept]), form.size) if kept else None
-
-
-class Came(NamedTuple):
-    """The result of a job: values of some collectors, errors of others."""
-    form: Form
-    values: str                                 # with BETWEEN between them
-    failed: Mapping[str, Exception]
-
-
-NO_FORM = form_of((), ())
 
 
 class Source(NamedTuple):
@@ -6021,8 +6123,8 @@ NO_NAMES: AbstractSet[str] = frozenset()        # one object for all cells
 class Cell:
     """Collectors that do their work together, of a page or of all pages: what they have brought
     last, which of them fail now, whether they are at work. Belongs to who has the loop's turn."""
-    __slots__ = ("name", "collectors", "lifetime", "shared", "sources", "proved", "by_zone", "at",
-                 "seconds", "claims", "troubles", "began", "late", "pages")
+    __slots__ = ("name", "collectors", "wants", "lifetime", "shared", "sources", "proved",
+                 "by_zone", "at", "seconds", "claims", "troubles", "began", "late", "pages")
 
     def __init__(self, collectors: tuple[Collector, ...]) -> None:
         self.use(collectors)
@@ -6041,6 +6143,7 @@ class Cell:
         """Set the collectors, with lifetimes and timeouts of the settings."""
         self.collectors = collectors            # one with a function, or all that read kstats
         self.name = collectors[0].name if collectors[0].collect else KSTATS
+        self.wants = wants_of(collectors)
         self.lifetime = min([one.lifetime for one in collectors if one.tables or one.collect])
         self.shared = collectors[0].shared      # whether the work is done for all zones
 
@@ -6328,37 +6431,24 @@ class KstatParts:
         self._unlabelled: dict[tuple[str, int], float] = {}     # those not decided yet -> since
         self._vminfo: tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
 
-    def zone(self, collectors: Sequence[Collector], skipped: AbstractSet[str], zone: str,
-             reading: ZoneReading) -> Came:
-        """The collectors' parts of a zone's page."""
-        def nics() -> Mapping[str, tuple[str, str]] | None:
-            return self._nics(zone, reading.zone_id)
-        context = ZoneContext(reading.zone_id, zone.encode(), nics)
-        return self._results("zone", collectors, skipped, zone_part, reading.kstats, context)
+    def zone(self, wants: Wants, zone: str, reading: Reading) -> Came:
+        """What collectors send of a zone."""
+        name = zone.encode()
+        return self._came("zone", wants, reading, ZoneContext(
+            reading.zone_id, name, functools.partial(self._nics, zone, reading.zone_id)), name)
 
-    def node(self, collectors: Sequence[Collector], skipped: AbstractSet[str],
-             read: Mapping[Table, Sequence[Read]]) -> Came:
-        """The collectors' parts of the node's page."""
+    def node(self, wants: Wants, reading: Reading) -> Came:
+        """What collectors send of the node."""
         context = NodeContext(self._host.page_size, self._vminfo)
-        self._vminfo = vminfo_readings(read, self._vminfo)
-        return self._results("node", collectors, skipped, node_part, read, context)
+        self._vminfo = vminfo_readings(reading.kstats, self._vminfo)
+        return self._came("node", wants, reading, context, None)
 
-    def _results(self, scope: str, collectors: Sequence[Collector], skipped: AbstractSet[str],
-                 make: Callable[..., Part], *arguments: Any) -> Came:
+    def _came(self, scope: str, wants: Wants, reading: Reading, context: Any, zone: bytes | None
+              ) -> Came:
         cpu = time.thread_time()
-        parts: dict[str, Part] = {}
-        failed: dict[str, Exception] = {}
-        for collector in collectors:
-            if collector.name not in skipped:
-                try:
-                    parts[collector.name] = make(collector, *arguments)
-                except CollectError as error:
-                    failed[collector.name] = error
-                except Exception as error:      # a bug of ours costs one collector
-                    failed[collector.name] = _bug(collector.name, error)
+        came = each_from_kstats(wants, reading, context, zone)
         self._booked.add(time.thread_time() - cpu, scope)
-        return Came(form_of(tuple(parts), tuple([part.template for part in parts.values()])),
-                    BETWEEN.join([part.values for part in parts.values()]), failed)
+        return came
 
     def _nics(self, zone: str, zone_id: int) -> Mapping[str, tuple[str, str]] | None:
         """The labels of a zone's links; None: none; raises NotYet while that is not decided.
@@ -6657,22 +6747,19 @@ class Scraper:
             self._begin_function(cell, page)
 
     def _begin_kstats(self, cell: Cell, page: Page) -> None:
-        """Have a reader read the kstats of the page's tables."""
-        zone, collectors, parts = page.zone, cell.collectors, self._parts
-        skipped = frozenset([name for name, trouble in cell.troubles.items()
-                             if trouble.breaker is not None and not trouble.breaker.allows()])
-        if zone == NODE:
-            tables = [table for collector in collectors for table in collector.tables
-                      if collector.name not in skipped]
+        """Have a reader read what the page's tables want."""
+        zone, wants, parts = page.zone, cell.wants, self._parts
+        skipped = NO_NAMES
+        if cell.troubles:
+            skipped = frozenset([name for name, trouble in cell.troubles.items()
+                                 if trouble.breaker is not None and not trouble.breaker.allows()])
+            wants = tuple([want for want in wants if want[0] not in skipped])
+        vm = self.host.vms.vms.get(zone)
+        debug_id = self._debug_ids.get(zone) if vm is None or vm.brand == "bhyve" else None
 
-            def work(reader: Reader) -> Any:
-                return read_tables(reader, *tables)
-        else:
-            vm = self.host.vms.vms.get(zone)
-            debug_id = self._debug_ids.get(zone) if vm is None or vm.brand == "bhyve" else None
-
-            def work(reader: Reader) -> Any:
-                return read_zone(reader, zone, debug_id, skipped)
+        def work(reader: Reader) -> Reading:
+            return read_zone(reader, zone, debug_id, skipped) if zone != NODE else \
+                read_tables(reader, *[table for _, tables in wants for table in tables])
 
         def done(read: Any) -> None:
             """In the reader's thread."""
@@ -6680,11 +6767,9 @@ class Scraper:
             if isinstance(read, NoSuchZone):
                 came = read
             elif isinstance(read, Exception):
-                came = Came(NO_FORM, "", {collector.name: read for collector in collectors})
-            elif isinstance(read, ZoneReading):
-                came = parts.zone(collectors, skipped, zone, read)
+                came = Came(NO_FORM, "", {name: read for name, _ in cell.wants})
             else:
-                came = parts.node(collectors, skipped, read)
+                came = parts.node(wants, read) if zone == NODE else parts.zone(wants, zone, read)
             self.server.loop.call_now(self._arrived, cell, came, self.server.now())
         self._rate_now += 1
         self._reads.append(Job(work, done))
@@ -7096,11 +7181,6 @@ class Scraper:
             one("vminfod_up", GAUGE, "Whether the agent receives events from vminfod (1) or not "
                 "(0).", int(self.host.vms.answered and not self.host.vms.problem)),
         ]
-
-
-def _bug(collector: str, error: Exception) -> CollectError:
-    log.exception("collector %s failed", collector)
-    return CollectError(f"internal error: {type(error).__name__}")
 
 
 class AllZones:
@@ -8158,7 +8238,7 @@ def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
         commands[" ".join((DEFAULT_COMMANDS[name], *arguments))] = output._asdict()
         return output
     pool = settings.pool or read_sysinfo(host)[0].pool or "zones"
-    task = Task(host, run, NODE, 30.0, pool, lambda work: {}, time.monotonic)
+    task = Task(host, run, NODE, 30.0, pool, lambda work: Reading([], []), time.monotonic)
     for collector in (*ZONE_COLLECTORS, *NODE_COLLECTORS):
         if collector.collect is not None and not collector.foreign:
             with contextlib.suppress(CommandError, CollectError):
@@ -8171,9 +8251,9 @@ def _captured_kstats(host: Host) -> list[Kstat]:
     """All kstats that the collectors read, except those that block."""
     readers = KstatThreads(host.open_kstats)
     try:
-        read = kstat_job(readers, lambda reader: reader.read_all(itertools.chain(
+        reading: Reading = kstat_job(readers, lambda reader: reader.read_all(itertools.chain(
             *reader.index.modules.values(), *reader.index.zones.values())))
-        return [kstat for kstat in read if isinstance(kstat, Kstat)]
+        return reading.kstats
     finally:
         readers.close()
 
@@ -8541,8 +8621,8 @@ def check_caps(node: Examined) -> Iterator[Finding]:
 
     def read(reader: Reader) -> list[list[Any]]:
         refs = _chosen_refs(reader)
-        return [[kstat.data.get(member) for kstat in reader.read_all(refs.get(table, ())[:500])
-                 if isinstance(kstat, Kstat)] for table, member, _, _ in rows]
+        return [[kstat.data.get(member) for kstat in reader.read_all(
+            refs.get(table, ())[:500]).kstats] for table, member, _, _ in rows]
     for (table, member, convert, most), values in zip(rows, node.job(read)):
         caps = [value for value in map(convert, values) if value is not None]
         huge = sorted({str(value) for value in caps if value > most})
@@ -8576,9 +8656,8 @@ def check_cost(node: Examined) -> Iterator[Finding]:
         costs = []
         for page, refs in pages.items():
             began = time.thread_time()
-            for kstat in reader.read_all(refs):
-                if isinstance(kstat, Kstat):
-                    len(kstat.data)         # decode it, too
+            for kstat in reader.read_all(refs).kstats:
+                len(kstat.data)             # decode it, too
             milliseconds = 1000 * (time.thread_time() - began)
             costs.append(f"{page}: {len(refs)} kstats read in {milliseconds:.1f} ms of CPU")
         return costs

@@ -172,7 +172,7 @@ def missing_stand_ins() -> list[str]:
         if collector.collect is not None and not collector.foreign:
             try:
                 collector.collect(agent.Task(host, host.run, agent.NODE, 1.0, "zones",
-                                             lambda work: {}, time.monotonic))
+                                             lambda work: agent.Reading([], []), time.monotonic))
             except (agent.CommandError, agent.CollectError) as error:
                 missing.append(f"{collector.name}: {error}")
     return missing

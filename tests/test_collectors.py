@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence, Union
 
 import pytest
 from nodes import placed
@@ -30,17 +30,40 @@ def failed(what: str, why: str) -> KstatError:
     return KstatError(why, placed(module, int(instance), name))
 
 
-def zone(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
+Read = Union[Kstat, KstatError]
+WITH_PAGE = [[one for one in collectors if one.collect is None]     # those that read kstats
+             for collectors in (agent.ZONE_COLLECTORS, agent.NODE_COLLECTORS)]
+
+
+def reading(read: Iterable[Read]) -> agent.Reading:
+    """What a reader brings of these."""
+    read = list(read)
+    return agent.Reading([one for one in read if isinstance(one, Kstat)],
+                         [one for one in read if isinstance(one, KstatError)])
+
+
+def parts(collectors: Sequence[agent.Collector], read: Iterable[Read], context: Any,
+          name: bytes | None = None) -> list[Part]:
+    """What collectors that read kstats with the page send, all together."""
+    came = agent.from_kstats(agent.wants_of(tuple(collectors)), reading(read), context, name)
+    values = came.values.split(agent.BETWEEN)
+    return [Part(template, agent.BETWEEN.join(values[place.start:place.stop]))
+            for template, place in zip(came.form.templates, came.form.places)]
+
+
+def zone(collector: str, *kstats: Read, **context: Any) -> dict[str, Any]:
     """Samples of a zone's collector: name -> value, or labels -> value."""
-    return shown(agent.zone_part(named(agent.ZONE_COLLECTORS, collector), agent.by_table(kstats),
-                                 ZoneContext(7, ZONE.encode(), **context)))
+    [part] = parts([named(agent.ZONE_COLLECTORS, collector)], kstats,
+                   ZoneContext(7, ZONE.encode(), **context), ZONE.encode())
+    return shown(part)
 
 
-def node(collector: str, *kstats: agent.Read, **context: Any) -> dict[str, Any]:
-    found = agent.by_table(kstats)
-    return shown(agent.part_of(agent.alloc_families(found, 4096)) if collector == "alloc" else
-                 agent.node_part(named(agent.NODE_COLLECTORS, collector), found,
-                                 NodeContext(**context)))
+def node(collector: str, *kstats: Read, **context: Any) -> dict[str, Any]:
+    row = named(agent.NODE_COLLECTORS, collector)
+    found = reading(kstats)
+    return shown(agent.part_of(agent.alloc_families(found.kstats, 4096)) if collector == "alloc"
+                 else agent.cpu_part(found) if collector == "cpu_info"
+                 else parts([row], kstats, NodeContext(**context))[0])
 
 
 def named(collectors: Sequence[agent.Collector], name: str) -> agent.Collector:
@@ -80,28 +103,26 @@ class Recorded:
                         and one.data.get("vm_name") == f"SYSbhyve-{line.debug_id}"), None)
         nics = agent.nic_labels(self.vms[line.name])
         context = ZoneContext(number or 0, line.name.encode(), lambda: nics)
-        found = agent.by_table([
-            one for one in self.kstats
-            if any(table.zone and table.zone(one.ref) == number for table in one.ref.tables)
-            or one.ref.module == "vmm" and one.ref.instance == machine])
-        parts = [agent.zone_part(one, found, context) for one in agent.ZONE_COLLECTORS]
+        read = [one for one in self.kstats
+                if any(table.zone and table.zone(one.ref) == number for table in one.ref.tables)
+                or one.ref.module == "vmm" and one.ref.instance == machine]
+        found = parts(WITH_PAGE[0], read, context, line.name.encode())
         datasets = agent.parse_list("zfs", self.commands["zfs " + " ".join(
             agent.zfs_command(agent.ZFS_COLUMNS, "zones"))], agent.ZFS_COLUMNS)
-        return families_of([*parts, agent.zfs_part(datasets[f"zones/{line.name}"]), TIME])
+        return families_of([*found, agent.zfs_part(datasets[f"zones/{line.name}"]), TIME])
 
     def node(self) -> list[Family]:
-        found = agent.by_table(self.kstats)
-        context = NodeContext(4096, (self.before,))
-        parts = [agent.node_part(one, found, context) for one in agent.NODE_COLLECTORS
-                 if one.collect is None]
-        parts.append(agent.part_of(agent.alloc_families(found, 4096)))
+        found = parts(WITH_PAGE[1], self.kstats, NodeContext(4096, (self.before,)))
+        found.append(agent.part_of(agent.alloc_families(self.kstats, 4096)))
+        found.append(agent.cpu_part(reading(one for one in self.kstats
+                                            if agent.CPU_INFO in one.ref.tables)))
         pools = self.commands["zpool " + " ".join(agent.ZPOOL_COMMAND)]
-        parts.append(agent.zpool_part(agent.parse_list("zpool", pools, agent.ZPOOL_COLUMNS),
-                                      found[agent.METASLAB]))
+        found.append(agent.zpool_part(agent.parse_list("zpool", pools, agent.ZPOOL_COLUMNS),
+                                      reading(self.kstats)))
         peers = agent.parse_apeers(self.commands["ntpq " + " ".join(agent.APEERS_COMMAND)])
         details = self.commands["ntpq " + " ".join(
             (*agent.NTP_COMMAND, "-c", f"readvar {agent.system_peer(peers)}"))]
-        return families_of([*parts, agent.part_of(agent.zone_states(self.zones)), TIME,
+        return families_of([*found, agent.part_of(agent.zone_states(self.zones)), TIME,
                             agent.ntp_part(peers, agent.parse_ntp_details(details))])
 
 
@@ -234,7 +255,7 @@ def test_run_length_is_not_wait_length() -> None:
 
 def test_slow_operations_are_one_family() -> None:
     slow = kstat("zone_vfs", ZONE[:30], 7, "", **{"10ms_ops": 4, "1s_ops": 1})
-    part = agent.ZONE_VFS.part([slow], None)
+    part = agent.kstat_part(reading([slow]), agent.ZONE_VFS)
     assert [family.name for family in families_of([part])] == ["vfs_slow_operations_total"]
     assert shown(part) == {'vfs_slow_operations_total{over="10ms"}': 4,
                                'vfs_slow_operations_total{over="1s"}': 1}
@@ -333,11 +354,10 @@ def test_swap_does_not_flicker_with_two_reads_in_one_second() -> None:
     for updates in (90, 100, 100, 105):
         vminfo = kstat("unix", "vminfo", 0, updates=updates, swap_free=updates * 10)
         found.append(node("swap", vminfo, vminfo_before=readings))
-        readings = agent.vminfo_readings(agent.by_table([
-            failed("unix:0:vminfo", "i/o error"), vminfo]), readings)
+        readings = agent.vminfo_readings([kstat("unix", "system_misc", 0), vminfo], readings)
         assert len(readings) <= 2
     assert found == [{}] + [{"swap_free_bytes": 40960}] * 3
-    assert agent.vminfo_readings({}, readings) == readings
+    assert agent.vminfo_readings([], readings) == readings
 
 
 def test_allocated_and_available_resources_are_both_shown() -> None:
@@ -401,8 +421,8 @@ def test_invalid_output_is_a_failure() -> None:
 def test_zpool_list() -> None:
     pools = agent.parse_list("zpool list", "zones\t18\t31%\tONLINE\t39\n"
                              "tank\t-\t-\tUNAVAIL\t-\n", agent.ZPOOL_COLUMNS)
-    assert shown(agent.zpool_part(pools, [kstat("zfs_metaslab_group", "53", 0, loads=1,
-                                                    unloads=2, spa_name="zones")])) == {
+    group = kstat("zfs_metaslab_group", "53", 0, loads=1, unloads=2, spa_name="zones")
+    assert shown(agent.zpool_part(pools, reading([group]))) == {
         'metaslab_group_loads{pool="zones",vdev_guid="53"}': 1,
         'metaslab_group_unloads{pool="zones",vdev_guid="53"}': 2,
         'zpool_allocated_bytes{pool="zones"}': 18, 'zpool_fragmentation_percent{pool="zones"}': 31,
@@ -520,8 +540,9 @@ bad line
 def test_zoneadm_without_a_zone_is_a_failure(output: str) -> None:
     host = agent.RecordedHost(str(NODE), agent.Settings())
     with pytest.raises(CollectError, match="zoneadm list"):
-        agent.collect_zones(agent.Task(host, lambda *_: agent.Output(0, output, ""), agent.NODE,
-                                       1.0, "zones", lambda work: {}, lambda: 0.0))
+        agent.collect_zones(agent.Task(
+            host, lambda *_: agent.Output(0, output, ""), agent.NODE, 1.0, "zones",
+            lambda work: agent.Reading([], []), lambda: 0.0))
 
 
 def test_zoneadm() -> None:

@@ -25,7 +25,7 @@ PARSERS: dict[str, Parser] = {
     "zfs list": lambda text: next((agent.zfs_part(row) for row in agent.parse_list(
         "zfs list", text, agent.ZFS_COLUMNS).values()), agent.NOTHING),
     "zpool list": lambda text: agent.zpool_part(
-        agent.parse_list("zpool list", text, agent.ZPOOL_COLUMNS), ()),
+        agent.parse_list("zpool list", text, agent.ZPOOL_COLUMNS), agent.Reading([], [])),
     "zoneadm list": lambda text: agent.zone_states(agent.parse_zoneadm(text)),
     "ntpq": ntp,
     "chronyc": lambda text: agent.chrony_families(text, text),
@@ -127,11 +127,12 @@ def test_any_kstat_is_survived(recorded_node: dict[str, Any]) -> None:
                 record["data"][member] = source.choice([None, "x", -1, 2 ** 70, 1.5, ""])
     read = [agent.pack(placed(one["module"], one["instance"], one["name"], one["class"]), 0,
                        one["data"]) for one in kstats]
-    found = agent.by_table(read)
-    parts = [agent.node_part(one, found, agent.NodeContext())
-             for one in agent.NODE_COLLECTORS]
+    came = [agent.from_kstats(((one.name, one.tables),), agent.Reading(read, []),
+                              agent.NodeContext()) for one in agent.NODE_COLLECTORS]
     for zone_id in range(20):
-        mine = agent.by_table([kstat for kstat in read if kstat.ref.instance == zone_id])
+        mine = agent.Reading([kstat for kstat in read if kstat.ref.instance == zone_id], [])
         context = agent.ZoneContext(zone_id, b"global")
-        parts += [agent.zone_part(one, mine, context) for one in agent.ZONE_COLLECTORS]
+        came += [agent.from_kstats(((one.name, one.tables),), mine, context, b"global")
+                 for one in agent.ZONE_COLLECTORS]
+    parts = [agent.Part(one.form.templates[0], one.values) for one in came]
     assert sum(bool(part.text() and agent.parse(part.text())) for part in parts) > 20

@@ -337,6 +337,10 @@ def test_a_new_module_needs_only_a_table(monkeypatch: pytest.MonkeyPatch) -> Non
     assert names(index.zones[4]) == ["newmod:4:stat7"] and index.zones[4][0].tables == (fresh,)
 
 
+def part(table: agent.Table, *kstats: agent.Kstat) -> agent.Part:
+    return agent.kstat_part(agent.Reading(list(kstats), []), table)
+
+
 def test_moved_members_are_found_again() -> None:
     """Members are located at the first read, and when size or count changes."""
     memory = Memory()
@@ -346,12 +350,12 @@ def test_moved_members_are_found_again() -> None:
     [ref] = handle.index.zones[3]
 
     def shown() -> str:
-        return agent.MEMCAP.part([handle.read(ref)], None).text().splitlines()[-1]
+        return part(agent.MEMCAP, handle.read(ref)).text().splitlines()[-1]
     assert shown() == "mem_agg_usage 11"
     moved = member("swap", UINT32, q(7)) + member("rss", UINT64, q(12))
     memory.pending[at] = (memory.block(moved), 2, len(moved), 77)
     assert shown() == "mem_swap 7"
-    assert "mem_agg_usage 12\n" in agent.MEMCAP.part([handle.read(ref)], None).text()
+    assert "mem_agg_usage 12\n" in part(agent.MEMCAP, handle.read(ref)).text()
 
 
 @pytest.mark.parametrize("kind, value, shown", [
@@ -368,7 +372,7 @@ def test_numbers_are_exact_on_the_page(kind: int, value: bytes, shown: str | Non
     data = member("rss", kind, value.ljust(16, b"\0"))
     memory.header("memory_cap", 3, "z", NAMED, data, 1)
     handle = Handle(memory)         # type: ignore[arg-type]
-    text = agent.MEMCAP.part([handle.read(handle.index.zones[3][0])], None).text()
+    text = part(agent.MEMCAP, handle.read(handle.index.zones[3][0])).text()
     assert text.splitlines()[2:] == ([] if shown is None else [f"mem_agg_usage {shown}"])
 
 
@@ -378,8 +382,8 @@ def test_io_and_vminfo_are_taken_from_their_structures() -> None:
     memory.header("sd", 1, "sd1", IO, raw, 1, klass="disk")
     handle = Handle(memory)         # type: ignore[arg-type]
     kstat = handle.read(handle.index.modules["disk"][0])
-    shown = {line.split("{")[0]: line.split(" ")[1] for line in agent.DISK.part(
-        [kstat], None).text().splitlines() if not line.startswith("#")}
+    shown = {line.split("{")[0]: line.split(" ")[1] for line in part(
+        agent.DISK, kstat).text().splitlines() if not line.startswith("#")}
     assert shown["disk_read_bytes_total"] == str(2 ** 64 - 1)
     assert shown["disk_reads_total"] == str(2 ** 32 - 1) and shown["disk_writes_total"] == "4"
     assert shown["disk_busy_seconds_total"] == "8e-09"
@@ -392,7 +396,7 @@ def test_a_kstat_of_another_type_is_a_failure_and_not_empty() -> None:
     handle = Handle(memory)         # type: ignore[arg-type]
     for _ in range(2):
         with pytest.raises(agent.CollectError, match="memory_cap:3:z: has the wrong type 3"):
-            agent.MEMCAP.part([handle.read(handle.index.zones[3][0])], None)
+            part(agent.MEMCAP, handle.read(handle.index.zones[3][0]))
 
 
 def test_only_caps_of_zones_belong_to_zones() -> None:
@@ -433,8 +437,7 @@ class Reading:
         """The kstats of a zone by module and name."""
         self.at += 60.0
         reading = agent.read_zone(self.reader, name)
-        return {f"{kstat.ref.module}:{kstat.ref.name}": kstat for read in reading.kstats.values()
-                for kstat in read if isinstance(kstat, agent.Kstat)}
+        return {f"{kstat.ref.module}:{kstat.ref.name}": kstat for kstat in reading.kstats}
 
 
 TWIN_A = "0a1b2c3d-0000-4000-8000-00aa11223344"

@@ -868,14 +868,14 @@ def test_steps_of_the_wall_clock_change_time_of_day_only(desk: Callable[..., Des
 def test_a_bug_in_a_collector_affects_only_that_collector(desk: Callable[..., Desk],
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     one: Any = desk()
-    real = agent_module.zone_part
+    real = agent_module.from_kstats
 
-    def buggy(collector: Any, *arguments: Any) -> Any:
-        return [][1] if collector.name == "memcap" else real(collector, *arguments)
-    monkeypatch.setattr(agent_module, "zone_part", buggy)
+    def buggy(wants: Any, *arguments: Any) -> Any:
+        return [][1] if "memcap" in dict(wants) else real(wants, *arguments)
+    monkeypatch.setattr(agent_module, "from_kstats", buggy)
     page = one.page(PATH)
     assert down(page) == {"memcap"} and value(page, "cpu_user_usage") == 0
-    monkeypatch.setattr(agent_module, "zone_part", real)
+    monkeypatch.setattr(agent_module, "from_kstats", real)
     one.pass_by(2.0)
     assert not down(one.page(PATH))
 
