@@ -800,15 +800,15 @@ class Handle:
 
 # --- host -----------------------------------------------------------------------------------------
 
-STUCK_SECONDS = 0.5             # a kstat_read that takes longer is taken to be blocked
-MAX_HANDLES = 3                 # chains that are open at once, those of blocked threads included
-REOPEN_SECONDS = 10.0           # between two attempts to see what was created but not installed
-REBUILD_SHARE = 20              # an index that took 1 s of CPU is not renewed within 20 s
-FORCED_SHARE = 4                # … not even for a zone that is asked for and not there
+STUCK_SECONDS = 0.5             # a kstat_read that takes longer counts as blocked
+MAX_HANDLES = 3                 # open chains, including those of blocked threads
+REOPEN_SECONDS = 10.0           # between two attempts to find kstats that were not yet installed
+REBUILD_SHARE = 20              # an index that took 1 s of CPU is not rebuilt within 20 s
+FORCED_SHARE = 4                # … after 4 s if a requested zone is missing
 MAX_OUTPUT = 8 << 20            # bytes of a command: a zfs list of 10,000 datasets is 2 MB
-POLL_SECONDS = 0.1              # how soon a command is seen to have ended with its output open
-LEFT_BEHIND_SECONDS = 0.5       # … and how long its children may still write to it
-SYSINFO_MEMBERS = (             # what a capture keeps; boot parameters may hold secrets
+POLL_SECONDS = 0.1              # until the exit of a command that leaves its output open is noticed
+LEFT_BEHIND_SECONDS = 0.5       # … and the time that its children have to write to it
+SYSINFO_MEMBERS = (             # members kept in a capture; boot parameters may contain secrets
     "Live Image", "System Type", "Boot Time", "Datacenter Name", "UUID", "Hostname",
     "Admin NIC Tag", "Admin IP", "CN Agent IP", "CPU Count", "MiB of Memory", "Zpool",
     "Network Interfaces")
@@ -867,7 +867,7 @@ class Commands:
         began = time.monotonic()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))     # until ignored
         try:
-            os.stat(argv[0])                # the shell would print a message of its own
+            os.stat(argv[0])                # otherwise the shell prints its own message
             process = subprocess.Popen(
                 [*self.DEAF, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, start_new_session=True, cwd="/",
@@ -885,7 +885,7 @@ class Commands:
                 self._running.discard(process)
             _kill_group(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)           # a moment is enough for all that can be killed
+                process.wait(0.5)           # enough for everything that can be killed
         if process.poll() is None:
             with self._lock:
                 self._hanging[key] = (process, began)
@@ -980,13 +980,13 @@ class Reader:
         self._is_open = False               # whether there is a handle
         self._updated = -math.inf
         self._reopened = (-math.inf, -1)    # when, and at which chain id
-        self.doing: tuple[Ref | str, float] | None = None   # a call of the library, since when
+        self.doing: tuple[Ref | str, float] | None = None   # the current library call, since when
         self.abandoned = False
         self.job: Job | None = None
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="kstat", daemon=True)
 
-    # what jobs call
+    # for jobs
 
     @property
     def index(self) -> Index:
@@ -1021,7 +1021,7 @@ class Reader:
         now = self._kstats.now()
         rebuild = self._handle.rebuild_seconds
         pause = max(0.1, REBUILD_SHARE * rebuild)
-        if force:                       # for a zone that is not there: cheap, or not too often
+        if force:                       # for a missing zone: only if cheap, or not too often
             pause = FORCED_SHARE * rebuild if rebuild > 0.01 else 0.0
         if now - self._updated < pause:
             return False
@@ -1094,12 +1094,12 @@ class Reader:
                     try:
                         guests[key] = str(self.read(ref).data.get("vm_name", ""))
                     except KstatError:
-                        continue            # it goes away, and so does its zone
+                        continue            # it is being removed, and so is its zone
                 if guests[key] == name:
                     return ref.instance
         return None
 
-    # its life
+    # the thread
 
     def _watched(self, what: str, call: Callable[[], V]) -> V:
         """Call the library; KstatThreads.watch notices if it does not return."""
@@ -1122,16 +1122,16 @@ class Reader:
                 result: Any = job.work(self)
             except (KstatError, NoSuchZone) as error:
                 result = error
-            except Exception as error:      # around a collector: a bug of ours costs one job
+            except Exception as error:      # an internal error affects one job
                 log.exception("a kstat job failed")
                 result = KstatError(f"internal error: {error}")
-            if not kstats.is_done(self):    # it was blocked, and another reader has the job
+            if not kstats.is_done(self):    # it was blocked: another reader has the job
                 break
             if self._is_open:
                 kstats.note(self._handle)
             try:
                 job.done(result)
-            except Exception:               # a bug of ours; without this thread all would stop
+            except Exception:               # an internal error must not end the thread
                 log.exception("the result of a kstat job is lost")
         kstats.gone(self)
         if self._is_open:
@@ -1157,7 +1157,7 @@ class KstatThreads:
         self.open_handle, self.now = open_handle, now
         self.names: dict[tuple[int, str, int], str] = {}    # (id, short name, birth) -> zone name
         self.guests: dict[tuple[int, int], str] = {}        # (minor, birth) -> name of a VM
-        self.quarantine: dict[str, float] = {}      # what a blocked thread reads -> since when
+        self.quarantine: dict[str, float] = {}      # the kstat that blocks a thread -> since when
         self.chain_length = 0
         self.rebuilds = 0
         self.rebuild_seconds = 0.0
@@ -1191,14 +1191,14 @@ class KstatThreads:
             left = STUCK_SECONDS if doing is None else STUCK_SECONDS - (self.now() - doing[1])
             if doing is None or left > 0:
                 return left
-            waiting = [active.job]      # which may be done twice, but is not lost
+            waiting = [active.job]      # it may run twice, but is not lost
             active.abandoned = True
             self.given_up += 1
             self.quarantine[str(doing[0])] = doing[1]
             log.warning("reading kstat %s has not returned; continuing with a new handle", doing[0])
             while not active.jobs.empty():
                 waiting.append(active.jobs.get())
-            active.jobs.put(None)       # it may have returned just now, and wait for a job
+            active.jobs.put(None)       # it may have just returned and be waiting for a job
             self._start()
             left = math.inf if self._active is None else STUCK_SECONDS
         for job in waiting:
@@ -1219,13 +1219,13 @@ class KstatThreads:
             if not reader.abandoned:
                 reader.job = job
                 return job
-        if job is not None:                 # given up just now: for another reader
+        if job is not None:                 # this reader was given up: pass the job on
             self.submit(job)
         return None
 
     def is_done(self, reader: Reader) -> bool:
         """A reader has finished its job; False if it was given up and another has the job."""
-        with self._lock:                    # `watch` sees all of this, or nothing
+        with self._lock:                    # `watch` must see all of this or nothing
             reader.job = None
             return not reader.abandoned
 
@@ -1252,7 +1252,7 @@ class KstatThreads:
     def note(self, handle: AnyHandle) -> None:
         """A reader's counts for /metrics."""
         self.chain_length, self.rebuild_seconds = handle.index.count, handle.rebuild_seconds
-        self.rebuilds += handle.rebuilds        # handles come and go, the sums stay
+        self.rebuilds += handle.rebuilds        # summed over all handles
         self.reads += handle.calls
         handle.rebuilds = handle.calls = 0
 
@@ -1305,7 +1305,7 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
     raise KstatError(f"zone {zone} changes faster than it can be read")
 
 
-GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest by its zone's debug id
+GUEST_NAME = "SYSbhyve-{}"                  # zhyve names a guest after its zone's debug id
 
 
 def _guest(reader: Reader, debug_id: int) -> list[Ref]:
@@ -1350,7 +1350,7 @@ class Vm(NamedTuple):
     state: str
     owner: str
     nics: Mapping[str, tuple[str, str]]     # link in the zone -> nic_tag, network_uuid
-    core: bool                              # carries a role of the platform
+    core: bool                              # has a role in the platform
     ports: tuple[int, ...]                  # metricPorts of a core zone
     addresses: tuple[str, ...]
     zonepath: str
@@ -1384,9 +1384,9 @@ class Vms:
     `answered`: it has listed all VMs; `absent`: nothing listens there (an old platform). VMs are
     kept while vminfod is away.
     """
-    READY_SECONDS = 60.0                    # for the first event; others may be hours apart
+    READY_SECONDS = 60.0                    # for the first event; later ones may be hours apart
     PROBES = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
-    MAX_LINE = 64 << 20                     # the first event holds all VMs
+    MAX_LINE = 64 << 20                     # the first event contains all VMs
 
     def __init__(self, url: str, random_source: Callable[[], float] = random.random) -> None:
         self._url = url
@@ -1394,7 +1394,7 @@ class Vms:
         self.vms: dict[str, Vm] = {}
         self.answered = False
         self.absent = False
-        self.problem = ""                   # why it is not followed now
+        self.problem = ""                   # why vminfod is not being followed
         self._stopping = threading.Event()
         self._socket: socket.socket | None = None
 
@@ -1439,11 +1439,11 @@ class Vms:
         try:
             assert connection.sock is not None
             self._socket = connection.sock
-            # The stream has no heartbeat, and silence is normal: only the kernel's probes show
+            # The stream has no heartbeat and silence is normal: only TCP keepalives show
             # that the peer is dead.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in self.PROBES:
-                # an older platform has its own intervals
+                # older platforms have fixed intervals
                 with contextlib.suppress(AttributeError, OSError):
                     self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             self._socket.settimeout(self.READY_SECONDS)
@@ -1602,7 +1602,7 @@ class Recording:
     def __init__(self, path: str, now: Callable[[], float] = time.monotonic) -> None:
         content = read_json(path)
         self._now, self._began = now, now()
-        self._where = ""                    # of what is being read, for messages
+        self._where = ""                    # the current place in the file, for messages
         try:
             self._read(content)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -1707,7 +1707,7 @@ class Recording:
         for member, course in self._load.get(str(ref), {}).items():
             level, grown = course.at(elapsed)
             if not isinstance(data.get(member), (int, float)):
-                continue                # another platform's, or a typing mistake
+                continue                # of another platform, or a typo
             data[member] = int(data[member] + grown if (ref.module, member) in COUNTER_MEMBERS
                                else level)
 
@@ -1762,7 +1762,7 @@ class RecordedHost(Host):
         vms.replace(self._recording.frames[0].vms)
         vms.absent = not vms.vms            # recorded where there was no vminfod
         super().__init__(settings, vms, functools.partial(RecordedHandle, self._recording))
-        self.page_size = 4096               # of x86, on which all of the platform runs
+        self.page_size = 4096               # of x86, the only architecture of the platform
 
     def start(self) -> None:
         """Nothing to follow."""
@@ -1771,7 +1771,7 @@ class RecordedHost(Host):
         """The recorded output; raises CommandError if there is none."""
         argv = " ".join((DEFAULT_COMMANDS[name], *arguments))
         commands = self._recording.frames[self._recording.place()[1]].commands
-        # captures of 1.0 hold a list of all datasets, however deep
+        # captures of version 1.0 contain a list of all datasets at any depth
         output = commands.get(argv) or commands.get(argv.replace(" -d 1 ", " -r "))
         if output is None:
             raise CommandError(f"{argv}: not in the capture")
@@ -1787,7 +1787,7 @@ class RecordedHost(Host):
 
 # --- collectors -----------------------------------------------------------------------------------
 
-# Pure: raw kstats and words in, a part of a page out. A new metric is a new row in a table below,
+# Pure: raw kstats and fields in, a part of a page out. A new metric is a new row in a table below,
 # `make golden`, and a look at the difference; one of a module that was not read before is a new
 # table, and its place in a collector of ZONE_COLLECTORS or NODE_COLLECTORS: the index and the reads
 # follow from the tables. A row without its member on this platform makes no sample; several rows of
@@ -1804,9 +1804,9 @@ class Metric(NamedTuple):
     member: str
     unit: Unit
     help: str                               # a sentence; HELP adds the source to it
-    source: str = ""                        # where it is not "kstat module:*:name:member"
+    source: str = ""                        # if it is not "kstat module:*:name:member"
     labels: Labels = ()                     # of this row's samples, behind those of the kstat
-    label_names: tuple[str, ...] = ()       # of labels whose values a function finds
+    label_names: tuple[str, ...] = ()       # names of labels whose values a function computes
 
 
 def gauge(name: str, member: str, unit: Unit, help_text: str, **labels: str) -> Metric:
@@ -1838,7 +1838,7 @@ class Part(NamedTuple):
 
 BETWEEN = "\n\n"                # no value has an empty line: labels are escaped
 NOTHING = Part("", "")
-MAX_TEMPLATES = 256             # that are kept of each kind
+MAX_TEMPLATES = 256             # cached, of each kind
 
 
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
@@ -1967,13 +1967,13 @@ class Table:
     """Rows that are read from one kind of kstat. Kstats that no table needs are never read."""
     collector: str
     module: str
-    names: str                              # of the kstats, as in HELP; a * at the end stands open
+    names: str                              # of the kstats, as in HELP; may end with *
     metrics: tuple[Metric, ...]
     label_names: tuple[str, ...] = ()
-    labels: Label | None = None             # of all kstats found; None: the first one, no labels
+    labels: Label | None = None             # for all kstats; None: the first, unlabelled
     values: Callable[[Kstat, Any], Mapping[str, Any]] | None = None     # None: the members
-    zone: Callable[[Ref], int | None] | None = None     # whose it is; None: the node's
-    skip_idle: bool = False                 # leave out kstats that have counted nothing
+    zone: Callable[[Ref], int | None] | None = None     # its zone; None: of the node
+    skip_idle: bool = False                 # leave out kstats whose counters are all 0
 
     def has(self, name: str) -> bool:
         """Whether this table reads a kstat of the module, by its name."""
@@ -2093,7 +2093,7 @@ def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> list[Labels]:
         match = LINK_NUMBER.fullmatch(name)
         label = "vnic" + match.group(1) if match else name
         shown[name] = label if holder.setdefault(label, name) == name else \
-            name if name not in holder else prefix + name       # a link that is called vnic0
+            name if name not in holder else prefix + name       # a link that is itself called vnic0
     nics = context.nics()
     if nics is None:
         return [(("interface", shown[name]),) for name in named]
@@ -2182,8 +2182,8 @@ VCPU = Table("vcpu", "vmm", "vcpu*", tuple(
                           ("time_emu_kern", "emulation_kernel"),
                           ("time_emu_user", "emulation_user"))
 ), ("vcpu",), each(lambda kstat: (("vcpu", str(kstat.data.get("vcpu", kstat.ref.name[4:]))),)),
-    skip_idle=True)                         # the kernel makes 32 or more for each guest
-GUESTS = Table("vcpu", "vmm", "vm", ())     # no metric comes from it, but which guest is whose
+    skip_idle=True)                         # the kernel creates 32 or more for each guest
+GUESTS = Table("vcpu", "vmm", "vm", ())     # has no metrics, but maps guests to zones
 
 
 LOAD_ROWS = (
@@ -2355,7 +2355,7 @@ CPU_UTIL = Table("cpu_util", "cpu", "sys", (
     counter("cpu_interrupt_seconds_total", "cpu_nsec_intr", NS, "CPU time in interrupts."),
 ), ("cpu_id",), each(lambda kstat: (("cpu_id", str(kstat.ref.instance)),)))
 
-DISK = Table("disk", "disk", "*", (                      # disks, and a whole pool under its name
+DISK = Table("disk", "disk", "*", (                      # disks, and each pool under its name
     counter("disk_read_bytes_total", "nread", BYTES, "Bytes read."),
     counter("disk_written_bytes_total", "nwritten", BYTES, "Bytes written."),
     counter("disk_reads_total", "reads", COUNT, "Reads."),
@@ -2883,7 +2883,7 @@ def parse_apeers(output: str) -> list[NtpPeer]:
         fields["state"] = line[0]
         fields["refid"] = words[0].rstrip()[:-len(assid) or None].strip()
         remote = line[1:16].strip()
-        if remote in taken:                 # cut to 15 characters: two of one IPv6 network
+        if remote in taken:                 # cut to 15 characters, so not unique with IPv6
             remote = f"{remote} {assid}"
         if remote not in taken:
             taken.add(remote)
@@ -2985,7 +2985,7 @@ def chrony_families(tracking: str, sources: str) -> list[Family]:
 
 class ZoneLine(NamedTuple):
     """A line of `zoneadm list -p -c`."""
-    zone_id: int | None                  # None: it does not run
+    zone_id: int | None                  # None: it is not running
     name: str
     state: str
     zonepath: str
@@ -3057,7 +3057,7 @@ class CorePage:
     Prometheus would refuse is left out: it would cost the whole page."""
 
     def __init__(self, is_taken: Callable[[str], bool]) -> None:
-        self._is_taken = is_taken               # whether the agent has this name
+        self._is_taken = is_taken               # whether the agent uses this name
         self._kinds: dict[str, str] = {}
         self._helps: dict[str, str] = {}
         self._lines: dict[str, list[str]] = {}  # by family
@@ -3164,10 +3164,10 @@ def plugin_families(plugin: str, output: str, prom: bool
     seen: set[tuple[str, Labels]] = set()
 
     def take(name: str, kind: str, value: str, help_text: str) -> None:
-        base, brace, _ = name.partition("{")                # the name may carry labels
+        base, brace, _ = name.partition("{")                # the name may contain labels
         labels, end = _labels(name, len(base) + 1) if brace else ((), len(name))
         sample, full = Sample(labels, _value(value.strip())), prefix + base
-        series = (full, tuple(sorted(labels)))              # their order makes no other one
+        series = (full, tuple(sorted(labels)))              # their order does not matter
         family = made.get(full) or (kind, help_text or base, [])
         for wrong, problem in (
                 (not valid_metric_name(full) or name[end:], " is not a valid metric name"),
@@ -3256,13 +3256,13 @@ class Brought(NamedTuple):
     """Foreign text, before its names are checked against the rest of the page."""
     families: Sequence[Foreign]
     problems: Sequence[str] = ()
-    ttl: float | None = None                # the lifetime that it asks for
+    ttl: float | None = None                # the lifetime that it requests
 
 
 class Shared(NamedTuple):
     """The parts of all zones."""
     parts: Mapping[str, Part]
-    complete: bool                          # False: a zone that is missing may have values
+    complete: bool                          # False: a zone that is not listed may have values
     problems: Sequence[str] = ()
 
 
@@ -3368,7 +3368,7 @@ def collect_zones(task: Task) -> Found:
     return part_of(zone_states(zones))
 
 
-LEAST_PORT_SECONDS = 0.2        # for a core zone's port when others have used up the time
+LEAST_PORT_SECONDS = 0.2        # for a core zone's port after others have used up the time
 
 
 def collect_core(task: Task) -> Found:
@@ -3378,7 +3378,7 @@ def collect_core(task: Task) -> Found:
         return NOTHING      # a recording's addresses belong to somebody's network
     page = CorePage(lambda name: is_ours(name, False))
     client, address = Client(max_body=2 << 20, max_idle=0), bracketed(vm.addresses[0])
-    end = task.now() + task.timeout         # for all ports, but each has its chance
+    end = task.now() + task.timeout         # for all ports, but each gets LEAST_PORT_SECONDS
     for port in vm.ports:
         try:
             answer = client.request(
@@ -3437,13 +3437,13 @@ class Collector(NamedTuple):
     """One collector of a page."""
     name: str
     collect: Callable[[Task], Found] | None     # None: from kstats that are read with the page
-    lifetime: float                         # seconds that a value is used for at the most
+    lifetime: float                         # maximum seconds that a value is used
     tables: tuple[Table, ...] = ()
     metrics: tuple[Metric, ...] = ()        # beside those of the tables
     timeout: float = 10.0                   # seconds, of each command
-    shared: bool = False                    # one piece of work brings the parts of all zones
-    foreign: bool = False                   # others' programs: they have threads of their own
-    patient: bool = False                   # after a failure as after a success: it is costly
+    shared: bool = False                    # one job returns the parts of all zones
+    foreign: bool = False                   # programs of others: run in a separate pool
+    patient: bool = False                   # also cached after a failure: it is expensive
 
 
 KSTAT_SECONDS, CORE_SECONDS, PLUGIN_SECONDS = 8.0, 5.0, 60.0
@@ -3484,7 +3484,7 @@ ZONE_TABLES, NODE_TABLES = (
     for collectors in (ZONE_COLLECTORS, NODE_COLLECTORS))
 TABLES = (*ZONE_TABLES, GUESTS, *NODE_TABLES)
 PROOFS = frozenset(table.collector for table in ZONE_TABLES)
-WANTED = wanted_of(TABLES)      # what the index keeps of the chain
+WANTED = wanted_of(TABLES)      # the part of the chain that is indexed
 
 
 # -- from raw kstats to values on a page
@@ -3664,7 +3664,7 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
         texts: dict[str, int] = {}
         for index, labels in zip(shown, labels_of([kstats[index] for index in shown], context)):
             text_ = label_text(labels)[1:-1]
-            if texts.setdefault(text_, index) != index:     # of equal labels the first is shown
+            if texts.setdefault(text_, index) != index:     # of duplicate labels the first is used
                 dropped.append(index)
         by_index = {index: text_ for text_, index in texts.items()}
         values += [by_index.get(index) for index in indices]
@@ -3813,7 +3813,7 @@ def metadata() -> list[dict[str, Any]]:
     return rows
 
 
-# Which members only grow: a replay lets them go on growing when it starts again.
+# Members that only grow: in a replay they keep growing when it starts over.
 COUNTER_MEMBERS: frozenset[tuple[str, str]] = frozenset(
     (table.module, row.member) for table in ZONE_TABLES + NODE_TABLES for row in table.metrics
     if row.kind == COUNTER and row.member != "hdr_size") | frozenset(
@@ -3830,7 +3830,7 @@ class Use(NamedTuple):
     errors: tuple[str, ...] = ()
     share: tuple[str, ...] = ()             # what is used, and of how much; counters a second;
     #                                         a single counter of seconds: of its number of samples
-    left: bool = False                      # the share is of what is left, not of what is used
+    left: bool = False                      # the share is what is left, not what is used
 
 
 USE = (                         # https://www.brendangregg.com/usemethod.html
@@ -3881,9 +3881,9 @@ USE = (                         # https://www.brendangregg.com/usemethod.html
     Use("node", "clock", ("ntp_pll_offset_seconds",), (), ("ntp_leap_indicator_status",
                                                            "ntp_peer_last8_polls_failure_count")),
 )
-USE_BUSY, USE_FULL = 0.8, 0.95      # shares from which a resource is busy, and full
-# From which value a metric of saturation or errors means something; counters a second. Those that
-# are not listed: anything above 0. Infinity: depends on the size of the zone, so it is not judged.
+USE_BUSY, USE_FULL = 0.8, 0.95      # shares above which a resource is busy or full
+# The value from which a metric of saturation or errors is trouble; counters per second. Those that
+# are not listed: any value above 0. Infinity: depends on the size of the zone, so it is not judged.
 USE_FROM = {
     "cpu_wait_time": 2e8, "load_average": math.inf, "cpu_info_cpus": math.inf,
     "net_drops_in_total": 1, "net_drops_out_total": 1, "tcp_listen_drop_count": 1,
