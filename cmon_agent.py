@@ -6056,22 +6056,22 @@ def reason_of(error: Exception) -> str:
 # --- scraping and routes --------------------------------------------------------------------------
 
 KSTATS = "kstats"               # the cell of all collectors that read them
-BUSY_RATE = 40                  # reads a second, of zones and the node: from here on those that
-GATHER_SECONDS = 0.1            # begin within so many seconds, or so many of them, begin together:
+BUSY_RATE = 40                  # reads a second, of zones and the node: above this rate those that
+GATHER_SECONDS = 0.1            # arrive within this time, or this many of them, start together:
 GATHER_MOST = 8                 # after the first, they find the processor's caches warm. At lower
-                                # rates the timer costs what the second of two saves
+                                # rates the timer costs as much as it saves
 HURRY_SECONDS = 1.0             # clients that wait no longer than this are served at once
-PREPARED_SECONDS = 0.5          # how long a whole answer is sent again: its ages are that exact
+PREPARED_SECONDS = 0.5          # how long a complete answer is reused: its ages are exact to this
 LEAST_LIFETIME = 1.0            # seconds; more frequent scrapes get the same samples
 INTERVAL_SHARE = 0.8            # of the scrape interval, so that each scrape gets new samples
 STALE_SECONDS = 300.0           # last values older than this and three lifetimes are left out
-UNKNOWN_SECONDS = 1.0           # how long a zone that is not there is not looked for again
-NEW_DATASET_SECONDS = 30.0      # a zone that an older zfs list does not have asks for a new one
-NICS_SECONDS = 60.0             # how long links wait for a vminfod that is followed and does not
+UNKNOWN_SECONDS = 1.0           # how long a failed lookup is cached
+NEW_DATASET_SECONDS = 30.0      # a zone missing from an older zfs list causes a new one
+NICS_SECONDS = 60.0             # how long links wait if vminfod is followed and does not
                                 # know their zone: vmadm does not manage it
 FORGET_SECONDS = 900.0          # unused pages are dropped
-BURST_SECONDS = 30.0            # of the CPU budget may be used at once
-LONGEST_STRETCH = 64.0          # of lifetimes by the governor
+BURST_SECONDS = 30.0            # of the CPU budget may be used in one burst
+LONGEST_STRETCH = 64.0          # factor for lifetimes, by the governor
 NO_UUID = "not a zone's UUID in lower case; / lists the running zones"
 
 
@@ -6104,7 +6104,7 @@ class Trouble:
     def __init__(self) -> None:
         self.why = ""
         self.tried = 0.0                        # when
-        self.breaker: Breaker | None = None     # None: it only has nothing yet
+        self.breaker: Breaker | None = None     # None: it has no values yet
 
     @property
     def is_stopped(self) -> bool:
@@ -6129,15 +6129,15 @@ class Cell:
     def __init__(self, collectors: tuple[Collector, ...]) -> None:
         self.use(collectors)
         self.sources: tuple[Source, ...] = ()   # the newest first, others are of those that fail
-        self.proved = False                     # whether these are of a zone that runs
+        self.proved = False                     # whether these are of a running zone
         self.by_zone = Shared({}, True)         # of a collector that is shared
         self.at = -math.inf                     # when the newest came …
         self.seconds = ""                       # … and how long that took, as the page has it
         self.claims = NO_NAMES                  # of foreign text: its part of the page
         self.troubles: dict[str, Trouble] = {}  # by collector
-        self.began: float | None = None         # they are at work since then …
-        self.late = False                       # … for too long: newcomers do not wait for them
-        self.pages: tuple[Page, ...] = ()       # … and these want to know when it ends
+        self.began: float | None = None         # when the current job started …
+        self.late = False                       # … too long ago: new clients do not wait for it
+        self.pages: tuple[Page, ...] = ()       # … and the pages to notify when it ends
 
     def use(self, collectors: tuple[Collector, ...]) -> None:
         """Set the collectors, with lifetimes and timeouts of the settings."""
@@ -6145,7 +6145,7 @@ class Cell:
         self.name = collectors[0].name if collectors[0].collect else KSTATS
         self.wants = wants_of(collectors)
         self.lifetime = min([one.lifetime for one in collectors if one.tables or one.collect])
-        self.shared = collectors[0].shared      # whether the work is done for all zones
+        self.shared = collectors[0].shared      # whether one job serves all zones
 
     def mend(self) -> None:
         """Forget failures: the cause may have been repaired."""
@@ -6168,7 +6168,7 @@ class Page:
         self.zone, self.core = zone, core
         self.names: tuple[str, ...] = ()        # of its collectors, in page order
         self.cells: tuple[Cell, ...] = ()
-        self.proof: Cell | None = None          # brings something only where the zone runs
+        self.proof: Cell | None = None          # has values only if the zone runs
         self.generation = -1
         # Per waiter: the cells it waits for. A client that arrived after a cell was late does
         # not wait for it.
@@ -6178,7 +6178,7 @@ class Page:
         self.until = 0.0
         self.asked: dict[str, tuple[float, float]] = {}     # client -> last time, interval
         self.used = 0.0
-        self.checked = since                    # when it was last sure that the zone runs
+        self.checked = since                    # when the zone was last known to run
 
     def has_values(self) -> bool:
         """Whether there is something to send; of a zone only what its kstats have proved to run."""
@@ -6201,7 +6201,7 @@ class Page:
                 if len(self.asked) >= 16:
                     self.asked.clear()
             self.asked[client] = (now, math.inf)
-        elif now - last[0] > 0.05:              # less is one client on two connections
+        elif now - last[0] > 0.05:              # less: one client on two connections
             self.asked[client] = (now, now - last[0])
 
     def interval(self, now: float) -> float:
@@ -6225,7 +6225,7 @@ class Governor:
         self._cpu, self._now = cpu, now
         self._last = (now(), cpu())
         self.used = 0.0                 # share of one CPU, over the last seconds
-        self.debt = 0.0                 # CPU seconds over the budget, not made up for yet
+        self.debt = 0.0                 # CPU seconds above the budget, to be saved
         self.stretch = 1.0
 
     def look(self, budget: float | None) -> None:
@@ -6315,7 +6315,7 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
             continue
         plugin = _plugin(path, file_name, options)
         if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
-            continue                        # notes, and what is not finished
+            continue                        # notes and unfinished files
         if not _is_owned(status):
             problems.append(f"{path}: must belong to root, and nobody else may write to it")
         elif plugin is None:
@@ -6346,7 +6346,7 @@ def _plugin(path: str, file_name: str, options: Any) -> Plugin | None:
     timeout, ttl, zones = own.get("timeout", 3000), own.get("ttl", 60), own.get("vms")
     if type(timeout) not in (int, float) or not 0 < timeout <= 3_600_000:
         return None
-    if type(ttl) not in (int, float) or not 0 <= ttl < math.inf:    # 0: never kept
+    if type(ttl) not in (int, float) or not 0 <= ttl < math.inf:    # 0: never cached
         return None
     if zones is not None and not (isinstance(zones, list)
                                   and all(isinstance(zone, str) for zone in zones)):
@@ -6363,7 +6363,7 @@ class PageLayout(NamedTuple):
     template, which takes 50 times as long."""
     texts: list[str]                            # and at each odd place one for a value
     order: Callable[[Sequence[str]], Sequence[str]]     # the values as they are on the page
-    missing: tuple[str, ...]                    # collectors that do not work
+    missing: tuple[str, ...]                    # collectors without values
 
 
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
@@ -6428,7 +6428,7 @@ class KstatParts:
         self._host, self._now, self._booked = host, now, booked
         # Boots of zones: labels of their links, None for links that go without.
         self._labels: dict[tuple[str, int], Mapping[str, tuple[str, str]] | None] = {}
-        self._unlabelled: dict[tuple[str, int], float] = {}     # those not decided yet -> since
+        self._unlabelled: dict[tuple[str, int], float] = {}     # zones without labels yet -> since
         self._vminfo: tuple[Kstat, ...] = ()    # of the last node pages: it counts by the second
 
     def zone(self, wants: Wants, zone: str, reading: Reading) -> Came:
@@ -6467,7 +6467,7 @@ class KstatParts:
             problem = vms.problem
             if len(self._unlabelled) > 20_000:
                 self._unlabelled.clear()
-            if problem or not vms.answered:             # it is away: it may know when it is back
+            if problem or not vms.answered:             # unavailable: it may know the zone later
                 self._unlabelled[key] = now
             if now - self._unlabelled.setdefault(key, now) < NICS_SECONDS:
                 raise NotYet("vminfod has not reported this zone's NICs yet"
@@ -6488,16 +6488,16 @@ class Scraper:
         self._foreign = Pool("plugin", settings.max_collections, 10_000)
         self._pages: dict[tuple[str, bool], Page] = {}
         self._shared: dict[str, Cell] = {}      # those of all pages, by collector
-        self._running = 0                       # pieces of work
-        self._unknown: dict[str, float] = {}    # zones that are not there -> until when
+        self._running = 0                       # running jobs
+        self._unknown: dict[str, float] = {}    # failed lookups of zones -> until when
         self._plugins: dict[str, list[Plugin]] = {"gz": [], "vm": []}
-        self._lifetimes: dict[str, float] = {}  # that plugins ask for
-        self._told: dict[str, set[str]] = {}    # problems that were logged, by their source
+        self._lifetimes: dict[str, float] = {}  # requested by plugins
+        self._told: dict[str, set[str]] = {}    # logged problems, by source
         self.sysinfo = sysinfo
         self.inherited = Inherited()
         self._debug_ids: dict[str, int] = {}    # zone -> its debug id, from zoneadm
-        self._rereading = False                 # whether zoneadm is asked for them now
-        self.generation = 0                     # of what the pages consist of
+        self._rereading = False                 # whether zoneadm is running for them
+        self.generation = 0                     # of the collectors of pages
         # Of pages by their kind: the collectors, and their names.
         self._kinds: dict[tuple[Any, ...], tuple[tuple[Collector, ...], tuple[str, ...]]] = {}
         add = registry.counter
@@ -6509,7 +6509,7 @@ class Scraper:
             "scope"))
         registry.collect(self._own_families)
         self._watching = False                  # whether there is a timer for `_watch`
-        self._reads: list[Job] = []             # those that have not begun
+        self._reads: list[Job] = []             # gathered reads
         self._reads_begin = -math.inf           # when they begin, if they are not too many before,
         self._gathering: int | None = None      # and the timer for that
         self._rate = self._rate_now = 0         # reads in the last second, and in this one
@@ -6531,7 +6531,7 @@ class Scraper:
         if seconds is not None:
             self._watch_in(seconds)
 
-    # settings and what changes by itself
+    # settings and periodic work
 
     def start(self) -> None:
         """Read what scrapes do not read."""
@@ -6546,7 +6546,7 @@ class Scraper:
         self.settings = settings
         self._foreign.resize(settings.max_collections)
         self.host.commands_of = dict(settings.commands)
-        for cell in self.all_cells():           # what failed may be what was mended
+        for cell in self.all_cells():           # the cause of a failure may have been repaired
             cell.mend()
         self._renew()
         self._reread_plugins()
@@ -6568,7 +6568,7 @@ class Scraper:
         self.tell("plugin", problems)
         if found != self._plugins:
             self._plugins = found
-            for page in self._pages.values():   # a name may be another plugin's now
+            for page in self._pages.values():   # a name may now belong to another plugin
                 page.cells = tuple([cell for cell in page.cells
                                     if not cell.name.startswith("plugin_")])
             self._lifetimes = {}
@@ -6592,7 +6592,7 @@ class Scraper:
         def take(found: Mapping[str, int]) -> None:
             self._debug_ids = dict(found) or self._debug_ids
             self._rereading = False
-        if not self._rereading:             # however often somebody asks for a refresh
+        if not self._rereading:             # once, even with many refresh requests
             self._rereading = self._commands.submit(read)
 
     def tell(self, source: str, problems: Sequence[str]) -> None:
@@ -6605,7 +6605,7 @@ class Scraper:
                 told.add(problem)
                 log.warning("%s", problem)
 
-    # asking for a page
+    # requests for pages
 
     def ask(self, zone: str, core: bool | None, client: str, deadline: float
             ) -> Answer | Deferred:
@@ -6735,7 +6735,7 @@ class Scraper:
             and (not cell.by_zone.complete or cell.at < page.since) \
             and now - cell.at > NEW_DATASET_SECONDS
 
-    # what work brings
+    # results
 
     def _begin(self, cell: Cell, page: Page, now: float) -> None:
         """Start the work of a cell."""
@@ -6781,7 +6781,7 @@ class Scraper:
 
     def _have_gathered(self) -> None:
         self._gathering = None
-        if len(self._reads) == 1:       # in vain, as for a client that asks for one after the other
+        if len(self._reads) == 1:       # gathering had no effect, as with a sequential client
             self._rate = 0
         self._begin_reads()
 
@@ -6809,7 +6809,7 @@ class Scraper:
                 result = collector.collect(task)
             except (CollectError, CommandError, ClientError, KstatError) as error:
                 result = error
-            except Exception as error:      # around a collector: a bug of ours costs it alone
+            except Exception as error:      # an internal error affects one collector
                 result = _bug(collector.name, error)
             self.server.loop.call_soon(self._arrived, cell, result, self.server.now())
         if not (self._foreign if collector.foreign else self._commands).submit(work):
@@ -6866,7 +6866,7 @@ class Scraper:
         where = "all zones" if cell.shared else page.zone
         form, values, failed = brought if isinstance(brought, Came) else \
             self._came(cell, page, brought)
-        if form.names and values.count(BETWEEN) != form.size - 1:   # a bug: nobody gets them
+        if form.names and values.count(BETWEEN) != form.size - 1:   # a bug: drop the values
             failed = {**failed, **dict.fromkeys(form.names, CollectError("values do not fit"))}
             form = NO_FORM
         sources = [Source(form, values, at, seconds, True)] if form.names else []
@@ -6973,7 +6973,7 @@ class Scraper:
 
     def _prepare(self, page: Page, now: float, since: float) -> Prepared:
         shown, missing = self.text(page, now, since)
-        # the proxy tells its tenant which scrapes were whole without reading the page
+        # lets the proxy report incomplete scrapes without parsing the page
         headers = (("X-Cmon-Partial", ",".join(missing)),) if missing else ()
         return prepare(Response(200, shown.encode(), PAGE, headers))
 
@@ -7011,7 +7011,7 @@ class Scraper:
         return (Source(form_of((cell.name,), (part.template,)), part.values, cell.at, cell.seconds,
                        not cell.troubles),)
 
-    # what pages consist of
+    # the collectors of pages
 
     def _furnish(self, page: Page) -> None:
         """Update a page's collectors; those that remain keep their values."""
@@ -7195,7 +7195,7 @@ class AllZones:
         self._server = scraper.server
         left = max(later.deadline - self._server.now(), 0.0)
         self._end = later.deadline - min(0.2 * left, 1.0)
-        self._open: dict[Deferred, str] = {}   # what has not come yet -> its zone
+        self._open: dict[Deferred, str] = {}   # missing pages -> their zones
         self._begun = self._joined = False
         self._pages: dict[str, str] = {}
 
@@ -7206,7 +7206,7 @@ class AllZones:
             try:
                 later = self._scraper.bring(zone, self._end)
             except Refused:
-                continue                    # it has just gone
+                continue                    # the zone has just stopped
             if later is not None:
                 self._open[later] = zone
                 later.attach(functools.partial(self._has_soon, later))
@@ -7324,7 +7324,7 @@ class Agent:
         """The metrics of one running zone."""
         core = self._is_core(request)
         deadline = scrape_deadline(request, self.scraper.server.now())
-        if zone == NODE:                    # which has a path of its own
+        if zone == NODE:                    # which has its own path
             raise Refused(404, NO_UUID, code="no_such_zone")
         return self.scraper.ask(zone, core, request.peer.address, deadline)
 
@@ -7459,8 +7459,8 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
           "warn": logging.WARNING, "error": logging.ERROR}
-LOG_QUEUE = 10_000          # records; beyond, they are dropped and counted: a log must not block
-LOG_SECONDS = 1.0           # for what is queued at the end: what reads our log may hang
+LOG_QUEUE = 10_000          # records; more are dropped and counted: logging must not block
+LOG_SECONDS = 1.0           # for queued records at exit: the reader of the log may hang
 EXIT_USAGE = 2
 SMF_EXIT_ERR_CONFIG = 96    # /lib/svc/share/smf_include.sh
 
@@ -7629,12 +7629,12 @@ class _Loader:
 
     def __init__(self, origin: str, folder: Path) -> None:
         self.origin, self.folder = origin, folder
-        self.flags: AbstractSet[str] = frozenset()      # settings that the command line gives
+        self.flags: AbstractSet[str] = frozenset()      # settings given on the command line
         self.problems: list[str] = []
 
     def wrong(self, where: str, what: str) -> None:
         origin = "command line" if where in self.flags else self.origin
-        # a name may be anything: "\ud800" cannot even be printed
+        # a name may be any string: "\ud800" cannot even be printed
         where = where.encode("unicode_escape").decode() if not where.isprintable() else where
         self.problems.append(f"{origin}: {where}: {what}" if where else f"{origin}: {what}")
 
@@ -7684,7 +7684,7 @@ class _Loader:
             count = len(self.problems)
             values[key] = self.convert(item, kinds[key], path)
             check = fields[key].metadata.get("check")
-            # what is wrong inside a table does not hide a key that it cannot have
+            # report unknown keys besides problems inside a table
             problem = check(values[key]) if check and values[key] is not None and (
                 len(self.problems) == count or isinstance(values[key], dict)) else None
             if problem:
@@ -7869,7 +7869,7 @@ def printing(program: str, work: Callable[[], int]) -> int:
     except OSError as error:            # of stdout or the temporary folder
         complain(program, [reason_of(error) + (f": {error.filename}" if error.filename else "")])
         status = 1
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what is still buffered goes there
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # buffered output goes there
     return status
 
 
@@ -7975,7 +7975,7 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
         host, port = listener.address[:2]
         log.info("listening on %s:%s", bracketed(host), port)
     parent.ready()
-    server.serve_forever()              # the log ends at exit: what follows may log, too
+    server.serve_forever()              # logging stops at exit: later code may log, too
     return 0
 
 # --- settings -------------------------------------------------------------------------------------
@@ -8162,7 +8162,7 @@ def capture(arguments: argparse.Namespace, settings: Settings) -> int:
     """`cmon_agent.py capture FILE`: what the collectors read on this host, for --replay."""
     output = sys.stdout
     try:
-        if arguments.file != "-":           # before minutes of reading
+        if arguments.file != "-":           # before reading for minutes
             output = open(os.open(arguments.file, os.O_WRONLY | os.O_CREAT, 0o600), "w",
                           encoding="utf-8")
     except OSError as error:
@@ -8195,14 +8195,14 @@ def capture(arguments: argparse.Namespace, settings: Settings) -> int:
             raise
         complain("cmon_agent", [f"cannot write {arguments.file}: {reason_of(error)}"])
         if os.path.isfile(arguments.file):
-            os.unlink(arguments.file)               # half a capture is of no use
+            os.unlink(arguments.file)               # an incomplete capture is useless
         return 1
     finally:
         if output is not sys.stdout:
             with contextlib.suppress(OSError):      # reported above
                 output.close()
             if os.path.isfile(arguments.file) and not os.path.getsize(arguments.file):
-                os.unlink(arguments.file)           # ours, and nothing came of it
+                os.unlink(arguments.file)           # created by us, and empty
     name = "standard output" if output is sys.stdout else arguments.file
     print(f"{name}: {len(frames)} frames, {len(frames[-1]['kstats'])} kstats each; it "
           "holds aliases and addresses of zones, so treat it as confidential",
@@ -8242,7 +8242,7 @@ def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
     for collector in (*ZONE_COLLECTORS, *NODE_COLLECTORS):
         if collector.collect is not None and not collector.foreign:
             with contextlib.suppress(CommandError, CollectError):
-                collector.collect(task)     # what fails shows in what the command said
+                collector.collect(task)     # failures show in the recorded output
     return {"at": host.time(), "kstats": kstats, "commands": commands,
             "vms": _captured_vms(settings) if not host.recorded else []}
 
@@ -8292,7 +8292,7 @@ def _captured_vms(settings: Settings) -> list[dict[str, Any]]:
 # Whether everything that the agent needs is there, and its values are those of `kstat -p`.
 
 GOOD, BAD, NOTE = "ok", "FAIL", "note"
-CHECK_SECONDS = 55.0                        # for everything: an operator waits a minute
+CHECK_SECONDS = 55.0                        # in total: an operator waits a minute
 READS_A_TABLE = 3                           # kstats of one kind that are read and compared
 ORIGINAL = "svc:/smartdc/agent/cmon-agent:default"
 OURS = ("svc:/site/cmon-agent-setup:default", "svc:/site/cmon-agent:default")
@@ -8304,7 +8304,7 @@ ABSENT = {"cpucaps_zone_*": "no zone has a CPU cap, or no zone runs",
           "swapresv_zone_*": "no zone runs"}
 ABSENT_MODULES = {"zfs_metaslab_group": "this platform does not count them"}
 
-# GOOD, BAD or NOTE, and what was found; what to do, where the check's own advice does not fit
+# GOOD, BAD or NOTE, the finding, and advice if it differs from the check's own
 Finding = Union[tuple[str, str], tuple[str, str, str]]
 
 
@@ -8526,21 +8526,21 @@ def _same(before: Any, said: str, after: Any) -> bool:
     if number_ is None:
         return False
     low, high = min(before, after), max(before, after)
-    if "." in said:                         # older ones print the times of disks in seconds
+    if "." in said:                         # older platforms print disk times in seconds
         return bool(low / 1e9 - 1e-6 <= number_ <= high / 1e9 + 1e-6)
     return bool(low <= number_ <= high)
 
 
 def check_kstats(node: Examined) -> Iterator[Finding]:
     """Each table's kstats: whether they exist, with all members and the values of `kstat -p`."""
-    # one job, which starts again with a new handle when a read blocks
+    # one job, restarted with a new handle if a read blocks
     yield from node.job(lambda reader: list(_check_tables(node, reader)))
 
 
 def _check_tables(node: Examined, reader: Reader) -> Iterator[Finding]:
     chosen = _chosen_refs(reader)
     compared = values = 0
-    problem = ""                            # why kstat -p cannot be asked
+    problem = ""                            # why kstat -p cannot be used
     for table in dict.fromkeys(ZONE_TABLES + NODE_TABLES):
         what = f"{table.module}:*:{table.names}"
         refs = chosen.get(table, [])
@@ -8584,7 +8584,7 @@ def _differing(node: Examined, reader: Reader, ref: Ref) -> list[str]:
     for _ in range(3):
         before = reader.read(ref).data
         output = node.run("kstat", "-p", *which, "-i", str(ref.instance), "-n", ref.name)
-        if output.status > 1:               # 1: it is not there
+        if output.status > 1:               # 1: no such kstat
             output.checked("kstat -p")
         after = reader.read(ref).data
         said = {line.partition("\t")[0].partition(begin)[2]: line.partition("\t")[2]
@@ -8756,7 +8756,7 @@ class Item(NamedTuple):
     todo: str
 
 
-CHECKS = (                                  # in this order: the first two want root
+CHECKS = (                                  # in this order: the first two need root
     Item("sysinfo", check_sysinfo, "run `sysinfo -f` as root, or set listen and pool"),
     Item("services", check_services, "see `svcs -xv`; import smf/cmon-original-off.xml to keep "
          "the original off, or set listen to another port to try both"),
@@ -8855,7 +8855,7 @@ def _textfile(folder: int, name: str, device: int) -> str:
     if not stat.S_ISREG(status.st_mode) or status.st_dev != device:
         raise OSError(errno.EINVAL, "not a regular file")
     with os.fdopen(file, "rb") as stream:
-        content = stream.read(TEXTFILE_BYTES + 1)       # whatever its size is: it may grow
+        content = stream.read(TEXTFILE_BYTES + 1)       # regardless of its size: it may grow
     if len(content) > TEXTFILE_BYTES:
         raise OSError(errno.EFBIG, f"larger than {TEXTFILE_BYTES} bytes")
     return content.decode("utf-8", "replace")
