@@ -4084,7 +4084,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.parser.error(arguments.parser.unrecognized(rest))
     try:
-        return printing("cmon", lambda: arguments.run(arguments))
+        return printing("cmon", lambda: arguments.run(arguments), unread=0)
     except Failure as failure:
         print(f"cmon: {failure}", file=sys.stderr)
         return 2 if isinstance(failure, Usage) else 1

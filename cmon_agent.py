@@ -7855,9 +7855,9 @@ def open_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def printing(program: str, work: Callable[[], int]) -> int:
-    """The status of `work`, which prints to stdout; 0 once the reader has exited, as `head` does,
-    and 1 with a line on stderr if the disk is full."""
+def printing(program: str, work: Callable[[], int], unread: int = 1) -> int:
+    """The status of `work`, which prints to stdout; `unread` if the reader has exited, as `head`
+    does, and 1 with a line on stderr if the disk is full."""
     try:
         status = work()
         sys.stdout.flush()
@@ -7865,7 +7865,7 @@ def printing(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        status = 0
+        status = unread
     except OSError as error:            # of stdout or the temporary folder
         complain(program, [reason_of(error) + (f": {error.filename}" if error.filename else "")])
         status = 1

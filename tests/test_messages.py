@@ -2,6 +2,7 @@
 """Messages of the first day: one line with the object, the expectation and the next step."""
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -66,6 +67,15 @@ def test_a_full_disk_is_reported_in_one_line(words: tuple[str, ...]) -> None:
         done = subprocess.run([sys.executable, str(ROOT / "cmon_agent.py"), *words], stdout=full,
                               stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "cmon_agent: no space left on device\n")
+
+
+def test_a_check_whose_reader_has_exited_does_not_succeed_in_silence() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, str(ROOT / "cmon_agent.py"), "check"], stdout=write,
+                          stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_server_starts_without_standard_streams() -> None:
