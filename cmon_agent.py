@@ -2494,7 +2494,7 @@ TIME_OF_DAY = _made(COUNTER, "time_of_day", Unit("milliseconds", whole),
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?")
 
 
-def word(value: Any) -> Number | None:
+def number_in(value: Any) -> Number | None:
     """A number in a command's output; None for "-" and anything else."""
     match = _DECIMAL.fullmatch(value) if isinstance(value, str) else None
     if match is None:
@@ -2507,7 +2507,7 @@ def marked(factors: Mapping[str, int]) -> Convert:
     """A number in a command's output, times the factor of the mark behind it; "" is no mark."""
     def convert(value: Any) -> Number | None:
         mark = value[-1:] if isinstance(value, str) and value[-1:] in factors else ""
-        number_ = word(value[:-1] if mark else value)
+        number_ = number_in(value[:-1] if mark else value)
         return None if number_ is None else number_ * factors.get(mark, 1)
     return convert
 
@@ -2525,7 +2525,7 @@ def matched(pattern: str, make: Callable[[re.Match[str]], Number]) -> Convert:
 def seconds_from_ms(value: Any) -> Number | None:
     """Milliseconds in a command's output as seconds. The point moves in the text, so that 77.161
     ms are 0.077161 s exactly: a division would change the last digit."""
-    if word(value) is None:
+    if number_in(value) is None:
         return None
     digits, _, exponent = value.lower().partition("e")
     return float(f"{digits}e{int(exponent or 0) - 3}")
@@ -2608,8 +2608,8 @@ FLAG = Unit("boolean", matched(             # decimal or hexadecimal; 0 is 0 in 
 SPAN = Unit("seconds", marked({"m": 60, "h": 3600, "d": 86400}))
 LAST_HEARD = Unit("seconds", lambda value: -1 if value == "-" else SPAN.convert(value))  # -1: never
 MODE, TYPE, TALLY = (Unit("", place_in(words)) for words in (MODES, "ublsABM", TALLIES))
-REFID, WORD, WORD_SECONDS = Unit("", refid), Unit("", word), Unit("seconds", word)
-WORD_PPM, WORD_MS = Unit("ppm", word), Unit("milliseconds", word)
+REFID, WORD, WORD_SECONDS = Unit("", refid), Unit("", number_in), Unit("seconds", number_in)
+WORD_PPM, WORD_MS = Unit("ppm", number_in), Unit("milliseconds", number_in)
 
 NTP_PEER = printed("ntpq apeers", ("remote",),     # by column
     gauge("ntp_peer_delay_seconds", "delay", MS, "Round-trip delay to the peer."),
@@ -2875,7 +2875,7 @@ def parse_apeers(output: str) -> list[NtpPeer]:
     taken: set[str] = set()
     for line in _lines(output):
         words = line[16:].rsplit(None, len(_APEER_COLUMNS))
-        if len(words) != len(_APEER_COLUMNS) + 1 or word(words[1]) is None:
+        if len(words) != len(_APEER_COLUMNS) + 1 or number_in(words[1]) is None:
             continue                        # the heading, the ruler, an empty line
         match = _ASSID.fullmatch(words[0].rstrip())
         assid = match.group(1) if match else ""
@@ -2944,20 +2944,20 @@ _CHRONY_LEAP = {"Normal": 0, "Insert second": 1, "Delete second": 2, "Not synchr
 _CHRONY_STATES = {"*": 6, "+": 4, "-": 3, "?": 0, "x": 1, "~": 1}
 ChronyFields = Mapping[int, tuple[str, Convert]]    # place -> metric of the same meaning
 _CHRONY_TRACKING: ChronyFields = {
-    2: ("ntp_stratum_number", word), 4: ("ntp_pll_offset_seconds", word),
-    7: ("ntp_frequency_offset_ppm", word), 10: ("ntp_root_delay_seconds", word),
-    11: ("ntp_root_dispersion_seconds", word),
+    2: ("ntp_stratum_number", number_in), 4: ("ntp_pll_offset_seconds", number_in),
+    7: ("ntp_frequency_offset_ppm", number_in), 10: ("ntp_root_delay_seconds", number_in),
+    11: ("ntp_root_dispersion_seconds", number_in),
     3: ("ntp_reftime_seconds", matched(r"[0-9]{1,12}(\.[0-9]*)?", lambda match:
                                        float(match[0]) + SINCE_1900)),
     13: ("ntp_leap_indicator_status", lambda value: _CHRONY_LEAP.get(value.strip())),
 }
 _CHRONY_SOURCES: ChronyFields = {
     1: ("ntp_peer_state", lambda value: _CHRONY_STATES.get(value, -1)),
-    3: ("ntp_peer_stratum_number", word),
+    3: ("ntp_peer_stratum_number", number_in),
     4: ("ntp_peer_poll_interval_seconds", matched("[12]?[0-9]|3[0-2]", lambda match:
                                                   2 ** int(match[0]))),
     5: ("ntp_peer_last8_polls_failure_count", FAILED.convert),
-    6: ("ntp_peer_last_query_seconds", word), 7: ("ntp_peer_offset_seconds", word),
+    6: ("ntp_peer_last_query_seconds", number_in), 7: ("ntp_peer_offset_seconds", number_in),
 }
 
 
@@ -3006,7 +3006,7 @@ def parse_zoneadm(output: str) -> list[ZoneLine]:
             if "\\" in line else line.split(":")
         if len(fields) < 7 or not fields[1]:
             continue
-        number_, debug = word(fields[0]), word(fields[7]) if len(fields) > 7 else None
+        number_, debug = number_in(fields[0]), number_in(fields[7]) if len(fields) > 7 else None
         running = isinstance(number_, int) and number_ >= 0 and \
             fields[2] in ("running", "shutting_down", "down", "ready", "mounted")
         zones.append(ZoneLine(int(number_) if running and number_ is not None else None,
@@ -3144,7 +3144,7 @@ def foreign_families(prefix: str, content: str, limit: int) -> tuple[list[Family
 
 
 def _ttl(value: str) -> float | None:
-    seconds = word(value.strip())
+    seconds = number_in(value.strip())
     return None if seconds is None or seconds < 0 else float(seconds)
 
 
@@ -6340,10 +6340,11 @@ def _plugin(path: str, file_name: str, options: Any) -> Plugin | None:
     if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", name):
         return None
     name = re.sub(r"[.-]", "_", name)
-    own = options.get(file_name, {}) if isinstance(options, dict) else None
-    if not isinstance(own, dict):
+    options_of_file = options.get(file_name, {}) if isinstance(options, dict) else None
+    if not isinstance(options_of_file, dict):
         return None
-    timeout, ttl, zones = own.get("timeout", 3000), own.get("ttl", 60), own.get("vms")
+    timeout, ttl = options_of_file.get("timeout", 3000), options_of_file.get("ttl", 60)
+    zones = options_of_file.get("vms")
     if type(timeout) not in (int, float) or not 0 < timeout <= 3_600_000:
         return None
     if type(ttl) not in (int, float) or not 0 <= ttl < math.inf:    # 0: never cached
@@ -6561,13 +6562,13 @@ class Scraper:
 
     def _look_for_plugins(self, folders: Mapping[str, str]) -> None:
         problems: list[str] = []
-        found = {kind: find_plugins(folder, problems) for kind, folder in folders.items()}
-        self.server.loop.call_soon(self._take_plugins, found, problems)
+        plugins = {kind: find_plugins(folder, problems) for kind, folder in folders.items()}
+        self.server.loop.call_soon(self._take_plugins, plugins, problems)
 
-    def _take_plugins(self, found: dict[str, list[Plugin]], problems: list[str]) -> None:
+    def _take_plugins(self, plugins: dict[str, list[Plugin]], problems: list[str]) -> None:
         self.tell("plugin", problems)
-        if found != self._plugins:
-            self._plugins = found
+        if plugins != self._plugins:
+            self._plugins = plugins
             for page in self._pages.values():   # a name may now belong to another plugin
                 page.cells = tuple([cell for cell in page.cells
                                     if not cell.name.startswith("plugin_")])
@@ -6580,17 +6581,17 @@ class Scraper:
                                         if row.collect is collect_zones)).timeout
 
         def read() -> None:
-            found: dict[str, int] = {}
+            debug_ids: dict[str, int] = {}
             try:
                 output = self.host.run("zoneadm", ZONEADM_COMMAND, timeout)
-                found = {row.name: row.debug_id for row in parse_zoneadm(output.stdout)
+                debug_ids = {row.name: row.debug_id for row in parse_zoneadm(output.stdout)
                          if row.debug_id is not None}
             except (CommandError, CollectError) as error:
                 self.server.loop.call_soon(self.tell, "zoneadm", [str(error)])
-            self.server.loop.call_soon(take, found)
+            self.server.loop.call_soon(take, debug_ids)
 
-        def take(found: Mapping[str, int]) -> None:
-            self._debug_ids = dict(found) or self._debug_ids
+        def take(debug_ids: Mapping[str, int]) -> None:
+            self._debug_ids = dict(debug_ids) or self._debug_ids
             self._rereading = False
         if not self._rereading:             # once, even with many refresh requests
             self._rereading = self._commands.submit(read)
@@ -7031,13 +7032,13 @@ class Scraper:
         before = {cell.name: cell for cell in page.cells}
         cells: list[Cell] = []
         for group in groups:
-            own = self._shared if group[0].shared else before
+            known_cells = self._shared if group[0].shared else before
             name = group[0].name if group[0].collect else KSTATS
-            if name in own:
-                own[name].use(group)
+            if name in known_cells:
+                known_cells[name].use(group)
             else:
-                own[name] = Cell(group)
-            cells.append(own[name])
+                known_cells[name] = Cell(group)
+            cells.append(known_cells[name])
         page.cells = tuple(cells)
         page.proof = None if page.zone == NODE else next(
             (cell for cell in cells if cell.name == KSTATS), None)
@@ -7056,8 +7057,8 @@ class Scraper:
                 self._lifetimes.get(name, plugin.ttl), timeout=plugin.timeout, foreign=True,
                 patient=True))
         for row in rows:
-            own = self.settings.collectors.get(row.name)
-            if own is not None and not own.enabled or (
+            configured = self.settings.collectors.get(row.name)
+            if configured is not None and not configured.enabled or (
                     row.collect is collect_textfiles and not self.settings.textfiles):
                 continue
             if row.collect is collect_core and not page.core:
@@ -7066,9 +7067,10 @@ class Scraper:
 
     def _configured(self, row: Collector) -> Collector:
         """A collector with the lifetime and the timeout of the settings."""
-        own = self.settings.collectors.get(row.name, CollectorSettings())
-        return row._replace(lifetime=row.lifetime if own.ttl is None else own.ttl,
-                            timeout=row.timeout if own.timeout is None else own.timeout)
+        configured = self.settings.collectors.get(row.name, CollectorSettings())
+        ttl, timeout = configured.ttl, configured.timeout
+        return row._replace(lifetime=row.lifetime if ttl is None else ttl,
+                            timeout=row.timeout if timeout is None else timeout)
 
     # housekeeping
 
@@ -7082,11 +7084,11 @@ class Scraper:
         for cell in self._shared.values():
             cell.forget()
         for page in [page for page in self._pages.values() if page.zone != NODE]:
-            own = [cell for cell in page.cells if not cell.shared]
+            cells = [cell for cell in page.cells if not cell.shared]
             page.prepared = None
-            if not page.waiting and all(cell.began is None for cell in own):
+            if not page.waiting and all(cell.began is None for cell in cells):
                 del self._pages[page.key]
-            for cell in own:
+            for cell in cells:
                 if page.waiting:
                     cell.mend()
                 else:
@@ -7146,7 +7148,7 @@ class Scraper:
             collected.update(dict.fromkeys([(name, result) for name in names], count))
         now = self.server.now()
 
-        def one(name: str, kind: str, help_text: str, value: Number | None) -> Family:
+        def metric(name: str, kind: str, help_text: str, value: Number | None) -> Family:
             return single(f"cmon_agent_{name}", kind, help_text, value)
         return [
             Family("cmon_agent_collections_total", COUNTER, "Total number of collections, by "
@@ -7158,28 +7160,31 @@ class Scraper:
                    "of this kstat has been blocked.", [
                        Sample((("kstat", what),), now - since)
                        for what, since in kstats.quarantine.items()]),
-            one("pages", GAUGE, "Number of pages in memory.", len(self._pages)),
-            one("collections_running", GAUGE, "Number of collections in progress.", self._running),
-            one("kstat_chain_length", GAUGE, "Number of kstats in the chain.", kstats.chain_length),
-            one("kstat_index_rebuilds_total", COUNTER, "Total number of rebuilds of the kstat "
-                "index.", kstats.rebuilds),
-            one("kstat_index_rebuild_seconds", GAUGE, "CPU time of the last rebuild of the kstat "
-                "index in seconds.", kstats.rebuild_seconds),
-            one("kstat_reads_total", COUNTER, "Total number of calls of kstat_read.", kstats.reads),
-            one("kstat_handles_given_up_total", COUNTER, "Total number of kstat handles given up "
-                "because a read blocked.", kstats.given_up),
-            one("kstat_blocked_threads", GAUGE, "Number of threads blocked in libkstat.",
-                kstats.blocked),
-            one("commands_hanging", GAUGE, "Number of commands that hang and cannot be killed.",
-                self.host.commands.hanging),
-            one("cpu_usage_ratio", GAUGE, "CPU usage of the agent and its commands, in CPUs.",
-                governor.used),
-            one("cpu_budget_ratio", GAUGE, "CPU budget of the agent and its commands, in CPUs.",
-                self.settings.cpu_budget),
-            one("lifetime_stretch_ratio", GAUGE, "Factor by which lifetimes are extended to stay "
-                "within the CPU budget.", governor.stretch),
-            one("vminfod_up", GAUGE, "Whether the agent receives events from vminfod (1) or not "
-                "(0).", int(self.host.vms.answered and not self.host.vms.problem)),
+            metric("pages", GAUGE, "Number of pages in memory.", len(self._pages)),
+            metric("collections_running", GAUGE, "Number of collections in progress.",
+                   self._running),
+            metric("kstat_chain_length", GAUGE, "Number of kstats in the chain.",
+                   kstats.chain_length),
+            metric("kstat_index_rebuilds_total", COUNTER, "Total number of rebuilds of the kstat "
+                   "index.", kstats.rebuilds),
+            metric("kstat_index_rebuild_seconds", GAUGE, "CPU time of the last rebuild of the "
+                   "kstat index in seconds.", kstats.rebuild_seconds),
+            metric("kstat_reads_total", COUNTER, "Total number of calls of kstat_read.",
+                   kstats.reads),
+            metric("kstat_handles_given_up_total", COUNTER, "Total number of kstat handles given "
+                   "up because a read blocked.", kstats.given_up),
+            metric("kstat_blocked_threads", GAUGE, "Number of threads blocked in libkstat.",
+                   kstats.blocked),
+            metric("commands_hanging", GAUGE, "Number of commands that hang and cannot be "
+                   "killed.", self.host.commands.hanging),
+            metric("cpu_usage_ratio", GAUGE, "CPU usage of the agent and its commands, in CPUs.",
+                   governor.used),
+            metric("cpu_budget_ratio", GAUGE, "CPU budget of the agent and its commands, in "
+                   "CPUs.", self.settings.cpu_budget),
+            metric("lifetime_stretch_ratio", GAUGE, "Factor by which lifetimes are extended to "
+                   "stay within the CPU budget.", governor.stretch),
+            metric("vminfod_up", GAUGE, "Whether the agent receives events from vminfod (1) or "
+                   "not (0).", int(self.host.vms.answered and not self.host.vms.problem)),
         ]
 
 
@@ -8522,7 +8527,7 @@ def _same(before: Any, said: str, after: Any) -> bool:
     """Whether `kstat -p`, run between two reads, agrees with them."""
     if isinstance(before, str) or isinstance(after, str):
         return said.strip() in (str(before).strip(), str(after).strip())
-    number_ = word(said.strip())
+    number_ = number_in(said.strip())
     if number_ is None:
         return False
     low, high = min(before, after), max(before, after)

@@ -5191,8 +5191,9 @@ def people_page(rows: Sequence[FleetRow], first: int, caller: Caller,
 <th class="static">agent</th></tr></thead><tbody>
 {machines}</tbody></table>
 """
-    own = "".join([f"<li>{html.escape(name)}: {html.escape(value)}</li>" for name, value in proxy])
-    own = own and f'<h3>This proxy</h3>\n<ul class="facts" id="proxy">{own}</ul>\n'
+    items = "".join([f"<li>{html.escape(name)}: {html.escape(value)}</li>"
+                     for name, value in proxy])
+    about_proxy = items and f'<h3>This proxy</h3>\n<ul class="facts" id="proxy">{items}</ul>\n'
     return framed(f"""<main><h2 tabindex="-1">Containers</h2>
 <div id="summary" role="status" class="{"bad" if silent else ""}">{known}</div>
 <form hidden>
@@ -5208,7 +5209,7 @@ def people_page(rows: Sequence[FleetRow], first: int, caller: Caller,
 <th class="static">compute node</th><th class="static">last scrape</th></tr></thead><tbody>
 {body}</tbody></table>
 <p>{" · ".join(links)}</p>
-{machines}{own}<p class="dim">As text: <a href="/v1/fleet/metrics">fleet metrics</a> ·
+{machines}{about_proxy}<p class="dim">As text: <a href="/v1/fleet/metrics">fleet metrics</a> ·
 <a href="/v1/discover">Triton discovery</a> · <a href="/v1/sd">HTTP discovery</a></p>
 </main>""", "", caller)
 
@@ -6457,10 +6458,10 @@ class Workers:
 
     def _heard(self, number: int, message: Any) -> None:
         if "answer" in message:
-            waiting, found, finish = self._asked.get(message["answer"], (set(), [], lambda: None))
+            waiting, pages, finish = self._asked.get(message["answer"], (set(), [], lambda: None))
             if number in waiting:
                 waiting.discard(number)
-                found.append([Family(name, kind, text, [Sample(
+                pages.append([Family(name, kind, text, [Sample(
                     tuple((str(label), str(value)) for label, value in labels), value, suffix)
                     for labels, value, suffix in samples])
                     for name, kind, text, samples in message["families"]])
@@ -6480,11 +6481,11 @@ class Workers:
         return len(self._workers) == self._count and all(
             worker.ready for worker in self._workers.values())
 
-    def gather(self, own: list[Family], make: FamiliesPage) -> Deferred:
+    def gather(self, families: list[Family], make: FamiliesPage) -> Deferred:
         """A page made from the metrics of all processes."""
         self._serial += 1
         serial, waiting = self._serial, set(self._workers)
-        pages: list[list[Family]] = [own]
+        pages: list[list[Family]] = [families]
 
         def page(_: object) -> Response:
             self._asked.pop(serial, None)
