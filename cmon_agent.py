@@ -5718,7 +5718,7 @@ class ClientError(Exception):
 
 
 class TooLarge(ClientError):
-    """An answer is larger than the client allows."""
+    """An answer is larger than the client allows, or a request than the server does."""
 
 
 class AnswerReader:

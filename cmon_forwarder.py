@@ -63,12 +63,12 @@ try:
     from cmon_agent import (
         Answer, AnswerReader, Backoff, COUNTER, Client, ClientError, ConfigError, ExpositionError,
         Family, GAUGE, HISTOGRAM, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
-        READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server,
+        READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server, TooLarge,
         __version__, at_least, begin_connect, bracketed, command_line, command_settings, complain,
         gunzip, gzip, is_address, label_text, log, number, one_of, open_streams, page_row,
-        page_table, parse, parse_address, plain_page, printing, reason_of,
-        register_process_metrics, render, run_daemon, setting, single, start_logging, stop_logging,
-        text, valid_label_name, valid_metric_name)
+        page_table, parse, parse_address, plain_page, printing, reason_of, register_process_metrics,
+        render, run_daemon, setting, single, start_logging, stop_logging, text, valid_label_name,
+        valid_metric_name)
 except ImportError as import_error:
     sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_forwarder.py")
@@ -2175,10 +2175,6 @@ class RetryLater(Exception):
         self.left, self.after = [*left], after
 
 
-class TooLarge(Exception):
-    """The request is too large for the sink."""
-
-
 class Rejected(Exception):
     """The sink rejects `records` for good; `left` are those still to be sent."""
 
@@ -2209,7 +2205,7 @@ class HttpTransport:
         self.url = post_url(sink)
         tls = client_context(sink.cert, sink.key, sink.ca) \
             if self.url.startswith("https:") else None
-        self._client = Client(tls, max_idle=1, max_body=1 << 20)
+        self._client = Client(tls, max_idle=1)
 
     def headers(self) -> dict[str, str]:
         """Headers of a request; the token file is read each time."""
@@ -2232,6 +2228,8 @@ class HttpTransport:
             if self.post.packs if self.sink.gzip is None else self.sink.gzip:
                 body, headers["Content-Encoding"] = gzip(body), "gzip"
             answer = self._client.request("POST", self.url, headers, body, self.sink.timeout)
+        except TooLarge:                # the answer: fewer records have a shorter one
+            raise
         except (ClientError, UnicodeEncodeError) as error:
             raise RetryLater(str(error), records) from None
         reason = f"{answer.status} {answer.body[:200].decode('utf-8', 'replace').strip()!r}"

@@ -149,6 +149,7 @@ class HttpSink(Listening):
         self.default: Any = 204
         self.accepted: list[bytes] = []         # bodies of requests that were answered with 2xx
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
+        self.said: Callable[[bytes], bytes] = lambda body: b""      # an answer's body
         super().__init__()
 
     def serve(self, accepted: socket.socket) -> None:
@@ -177,7 +178,9 @@ class HttpSink(Listening):
             if 200 <= status < 300:
                 with self.lock:
                     self.accepted.append(body)
-            accepted.sendall(f"HTTP/1.1 {status} X\r\n{extra}Content-Length: 0\r\n\r\n".encode())
+            said = self.said(body)
+            accepted.sendall(f"HTTP/1.1 {status} X\r\n{extra}Content-Length: {len(said)}\r\n\r\n"
+                             .encode() + said)
 
     def lines(self) -> list[str]:
         """All lines that were accepted, in order."""

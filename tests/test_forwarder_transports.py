@@ -19,7 +19,7 @@ from forwarding import HttpSink, LineSink, UdpSink, read_request
 from support import wait_until
 from test_forwarder_encoders import GAUGE, UUID, scrape, unsnappy
 
-from cmon_agent import ConfigError
+from cmon_agent import Client, ConfigError
 from cmon_forwarder import (
     Delivery, RetryLater, Rejected, SinkSettings, TooLarge, encode, transport_of, with_defaults)
 
@@ -154,6 +154,24 @@ def test_documents_of_elasticsearch_are_judged_one_by_one(keep: Keep, tmp_path: 
     assert (delivery.sent, delivery.refused) == (2, 1)
     reason, = (tmp_path / "e" / "refused").glob("*.reason")
     assert "400" in reason.read_text() and "mapper" in reason.read_text()
+
+
+def test_a_large_answer_blocks_nothing(keep: Keep, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Elasticsearch answers when it refuses each document of a batch."""
+    server = keep(HttpSink())
+    server.default, server.said = 200, lambda body: body * 30
+    delivery = Delivery("h", SinkSettings(type="http", batch_age=0, url=f"http://{server.text}"),
+                        tmp_path, 1 << 20)
+    records = encode(delivery.sink, scrape(*[(GAUGE, number) for number in range(40)]))
+    most = 16 * sum(map(len, records))
+    monkeypatch.setattr(delivery._transport, "_client", Client(max_body=most))
+    delivery.give(scrape(*[(GAUGE, number) for number in range(40)]))
+    delivery.start()
+    wait_until(lambda: delivery.spool.state()[0] == 0)
+    delivery.stop()
+    delivery.join(10)
+    assert (delivery.sent, delivery.refused, delivery.failures) == (40, 0, 0)
 
 
 # --- streams --------------------------------------------------------------------------------------
