@@ -5994,10 +5994,13 @@ class Client:
 
     def _exchange(self, origin: _Origin, connection: socket.socket, whole: bytes,
                   reader: AnswerReader, deadline: float) -> ClientResponse:
-        good = False
+        good = sent = False
         try:
             connection.settimeout(self._left(deadline, origin))
-            connection.sendall(whole)
+            # a server may refuse a request, as with 413, and close before it has read it all
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(whole)
+                sent = True
             while not reader.done:
                 connection.settimeout(self._left(deadline, origin))
                 received = connection.recv(65536)
@@ -6005,7 +6008,9 @@ class Client:
                     reader.feed(received)
                 else:
                     reader.end()
-            good = reader.keep_alive
+            if not sent and reader.status < 400:
+                raise ClientError("the connection was closed in the middle of the request")
+            good = reader.keep_alive and sent
         except ClientError as error:
             raise type(error)(f"{origin}: {error}") from None
         except OSError as error:

@@ -181,6 +181,18 @@ def test_a_post_is_never_sent_twice(client: Client) -> None:
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("status", [413, 200])
+def test_a_server_may_refuse_a_request_before_it_has_read_it(client: Client, status: int) -> None:
+    server = Scripted([b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status])
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    body = b"x" * (32 << 20)                # more than the buffers of both sides
+    if status == 413:
+        assert client.request("POST", server.url, body=body).status == 413
+    else:
+        with pytest.raises(ClientError, match="closed in the middle of the request"):
+            client.request("POST", server.url, body=body)
+
+
 def test_the_deadline_is_for_the_whole_exchange(client: Client) -> None:
     server = Scripted([b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nHOLD"])
     with pytest.raises(ClientError, match="timed out"):
