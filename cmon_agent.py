@@ -634,13 +634,13 @@ class Reading(NamedTuple):
 
 def is_of_zone(kstat: Kstat, zone: bytes) -> bool:
     """Whether a kstat's member `zonename` is this zone's; one without it is."""
-    place = kstat.shape.zonename
-    if place is None:
+    shape, place = kstat.shape, kstat.shape.zonename
+    if place is None or shape.name_place is not None \
+            and shape.unpack(kstat.raw)[shape.name_place] == zone + b"\0":
         return True
     address, size = _STRING_AT.unpack_from(kstat.raw, place)
     start = address - kstat.base
-    if not address or start < kstat.shape.members * NAMED_ENTRY.size \
-            or start + size > len(kstat.raw):
+    if not address or start < shape.members * NAMED_ENTRY.size or start + size > len(kstat.raw):
         return True
     member = kstat.raw[start:start + size]
     return member == zone + b"\0" or member.split(b"\0", 1)[0] == zone
@@ -788,12 +788,12 @@ class Handle:
             raise KstatError(os.strerror(number).lower(), ref, vanished=number == errno.ENXIO)
         pointer, members, size, snaptime = DATA.unpack(_DataBytes.from_address(
             ref.address + DATA_OFFSET))
-        if not pointer or size > MAX_KSTAT_BYTES:
-            raise KstatError(f"invalid data size of {size} bytes", ref)
         shape = ref.shape
-        if shape is not None and shape.size == size and shape.members == members:
+        if pointer and shape is not None and shape.size == size and shape.members == members:
             return _make(Kstat, (ref, shape, snaptime, shape.block.from_address(pointer).raw,
                                  pointer))
+        if not pointer or size > MAX_KSTAT_BYTES:
+            raise KstatError(f"invalid data size of {size} bytes", ref)
         raw = ctypes.string_at(pointer, size)
         ref.shape = shape = shape_of(ref, ref.type, raw, members, pointer)
         return Kstat(ref, shape, snaptime, raw, pointer)
@@ -1008,12 +1008,19 @@ class Reader:
         a cap was removed, a link renamed."""
         kstats: list[Kstat] = []
         errors: list[KstatError] = []
-        for ref in refs:
-            try:
-                kstats.append(self.read(ref))
-            except KstatError as error:
-                if not error.vanished:
-                    errors.append(error)
+        read, now, quarantine = self._handle.read, self._kstats.now, self._kstats.quarantine
+        try:
+            for ref in refs:
+                try:
+                    if quarantine:
+                        self._kstats.check_quarantine(ref)
+                    self.doing = (ref, now())
+                    kstats.append(read(ref))
+                except KstatError as error:
+                    if not error.vanished:
+                        errors.append(error)
+        finally:
+            self.doing = None
         return Reading(kstats, errors)
 
     def follow(self, force: bool = False) -> bool:
@@ -1255,6 +1262,13 @@ class KstatThreads:
         self.rebuilds += handle.rebuilds        # summed over all handles
         self.reads += handle.calls
         handle.rebuilds = handle.calls = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job is under way."""
+        with self._lock:
+            active = self._active
+            return active is None or active.job is None and active.jobs.empty()
 
     @property
     def blocked(self) -> int:
@@ -2081,26 +2095,35 @@ LIMITS = (
 )
 
 
-def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> list[Labels]:
-    """z7_net0 is vnic0, as the original says. Of two links with one number the first by name has
-    that label, and the other keeps its name inside the zone."""
-    prefix = f"z{context.zone_id}_"
-    named = [ref.name[len(prefix):] if ref.name.startswith(prefix) else ref.name
-             for ref, *_ in kstats]
-    holder: dict[str, str] = {}             # interface label -> link that has it
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def interfaces(links: tuple[str, ...]) -> Mapping[str, str]:
+    """The label `interface` of a zone's links: net0 is vnic0, as the original says. Of two links
+    with one number the first by name has that label, and the other keeps its name inside the zone;
+    "": it cannot have that either."""
+    holder: dict[str, str] = {}             # label -> link that has it
     shown: dict[str, str] = {}
-    for name in sorted(named):
+    for name in sorted(links):
         match = LINK_NUMBER.fullmatch(name)
         label = "vnic" + match.group(1) if match else name
         shown[name] = label if holder.setdefault(label, name) == name else \
-            name if name not in holder else prefix + name       # a link that is itself called vnic0
-    nics = context.nics()
-    if nics is None:
-        return [(("interface", shown[name]),) for name in named]
+            name if name not in holder else ""      # a link that is called vnic0
+    return shown
+
+
+def link_labels(kstats: Sequence[Kstat], context: ZoneContext) -> list[Labels]:
+    """Interface, and what vminfod says of it."""
+    prefix = f"z{context.zone_id}_"
+    names = tuple([ref.name[len(prefix):] if ref.name.startswith(prefix) else ref.name
+                   for ref, *_ in kstats])
+    shown, nics = interfaces(names), context.nics()
     labels: list[Labels] = []
-    for name in named:
-        tag, network = nics.get(name) or _nic_by_number(name, nics)
-        labels.append((("interface", shown[name]), ("nic_tag", tag), ("network_uuid", network)))
+    for name in names:
+        label = ("interface", shown[name] or prefix + name)
+        if nics is None:
+            labels.append((label,))
+        else:
+            tag, network = nics.get(name) or _nic_by_number(name, nics)
+            labels.append((label, ("nic_tag", tag), ("network_uuid", network)))
     return labels
 
 
@@ -3607,10 +3630,11 @@ def plan_of(wants: Wants, shapes: tuple[Shape, ...]) -> Plan:
 
 
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
-def planned_form(plan: Plan, dropped: tuple[int, ...], absent: tuple[int, ...]
+def planned_form(plan: Plan, dropped: tuple[int, ...], absent: tuple[bool, ...]
                  ) -> tuple[Form, Callable[[Sequence[Any]], Sequence[Any]]]:
-    """The form without kstats that are dropped and places without a value, and how its values are
-    taken from all."""
+    """The form without kstats that are dropped and conversions that gave no value, and how its
+    values are taken from all."""
+    without = set(itertools.compress(itertools.count(plan.first_made), absent))
     templates: list[str] = []
     order: list[int] = []
     for _, tables in plan.wants:
@@ -3621,7 +3645,7 @@ def planned_form(plan: Plan, dropped: tuple[int, ...], absent: tuple[int, ...]
             for thing in plan.things[table]:
                 if thing.kstat in dropped or table.labels is None and found:    # the first counts
                     continue
-                rows = [(row, place) for row, place in thing.rows if place not in absent]
+                rows = [(row, place) for row, place in thing.rows if place not in without]
                 found.append(Values("" if thing.label is None else "%s",
                                     tuple([row for row, _ in rows]), rows))
                 places += (thing.label or 0, *[place for _, place in rows])
@@ -3630,6 +3654,10 @@ def planned_form(plan: Plan, dropped: tuple[int, ...], absent: tuple[int, ...]
             order += [places[place] for place in own]
         templates.append(reused(text_))
     return form_of(tuple([name for name, _ in plan.wants]), tuple(templates)), taking(order)
+
+
+_is_none = functools.partial(operator.is_, None)
+_kstat_labels = functools.lru_cache(maxsize=1024)(lambda labels: label_text(labels)[1:-1])
 
 
 def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes | None = None
@@ -3643,13 +3671,13 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
     kstats = reading.kstats
     if zone is None:
         kstats = [derived(kstat, wants, context) for kstat in kstats]
-    plan = plan_of(wants, tuple([kstat.shape for kstat in kstats]))
+    plan = plan_of(wants, tuple([shape for _, shape, *_ in kstats]))
     for name, index in plan.wrong:
         raise CollectError(f"{name}: {kstats[index].ref}: has the wrong type "
                            f"{kstats[index].shape.type}")
     values: list[Any] = []
-    for kstat in kstats:
-        values += kstat.shape.unpack(kstat.raw)
+    for _, shape, _, raw, _ in kstats:
+        values += shape.unpack(raw)
     dropped: list[int] = []
     if zone is not None:
         named = zone + b"\0"
@@ -3663,15 +3691,13 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
         shown = [index for index in indices if index not in dropped]
         texts: dict[str, int] = {}
         for index, labels in zip(shown, labels_of([kstats[index] for index in shown], context)):
-            text_ = label_text(labels)[1:-1]
+            text_ = _kstat_labels(labels)
             if texts.setdefault(text_, index) != index:     # of duplicate labels the first is used
                 dropped.append(index)
         by_index = {index: text_ for text_, index in texts.items()}
         values += [by_index.get(index) for index in indices]
     made = [convert(values[place]) for place, convert in plan.converts]
-    absent = tuple([plan.first_made + place for place, value in enumerate(made)
-                    if value is None]) if None in made else ()
-    form, order = planned_form(plan, tuple(dropped), absent)
+    form, order = planned_form(plan, tuple(dropped), tuple(map(_is_none, made)))
     return Came(form, BETWEEN.join(map(str, order(values + made))), {})
 
 
@@ -6250,7 +6276,7 @@ class Governor:
         if self.used > budget and self.debt > most:
             self.stretch = min(self.stretch * min(self.used / budget, 1.5), LONGEST_STRETCH)
         elif self.used < 0.8 * budget:
-            self.stretch = max(self.stretch * 0.9, 1.0)
+            self.stretch = max(self.stretch * 0.9 ** min(passed, 60.0), 1.0)
 
 
 class Plugin(NamedTuple):
@@ -6514,12 +6540,14 @@ class Scraper:
             "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
             "scope"))
         registry.collect(self._own_families)
-        self._watching = False                  # whether there is a timer for `_watch`
+        self._watching = 0                      # the timer for `_watch`, or 0
         self._reads: list[Job] = []             # gathered reads
         self._reads_begin = -math.inf           # when they begin, if they are not too many before,
         self._gathering: int | None = None      # and the timer for that
         self._rate = self._rate_now = 0         # reads in the last second, and in this one
-        server.loop.every(1.0, self._sweep)
+        self._next_look = self._last_look = 0.0
+        self._sent: list[Page] = []             # pages whose whole answer is kept
+        server.loop.every(60.0, self._forget)
 
     def submit(self, job: Job) -> None:
         """From any thread: run a job in a kstat reader, and watch for blocking."""
@@ -6528,11 +6556,10 @@ class Scraper:
 
     def _watch_in(self, seconds: float) -> None:
         if not self._watching:
-            self._watching = True
-            self.server.loop.call_later(seconds, self._watch)
+            self._watching = self.server.loop.call_later(seconds, self._watch)
 
     def _watch(self) -> None:
-        self._watching = False
+        self._watching = 0
         seconds = self.kstats.watch()
         if seconds is not None:
             self._watch_in(seconds)
@@ -6632,9 +6659,9 @@ class Scraper:
         self.inherited.ready += 1
         if now - page.checked >= KSTAT_SECONDS and zone != NODE:
             self._check_that_it_runs(page, now)
-        page.prepared = self._prepare(page, now, math.inf)
-        page.until = now + PREPARED_SECONDS
-        return page.prepared
+        prepared = self._prepare(page, now, math.inf)
+        self._keep(page, prepared, now + PREPARED_SECONDS)
+        return prepared
 
     def bring(self, zone: str, deadline: float) -> Deferred | None:
         """As `ask`, for the page of all zones: the answer to wait for, if any."""
@@ -6654,6 +6681,7 @@ class Scraper:
                 raise self._no_zone(zone)
             page = self._pages[(zone, core)] = Page(zone, core, now)
         page.seen(client, now)
+        self.look(now)
         return page
 
     def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
@@ -6776,7 +6804,7 @@ class Scraper:
                 came = Came(NO_FORM, "", {name: read for name, _ in cell.wants})
             else:
                 came = parts.node(wants, read) if zone == NODE else parts.zone(wants, zone, read)
-            self.server.loop.call_now(self._arrived, cell, came, self.server.now())
+            self.server.loop.call_now(self._has_read, cell, came, self.server.now())
         self._rate_now += 1
         self._reads.append(Job(work, done))
         wait = self._reads_begin - self.server.now()
@@ -6784,6 +6812,12 @@ class Scraper:
             self._begin_reads()
         elif len(self._reads) == 1:
             self._gathering = self.server.loop.call_later(wait, self._have_gathered)
+
+    def _has_read(self, cell: Cell, came: Came | NoSuchZone, at: float) -> None:
+        if self._watching and self.kstats.is_idle:  # a timer would wake the process up in vain
+            self.server.loop.cancel(self._watching)
+            self._watching = 0
+        self._arrived(cell, came, at)
 
     def _have_gathered(self) -> None:
         self._gathering = None
@@ -7130,19 +7164,42 @@ class Scraper:
         return {zone: self.text(page, now, math.inf)[0] for zone, page in pages
                 if page is not None and page.has_values()}
 
-    def _sweep(self) -> None:
-        """Look at the budget; let go of answers that are too old to send, and of pages that nobody
-        wants."""
+    def look(self, now: float) -> None:
+        """At most once a second, and only when somebody asks: look at the budget, and how much is
+        read. An idle agent sleeps."""
+        if now < self._next_look:
+            return
         self.governor.look(self.settings.cpu_budget)
-        self._rate, self._rate_now = self._rate_now, 0
+        self._rate, self._rate_now = self._rate_now if now - self._last_look < 2.0 else 0, 0
+        self._last_look, self._next_look = now, now + 1.0
+
+    def _keep(self, page: Page, prepared: Prepared, until: float) -> None:
+        """Send a whole answer again until then."""
+        page.prepared, page.until = prepared, until
+        if not self._sent:
+            self.server.loop.call_later(1.0, self._drop)
+        self._sent.append(page)
+
+    def _drop(self) -> None:
+        """Let go of answers that are too old to send."""
+        now, sent, self._sent = self.server.now(), self._sent, []
+        for page in sent:
+            if now >= page.until:
+                page.prepared = None
+            elif page.prepared is not None:
+                self._sent.append(page)
+        if self._sent:
+            self.server.loop.call_later(1.0, self._drop)
+
+    def _forget(self) -> None:
+        """Let go of pages that nobody wants."""
         now = self.server.now()
         for key, page in list(self._pages.items()):
-            if page.prepared is not None and now >= page.until:
-                page.prepared = None
             if now - page.used > FORGET_SECONDS and not page.waiting:
                 del self._pages[key]
 
     def _own_families(self) -> list[Family]:
+        self.look(self.server.now())
         kstats, governor = self.kstats, self.governor
         opened = [Sample((("collector", name),
                           ("target", "all" if where == "all zones" else where),
@@ -7424,6 +7481,7 @@ def read_opts(word: str) -> bool:
 def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> Response:
     """The status page: zones with their ages, failures, the budget."""
     escape, now = html.escape, scraper.server.now()
+    scraper.look(now)
     vms, governor = scraper.host.vms.vms, scraper.governor
     rows: list[str] = []
     for zone_id, zone in sorted(zones.items(), key=lambda pair: (

@@ -997,12 +997,14 @@ def test_a_throttled_agent_still_serves_a_new_zone(desk: Callable[..., Desk]) ->
     for _ in range(30):
         cpu.used += 1.0
         one.pass_by(1.0)
+        agent_page(one)
     assert value(agent_page(one), "cmon_agent_lifetime_stretch_ratio") == 64.0
     assert count_on(one) == 0
     one.kernel.write(small(5))
     for _ in range(60):
         cpu.used += 1.0
         one.pass_by(1.0)
+        agent_page(one)
     page = one.page(PATH)
     assert value(page, "mem_agg_usage") == 0, "the last values, and their age"
     assert value(page, 'cmon_sample_age_seconds{collector="memcap"}') == pytest.approx(60, abs=1)
