@@ -533,37 +533,37 @@ class Shape:
 
     def look(self, raw: bytes, base: int) -> None:
         """Find the members by the data of one kstat."""
-        found: list[tuple[int, str, str]] = []  # offset, format, name
+        found: dict[str, tuple[int, str]] = {}  # offset and format; of equal names the last counts
         strings: list[tuple[int, str]] = []
         if self.type == NAMED:
             for place in range(0, self.members * NAMED_ENTRY.size, NAMED_ENTRY.size):
                 name, kind, _, _ = NAMED_ENTRY.unpack_from(raw, place)
                 if kind in _CODES:
-                    found.append((place + 32, _CODES[kind], _text(name)))
+                    found[_text(name)] = place + 32, _CODES[kind]
                 elif kind == _STRING:
                     strings.append((place + 32, _text(name)))
         else:
             layout, names = _FIXED[self.type]
             place = 0
             for member, code in zip(names, layout.format[1:]):
-                found.append((place, code, member))
+                found[member] = place, code
                 place += struct.calcsize("=" + code)
         wanted = {row.member for table in self.tables for row in table.metrics}
+        taken = sorted([(*found[name], name) for name in wanted & found.keys()])
         self.zonename = next((place for place, name in strings if name == "zonename"), None)
         if self.zonename is not None and len(strings) == 1:     # then its text has one place, too
             start = _POINTER.unpack_from(raw, self.zonename)[0] - base
             if self.members * NAMED_ENTRY.size <= start <= self.size - UUID_SIZE:
-                found.append((start, f"{UUID_SIZE}s", ""))
-        form, end, count = "=", 0, 0
-        for place, code, name in sorted(found):
-            if name in wanted or not name:
-                form += f"{place - end}x{code}"
-                end = place + struct.calcsize("=" + code)
+                self.name_place = len(taken)    # behind all members
+                taken.append((start, f"{UUID_SIZE}s", "zonename"))
+        form, end = "=", 0
+        for count, (place, code, name) in enumerate(taken):
+            form += f"{place - end}x{code}"
+            end = place + struct.calcsize("=" + code)
+            if count != self.name_place:
                 self.places[name] = count
-                count += 1
                 if code in "fd":
                     self.floats.add(name)
-        self.name_place = self.places.pop("", None)
         self.unpack = struct.Struct(form).unpack_from
 
 

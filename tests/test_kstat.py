@@ -358,6 +358,21 @@ def test_moved_members_are_found_again() -> None:
     assert "mem_agg_usage 12\n" in part(agent.MEMCAP, handle.read(ref)).text()
 
 
+def test_a_member_that_comes_twice_moves_no_other_value() -> None:
+    memory = Memory()
+    for link, names in enumerate((("rbytes64", "ipackets64", "", "ipackets64", "oerrors"),
+                                  ("ipackets64", "oerrors"))):
+        data = b"".join([member(name, UINT64, q(10 * link + number))
+                         for number, name in enumerate(names)])
+        memory.header("link", 0, f"net{link}", NAMED, data, len(names))
+    handle = Handle(memory)         # type: ignore[arg-type]
+    text = part(agent.NODE_LINK, *map(handle.read, handle.index.modules["link"])).text()
+    assert [line for line in text.splitlines() if line[0] != "#"] == [
+        'link_bytes_in_total{link="net0"} 0',
+        'link_packets_in_total{link="net0"} 3', 'link_packets_in_total{link="net1"} 10',
+        'link_errors_out_total{link="net0"} 4', 'link_errors_out_total{link="net1"} 11']
+
+
 @pytest.mark.parametrize("kind, value, shown", [
     (UINT64, q(2 ** 64 - 1), "18446744073709551615"), (INT64, q(-1), "-1"),
     (UINT32, b"\xff\xff\xff\xff" + POISON * 12, "4294967295"),
