@@ -6248,7 +6248,8 @@ class Governor:
     """Limits the CPU time of the agent and its commands to a share of one CPU.
 
     Over the budget it stretches the lifetimes of all values, so that less is collected; under it
-    they shrink back. A burst as large as 30 s of the budget goes through. Looked at once a second.
+    they shrink back. A burst as large as 30 s of the budget goes through. Looked at when somebody
+    asks, at most once a second.
     """
 
     def __init__(self, cpu: Callable[[], float] = cpu_seconds,
@@ -6273,9 +6274,10 @@ class Governor:
             return
         most = BURST_SECONDS * budget
         self.debt = min(max(self.debt + (share - budget) * passed, 0.0), 2 * most)
-        if self.used > budget and self.debt > most:
-            self.stretch = min(self.stretch * min(self.used / budget, 1.5), LONGEST_STRETCH)
-        elif self.used < 0.8 * budget:
+        if self.used > budget and self.debt > most:     # as far as `used` remembers
+            grown = min(self.used / budget, 1.5) ** min(passed, 5.0)
+            self.stretch = min(self.stretch * grown, LONGEST_STRETCH)
+        elif self.used < 0.8 * budget and self.debt <= most:    # not between two scrapes
             self.stretch = max(self.stretch * 0.9 ** min(passed, 60.0), 1.0)
 
 

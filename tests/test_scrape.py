@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -976,6 +977,21 @@ def test_above_the_cpu_budget_less_is_collected(desk: Callable[..., Desk]) -> No
     for _ in range(120):                            # the load goes away
         one.pass_by(1.0, 1.0)
     assert value(agent_page(one), "cmon_agent_lifetime_stretch_ratio") == 1.0
+
+
+@pytest.mark.parametrize("interval, load, most", [(5, 10, 1.3), (10, 4, 1.3), (15, 4, 1.5)])
+def test_the_budget_holds_for_clients_that_come_seldom(interval: int, load: int, most: float
+                                                       ) -> None:
+    """Who collects `load` times the budget when nothing is stretched; looked at once a scrape."""
+    cpu, now, collected = Cpu(), 0.0, -math.inf
+    governor = agent_module.Governor(cpu, lambda: now)
+    while now < 7200:
+        governor.look(0.05)
+        if now - collected >= 0.8 * interval * governor.stretch:
+            collected = now
+            cpu.used += 0.05 * load * interval
+        now += interval
+    assert cpu.used / now < most * 0.05
 
 
 def test_without_a_budget_nothing_is_stretched(desk: Callable[..., Desk]) -> None:
