@@ -10,6 +10,7 @@ garbage to every port. Each answer is checked; the last line of output is a summ
 """
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import os
@@ -526,8 +527,11 @@ def usage_of(pid: int) -> list[int]:
 
 def main() -> int:
     """The command."""
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)
+    parser = argparse.ArgumentParser(description="Everything at once; each answer is checked.")
+    parser.add_argument("seconds", type=float, nargs="?", default=60.0)
+    parser.add_argument("seed", type=int, nargs="?", default=random.randrange(1 << 32))
+    options = parser.parse_args()
+    seconds, seed = options.seconds, options.seed
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), seed)
