@@ -3671,13 +3671,14 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
     kstats = reading.kstats
     if zone is None:
         kstats = [derived(kstat, wants, context) for kstat in kstats]
-    plan = plan_of(wants, tuple([shape for _, shape, *_ in kstats]))
-    for name, index in plan.wrong:
-        raise CollectError(f"{name}: {kstats[index].ref}: has the wrong type "
-                           f"{kstats[index].shape.type}")
+    shapes: list[Shape] = []
     values: list[Any] = []
     for _, shape, _, raw, _ in kstats:
+        shapes.append(shape)
         values += shape.unpack(raw)
+    plan = plan_of(wants, tuple(shapes))
+    for name, index in plan.wrong:
+        raise CollectError(f"{name}: {kstats[index].ref}: has the wrong type {shapes[index].type}")
     dropped: list[int] = []
     if zone is not None:
         named = zone + b"\0"
@@ -3688,17 +3689,21 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
         if not any([values[place] for place in places]):
             dropped.append(index)
     for labels_of, indices in plan.labelled:
-        shown = [index for index in indices if index not in dropped]
-        texts: dict[str, int] = {}
-        for index, labels in zip(shown, labels_of([kstats[index] for index in shown], context)):
-            text_ = _kstat_labels(labels)
-            if texts.setdefault(text_, index) != index:     # of duplicate labels the first is used
-                dropped.append(index)
-        by_index = {index: text_ for text_, index in texts.items()}
-        values += [by_index.get(index) for index in indices]
+        labels = iter(labels_of([kstats[index] for index in indices if index not in dropped],
+                                context))
+        used: set[str] = set()
+        for index in indices:
+            text_ = ""
+            if index not in dropped:
+                text_ = _kstat_labels(next(labels))
+                if text_ in used:           # of duplicate labels the first is used
+                    dropped.append(index)
+                used.add(text_)
+            values.append(text_)
     made = [convert(values[place]) for place, convert in plan.converts]
     form, order = planned_form(plan, tuple(dropped), tuple(map(_is_none, made)))
-    return Came(form, BETWEEN.join(map(str, order(values + made))), {})
+    values += made
+    return Came(form, BETWEEN.join(map(str, order(values))), {})
 
 
 def derived(kstat: Kstat, wants: Wants, context: Any) -> Kstat:
@@ -6806,7 +6811,7 @@ class Scraper:
                 came = Came(NO_FORM, "", {name: read for name, _ in cell.wants})
             else:
                 came = parts.node(wants, read) if zone == NODE else parts.zone(wants, zone, read)
-            self.server.loop.call_now(self._has_read, cell, came, self.server.now())
+            self.server.loop.call_now(self._arrived, cell, came, self.server.now())
         self._rate_now += 1
         self._reads.append(Job(work, done))
         wait = self._reads_begin - self.server.now()
@@ -6814,12 +6819,6 @@ class Scraper:
             self._begin_reads()
         elif len(self._reads) == 1:
             self._gathering = self.server.loop.call_later(wait, self._have_gathered)
-
-    def _has_read(self, cell: Cell, came: Came | NoSuchZone, at: float) -> None:
-        if self._watching and self.kstats.is_idle:  # a timer would wake the process up in vain
-            self.server.loop.cancel(self._watching)
-            self._watching = 0
-        self._arrived(cell, came, at)
 
     def _have_gathered(self) -> None:
         self._gathering = None
@@ -6835,7 +6834,8 @@ class Scraper:
         jobs, self._reads = self._reads, []
         self._reads_begin = self.server.now() + GATHER_SECONDS
         for job in jobs:
-            self.submit(job)
+            self.kstats.submit(job)
+        self._watch_in(STUCK_SECONDS)
 
     def _begin_function(self, cell: Cell, page: Page) -> None:
         """Run a collector's function in a pool and report any outcome."""
@@ -6873,6 +6873,9 @@ class Scraper:
     def _arrived(self, cell: Cell, brought: Came | Found | Exception, at: float) -> None:
         """A job has ended: store its result, and answer clients that waited only for it."""
         now, pages, began = self.server.now(), cell.pages, cell.began or 0.0
+        if self._watching and self.kstats.is_idle:  # it would wake the process up in vain
+            self.server.loop.cancel(self._watching)
+            self._watching = 0
         self._running -= 1
         self.inherited.collected.observe(
             now - began, "plugin" if cell.name.startswith("plugin_") else cell.name)
