@@ -155,6 +155,9 @@ def test_warn_is_a_level_and_a_port_alone_an_address() -> None:
         assert "listening" not in agent.log
 
 
+LIMITED = "unset COVERAGE_PROCESS_START"        # whose file would be limited, too
+
+
 def capture(file: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """Capture the recorded node, after a shell command."""
     code = ("import sys, cmon_agent as a; a.make_host = lambda _, s: a.RecordedHost(sys.argv[1], s)"
@@ -166,7 +169,7 @@ def capture(file: str, before: str = "") -> subprocess.CompletedProcess[str]:
 
 def test_capture_on_a_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     path = tmp_path / "capture.json"
-    done = capture(str(path), "ulimit -f 8; ")
+    done = capture(str(path), f"{LIMITED}; ulimit -f 8; ")
     assert (done.returncode, done.stderr) == (
         1, f"cmon_agent: cannot write {path}: file too large\n")
     assert not path.exists()
