@@ -496,13 +496,15 @@ def stand_ins(folder: Path, commands: Mapping[str, Mapping[str, Any]]) -> dict[s
 
 def agent_config(folder: Path, kernel: Kernel, recorded: Mapping[str, Mapping[str, Any]],
                  **settings: Any) -> Path:
-    """A configuration of the agent: that kernel, those commands, no vminfod, no CPU budget."""
+    """A configuration of the agent: that kernel, those commands, no vminfod, no CPU budget.
+
+    Nobody listens on port 1; a port that is free now may be that of another test soon."""
     programs = stand_ins(folder / "commands", recorded)
     nowhere = str(folder / "nothing-here")
     path = folder / "agent.json"
     path.write_text(json.dumps({
         "libkstat": str(kernel.library), "commands": programs, "cpu_budget": None,
-        "vminfod": f"http://127.0.0.1:{free_port()}", "sysinfo_file": nowhere,
+        "vminfod": "http://127.0.0.1:1", "sysinfo_file": nowhere,
         "plugin_dirs": {"gz": nowhere, "vm": nowhere}, **settings}))
     return path
 
