@@ -984,6 +984,7 @@ class Reader:
         self.abandoned = False
         self.job: Job | None = None
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.pending = 0                    # jobs that are not done
         self.thread = threading.Thread(target=self._run, name="kstat", daemon=True)
 
     # for jobs
@@ -1172,7 +1173,7 @@ class KstatThreads:
         self.given_up = 0
         self._readers: list[Reader] = []
         self._active: Reader | None = None
-        self._lock = threading.Lock()       # the two above, and changes of `quarantine`
+        self._lock = threading.Lock()       # the two above, `quarantine`, and jobs of readers
 
     def submit(self, job: Job) -> None:
         """Queue a job. `job.done` is called from a reader's thread or, when libkstat blocks all of
@@ -1182,6 +1183,7 @@ class KstatThreads:
                 self._start()
             active = self._active
             if active is not None:
+                active.pending += 1
                 active.jobs.put(job)
         if active is None:
             job.done(KstatError(f"libkstat blocks {MAX_HANDLES} threads: "
@@ -1192,7 +1194,7 @@ class KstatThreads:
         another job."""
         with self._lock:
             active = self._active
-            if active is None or active.job is None and active.jobs.empty():
+            if active is None or not active.pending:
                 return None
             doing = active.doing
             left = STUCK_SECONDS if doing is None else STUCK_SECONDS - (self.now() - doing[1])
@@ -1234,6 +1236,7 @@ class KstatThreads:
         """A reader has finished its job; False if it was given up and another has the job."""
         with self._lock:                    # `watch` must see all of this or nothing
             reader.job = None
+            reader.pending -= 1
             return not reader.abandoned
 
     def gone(self, reader: Reader) -> None:
@@ -1267,8 +1270,7 @@ class KstatThreads:
     def is_idle(self) -> bool:
         """Whether no job is under way."""
         with self._lock:
-            active = self._active
-            return active is None or active.job is None and active.jobs.empty()
+            return self._active is None or not self._active.pending
 
     @property
     def blocked(self) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -277,18 +279,39 @@ class Handle:
         """Nothing to close."""
 
 
+class Halting:
+    """A queue whose reader stops for a while after it has taken a job."""
+
+    def __init__(self) -> None:
+        self.jobs: Any = queue.SimpleQueue()
+        self.put, self.empty = self.jobs.put, self.jobs.empty
+        self.taken, self.go = threading.Event(), threading.Event()
+
+    def get(self) -> Any:
+        """The next job."""
+        job = self.jobs.get()
+        self.taken.set()
+        self.go.wait(60.0)
+        return job
+
+
 def test_no_job_is_lost_when_a_reader_is_given_up_between_two() -> None:
-    readers = agent.KstatThreads(Handle)
-    done: list[int] = []
-    readers.submit(agent.Job(lambda reader: 0, done.append))
+    readers, halting = agent.KstatThreads(Handle), Halting()
+    done: list[Any] = []
+    readers.submit(agent.Job(lambda reader: setattr(reader, "jobs", halting), done.append))
     wait_until(lambda: done)
-    # It idles, but `watch` has seen it busy: it is given up, and must end nevertheless.
+    assert readers.is_idle and readers.watch() is None
+    readers.submit(agent.Job(lambda reader: 1, done.append))
+    assert halting.taken.wait(60.0)
+    assert not readers.is_idle and readers.watch() is not None, "it is looked at again"
+    # It is about to begin, but `watch` has seen it blocked.
     old = readers._active
     assert old is not None
-    old.doing = ("tcp:5:tcp", readers.now() - 1.0)
+    old.doing = ("tcp:5:tcp", readers.now() - 60.0)
     readers.watch()
-    readers.submit(agent.Job(lambda reader: 1, done.append))
-    wait_until(lambda: done == [0, 1])
+    assert readers.blocked
+    halting.go.set()
+    wait_until(lambda: done == [None, 1])
     wait_until(lambda: not readers.blocked)
     readers.close()
 
