@@ -3709,9 +3709,11 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
 
 
 def derived(kstat: Kstat, wants: Wants, context: Any) -> Kstat:
-    """The kstat with the values that a table makes of its members, if it does."""
+    """The kstat with the values that a table makes of its members, if it does and there are some:
+    of a wrong type there are none."""
     for table in kstat.ref.tables:
-        if table.values is not None and any([table in tables for _, tables in wants]):
+        if table.values is not None and kstat.shape.places \
+                and any([table in tables for _, tables in wants]):
             return pack(kstat.ref, kstat.snaptime, table.values(kstat, context))
     return kstat
 

@@ -405,13 +405,17 @@ def test_io_and_vminfo_are_taken_from_their_structures() -> None:
     assert shown["disk_running_operations"] == "12"
 
 
-def test_a_kstat_of_another_type_is_a_failure_and_not_empty() -> None:
+@pytest.mark.parametrize("table, module, name", [
+    (agent.ARCSTATS, "zfs", "arcstats"), (agent.MEMORY, "unix", "system_pages"),
+    (agent.SWAP, "unix", "vminfo")], ids=["as read", "in pages", "since the last"])
+def test_a_kstat_of_another_type_is_a_failure_and_not_empty(table: agent.Table, module: str,
+                                                            name: str) -> None:
     memory = Memory()
-    memory.header("memory_cap", 3, "z", IO, bytes(agent.IO_DATA.size), 1)
+    memory.header(module, 0, name, IO, bytes(agent.IO_DATA.size), 1)
     handle = Handle(memory)         # type: ignore[arg-type]
     for _ in range(2):
-        with pytest.raises(agent.CollectError, match="memory_cap:3:z: has the wrong type 3"):
-            part(agent.MEMCAP, handle.read(handle.index.zones[3][0]))
+        with pytest.raises(agent.CollectError, match=f"{module}:0:{name}: has the wrong type 3"):
+            part(table, handle.read(handle.index.modules[module][0]))
 
 
 def test_only_caps_of_zones_belong_to_zones() -> None:
