@@ -3632,7 +3632,7 @@ def plan_of(wants: Wants, shapes: tuple[Shape, ...]) -> Plan:
 
 
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
-def planned_form(plan: Plan, dropped: tuple[int, ...], absent: tuple[bool, ...]
+def planned_form(plan: Plan, dropped: frozenset[int], absent: tuple[bool, ...]
                  ) -> tuple[Form, Callable[[Sequence[Any]], Sequence[Any]]]:
     """The form without kstats that are dropped and conversions that gave no value, and how its
     values are taken from all."""
@@ -3681,15 +3681,15 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
     plan = plan_of(wants, tuple(shapes))
     for name, index in plan.wrong:
         raise CollectError(f"{name}: {kstats[index].ref}: has the wrong type {shapes[index].type}")
-    dropped: list[int] = []
+    dropped: set[int] = set()
     if zone is not None:
         named = zone + b"\0"
         for index, place in plan.zonenames:
             if (place is None or values[place] != named) and not is_of_zone(kstats[index], zone):
-                dropped.append(index)
+                dropped.add(index)
     for index, places in plan.idle:
         if not any([values[place] for place in places]):
-            dropped.append(index)
+            dropped.add(index)
     for labels_of, indices in plan.labelled:
         labels = iter(labels_of([kstats[index] for index in indices if index not in dropped],
                                 context))
@@ -3699,11 +3699,11 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
             if index not in dropped:
                 text_ = _kstat_labels(next(labels))
                 if text_ in used:           # of duplicate labels the first is used
-                    dropped.append(index)
+                    dropped.add(index)
                 used.add(text_)
             values.append(text_)
     made = [convert(values[place]) for place, convert in plan.converts]
-    form, order = planned_form(plan, tuple(dropped), tuple(map(_is_none, made)))
+    form, order = planned_form(plan, frozenset(dropped), tuple(map(_is_none, made)))
     values += made
     return Came(form, BETWEEN.join(map(str, order(values))), {})
 
