@@ -802,6 +802,7 @@ class Handle:
 
 STUCK_SECONDS = 0.5             # a kstat_read that takes longer counts as blocked
 MAX_HANDLES = 3                 # open chains, including those of blocked threads
+FOLLOW_SECONDS = 1.0            # between two looks for kstats that are new; what is gone says so
 REOPEN_SECONDS = 10.0           # between two attempts to find kstats that were not yet installed
 REBUILD_SHARE = 20              # an index that took 1 s of CPU is not rebuilt within 20 s
 FORCED_SHARE = 4                # … after 4 s if a requested zone is missing
@@ -1028,7 +1029,7 @@ class Reader:
         """Update the chain, with a limited rate; True if it has changed."""
         now = self._kstats.now()
         rebuild = self._handle.rebuild_seconds
-        pause = max(0.1, REBUILD_SHARE * rebuild)
+        pause = max(FOLLOW_SECONDS, REBUILD_SHARE * rebuild)
         if force:                       # for a missing zone: only if cheap, or not too often
             pause = FORCED_SHARE * rebuild if rebuild > 0.01 else 0.0
         if now - self._updated < pause:
