@@ -1809,6 +1809,9 @@ class RecordedHost(Host):
 # table, and its place in a collector of ZONE_COLLECTORS or NODE_COLLECTORS: the index and the reads
 # follow from the tables. A row without its member on this platform makes no sample; several rows of
 # one name, one below the other, make one family and differ in their labels.
+#
+# A command is a function like collect_zones() and its row in one of these; the path of a new
+# command stands in DEFAULT_COMMANDS, and what it prints in examples/make_node.py.
 
 class CollectError(Exception):
     """A collector has failed; the text says which, what and why."""
