@@ -533,23 +533,23 @@ class Shape:
 
     def look(self, raw: bytes, base: int) -> None:
         """Find the members by the data of one kstat."""
-        found: dict[str, tuple[int, str]] = {}  # offset and format; of equal names the last counts
+        offsets: dict[str, tuple[int, str]] = {}    # and formats; of equal names the last counts
         strings: list[tuple[int, str]] = []
         if self.type == NAMED:
             for place in range(0, self.members * NAMED_ENTRY.size, NAMED_ENTRY.size):
                 name, kind, _, _ = NAMED_ENTRY.unpack_from(raw, place)
                 if kind in _CODES:
-                    found[_text(name)] = place + 32, _CODES[kind]
+                    offsets[_text(name)] = place + 32, _CODES[kind]
                 elif kind == _STRING:
                     strings.append((place + 32, _text(name)))
         else:
             layout, names = _FIXED[self.type]
             place = 0
             for member, code in zip(names, layout.format[1:]):
-                found[member] = place, code
+                offsets[member] = place, code
                 place += struct.calcsize("=" + code)
         wanted = {row.member for table in self.tables for row in table.metrics}
-        taken = sorted([(*found[name], name) for name in wanted & found.keys()])
+        taken = sorted([(*offsets[name], name) for name in wanted & offsets.keys()])
         self.zonename = next((place for place, name in strings if name == "zonename"), None)
         if self.zonename is not None and len(strings) == 1:     # then its text has one place, too
             start = _POINTER.unpack_from(raw, self.zonename)[0] - base
@@ -660,10 +660,10 @@ def wanted_of(tables: Iterable[Table]) -> dict[bytes, Wanted]:
     for table in tables:
         by_module.setdefault(table.module, []).append(table)
     return {module.encode(): Wanted(
-        tuple(found),
-        frozenset(table.names.encode() for table in found if not table.names.endswith("*")),
-        tuple(table.names[:-1].encode() for table in found if table.names.endswith("*")))
-        for module, found in by_module.items()}
+        tuple(of_module),
+        frozenset(table.names.encode() for table in of_module if not table.names.endswith("*")),
+        tuple(table.names[:-1].encode() for table in of_module if table.names.endswith("*")))
+        for module, of_module in by_module.items()}
 
 
 class Index:
@@ -703,7 +703,7 @@ class Index:
         for table in tables:
             zone_id = None if table.zone is None else table.zone(ref)
             if zone_id is not None:
-                ref.tables = self._shared([one for one in tables if one.zone])
+                ref.tables = self._shared([table for table in tables if table.zone])
                 refs = self.zones.setdefault(zone_id, [])
                 if zone_id in self.misc:        # which stays the last, as it is read last
                     refs.insert(-1, ref)
@@ -1931,38 +1931,38 @@ class Rows:
 
     def of(self, data: Mapping[str, Any], labels: Labels = ()) -> Values:
         """A thing from values by member, such as the fields of a command's output."""
-        found = [(row, value) for row, metric in enumerate(self.metrics) if metric.member in data
-                 for value in (metric.unit.convert(data[metric.member]),) if value is not None]
-        return Values(label_text(labels)[1:-1], tuple([row for row, _ in found]), tuple(
-            [value if type(value) is int else number(value) for _, value in found]))
+        rows = [(row, value) for row, metric in enumerate(self.metrics) if metric.member in data
+                for value in (metric.unit.convert(data[metric.member]),) if value is not None]
+        return Values(label_text(labels)[1:-1], tuple([row for row, _ in rows]), tuple(
+            [value if type(value) is int else number(value) for _, value in rows]))
 
-    def part(self, found: Sequence[Values]) -> Part:
+    def part(self, things: Sequence[Values]) -> Part:
         """What the page says of these things; only a single one may be without labels."""
-        key = tuple([one.rows for one in found])
+        key = tuple([thing.rows for thing in things])
         known = self._templates.get(key)
         if known is None:
             if len(self._templates) >= MAX_TEMPLATES:
                 self._templates.clear()
-            template, order = self.template(found)
+            template, order = self.template(things)
             known = self._templates[key] = (template, taking(order))
         return Part(known[0], BETWEEN.join(map(str, known[1](
-            [value for one in found for value in (one.labels, *one.values)]))))
+            [value for thing in things for value in (thing.labels, *thing.values)]))))
 
-    def template(self, found: Sequence[Values]) -> tuple[str, list[int]]:
+    def template(self, things: Sequence[Values]) -> tuple[str, list[int]]:
         """The text, and which of labels and values go where."""
         lines: list[str] = []
         order: list[int] = []
         for head, rows in self._families:
             start = len(lines)
             place = 0
-            for one in found:
+            for thing in things:
                 for row, name, own in rows:
-                    if row in one.rows:
-                        labels = ",".join(filter(None, ("%s" if one.labels else "", own)))
+                    if row in thing.rows:
+                        labels = ",".join(filter(None, ("%s" if thing.labels else "", own)))
                         lines.append(name + (f"{{{labels}}}" if labels else "") + " %s\n")
-                        order += [place] if one.labels else []
-                        order.append(place + 1 + one.rows.index(row))
-                place += 1 + len(one.values)
+                        order += [place] if thing.labels else []
+                        order.append(place + 1 + thing.rows.index(row))
+                place += 1 + len(thing.values)
             if len(lines) > start:
                 lines.insert(start, head)
         return "".join(lines), order
@@ -2455,14 +2455,14 @@ PROC = Table("proc", "unix", "system_misc", (
 def mean_since(kstat: Kstat, context: NodeContext) -> Mapping[str, Any]:
     """vminfo adds the present number of pages to its members once a second."""
     updates = kstat.data.get("updates")
-    before: Mapping[str, Any] = next((one.data for one in reversed(context.vminfo_before)
-                                      if one.data.get("updates") != updates), {})
-    found = {member: value - before[member] for member, value in kstat.data.items()
+    before: Mapping[str, Any] = next((vminfo.data for vminfo in reversed(context.vminfo_before)
+                                      if vminfo.data.get("updates") != updates), {})
+    growth = {member: value - before[member] for member, value in kstat.data.items()
              if isinstance(value, int) and isinstance(before.get(member), int)}
-    seconds = found.pop("updates", 0)
-    if seconds <= 0 or min(found.values(), default=-1) < 0:
+    seconds = growth.pop("updates", 0)
+    if seconds <= 0 or min(growth.values(), default=-1) < 0:
         return {}
-    return {member: value * context.page_size // seconds for member, value in found.items()}
+    return {member: value * context.page_size // seconds for member, value in growth.items()}
 
 
 def vminfo_readings(kstats: Iterable[Kstat], before: tuple[Kstat, ...]) -> tuple[Kstat, ...]:
@@ -3560,8 +3560,8 @@ def wants_of(collectors: tuple[Collector, ...]) -> Wants:
 
 def _as_text(convert: Convert, value: float) -> Any:
     """Floating point, which no kernel sends any more: it may be no number."""
-    found = convert(value)
-    return None if found is None else number(found)
+    converted = convert(value)
+    return None if converted is None else number(converted)
 
 
 class Plan:
@@ -3646,18 +3646,18 @@ def planned_form(plan: Plan, dropped: frozenset[int], absent: tuple[bool, ...]
     for _, tables in plan.wants:
         text_ = ""
         for table in tables:
-            found: list[Values] = []
+            shown: list[Values] = []
             places: list[int] = []
             for thing in plan.things[table]:
-                if thing.kstat in dropped or table.labels is None and found:    # the first counts
+                if thing.kstat in dropped or table.labels is None and shown:    # the first counts
                     continue
                 rows = [(row, place) for row, place in thing.rows if place not in without]
-                found.append(Values("" if thing.label is None else "%s",
+                shown.append(Values("" if thing.label is None else "%s",
                                     tuple([row for row, _ in rows]), rows))
                 places += (thing.label or 0, *[place for _, place in rows])
-            part, own = table.rows.template(found)
+            part, taken = table.rows.template(shown)
             text_ += part
-            order += [places[place] for place in own]
+            order += [places[place] for place in taken]
         templates.append(reused(text_))
     return form_of(tuple([name for name, _ in plan.wants]), tuple(templates)), taking(order)
 
@@ -5559,12 +5559,12 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self._unsent_bytes <= self.limits.unsent_bytes:
             return
         by_address: dict[str, int] = collections.defaultdict(int)
-        for one, held in self._unsent.items():
-            by_address[one.peer.address] += held
+        for holder, held in self._unsent.items():
+            by_address[holder.peer.address] += held
         worst = max(by_address, key=by_address.__getitem__)
-        for one in [one for one in self._unsent if one.peer.address == worst]:
+        for holder in [holder for holder in self._unsent if holder.peer.address == worst]:
             self.refused("unsent_bytes")
-            one.close()
+            holder.close()
             if self._unsent_bytes < self.limits.unsent_bytes * 7 // 8:  # not for each answer
                 return
 
@@ -6188,7 +6188,8 @@ class Cell:
         self.collectors = collectors            # one with a function, or all that read kstats
         self.name = collectors[0].name if collectors[0].collect else KSTATS
         self.wants = wants_of(collectors)
-        self.lifetime = min([one.lifetime for one in collectors if one.tables or one.collect])
+        self.lifetime = min([collector.lifetime for collector in collectors
+                             if collector.tables or collector.collect])
         self.shared = collectors[0].shared      # whether one job serves all zones
 
     def mend(self) -> None:
@@ -6351,7 +6352,7 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
             options = read_json(os.path.join(folder, PLUGIN_CONFIG))
         except ConfigError as error:
             problems += error.problems
-    found: dict[str, Plugin] = {}
+    plugins: dict[str, Plugin] = {}
     for file_name in sorted(names - {PLUGIN_CONFIG}):
         path = os.path.join(folder, file_name)
         try:
@@ -6366,13 +6367,13 @@ def find_plugins(folder: str, problems: list[str]) -> list[Plugin]:
             problems.append(f"{path}: must belong to root, and nobody else may write to it")
         elif plugin is None:
             problems.append(f"{path}: its name, or what {PLUGIN_CONFIG} says of it, cannot be used")
-        elif plugin.name in found:
+        elif plugin.name in plugins:
             problems.append(f"{path}: there is another plugin {plugin.name}")
-        elif len(found) >= PLUGINS_MOST:
+        elif len(plugins) >= PLUGINS_MOST:
             problems.append(f"{folder}: more than {PLUGINS_MOST} plugins; {file_name} does not run")
         else:
-            found[plugin.name] = plugin
-    return list(found.values())
+            plugins[plugin.name] = plugin
+    return list(plugins.values())
 
 
 def _is_owned(status: os.stat_result) -> bool:
@@ -6423,12 +6424,12 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
     among the values; then those of each form and after them whether they were cached, the seconds
     that they took, and their age. `notes` say why some collectors have nothing yet.
     """
-    found: dict[str, tuple[str, range, int, bool]] = {}
+    by_name: dict[str, tuple[str, range, int, bool]] = {}
     size = 2
     for form, up in zip(shown[::2], shown[1::2]):
         for name, template, place in zip(form.names, form.templates, form.places):
-            found.setdefault(name, (template, range(size + place.start, size + place.stop),
-                                    size + form.size, up))
+            by_name.setdefault(name, (template, range(size + place.start, size + place.stop),
+                                      size + form.size, up))
         size += form.size + 3
     text_: list[str] = []
     order: list[int] = []
@@ -6438,8 +6439,8 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
             name = metric.name.format(collector)
             text_.append(_head(name, metric.kind, metric.help) + f"{name} {value}\n")
     for collector in collectors:
-        if collector in found:
-            template, places, cached, _ = found[collector]
+        if collector in by_name:
+            template, places, cached, _ = by_name[collector]
             text_.append(template)
             meta(collector, "1" if template else "0", "%s", "%s")
             order += (*places, cached, cached + 1)
@@ -6450,20 +6451,21 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
     meta("time", "1", "0", "0.0")
     text_.append(_head(SAMPLE_AGE.name, SAMPLE_AGE.kind, SAMPLE_AGE.help))
     for collector in collectors:
-        if collector in found:
+        if collector in by_name:
             text_.append(f'{SAMPLE_AGE.name}{{collector="{collector}"}} %s\n')
-            order.append(found[collector][2] + 2)
+            order.append(by_name[collector][2] + 2)
     text_.append(f'{SAMPLE_AGE.name}{{collector="time"}} %s\n')
     order.append(1)
     text_.append(_head(COLLECTOR_UP.name, COLLECTOR_UP.kind, COLLECTOR_UP.help))
-    missing = tuple([name for name in collectors if name not in found or not found[name][3]])
+    missing = tuple([name for name in collectors if name not in by_name or not by_name[name][3]])
     why = dict(notes)
     for name in (*collectors, "time"):
         text_.append(f'{COLLECTOR_UP.name}{{collector="{name}"}} {0 if name in missing else 1}\n')
         if name in missing and why.get(name):   # as a comment: a label would make it another series
             text_.append(f"# {name}: {why[name]}\n".replace("%", "%%"))
     texts = [""] * (2 * len(order) + 1)
-    texts[::2] = [one.replace("\0", "%") for one in "".join(text_).replace("%%", "\0").split("%s")]
+    texts[::2] = [piece.replace("\0", "%")
+                  for piece in "".join(text_).replace("%%", "\0").split("%s")]
     return PageLayout(texts, operator.itemgetter(*order), missing)
 
 
@@ -6957,7 +6959,7 @@ class Scraper:
         problems = list(brought.problems)
         kept: list[Foreign] = []
         for family in brought.families:
-            other = next((taken[one] for one in family.names() if one in taken), None)
+            other = next((taken[claim] for claim in family.names() if claim in taken), None)
             if other is None:
                 kept.append(family)
             else:
@@ -7039,13 +7041,13 @@ class Scraper:
         for cell in page.cells:
             if cell.troubles:
                 notes += tuple([(name, trouble.note) for name, trouble in cell.troubles.items()])
-            for form, found, at, seconds, up in (self._of_zone(cell, page, now) if cell.shared else
-                                                 cell.sources):
+            for form, joined, at, seconds, up in (
+                    self._of_zone(cell, page, now) if cell.shared else cell.sources):
                 age = now - at
                 if age > STALE_SECONDS and age > 3 * self.lifetime(cell, page, now):
                     continue
                 forms += (form, up and not cell.late)
-                values += found.split(BETWEEN)
+                values += joined.split(BETWEEN)
                 values += ("1" if at < since else "0", seconds, repr(round(age, 3)))
         texts, order, missing = page_layout(page.names, tuple(forms), notes)
         texts = texts.copy()
@@ -7070,7 +7072,7 @@ class Scraper:
         """Update a page's collectors; those that remain keep their values."""
         plugins = [plugin for plugin in self._plugins["gz" if page.zone == NODE else "vm"]
                    if plugin.zones is None or page.zone in plugin.zones]
-        kind = (self.generation, page.zone == NODE, page.core, *(one.name for one in plugins))
+        kind = (self.generation, page.zone == NODE, page.core, *(plugin.name for plugin in plugins))
         known = self._kinds.get(kind)
         if known is None:
             if len(self._kinds) > 100:
