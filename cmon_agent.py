@@ -2022,6 +2022,9 @@ class NodeContext(NamedTuple):
     vminfo_before: tuple[Kstat, ...] = ()   # earlier readings of unix:0:vminfo, oldest first
 
 
+Context = Union[ZoneContext, NodeContext, None]
+
+
 def each(function: Callable[[Kstat], Labels]) -> Label:
     """Labels that depend on one kstat alone."""
     def label(kstats: Sequence[Kstat], _context: Any) -> list[Labels]:
@@ -3572,7 +3575,7 @@ class Plan:
     """
 
     def __init__(self, wants: Wants, shapes: tuple[Shape, ...]) -> None:
-        self.wants, self.shapes = wants, shapes
+        self.wants = wants
         starts, size = [], 0
         for shape in shapes:
             starts.append(size)
@@ -3666,8 +3669,7 @@ _is_none = functools.partial(operator.is_, None)
 _kstat_labels = functools.lru_cache(maxsize=1024)(lambda labels: label_text(labels)[1:-1])
 
 
-def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes | None = None
-                ) -> Came:
+def from_kstats(wants: Wants, reading: Reading, context: Context = None) -> Came:
     """What collectors send of what was read of a zone, or of the node; raises CollectError when
     one of them cannot."""
     for error in reading.errors:
@@ -3675,6 +3677,7 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
             if error.ref is not None and not set(tables).isdisjoint(error.ref.tables):
                 raise CollectError(f"{name}: {error}")
     kstats = reading.kstats
+    zone = context.name if isinstance(context, ZoneContext) else None
     if zone is None:
         kstats = [derived(kstat, wants, context) for kstat in kstats]
     shapes: list[Shape] = []
@@ -3712,7 +3715,7 @@ def from_kstats(wants: Wants, reading: Reading, context: Any = None, zone: bytes
     return Came(form, BETWEEN.join(map(str, order(values))), {})
 
 
-def derived(kstat: Kstat, wants: Wants, context: Any) -> Kstat:
+def derived(kstat: Kstat, wants: Wants, context: Context) -> Kstat:
     """The kstat with the values that a table makes of its members, if it does and there are some:
     of a wrong type there are none."""
     for table in kstat.ref.tables:
@@ -3727,16 +3730,16 @@ def _bug(collector: str, error: Exception) -> CollectError:
     return CollectError(f"internal error: {type(error).__name__}")
 
 
-def each_from_kstats(wants: Wants, reading: Reading, context: Any, zone: bytes | None) -> Came:
+def each_from_kstats(wants: Wants, reading: Reading, context: Context) -> Came:
     """As `from_kstats`, but what one collector cannot send costs that collector alone."""
     try:
-        return from_kstats(wants, reading, context, zone)
+        return from_kstats(wants, reading, context)
     except Exception as error:
         if len(wants) == 1:
             [(name, _)] = wants
             return Came(NO_FORM, "", {
                 name: error if isinstance(error, CollectError) else _bug(name, error)})
-    each_came = [each_from_kstats((want,), reading, context, zone) for want in wants]
+    each_came = [each_from_kstats((want,), reading, context) for want in wants]
     good = [came for came in each_came if not came.failed]
     return Came(form_of(tuple([came.form.names[0] for came in good]),
                         tuple([came.form.templates[0] for came in good])),
@@ -6482,20 +6485,19 @@ class KstatParts:
 
     def zone(self, wants: Wants, zone: str, reading: Reading) -> Came:
         """What collectors send of a zone."""
-        name = zone.encode()
         return self._came("zone", wants, reading, ZoneContext(
-            reading.zone_id, name, functools.partial(self._nics, zone, reading.zone_id)), name)
+            reading.zone_id, zone.encode(),
+            functools.partial(self._nics, zone, reading.zone_id)))
 
     def node(self, wants: Wants, reading: Reading) -> Came:
         """What collectors send of the node."""
         context = NodeContext(self._host.page_size, self._vminfo)
         self._vminfo = vminfo_readings(reading.kstats, self._vminfo)
-        return self._came("node", wants, reading, context, None)
+        return self._came("node", wants, reading, context)
 
-    def _came(self, scope: str, wants: Wants, reading: Reading, context: Any, zone: bytes | None
-              ) -> Came:
+    def _came(self, scope: str, wants: Wants, reading: Reading, context: Context) -> Came:
         cpu = time.thread_time()
-        came = each_from_kstats(wants, reading, context, zone)
+        came = each_from_kstats(wants, reading, context)
         self._booked.add(time.thread_time() - cpu, scope)
         return came
 

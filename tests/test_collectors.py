@@ -42,10 +42,10 @@ def reading(read: Iterable[Read]) -> agent.Reading:
                          [one for one in read if isinstance(one, KstatError)])
 
 
-def parts(collectors: Sequence[agent.Collector], read: Iterable[Read], context: Any,
-          name: bytes | None = None) -> list[Part]:
+def parts(collectors: Sequence[agent.Collector], read: Iterable[Read], context: agent.Context
+          ) -> list[Part]:
     """What collectors that read kstats with the page send, all together."""
-    came = agent.from_kstats(agent.wants_of(tuple(collectors)), reading(read), context, name)
+    came = agent.from_kstats(agent.wants_of(tuple(collectors)), reading(read), context)
     values = came.values.split(agent.BETWEEN)
     return [Part(template, agent.BETWEEN.join(values[place.start:place.stop]))
             for template, place in zip(came.form.templates, came.form.places)]
@@ -54,7 +54,7 @@ def parts(collectors: Sequence[agent.Collector], read: Iterable[Read], context: 
 def zone(collector: str, *kstats: Read, **context: Any) -> dict[str, Any]:
     """Samples of a zone's collector: name -> value, or labels -> value."""
     [part] = parts([named(agent.ZONE_COLLECTORS, collector)], kstats,
-                   ZoneContext(7, ZONE.encode(), **context), ZONE.encode())
+                   ZoneContext(7, ZONE.encode(), **context))
     return shown(part)
 
 
@@ -106,7 +106,7 @@ class Recorded:
         read = [one for one in self.kstats
                 if any(table.zone and table.zone(one.ref) == number for table in one.ref.tables)
                 or one.ref.module == "vmm" and one.ref.instance == machine]
-        found = parts(WITH_PAGE[0], read, context, line.name.encode())
+        found = parts(WITH_PAGE[0], read, context)
         datasets = agent.parse_list("zfs", self.commands["zfs " + " ".join(
             agent.zfs_command(agent.ZFS_COLUMNS, "zones"))], agent.ZFS_COLUMNS)
         return families_of([*found, agent.zfs_part(datasets[f"zones/{line.name}"]), TIME])

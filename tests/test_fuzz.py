@@ -132,7 +132,7 @@ def test_any_kstat_is_survived(recorded_node: dict[str, Any]) -> None:
     for zone_id in range(20):
         mine = agent.Reading([kstat for kstat in read if kstat.ref.instance == zone_id], [])
         context = agent.ZoneContext(zone_id, b"global")
-        came += [agent.from_kstats(((one.name, one.tables),), mine, context, b"global")
+        came += [agent.from_kstats(((one.name, one.tables),), mine, context)
                  for one in agent.ZONE_COLLECTORS]
     parts = [agent.Part(one.form.templates[0], one.values) for one in came]
     assert sum(bool(part.text() and agent.parse(part.text())) for part in parts) > 20
