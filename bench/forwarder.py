@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""What the forwarder takes: CPU for each sink, and memory and CPU at 5,000 targets beside vmagent.
+"""Benchmarks the forwarder: CPU per sink, then CPU and memory with 5,000 targets against vmagent.
 
     bench/forwarder.py [TARGETS]
 
-Encoders and the parser are measured in this process. Then the forwarder and vmagent scrape the
-same pages from the same proxy, one after the other, and push to one sink that takes all; CPU time
-is that of the process, over a whole interval, after the first.
+The parser and the encoders run in this process. Then the forwarder and vmagent, in turn, scrape the
+same pages from the same proxy and push to a store that accepts everything. Their CPU time is taken
+over one whole interval, after the first.
 """
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ TARGETS = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
 INTERVAL = float(os.environ.get("BENCH_INTERVAL", 30))
 SECONDS = float(os.environ.get("BENCH_SECONDS", 2))
 
-# Serves one page whatever is asked, as an agent; and takes whatever is posted, as a store.
-BOTH = """
+# An agent and a store: answers every GET with one page and accepts every POST.
+AGENT_AND_STORE = """
 import socketserver, sys
 page = open(sys.argv[1], "rb").read()
 whole = b"HTTP/1.1 200 OK\\r\\nContent-Type: text/plain; version=0.0.4; charset=utf-8\\r\\n" \\
@@ -68,7 +68,7 @@ def zone_page() -> str:
 
 
 def rate(work: Any, count: int) -> float:
-    """So many `count` a second of CPU time."""
+    """Items per CPU second, where each call of `work` handles `count` items."""
     work()
     began, done = time.process_time(), 0
     while time.process_time() - began < SECONDS / 2:
@@ -78,14 +78,14 @@ def rate(work: Any, count: int) -> float:
 
 
 def encoders(page: str) -> None:
-    """Samples a second of CPU: parsing, and each encoder with its framing and compression."""
+    """Samples per CPU second: the parser, and each encoder with its framing and compression."""
     settings = forwarder.Settings(proxy=forwarder.ProxySettings(url="http://x"), sinks={})
     reader = forwarder.PageReader(forwarder.Selector(settings))
     points, count = reader.read(page)
     target = forwarder.Target(uuid(1), "web01", "/x", (("alias", "web01"), ("instance", uuid(1))))
-    series = [(one, value) for _, one, value in points]
-    scrape = forwarder.Scrape(target, int(time.time() * 1000), series,
-                              {one: 1 for one, _ in series if one.counter})
+    forwarded = [(series, value) for _, series, value in points]
+    scrape = forwarder.Scrape(target, int(time.time() * 1000), forwarded,
+                              {series: 1 for series, _ in forwarded if series.counter})
     parsed = rate(lambda: reader.read(page), count)
     rows: list[list[Any]] = [["(parse a page)", f"{parsed:,.0f}", ""]]
     for kind, row in forwarder.SINKS.items():
@@ -96,15 +96,15 @@ def encoders(page: str) -> None:
             speed = rate(lambda: forwarder.encode(sink, scrape), len(records))
             rows.append([f"{kind} {form or ''}", f"{speed:,.0f}",
                          f"{sum(map(len, records)) / max(len(records), 1):.0f}"])
-    table("Samples encoded in a second of CPU", ("sink", "samples/s", "bytes a sample"), rows)
+    table("Samples encoded per CPU second", ("sink", "samples/s", "bytes/sample"), rows)
 
 
 @contextmanager
-def both(folder: Path, page: str) -> Iterator[int]:
-    """An agent and a store in one process."""
+def agent_and_store(folder: Path, page: str) -> Iterator[int]:
+    """An agent and a store in one process; yields their port."""
     (folder / "page").write_text(page)
     port = free_port()
-    program = Program(sys.executable, "-c", BOTH, folder / "page", str(port))
+    program = Program(sys.executable, "-c", AGENT_AND_STORE, folder / "page", str(port))
     try:
         wait_until(lambda: subprocess.run(
             ["sh", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port}"], executable="/bin/bash",
@@ -115,7 +115,7 @@ def both(folder: Path, page: str) -> Iterator[int]:
 
 
 def run(program: Program, scraped: Any) -> tuple[float, float, float]:
-    """CPU of one core in per cent over an interval, memory in MB, scrapes a second."""
+    """CPU in percent of a core, resident memory in MiB, and scrapes per second over an interval."""
     try:
         wait_until(lambda: scraped() >= TARGETS, timeout=INTERVAL * 4)
         cpu, began, before = cpu_seconds(program.pid), time.monotonic(), scraped()
@@ -128,7 +128,7 @@ def run(program: Program, scraped: Any) -> tuple[float, float, float]:
 
 
 def at_scale(folder: Path, page: str, port: int) -> None:
-    """The forwarder with one sink, with three, and vmagent."""
+    """The forwarder with one sink and with three, against vmagent."""
     content = inventory(f"127.0.0.1:{port}")
     content["vms"] = [vm(uuid(number), ALICE, NODE_1) for number in range(1000, 1000 + TARGETS)]
     write_inventory(folder, content)
@@ -144,8 +144,8 @@ def at_scale(folder: Path, page: str, port: int) -> None:
             "f": {"type": "file", "path": "samples.log"}},
     }
     chosen = os.environ.get("BENCH_SINKS")
-    with proxy(folder, host_prefix="", quota={"over_quota": "allow"}) as door:
-        url = f"https://127.0.0.1:{door.address[1]}"
+    with proxy(folder, host_prefix="", quota={"over_quota": "allow"}) as running:
+        url = f"https://127.0.0.1:{running.address[1]}"
         for name, sinks in contenders.items():
             if chosen and name not in chosen.split(";"):
                 continue
@@ -158,8 +158,8 @@ def at_scale(folder: Path, page: str, port: int) -> None:
             program = Program.forwarder(path)
 
             def scraped(program: Program = program) -> float:
-                found = samples(http_get(program.address, "/metrics").text)
-                return found.get('cmon_forwarder_scrapes_total{result="ok"}', 0.0)
+                metrics = samples(http_get(program.address, "/metrics").text)
+                return metrics.get('cmon_forwarder_scrapes_total{result="ok"}', 0.0)
             rows.append([f"forwarder: {name}", *run(program, scraped)])
         vmagent = folder / "vmagent.yml"
         vmagent.write_text(f"""
@@ -179,23 +179,23 @@ scrape_configs:
 
         def scraped_by_vmagent() -> float:
             try:
-                found = samples(http_get(("127.0.0.1", listen), "/metrics").text)
+                metrics = samples(http_get(("127.0.0.1", listen), "/metrics").text)
             except OSError:
                 return 0.0
-            return found.get("vm_promscrape_scraped_samples_count", 0.0)
+            return metrics.get("vm_promscrape_scraped_samples_count", 0.0)
         rows.append(["vmagent: remote write", *run(program, scraped_by_vmagent)])
     series = page.count("\n") - page.count("#")
     table(f"{TARGETS} targets of {series} samples every {INTERVAL:g} s",
-          ("", "CPU, % of one", "memory, MB", "scrapes/s"),
+          ("", "CPU, % of a core", "memory, MiB", "scrapes/s"),
           [[name, f"{cpu:.0f}", f"{memory:.0f}", f"{scrapes:.0f}"]
            for name, cpu, memory, scrapes in rows])
 
 
 def main() -> int:
-    """All of it."""
+    """Run all benchmarks."""
     page = zone_page()
     encoders(page)
-    with tempfile.TemporaryDirectory() as name, both(Path(name), page) as port:
+    with tempfile.TemporaryDirectory() as name, agent_and_store(Path(name), page) as port:
         at_scale(Path(name), page, port)
     return 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""What the measurements share: the load, references, processes on one core each, tables."""
+"""Shared by the benchmarks: load generator, reference servers, CPU pinning, tables."""
 from __future__ import annotations
 
 import contextlib
@@ -24,14 +24,14 @@ from support import Program, free_port, wait_until  # noqa: E402  (it needs the 
 Address = tuple[str, int]
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = CORES[0], CORES[-1]
-SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))   # of each measurement
+SECONDS = float(os.environ.get("BENCH_SECONDS", "4"))   # of each run
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))       # of each comparison; medians are shown
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Load(NamedTuple):
-    """What one run of the load came to; latencies in milliseconds."""
+    """Result of one run of the load generator; latencies in milliseconds."""
     requests: int
     seconds: float
     rate: float
@@ -46,7 +46,7 @@ class Load(NamedTuple):
 
 
 class Bench:
-    """A folder, the built load, and what runs on the server's core."""
+    """Builds the load generator in a folder, and runs it against servers on their own core."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class Bench:
                         ROOT / "bench" / "load.c", *library], check=True)
 
     def requests(self, *requests: str) -> Path:
-        """A file of requests; lines end in LF here and in CR LF there."""
+        """Write requests to a file for the load generator; LF becomes CR LF."""
         path = self.folder / f"requests{len(list(self.folder.glob('requests*')))}"
         path.write_bytes(b"\0".join(request.replace("\n", "\r\n").encode() for request in requests))
         return path
@@ -70,13 +70,13 @@ class Bench:
 
     def command(self, address: Address, connections: int, requests: Path, *more: str,
                 seconds: float = SECONDS) -> list[str]:
-        """The load's argv."""
+        """The load generator's argv."""
         return [str(self._load), address[0], str(address[1]), str(connections), str(seconds),
                 str(requests), *map(str, more)]
 
     def load(self, address: Address, connections: int, requests: Path, *more: str,
              seconds: float = SECONDS) -> Load:
-        """Run it on the other core."""
+        """Run the load generator, pinned to LOAD_CORE."""
         done = subprocess.run(self.command(address, connections, requests, *more, seconds=seconds),
                               check=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
                               preexec_fn=on_core(LOAD_CORE))
@@ -85,7 +85,7 @@ class Bench:
     @contextlib.contextmanager
     def idle(self, address: Address, connections: int, requests: Path,
              *more: str) -> Iterator[Load]:
-        """So many connections that have had one answer and stay open."""
+        """Hold connections open, after one response each, while the context lasts."""
         with subprocess.Popen(
                 self.command(address, connections, requests, "idle", *more, seconds=120),
                 stdout=subprocess.PIPE, stdin=subprocess.PIPE,
@@ -96,7 +96,7 @@ class Bench:
 
     @contextlib.contextmanager
     def server(self, program: Program) -> Iterator[Program]:
-        """A program on the server's core; the children that it starts as well."""
+        """Pin a program, and the children it will start, to SERVER_CORE; kill it at the end."""
         pin(program.pid, SERVER_CORE)
         try:
             yield program
@@ -105,7 +105,7 @@ class Bench:
 
     @contextlib.contextmanager
     def nginx(self, http: str, port: int, core: int = SERVER_CORE) -> Iterator[int]:
-        """nginx with one worker on a core of its own; gives the worker's pid."""
+        """Run nginx with one worker, pinned to `core`; yields the worker's pid."""
         nginx = shutil.which("nginx") or "/usr/sbin/nginx"
         if not os.path.exists(nginx):
             raise SystemExit("nginx, the reference, is not installed (apt install nginx-light)")
@@ -141,7 +141,7 @@ http {{
 
 
 def can_connect(address: Address) -> bool:
-    """Whether someone listens there."""
+    """Whether a server accepts connections at this address."""
     import socket
     try:
         socket.create_connection(address, 1).close()
@@ -151,30 +151,30 @@ def can_connect(address: Address) -> bool:
 
 
 def on_core(core: int) -> Any:
-    """For `preexec_fn`."""
+    """A `preexec_fn` that pins the child to a core."""
     return lambda: os.sched_setaffinity(0, {core})
 
 
 def pin(pid: int, core: int) -> None:
-    """All threads of a process."""
+    """Pin all threads of a process to a core."""
     for task in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(task), {core})
 
 
 def children(pid: int) -> list[int]:
-    """The pids of its children."""
+    """The pids of a process' children."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(word) for word in text.split()]
+    return [int(field) for field in text.split()]
 
 
 def threads(pid: int) -> int:
-    """How many threads it has."""
+    """The number of threads of a process."""
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process so far: of its live threads to the nanosecond, of all to a tick."""
+    """CPU seconds used so far: of live threads in nanoseconds, of ended ones in clock ticks."""
     total = 0
     for task in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -184,18 +184,18 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident(pid: int) -> int:
-    """Its resident memory in bytes."""
+    """Resident memory of a process in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_SIZE
 
 
 def settled(pid: int, seconds: float = 1.0) -> int:
-    """Resident memory once nothing moves."""
+    """Resident memory in bytes, after `seconds` of rest."""
     time.sleep(seconds)
     return resident(pid)
 
 
 class Contender(NamedTuple):
-    """Who takes part in a comparison, and what is asked of it."""
+    """A server in a comparison, and the requests it gets."""
     name: str
     address: Address
     pid: int
@@ -203,29 +203,31 @@ class Contender(NamedTuple):
     more: tuple[str, ...] = ()
 
 
-RESULTS = ("requests/s", "of nginx", "p50 ms", "p99 ms", "CPU µs each", "CPU of nginx's", "failed")
+RESULTS = ("requests/s", "× nginx", "p50 ms", "p99 ms", "CPU µs/request", "CPU × nginx",
+           "failed")
 
 
 def compare(at: Bench, contenders: Sequence[Contender], connections: int) -> list[list[Any]]:
-    """Rows of RESULTS after the name; the first contender is the reference.
+    """A row per contender: its name, then RESULTS; the first contender is the reference.
 
-    All run one after the other, ROUNDS times; shown are medians. Where others use the machine,
-    the ratio of CPU times says more than that of rates.
+    Each of ROUNDS rounds runs all contenders in turn; rates and latencies are medians. On a busy
+    machine, the ratio of CPU times is more reliable than that of rates.
     """
     runs: list[list[Load]] = [[] for _ in contenders]
     spent = [0.0] * len(contenders)
     for _ in range(ROUNDS):
-        for index, one in enumerate(contenders):
-            before = cpu_seconds(one.pid)
-            runs[index].append(at.load(one.address, connections, one.requests, *one.more))
-            spent[index] += cpu_seconds(one.pid) - before
+        for index, contender in enumerate(contenders):
+            before = cpu_seconds(contender.pid)
+            runs[index].append(at.load(contender.address, connections, contender.requests,
+                                       *contender.more))
+            spent[index] += cpu_seconds(contender.pid) - before
     rows: list[list[Any]] = []
     costs = [cpu / max(sum(load.requests for load in loads), 1) * 1e6
              for cpu, loads in zip(spent, runs)]
-    for one, loads, cost in zip(contenders, runs, costs):
+    for contender, loads, cost in zip(contenders, runs, costs):
         ratio = statistics.median(load.rate / reference.rate
                                   for load, reference in zip(loads, runs[0]))
-        rows.append([one.name, statistics.median(load.rate for load in loads), ratio,
+        rows.append([contender.name, statistics.median(load.rate for load in loads), ratio,
                      statistics.median(load.p50 for load in loads),
                      statistics.median(load.p99 for load in loads), cost, cost / costs[0],
                      sum(load.errors + load.refused for load in loads)])
@@ -233,20 +235,20 @@ def compare(at: Bench, contenders: Sequence[Contender], connections: int) -> lis
 
 
 def python(code: str, *arguments: str) -> Program:
-    """A Python program of a few lines as a server."""
+    """Run Python code as a server."""
     return Program(sys.executable, "-c", code, *arguments)
 
 
 @contextlib.contextmanager
 def bench() -> Iterator[Bench]:
-    """The folder, gone afterwards."""
+    """A Bench in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="cmon-bench") as folder:
         os.chmod(folder, 0o755)
         yield Bench(Path(folder))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table as Markdown, so that it can be pasted into README.md."""
+    """Print a Markdown table, to paste into README.md."""
     print(f"\n### {title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(f"{cell:,.0f}" if isinstance(cell, float) and cell >= 1000 else

@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: MPL-2.0 */
 /*
- * The load of the measurements: one thread, one epoll, kept connections, plain or TLS.
+ * Load generator: one thread, one epoll, keep-alive connections, plain or TLS.
  *
  *     load HOST PORT CONNECTIONS SECONDS REQUESTS [tls CERT KEY] [close] [idle] [window=N] [count=N]
  *
- * REQUESTS is a file of whole requests, separated by NUL bytes; each connection goes round them,
- * each from another one on. With `close` every request has a connection of its own (so, with tls,
- * a full handshake). With `idle` each connection sends one request, then all stay open until stdin
- * ends. With `count=N` it stops after so many answers. Prints one JSON object. Answers need a Content-Length. Written in C so that the one who
- * measures is not slower than what is measured. libssl is declared here, not included: its
- * headers are not on every machine, the library is.
+ * REQUESTS is a file of whole requests, separated by NUL bytes. Each connection cycles through
+ * them, starting at a different one. close: one connection per request (with tls, a full
+ * handshake each). idle: each connection sends one request and stays open until stdin ends.
+ * window=N: open at most N connections ahead of the responses (256). count=N: stop after N
+ * responses. Responses need a Content-Length. Prints one JSON object.
+ *
+ * In C, so that the generator is not slower than the servers. libssl's functions are declared
+ * here because its headers, unlike the library, are not installed everywhere.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -49,7 +51,7 @@ typedef struct {
 	int fd;
 	enum state state;
 	SSL *ssl;
-	size_t next, sent, have, room, need;	/* need: whole answer, 0 until the head is in */
+	size_t next, sent, have, room, need;	/* need: size of the response, 0 until its head is complete */
 	char *buffer;
 	int status;
 	double began;
@@ -111,7 +113,7 @@ end(connection_t *c)
 		SSL_free(c->ssl);
 		c->ssl = NULL;
 	}
-	/* Ten thousand closes a second would use up the ports in TIME_WAIT. */
+	/* RST instead of TIME_WAIT: ten thousand closes a second would use up the ports. */
 	if (!keep && tls == NULL)
 		(void) setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &(struct linger){ 1, 0 },
 		    sizeof (struct linger));
@@ -127,7 +129,7 @@ fail(connection_t *c)
 		begin(c);
 }
 
-/* The head's end is known: status and the length of the whole. */
+/* Read the status and, from Content-Length, the size of the response; 0 without one. */
 static int
 measure(connection_t *c, size_t head)
 {
@@ -266,7 +268,7 @@ step(connection_t *c)
 				return;
 			}
 			break;
-		case HOLDING:		/* only an end can come */
+		case HOLDING:		/* the server closed the connection */
 			open_now--;
 			errors++;
 			(void) epoll_ctl(epoll, EPOLL_CTL_DEL, c->fd, NULL);
@@ -318,7 +320,8 @@ main(int argc, char **argv)
 	struct rlimit limit;
 
 	if (argc < 6) {
-		(void) fprintf(stderr, "usage: see the source\n");
+		(void) fprintf(stderr, "usage: load HOST PORT CONNECTIONS SECONDS REQUESTS [tls CERT KEY] "
+		    "[close] [idle] [window=N] [count=N]\n");
 		return (2);
 	}
 	(void) getrlimit(RLIMIT_NOFILE, &limit);
@@ -374,7 +377,7 @@ main(int argc, char **argv)
 		struct epoll_event events[256];
 		int n;
 
-		/* Not all at once: `idle` opens thousands, and what is measured is not the backlog. */
+		/* Not all at once: thousands of connects would measure the backlog. */
 		while (started < count && started < done + window) {
 			connections[started].next = started * request_count / count;
 			begin(&connections[started++]);

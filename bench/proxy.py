@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""The proxy's relays and handshakes beside nginx as mutual-TLS reverse proxy, a core each.
+"""Benchmarks the proxy's relays and handshakes against nginx as a mutual-TLS reverse proxy.
 
-Behind both stands the same nginx that serves a page of 12 kB as a file, on the load's core.
-Authorisation and quotas are on. `python3 bench/proxy.py`; BENCH_SECONDS sets the length of a run.
+The upstream of both is an nginx on the load generator's core that serves a page of 12 kB from a
+file. Authorisation and quotas are on. `python3 bench/proxy.py relays …` runs only these tables.
 """
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ NODES = 20          # compute nodes in the inventory; all have the same address 
 
 
 def number(kind: int, index: int) -> str:
-    """A UUID."""
+    """A UUID that is unique for each kind and index."""
     return f"{index:08x}-{kind:04x}-4000-8000-{index:012x}"
 
 
 def inventory(nodes: list[str], vms: int, accounts: int = 1) -> dict[str, Any]:
-    """So many containers of alice's (and others') on these nodes."""
+    """An inventory of `vms` containers on these nodes, spread over alice and other accounts."""
     key = (TLS / "rsa.pub").read_text(), (TLS / "ec.pub").read_text()
     return {"accounts": [{"uuid": ACCOUNT, "login": "alice", "keys": list(key)}] + [
                 {"uuid": number(9, n), "login": f"user{n}", "keys": []}
@@ -71,7 +71,7 @@ def inventory(nodes: list[str], vms: int, accounts: int = 1) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def proxy(at: Bench, content: dict[str, Any], **settings: Any) -> Iterator[Program]:
-    """Our proxy on the server's core."""
+    """Our proxy, pinned to the server's core."""
     folder = at.folder / f"proxy{len(list(at.folder.glob('proxy*')))}"
     folder.mkdir()
     (folder / "inventory.json").write_text(json.dumps(content))
@@ -86,8 +86,8 @@ def proxy(at: Bench, content: dict[str, Any], **settings: Any) -> Iterator[Progr
 
 
 @contextlib.contextmanager
-def behind(at: Bench) -> Iterator[Address]:
-    """The node behind both proxies: nginx with a file, on the load's core."""
+def node(at: Bench) -> Iterator[Address]:
+    """The compute node of both proxies: nginx, pinned to the load generator's core."""
     port = free_port()
     site = (f"server {{ listen 127.0.0.1:{port}; root {at.folder}; "
             "location / { rewrite ^ /page break; add_header X-Node 1; "
@@ -97,7 +97,7 @@ def behind(at: Bench) -> Iterator[Address]:
 
 
 def reverse(at: Bench, port: int, upstream: Address) -> str:
-    """nginx as the reference: asks for any client certificate, relays over kept connections."""
+    """nginx as reverse proxy: requests any client certificate, keeps upstream connections open."""
     return f"""
     upstream node {{ server {upstream[0]}:{upstream[1]}; keepalive 64;
                      keepalive_requests 1000000000; }}
@@ -112,7 +112,7 @@ def reverse(at: Bench, port: int, upstream: Address) -> str:
 
 
 def relays(at: Bench, upstream: Address) -> None:
-    """Kept connections and full handshakes."""
+    """Relays over keep-alive connections, and full handshakes."""
     requests = at.requests(*[at.get(f"/v1/{number(2, n)}/metrics", "cmon.bench")
                              for n in range(100)])
     port = free_port()
@@ -120,18 +120,18 @@ def relays(at: Bench, upstream: Address) -> None:
     rows: list[list[Any]] = []
     with at.nginx(reverse(at, port, upstream), port) as nginx, proxy(at, content) as ours:
         for title, connections, more in (
-                ("1 kept", 1, CLIENT), ("16 kept", 16, CLIENT), ("64 kept", 64, CLIENT),
-                ("a handshake each, new style", 16, (*CLIENT, "close")),
-                ("a handshake each, old style ECDSA", 16, (*OLD_CLIENT, "close"))):
+                ("1", 1, CLIENT), ("16", 16, CLIENT), ("64", 64, CLIENT),
+                ("handshake per request, new style", 16, (*CLIENT, "close")),
+                ("handshake per request, old style ECDSA", 16, (*OLD_CLIENT, "close"))):
             rows += [[title, *row] for row in compare(at, [
                 Contender("nginx", ("127.0.0.1", port), nginx, requests, more),
                 Contender("ours", ours.address, ours.pid, requests, more)], connections)]
-    table("Relays of a 12 kB page over mutual TLS, and full handshakes",
+    table("Relaying a 12 kB page over mutual TLS, and full handshakes",
           ("connections", "proxy", *RESULTS), rows)
 
 
 def idle(at: Bench, upstream: Address) -> None:
-    """Memory of TLS connections that have had an answer and wait."""
+    """Memory of idle TLS connections, after one response each."""
     requests = at.requests(*[at.get(f"/v1/{number(2, n)}/metrics", "cmon.bench")
                              for n in range(100)])
     rows = []
@@ -148,49 +148,49 @@ def idle(at: Bench, upstream: Address) -> None:
         with at.idle(program.address, IDLE, requests, *CLIENT, "window=32") as load:
             rows.append(["ours", load.open, (settled(program.pid) - before) / load.open / 1000,
                          threads(program.pid)])
-    table("Idle TLS connections, each after one answer",
-          ("proxy", "connections", "kB resident each", "threads"), rows)
+    table("Idle TLS connections, after one response each",
+          ("proxy", "connections", "resident kB each", "threads"), rows)
 
 
 @contextlib.contextmanager
 def silent() -> Iterator[Address]:
-    """A node that accepts and never answers."""
+    """A node that accepts connections and never answers."""
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-    held: list[socket.socket] = []
+    accepted: list[socket.socket] = []
 
     def hold() -> None:
         with contextlib.suppress(OSError):
             while True:
-                held.append(listening.accept()[0])
+                accepted.append(listening.accept()[0])
     threading.Thread(target=hold, daemon=True).start()
     yield listening.getsockname()[:2]
     listening.close()
-    for one in held:
-        one.close()
+    for connection in accepted:
+        connection.close()
 
 
 def bulkhead(at: Bench, upstream: Address) -> None:
-    """One node of twenty hangs: what the others' clients see."""
+    """Requests to 19 healthy nodes while one of 20 hangs."""
     healthy = at.requests(*[at.get(f"/v1/{number(2, n)}/metrics", "cmon.bench")
                             for n in range(200) if n % 20])
     hanging = at.requests(*[at.get(f"/v1/{number(2, n)}/metrics", "cmon.bench").replace(
         "Seconds: 10", "Seconds: 1") for n in range(0, 200, 20)])
     rows = []
     for name, dead in (("all 20 nodes answer", False), ("one of 20 hangs", True)):
-        with silent() as nobody:
+        with silent() as hung:
             good = f"{upstream[0]}:{upstream[1]}"
-            nodes = [f"{nobody[0]}:{nobody[1]}" if dead else good] + [good] * 19
+            nodes = [f"{hung[0]}:{hung[1]}" if dead else good] + [good] * 19
             with proxy(at, inventory(nodes, 200)) as program:
-                asking = subprocess.Popen(
+                waiting = subprocess.Popen(
                     at.command(program.address, 16, hanging, *CLIENT), stdout=subprocess.PIPE,
                     preexec_fn=on_core(LOAD_CORE)) if dead else None
                 time.sleep(0.5)
                 load = at.load(program.address, 16, healthy, *CLIENT)
                 rows.append([name, load.rate, load.p50, load.p99, load.max,
                              load.errors + load.refused])
-                if asking is not None:
-                    asking.communicate()
-    table("Healthy nodes, 16 kept connections, while 16 more ask for the node that hangs",
+                if waiting is not None:
+                    waiting.communicate()
+    table("Healthy nodes on 16 connections, while 16 more request the hung node",
           ("case", "requests/s", "p50 ms", "p99 ms", "max ms", "failed"), rows)
 
 
@@ -208,9 +208,9 @@ def big(at: Bench, upstream: Address) -> None:
         load = at.load(address, 16, discover, *CLIENT)
         rows = [["resident with 10 containers", small / 1e6, "MB"],
                 ["resident with 10,000 containers on 200 nodes", size / 1e6, "MB"],
-                ["the same after discoveries", resident(program.pid) / 1e6, "MB"],
-                ["discoveries of 1,000 containers, gzip, 16 kept", load.rate, "a second"],
-                ["p99 of these", load.p99, "ms"]]
+                ["the same, after discovery requests", resident(program.pid) / 1e6, "MB"],
+                ["discovery of 1,000 containers, gzip, 16 connections", load.rate, "requests/s"],
+                ["p99 of discovery", load.p99, "ms"]]
         folder = Path(program.command[program.command.index("--config") + 1]).parent
         before = cpu_seconds(program.pid)
         for round_ in range(5):
@@ -219,13 +219,13 @@ def big(at: Bench, upstream: Address) -> None:
             (folder / "new").write_text(json.dumps(content))
             os.replace(folder / "new", folder / "inventory.json")
             time.sleep(2.5)
-        rows.append(["a changed inventory file reread", (cpu_seconds(program.pid) - before) / 5,
+        rows.append(["reloading a changed inventory file", (cpu_seconds(program.pid) - before) / 5,
                      "CPU seconds"])
     table("A large inventory", ("what", "value", "unit"), rows)
 
 
 def main() -> int:
-    """All tables."""
+    """Run all benchmarks, or those named on the command line."""
     with bench() as at:
         (at.folder / "page").write_text(PAGE)
         (at.folder / "page").chmod(0o644)
@@ -234,7 +234,7 @@ def main() -> int:
                         "-out", at.folder / "server.pem", "-days", "30", "-subj", "/CN=cmon.bench"],
                        check=True, stderr=subprocess.DEVNULL)
         chosen = sys.argv[1:] or ["relays", "idle", "bulkhead", "big"]
-        with behind(at) as upstream:
+        with node(at) as upstream:
             for name in chosen:
                 {"relays": relays, "idle": idle, "bulkhead": bulkhead, "big": big}[name](
                     at, upstream)

@@ -1,10 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""The kit's HTTP server beside plain ThreadingHTTPServer and nginx, in one run, a core each.
-
-A page of 7 kB, ready made. `python3 bench/server.py`; BENCH_SECONDS and BENCH_ROUNDS
-set the length and number of runs.
-"""
+"""Benchmarks the kit's HTTP server against nginx and ThreadingHTTPServer, with a page of 7 kB."""
 from __future__ import annotations
 
 import sys
@@ -68,27 +64,27 @@ server.serve_forever()
 
 
 def measure(at: Bench, page: str) -> None:
-    """nginx, the kit in three ways, ThreadingHTTPServer."""
+    """Compare nginx, the kit with three kinds of route, and ThreadingHTTPServer."""
     port = free_port()
     site = f"server {{ listen 127.0.0.1:{port}; root {at.folder}; }}"
     with at.nginx(site, port) as nginx, at.server(python(KIT, page)) as kit, \
             at.server(python(PLAIN, page)) as plain:
         for title, connections, more in (
-                ("16 kept connections", 16, ()), ("64 kept connections", 64, ()),
-                ("A connection for each request, 16 at once", 16, ("close",))):
-            everyone = [Contender("nginx, the page as a file", ("127.0.0.1", port), nginx,
+                ("16 keep-alive connections", 16, ()), ("64 keep-alive connections", 64, ()),
+                ("One connection per request, 16 concurrent", 16, ("close",))):
+            contenders = [Contender("nginx, the page as a file", ("127.0.0.1", port), nginx,
                                   at.requests(at.get("/page")), more)]
-            everyone += [Contender(name, kit.address, kit.pid, at.requests(at.get(path)), more)
-                         for path, name in (("/page", "kit, the answer prepared"),
-                                            ("/made", "kit, the answer made each time"),
-                                            ("/worker", "kit, made by a worker"))]
-            everyone.append(Contender("ThreadingHTTPServer as it comes", plain.address, plain.pid,
+            contenders += [Contender(name, kit.address, kit.pid, at.requests(at.get(path)), more)
+                         for path, name in (("/page", "kit, prepared response"),
+                                            ("/made", "kit, response built each time"),
+                                            ("/worker", "kit, response by a worker"))]
+            contenders.append(Contender("ThreadingHTTPServer", plain.address, plain.pid,
                                       at.requests(at.get("/page")), more))
-            table(title, ("server", *RESULTS), compare(at, everyone, connections))
+            table(title, ("server", *RESULTS), compare(at, contenders, connections))
 
 
 def idle(at: Bench, page: str) -> None:
-    """Memory and threads of connections that wait."""
+    """Memory and threads of idle connections."""
     rows = []
     port = free_port()
 
@@ -103,12 +99,12 @@ def idle(at: Bench, page: str) -> None:
         hold("nginx", ("127.0.0.1", port), pid)
     with at.server(python(KIT, page)) as kit:
         hold("kit", kit.address, kit.pid)
-    table("Idle connections, each after one answer", ("server", "connections", "kB resident each",
-                                                      "threads"), rows)
+    table("Idle connections, after one response each", (
+        "server", "connections", "resident kB each", "threads"), rows)
 
 
 def main() -> int:
-    """All tables."""
+    """Run all benchmarks."""
     with bench() as at:
         page = at.folder / "page"
         page.write_text(PAGE)
