@@ -22,7 +22,7 @@ BYTES, RATE, SHARE, TIME, COUNT, EACH = ("bytes", "Bps", "percentunit", "s", "sh
 
 
 class Panel(NamedTuple):
-    """One panel; one without targets is the title of a row."""
+    """One panel; without targets, the title of a row."""
     title: str
     width: int = 12
     unit: str = COUNT
@@ -64,7 +64,7 @@ FLEET = (
     Panel("Not scraped", 4, COUNT, (('count(up{job="containers"} == 0) or vector(0)', ""),),
           "stat"),
     Panel("Quota used", 4, SHARE, (("max(cmon_quota_used)", ""),), "stat",
-          "Used part of the burst. At 1 the proxy answers with old copies or refuses."),
+          "Share of the burst that is used. At 1 the proxy serves old copies or refuses requests."),
     Panel("Certificate expires in", 4, TIME, (
         ("min(cmon_client_certificate_expiry_timestamp_seconds) - time()", ""),), "stat"),
     Panel("CPU, share of the cap", 12, SHARE, ((
@@ -235,7 +235,7 @@ NODE = (
         ("cmon_agent_cpu_budget_ratio", "{{instance}} budget")), description="Share of one CPU."),
     Panel("Lifetime stretch", 8, COUNT, (
         ("cmon_agent_lifetime_stretch_ratio", "{{instance}}"),),
-        description="Above 1 the agent is over its budget and renews samples less often."),
+        description="Above 1, the agent is over its budget and renews samples less often."),
     Panel("Agent memory", 8, BYTES, (
         ("process_resident_memory_bytes * on (instance, job) cmon_agent_build_info",
          "{{instance}}"),)),
@@ -276,7 +276,7 @@ PROXY = (
         ("process_resident_memory_bytes * on (instance, job) cmon_proxy_build_info",
          "{{instance}}"),)),
 )
-# name, title, query for the variable alias ("": no such variable), panels
+# name, title, query of the variable `alias` ("": no such variable), panels
 DASHBOARDS = (
     ("fleet", "Containers: fleet", "label_values(mem_agg_usage, alias)", FLEET),
     ("container", "Containers: one container", "label_values(mem_agg_usage, alias)", CONTAINER),
@@ -286,7 +286,7 @@ DASHBOARDS = (
 
 
 def uid(name: str) -> str:
-    """The ID that links to a dashboard use; the same in every Grafana."""
+    """The UID of a dashboard, which links use; the same in every Grafana."""
     return f"cmon-{name}"
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MPL-2.0
-"""Makes node.json, a realistic compute node; inventory.json, its inventory; and load.json, an hour
+"""Writes node.json, a realistic compute node; inventory.json, its inventory; and load.json, an hour
 of load for the demo.
 
-    python3 examples/make_node.py            rewrites node.json, inventory.json and load.json here
+    python3 examples/make_node.py [FOLDER]      writes the three files to FOLDER (this one)
 
 Everything is invented, from a fixed seed: each run writes the same files. The node has 8 CPUs, 64
-GiB, one pool, zones of three tenants and of the data center itself, of brands joyent (SmartOS), lx
-and bhyve; one is stopped, one has no caps, one has two NICs, two are core zones.
+GiB, one pool, and zones of three tenants and of the data center itself, of brands joyent (SmartOS),
+lx and bhyve: one is stopped, one has no caps, some have two NICs, two are core zones.
 The frames are 15 s apart, and their counters grow at the rates below. As on a real node, there are
-hundreds of kstats that the agent must not read, with a kernel's names, classes and types, and a few
-of their members.
+hundreds of kstats that the agent must not read, with the kernel's names, classes and types and a
+few of their members.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cmon_agent import spread       # noqa: E402  (after the path)
+from cmon_agent import spread       # noqa: E402  (it needs the path)
 
 SEED = "container-monitor/1"
 HERE = Path(__file__).resolve().parent
@@ -32,9 +32,9 @@ GIB = 1 << 30
 MIB = 1 << 20
 UNCAPPED = 2 ** 64 - 1
 UNCAPPED_MEMORY = 4096 * (2 ** 32 - 1)      # physcap of a zone without cap: ptob(UINT32_MAX)
-INT_MAX = 2 ** 31 - 1                       # nprocs of every zone of vmadm, which sets no cap on it
-START = 1_767_225_600           # of the first frame: 2026-01-01 00:00:00 UTC
-FRAMES, STEP = 3, 15            # how many, and seconds between
+INT_MAX = 2 ** 31 - 1                       # nprocs of a zone: vmadm sets no cap on it
+START = 1_767_225_600           # time of the first frame: 2026-01-01 00:00:00 UTC
+FRAMES, STEP = 3, 15            # number of frames, and seconds between them
 UPTIME = 3_456_000              # seconds since the node booted, at the first frame: forty days
 CPUS = 8
 PAGE = 4096
@@ -61,15 +61,15 @@ class Zone:
     alias: str
     owner: str
     brand: str
-    memory: int                     # MiB, 0: no cap
-    cpu_cap: int                    # per cent of a CPU, 0: no cap
+    memory: int                     # MiB; 0: no cap
+    cpu_cap: int                    # percent of a CPU; 0: no cap
     quota: int                      # GiB
     busy: float
     nics: tuple[str, ...] = ("external",)
     tags: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     running: bool = True
-    processes: int = INT_MAX        # an operator's prctl; vmadm sets no cap
+    processes: int = INT_MAX        # cap, set by an operator with prctl
     uuid: str = ""
     id: int = 0
     debug_id: int = 0
@@ -100,7 +100,7 @@ ZONES = [
     Zone("win-build", CAROL, "bhyve", 4096, 200, 120, 0.30),
 ]
 
-# The commands as the agent gives them (argv joined by blanks), without the folder of the program.
+# The commands as the agent runs them (argv joined by spaces), without the program's folder.
 ZFS_COLUMNS = ("name", "available", "used", "logicalused", "recordsize", "quota", "compressratio",
                "refcompressratio", "referenced", "logicalreferenced", "usedbydataset",
                "usedbysnapshots")
@@ -145,7 +145,7 @@ Kstat = dict[str, Any]
 
 
 class Node:
-    """The state of the node at one moment; `at` moves it."""
+    """The node; methods return its state at a frame."""
 
     def __init__(self) -> None:
         dice = random.Random(SEED)
@@ -202,7 +202,7 @@ class Node:
         return made
 
     def system(self, add: Any, frame: int, up: int) -> None:
-        """Module unix, and what the hypervisor keeps."""
+        """Module unix, and the hypervisor's memory reservoir."""
         load = self.level("load", 5.2 * 256, frame)
         add("unix", 0, "system_misc", "misc", {
             "ncpus": CPUS, "lbolt": up * 100 % 2 ** 32, "deficit": 0,
@@ -239,14 +239,14 @@ class Node:
         for number, name in enumerate(TASKQS):
             add("unix", number, name, "taskq", {
                 "pid": 0, "tasks": self.grown(name, 9, up), "nactive": 1, "threads": 4})
-        for table in range(2 * CPUS):       # one for ticks and one for real time, of each CPU
+        for table in range(2 * CPUS):       # for each CPU, one for ticks and one for real time
             add("unix", table, "callout", "misc", {
                 "callout_timeouts": self.grown(f"callout{table}", 90, up),
                 "callout_timeouts_pending": 12})
         for link in ("ixgbe0", "ixgbe1", "external0", "sdc_underlay0"):
             for flow in (f"{link}_ucast", f"{link}_bcast", f"{link}_mcast"):
                 self.flow(add, flow, up, 0.0)
-        for place in range(24):             # by kind of file system, then by mount
+        for place in range(24):             # first by file system type, then by mount
             add("unix", 0, "vopstats_zfs" if not place else f"vopstats_4010{place:03x}", "misc",
                 {"nopen": self.grown(f"vop{place}", 40, up), "nread": up, "read_bytes": up * 512})
         for name in ("rpc_clts_client", "rpc_cots_client", "rpc_cots_connections",
@@ -265,7 +265,7 @@ class Node:
                                       "obytes": packets * 400, "opackets": packets}, created)
 
     def cpus(self, add: Any, frame: int, up: int) -> None:
-        """cpu:N:sys, cpu:N:vm and cpu_info, and other kstats of these modules."""
+        """cpu:N:sys, cpu:N:vm, cpu_info, and other kstats of these modules."""
         counters = ("bread bwrite lread lwrite phread phwrite pswitch trap intr syscall sysread "
                     "syswrite sysfork sysvfork sysexec readch writech rawch outch msg sema namei "
                     "procovf intrthread intrblk intrunpin idlethread inv_swtch nthreads cpumigrate "
@@ -640,7 +640,7 @@ filtdisp=      0.00    1.01    1.98    2.94    3.90    4.88    5.82    6.79
 
     def vms(self) -> list[dict[str, Any]]:
         """The VM objects of vminfod, with the members that the agent uses."""
-        found = []
+        vms = []
         for zone in ZONES:
             nics = []
             for index, tag in enumerate(zone.nics):
@@ -670,8 +670,8 @@ filtdisp=      0.00    1.01    1.98    2.94    3.90    4.88    5.82    6.79
                 vm.update(ram=zone.memory, max_physical_memory=zone.memory)
             if zone.cpu_cap:
                 vm["cpu_cap"] = zone.cpu_cap
-            found.append(vm)
-        return found
+            vms.append(vm)
+        return vms
 
 
 SYSINFO: dict[str, Any] = {
@@ -699,13 +699,13 @@ def capture() -> dict[str, Any]:
 
 
 def load() -> list[dict[str, Any]]:
-    """An hour in the zones' life for the demo: busy and quiet times for all; db01 runs into its CPU
-    cap, web02 leaks memory until nothing is left and is restarted, lb01 loses packets.
+    """An hour of load for the demo: all zones have busy and quiet times; db01 reaches its CPU cap,
+    web02 leaks memory until it is restarted, lb01 drops packets.
 
-    A row is a member of a kstat and points of [seconds, value]: of a gauge the value, of a counter
-    what it grows by in a second, beyond what it grows by in the frames.
+    Each row has a member of a kstat and points of [seconds, value]: for a gauge, its value; for a
+    counter, its growth per second in addition to that in the frames.
     """
-    Node()                                          # gives the zones their ids
+    Node()                                          # assigns the zones' ids
     rows: list[dict[str, Any]] = []
     named = {zone.alias: zone for zone in ZONES}
 
@@ -718,7 +718,7 @@ def load() -> list[dict[str, Any]]:
         if not zone.running or not zone.cpu_cap:
             continue
         dice = random.Random(f"{SEED}/load/{zone.alias}")
-        usual = 0.8 * zone.busy * max(zone.cpu_cap, 100)    # as the frames have it, per cent
+        usual = 0.8 * zone.busy * max(zone.cpu_cap, 100)    # as in the frames, in percent
         room = max(0.85 * zone.cpu_cap - usual, 0)
         extra = [(at, room * dice.random() ** 2) for at in range(0, 3600, 300)]
         if zone.alias == "db01":
@@ -748,8 +748,8 @@ def load() -> list[dict[str, Any]]:
 def inventory(recorded: dict[str, Any]) -> dict[str, Any]:
     """The inventory for a proxy; the accounts' keys are left empty."""
     return {
-        "accounts": [{"uuid": number, "login": login, "keys": [], "operator": login == "admin"}
-                     for login, number in ACCOUNTS.items()],
+        "accounts": [{"uuid": owner, "login": login, "keys": [], "operator": login == "admin"}
+                     for login, owner in ACCOUNTS.items()],
         "servers": [{"uuid": NODE_UUID, "hostname": SYSINFO["Hostname"],
                      "admin_ip": "127.0.0.1:9163"}],
         "vms": [{name: vm[name] for name in ("uuid", "alias", "owner_uuid", "server_uuid",
@@ -758,7 +758,7 @@ def inventory(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the files to this folder, or to the one given."""
+    """Write the files to the folder given, or to this one."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     recorded = capture()
     (folder / "node.json").write_text(spread(recorded))
