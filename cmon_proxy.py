@@ -318,6 +318,12 @@ def refused(code: str, *headers: tuple[str, str], **fields: Any) -> Refused:
     return Refused(status, message.format(**shown), *headers, code=code)
 
 
+def no_page(uuid: str, state: str) -> Refused:
+    """The refusal for a container that does not run; the script of the web page reads its state
+    from the header."""
+    return refused("no_page", ("X-Cmon-State", state), uuid=uuid, state=state)
+
+
 NOSNIFF = (("X-Content-Type-Options", "nosniff"),)      # browsers must not guess a content type
 
 
@@ -4450,7 +4456,7 @@ class Pages:
         core = False
         if isinstance(target, Vm):
             if not STATES[target.state].page:
-                raise refused("no_page", uuid=uuid, state=target.state)
+                raise no_page(uuid, target.state)
             core = target.core and caller.grant.sees_nodes
             node = inventory.nodes.get(target.server)
             if node is None:
@@ -4587,7 +4593,7 @@ def agent_refusal(relay: Relay, reply: Reply) -> Refused:
     body = b"compressed message" if reply.gzip else reply.body
     why = body.split(b"\n")[0][:150].decode("utf-8", "replace").strip() or "no message"
     if reply.status == 404 and isinstance(relay.target, Vm):
-        return refused("no_page", uuid=relay.target.uuid, state="not running on its node")
+        return no_page(relay.target.uuid, "not running on its node")
     if reply.status == 503:         # the agent is healthy and explains the refusal
         return refused("node_refused", node=relay.node.uuid, why=why)
     return refused("node_error", node=relay.node.uuid, why=f"{reply.status} {why}")
@@ -5739,8 +5745,7 @@ const poll = async target => {
     const code = answer.headers.get('X-Cmon-Error') || '', silent = code.startsWith('node_');
     target.refusal = silent ? 'compute node: ' + answer.body.trim() : answer.body.trim();
     if (code === 'node_silent') target.refusal = 'compute node does not answer';
-    if (code === 'no_page')
-      target.refusal = answer.body.replace(/^container \S+ is (.*?):[^]*/, '$1');
+    if (code === 'no_page') target.refusal = answer.headers.get('X-Cmon-State');
     target.refusalLevel = silent || answer.status === 504 ? 3 : 2;
     target.retry = 20000;
   }

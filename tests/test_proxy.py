@@ -290,6 +290,8 @@ def test_faults_of_an_agent(running: Program, agent: Agent, mode: str, expected:
     agent.mode = mode
     answer = get(running, page(WEB))
     assert (code(answer), answer.status) == (expected, status)
+    assert answer.headers.get("x-cmon-state") == ("not running on its node" if mode == "gone"
+                                                  else None)
     assert "127.0.0.1" not in answer.text                   # tenants do not learn addresses
     agent.mode = "ok"
     assert get(running, page(WEB)).status == 200
@@ -487,6 +489,7 @@ def test_stopped_containers_are_listed_with_discover_include_stopped(folder: Pat
         assert [row["vm_uuid"] for row in rows] == [WEB, DB, STOPPED]
         answer = get(program, page(STOPPED))
         assert code(answer) == "no_page" and "is stopped" in answer.text
+        assert answer.headers["x-cmon-state"] == "stopped"      # the web page shows it
 
 
 def test_quota_in_two_steps(folder: Path, agent: Agent) -> None:

@@ -132,6 +132,9 @@ def test_a_person_sorts_filters_opens_and_comes_back(served: DataCenter) -> None
         page.wait_for("window.answers > 5")
         said = page.value("document.querySelector('figure svg').getAttribute('aria-label')")
         assert re.match("CPU of web01: 50 %; from 50 % to ", said)
+        page.value("void (window.fetch = async () => new Response('no page', {status: 404, headers:"
+                   " {'X-Cmon-Error': 'no_page', 'X-Cmon-State': 'stopped'}}))")
+        page.wait_for("document.querySelector('#summary').textContent === 'stopped'")
         page.value("void (window.fetch = window.real)")
         page.value("history.back()")
         page.wait_for("location.pathname === '/' && document.querySelector('.rows') !== null")
