@@ -1952,7 +1952,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def report(findings: Sequence[Finding]) -> int:
-    """Print the line of a plugin; returns its exit status."""
+    """Print the line of a plugin; returns its exit status, UNKNOWN if the line is lost."""
     status = max((finding.status for finding in findings), key=GRAVITY.index)
     told = sorted((finding for finding in findings if finding.status != OK) if status != OK
                   else findings, key=lambda one: -GRAVITY.index(one.status))
@@ -1965,8 +1965,11 @@ def report(findings: Sequence[Finding]) -> int:
     for finding in findings:
         if len(line) + len(data) + len(finding.perfdata) + 4 <= LONGEST_OUTPUT:
             data += f" {finding.perfdata}" if finding.perfdata else ""
-    print(line + (f" |{data}" if data else ""))
-    return status
+
+    def show() -> int:
+        print(line + (f" |{data}" if data else ""))
+        return status
+    return printing("cmon", show, unread=UNKNOWN, failed=UNKNOWN)
 
 
 def check_findings(arguments: argparse.Namespace) -> list[Finding]:

@@ -7921,9 +7921,10 @@ def command_line(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def complain(program: str, problems: Iterable[str]) -> None:
-    """Print messages to stderr, a line each."""
-    for problem in problems:
-        print(f"{program}: {problem}", file=sys.stderr)
+    """Print messages to stderr, a line each; if it is full, the exit status must suffice."""
+    with contextlib.suppress(OSError):
+        for problem in problems:
+            print(f"{program}: {problem}", file=sys.stderr)
 
 
 def open_streams() -> None:
@@ -7940,9 +7941,9 @@ def open_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def printing(program: str, work: Callable[[], int], unread: int = 1) -> int:
+def printing(program: str, work: Callable[[], int], unread: int = 1, failed: int = 1) -> int:
     """The status of `work`, which prints to stdout; `unread` if the reader has exited, as `head`
-    does, and 1 with a line on stderr if the disk is full."""
+    does, and `failed` with a line on stderr if the disk is full."""
     try:
         status = work()
         sys.stdout.flush()
@@ -7953,7 +7954,7 @@ def printing(program: str, work: Callable[[], int], unread: int = 1) -> int:
         status = unread
     except OSError as error:            # of stdout or the temporary folder
         complain(program, [reason_of(error) + (f": {error.filename}" if error.filename else "")])
-        status = 1
+        status = failed
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # buffered output goes there
     return status
 

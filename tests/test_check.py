@@ -185,6 +185,14 @@ def test_flags_may_come_between_the_container_and_what_to_check(
     assert status == 1 and "load" in line
 
 
+@pytest.mark.parametrize("words", [["load,1,2"], ["--nonsense"]])
+def test_a_line_that_is_lost_is_unknown(words: list[str], proxy: StandIn,  # noqa: F811
+                                        files: Files) -> None:  # noqa: F811
+    with open("/dev/full", "w") as full:
+        done = run("check", "web01", *words, *connection(proxy, files), stdout=full)
+    assert (done.returncode, done.stderr) == (3, "cmon: no space left on device\n")
+
+
 def test_no_connection_flags_is_unknown() -> None:
     done = run("check", "web01", "load")
     assert (done.returncode, done.stderr) == (3, "")
