@@ -86,7 +86,8 @@ try:
     from cmon_agent import (
         COUNTER, Client, ClientError, ClientResponse, CommandLine, ExpositionError, GAUGE, Labels,
         MAX_BODY, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Use,
-        __version__, bracketed, metadata, number, open_streams, parse, printing, render, within)
+        __version__, bracketed, metadata, number, open_streams, parse, printing, read_file, render,
+        within)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must be beside cmon.py")
 
@@ -240,14 +241,19 @@ def proxy_url(text: str) -> str:
     return text
 
 
+def file_content(path: str, what: str) -> bytes:
+    """What OpenSSL will read from this path; a Failure names it."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise Failure(f"cannot read the {what} {path}: {words_of(error)}") from None
+
+
 def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     """TLS with the user's certificate; a Failure names the file that is wrong, and why."""
     for what, path in (("certificate", cert), ("key", key), ("CA", ca)):
         if path:
-            try:
-                Path(path).read_bytes()
-            except OSError as error:
-                raise Failure(f"cannot read the {what} {path}: {words_of(error)}") from None
+            file_content(path, what)
     try:
         context = ssl.create_default_context(cafile=ca or None)
     except ssl.SSLError:
@@ -263,7 +269,7 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     except (OSError, ValueError) as error:      # SSLError is an OSError
         if asked:
             raise Failure(f"wrong passphrase for the key {key}") from None
-        if b"BEGIN OPENSSH PRIVATE KEY" in Path(key).read_bytes():
+        if b"BEGIN OPENSSH PRIVATE KEY" in file_content(key, "key"):
             raise Failure(f"the key {key} is in OpenSSH's format, which TLS cannot use: make a "
                           f"certificate from it with `{PROGRAM} certgen --account LOGIN --ssh-key "
                           f"{key}`") from None
@@ -2576,7 +2582,8 @@ def write_private(path: Path, content: bytes) -> None:
 def read_text(path: Path, what: str) -> str:
     """Read a small file; a Failure names it."""
     try:
-        return path.read_bytes()[:1_000_000].decode("utf-8", "replace")
+        with path.open("rb") as file:       # also a pipe, as in --ssh-key <(…)
+            return file.read(1_000_000).decode("utf-8", "replace")
     except OSError as error:
         raise Failure(f"cannot read the {what} {path}: {words_of(error)}") from None
 
@@ -2633,7 +2640,7 @@ class Doctor:
         for what, path in (("certificate", self.arguments.cert), ("key", self.arguments.key),
                            ("CA", self.arguments.ca)):
             if path:
-                read_text(Path(path), what)
+                file_content(path, what)
         mode = os.stat(self.arguments.key).st_mode & 0o777
         if mode & 0o077:
             raise Broken(f"other users can read the key {self.arguments.key} (mode {mode:o})",

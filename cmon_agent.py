@@ -106,10 +106,11 @@ __all__ = [     # what the other programs import
     "label_text", "Labels", "LEVELS", "Limits", "Listener", "listening_socket", "log", "Loop",
     "MAX_BODY", "MAX_JSON_BYTES", "metadata",
     "Number", "number",
-    "one_of", "open_streams",
+    "one_of", "open_regular", "open_streams",
     "PAGE", "page_headers", "page_row", "page_table", "parse", "parse_address", "plain_page",
     "Pool", "prepare", "Prepared", "printing",
-    "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics", "Registry",
+    "read_file", "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics",
+    "Registry",
     "render", "Request", "Response", "reused", "Route", "Router", "run_daemon",
     "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "single",
     "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
@@ -1557,7 +1558,7 @@ def read_sysinfo_file(path: str) -> Any:
     """sysinfo's JSON from a file; raises ConfigError. Keys may be duplicated, since sysinfo folds
     the names of boot parameters."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         what = "" if isinstance(error, OSError) else "not JSON: "
         raise ConfigError(f"{path}: {what}{reason_of(error)}") from None
@@ -7790,7 +7791,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+MAX_FILE_BYTES = 16 << 20       # of a key, a certificate or a CA bundle
 MAX_JSON_BYTES = 64 << 20       # an inventory of 100,000 VMs is 50 MB
+_KINDS = {stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+
+
+def open_regular(path: str | Path, flags: int, mode: int = 0o600) -> int:
+    """Open or create a regular file. Raises OSError, also for anything else: a pipe may block, and
+    a device never end."""
+    with contextlib.suppress(FileNotFoundError):
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        if kind != stat.S_IFREG:
+            raise OSError(errno.EINVAL,
+                          f"is a {_KINDS.get(kind, 'device')}: use a regular file")
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+
+
+def read_file(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
+    """The content of a regular file, at most `most` bytes; raises OSError."""
+    with open(path, "rb", opener=open_regular) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most} bytes")
+    return content
 
 
 def read_json(path: str | Path) -> Any:
@@ -7798,12 +7821,9 @@ def read_json(path: str | Path) -> Any:
     def no_constant(word: str) -> Any:
         raise ValueError(f"{word} is not JSON")
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
+        content = read_file(path, MAX_JSON_BYTES)
     except (OSError, ValueError) as error:      # ValueError: no path at all
         raise ConfigError(f"{path}: {reason_of(error)}") from None
-    if len(content) > MAX_JSON_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique,
                           parse_constant=no_constant)
@@ -8480,7 +8500,7 @@ def check_sysinfo(node: Examined) -> Iterator[Finding]:
         content = node.run("sysinfo", "-f").checked("sysinfo -f")
     else:
         try:
-            content = Path(node.settings.sysinfo_file).read_text("utf-8", "replace")
+            content = read_file(node.settings.sysinfo_file).decode("utf-8", "replace")
         except OSError as error:
             yield NOTE, f"{node.settings.sysinfo_file}: {reason_of(error)}; root can run sysinfo"
             return

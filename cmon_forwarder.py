@@ -65,10 +65,10 @@ try:
         Family, GAUGE, HISTOGRAM, LEVELS, Labels, Loop, MAX_JSON_BYTES, Number, PAGE, Pool,
         READ_SIZE, Registry, Request, Response, Route, SUFFIXES, SUMMARY, Sample, Server, TooLarge,
         __version__, at_least, begin_connect, bracketed, command_line, command_settings, complain,
-        gunzip, gzip, is_address, label_text, log, number, one_of, open_streams, page_row,
-        page_table, parse, parse_address, plain_page, printing, reason_of, register_process_metrics,
-        render, run_daemon, setting, single, start_logging, stop_logging, text, valid_label_name,
-        valid_metric_name)
+        gunzip, gzip, is_address, label_text, log, number, one_of, open_regular,
+        open_streams, page_row, page_table, parse, parse_address, plain_page, printing, read_file,
+        reason_of, register_process_metrics, render, run_daemon, setting, single, start_logging,
+        stop_logging, text, valid_label_name, valid_metric_name)
 except ImportError as import_error:
     sys.exit(f"cmon_forwarder: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_forwarder.py")
@@ -239,7 +239,7 @@ def client_context(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.
     for path in (cert, key, ca):
         if path is not None:
             try:
-                path.open("rb").close()
+                read_file(path)
             except OSError as error:
                 raise ConfigError(f"{path}: {reason_of(error)}") from None
     try:
@@ -2213,7 +2213,7 @@ class HttpTransport:
         token = self.sink.token
         if self.sink.token_file is not None:
             try:
-                token = self.sink.token_file.read_text("utf-8").strip()
+                token = read_file(self.sink.token_file).decode("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise ClientError(f"{self.sink.token_file}: {reason_of(error)}") from None
         if token is not None:
@@ -2454,7 +2454,7 @@ class FileTransport:
         self._file: int | None = None
 
     def _open(self) -> int:
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        file = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o640)
         size = os.fstat(file).st_size
         end = size
         while end:
@@ -2515,7 +2515,7 @@ class FileTransport:
     def check(self) -> None:
         """It can be opened; raises OSError."""
         fresh = not self.path.exists()
-        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640))
+        os.close(open_regular(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640))
         if fresh:
             self.path.unlink()
 

@@ -77,8 +77,9 @@ try:
         Response, Route, Router, Sample, Server, TooLarge, __version__, admin_address, at_least,
         begin_connect, bracketed, call, command_line, command_settings, complain, gunzip, http_date,
         is_address, is_ip, listening_socket, log, one_of, open_streams, page_headers,
-        parse_address, plain_page, prepare, read_json, reason_of, register_process_metrics,
-        render, reused, run_daemon, scrape_deadline, setting, single, text, wire)
+        parse_address, plain_page, prepare, read_file, read_json, reason_of,
+        register_process_metrics, render, reused, run_daemon, scrape_deadline, setting, single,
+        text, wire)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
              "cmon_proxy.py")
@@ -201,10 +202,9 @@ def make_tls(settings: Settings) -> ssl.SSLContext:
                        ("client_ca", tls.client_ca)):
         try:
             if path is not None:
-                path.read_bytes()
+                read_file(path)
         except OSError as error:
-            raise ConfigError(f"tls.{name}: cannot read {path}: {(error.strerror or '').lower()}"
-                              ) from None
+            raise ConfigError(f"tls.{name}: cannot read {path}: {reason_of(error)}") from None
     try:
         ca = str(tls.client_ca) if tls.client_auth == "ca" else None
         context = server_context(str(tls.certificate), str(tls.key), ca)
@@ -226,7 +226,7 @@ def tls_problems(tls: TlsSettings) -> list[str]:
     except (OSError, CertificateError) as error:
         problems.append(f"tls.certificate: {tls.certificate}: {error}; it must be a PEM file that "
                         "begins with the server's own certificate")
-    pem = tls.key.read_bytes()
+    pem = read_file(tls.key)
     if b"-----BEGIN OPENSSH PRIVATE KEY-----" in pem:
         problems.append(f"tls.key: {tls.key} is in OpenSSH's own format; convert a copy with "
                         "`ssh-keygen -p -m PEM -f COPY`")
@@ -819,7 +819,7 @@ def signed_by(cert: Certificate, key: PublicKey) -> bool:
 
 def server_certificate(path: Path) -> Certificate:
     """The first certificate of a file; raises CertificateError, OSError."""
-    return certificate(first_certificate(path.read_text("utf-8", errors="replace")))
+    return certificate(first_certificate(read_file(path).decode("utf-8", "replace")))
 
 
 _PEM_CERTIFICATE = re.compile(

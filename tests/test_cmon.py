@@ -391,6 +391,7 @@ def test_no_certificate(flags: list[str], words: str) -> None:
     ({"key": "none.pem"}, "cannot read the key none.pem: no such file"),
     ({"ca": "none.pem"}, "cannot read the CA none.pem: no such file"),
     ({"key": "/"}, "cannot read the key /: is a directory"),
+    ({"cert": "/dev/zero"}, "cannot read the certificate /dev/zero: is a device: use a regular"),
     ({"key": "other_key"}, "does not belong to the certificate"),
     ({"key": "cert"}, "are not a certificate and its key in PEM"),
     ({"cert": "key"}, "are not a certificate and its key in PEM"),

@@ -466,7 +466,9 @@ def test_check_config_reaches_the_proxy_and_every_sink(tmp_path: Path, keep: Kee
     sink.close()
     lines.close()
     source.status["/v1/sd"] = 401
+    os.mkfifo(tmp_path / "pipe")
     bad = {**good, "f": {"type": "file", "path": "no/x.log"},
+           "p": {"type": "file", "path": "pipe"},
            "n": {"type": "statsd", "address": "no.such.host.invalid:1"},
            "t": {"type": "http", "url": f"http://{sink.text}", "token_file": "none"},
            "c": {"type": "http", "url": "https://127.0.0.1:1", "ca": "none.pem"}}
@@ -475,9 +477,10 @@ def test_check_config_reaches_the_proxy_and_every_sink(tmp_path: Path, keep: Kee
     said = done.stderr.splitlines()
     for part in ("proxy: 401", "sinks.h: cannot use http://", "sinks.g: cannot use 127.0.0.1",
                  "sinks.f: cannot use ", "sinks.n: cannot use no.such.host.invalid:1: the name",
-                 "sinks.t: cannot use ", "sinks.c: "):
+                 "sinks.t: cannot use ", "sinks.c: ",
+                 f"sinks.p: cannot use {tmp_path}/pipe: is a pipe: use a regular file"):
         assert [line for line in said if line.startswith(f"cmon_forwarder: {part}")], part
-    assert len(said) == 7
+    assert len(said) == 8
 
 
 @pytest.mark.parametrize("value, seconds", [

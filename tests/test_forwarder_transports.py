@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import select
 import socket
 import ssl
@@ -80,6 +81,11 @@ def test_the_token_is_read_again_for_each_request(keep: Keep, tmp_path: Path) ->
         transport.send([b"x"])
     assert [headers["authorization"] for _, headers, _ in server.seen] == ["Bearer one",
                                                                            "Bearer two"]
+    token.unlink()
+    os.mkfifo(token)
+    with pytest.raises(RetryLater, match="is a pipe: use a regular file"):
+        transport.send([b"x"])
+    token.unlink()
     token.write_text("wört\u2028")
     with pytest.raises(RetryLater):
         transport.send([b"x"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -284,8 +285,9 @@ def test_a_temporarily_unreadable_file_is_retried(desk: Desk) -> None:
     (lambda desk: desk.path.write_text("{"), "not JSON"),
     (lambda desk: desk.path.write_bytes(b"\xff"), "not JSON"),
     (lambda desk: (desk.path.unlink(), desk.path.mkdir()), "is a directory"),
+    (lambda desk: (desk.path.unlink(), os.mkfifo(desk.path)), "is a pipe: use a regular file"),
     (lambda desk: write_inventory(desk.folder, {"accounts": 5}), "must be a list"),
-], ids=["gone", "cut off", "garbage", "a folder", "wrong"])
+], ids=["gone", "cut off", "garbage", "a folder", "a pipe", "wrong"])
 def test_a_bad_file_keeps_the_old_inventory_which_ages(desk: Desk, spoil: Any, log: str,
                                                        caplog: pytest.LogCaptureFixture) -> None:
     spoil(desk)
@@ -299,6 +301,8 @@ def test_a_bad_file_keeps_the_old_inventory_which_ages(desk: Desk, spoil: Any, l
     assert dict(desk.inventory.refusal.headers)["X-Cmon-Error"] == "inventory_too_old"
     if desk.path.is_dir():
         desk.path.rmdir()
+    elif desk.path.is_fifo():
+        desk.path.unlink()
     write_inventory(desk.folder, without_alice())
     desk.pass_by(1)
     assert desk.directory.find("alice") is None and not desk.inventory.refusal
@@ -410,10 +414,12 @@ def test_check_config_warns_about_the_certificate(cert: str, private: str, said:
     ({"certificate": "rsa.pub"}, "tls.certificate: DIR/rsa.pub: no PEM certificate; it must be"),
     ({"certificate": "server.key", "key": "server.pem"}, "tls.certificate: DIR/server.key: no"),
     ({"client_auth": "ca", "client_ca": "rsa.pub"}, "tls.client_ca: DIR/rsa.pub contains no PEM"),
+    ({"certificate": "pipe"}, "/pipe: is a pipe: use a regular file"),
 ], ids=str)
 def test_mismatched_tls_files_are_named(tls: Any, said: str, tmp_path: Path) -> None:
     (tmp_path / "openssh").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n"
                                       "-----END OPENSSH PRIVATE KEY-----\n")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "locked").write_bytes(subprocess.run(
         ["openssl", "pkey", "-in", TLS / "ec.key", "-aes128", "-passout", "pass:x"], check=True,
         stdout=subprocess.PIPE).stdout)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -228,9 +229,11 @@ def test_settings_are_frozen() -> None:
         setattr(Outer(), "name", "y")
 
 
-def test_directory_instead_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a directory"):
-        read_json(tmp_path)
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in (tmp_path, "directory"), (tmp_path / "pipe", "pipe"), ("/dev/zero", "device"):
+        with pytest.raises(ConfigError, match=f"^{path}: is a {kind}: use a regular file$"):
+            read_json(path)
 
 
 @pytest.mark.parametrize("text, port, expected", [
