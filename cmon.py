@@ -16,7 +16,8 @@
 
 --url, --cert, --key and --ca, before or after the command, or CMON_URL, CMON_CERT, CMON_KEY and
 CMON_CA name the proxy and the client's certificate.
-Exit status: 0 on success, 1 on failure (with one line on stderr), 2 for a wrong command line.
+Exit status: 0 on success, 1 on failure (with one line on stderr), 2 for a wrong command line;
+`check` exits 0 to 3, as the plugin guidelines say.
 
 Map (`grep '^# ---'`):
 
@@ -127,7 +128,7 @@ class Proxy:
         self._client = Client(tls, resolve={host: connect} if connect else None)
 
     def get(self, path: str) -> ClientResponse:
-        """The proxy's answer, whatever its status."""
+        """GET a path; returns the response, whatever its status. Failure if none arrives."""
         headers = {"X-Prometheus-Scrape-Timeout-Seconds": f"{self.timeout:g}"}
         try:
             return self._client.request("GET", self.url + path, headers, timeout=self.timeout)
@@ -135,14 +136,15 @@ class Proxy:
             raise Failure(str(error) + self._hint(str(error))) from None
 
     def page(self, path: str) -> bytes:
-        """The body of a 200; any other status is a Failure with the proxy's message."""
+        """GET a path; returns the body of a 200. Any other status is a Failure with its text."""
         return self.checked(self.get(path))
 
     def checked(self, answer: ClientResponse) -> bytes:
-        """As `page`, for an answer that has already been received."""
+        """As `page`, for a response already received."""
         if answer.status != 200:
-            words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
-            raise Failure(f"{urllib.parse.urlsplit(self.url).netloc} says {answer.status}: {words}")
+            reason = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
+            netloc = urllib.parse.urlsplit(self.url).netloc
+            raise Failure(f"{netloc} says {answer.status}: {reason}")
         return answer.body
 
     def containers(self, groups: str = "") -> tuple[Any, list[Container]]:
@@ -150,20 +152,20 @@ class Proxy:
         return self.listed(self.page("/v1/discover" + groups_query(groups)))
 
     def listed(self, body: bytes) -> tuple[Any, list[Container]]:
-        """As `containers`, from the body of an answer."""
+        """As `containers`, from the body of a response."""
         try:
-            found = json.loads(body)
-            return found, sorted(
+            discovered = json.loads(body)
+            return discovered, sorted(
                 Container(*(printable(str(item.get(key) or "-")) for key in (
                     "vm_alias", "vm_uuid", "vm_brand", "vm_state", "server_uuid")))
-                for item in found["containers"])
+                for item in discovered["containers"])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failure(f"{self.url}/v1/discover is not a proxy's answer: check the URL"
                           ) from None
 
     def find(self, name: str) -> Container:
-        """The container with this alias, UUID or UUID prefix. A whole UUID is not looked up: it may
-        be a compute node's."""
+        """The container with this alias, UUID or UUID prefix; Failure if there is none or several.
+        A whole UUID is not looked up: it may be a compute node's."""
         if UUID.fullmatch(name.lower()):
             return Container(name.lower(), name.lower(), "-", "-", "-")
         containers = self.containers()[1]
@@ -227,7 +229,7 @@ def groups_query(groups: str) -> str:
 
 
 def proxy_url(text: str) -> str:
-    """The proxy's URL; raises Usage if it is missing or wrong."""
+    """Return the proxy's URL; raises Usage if it is missing or wrong."""
     if not text:
         raise Usage("no proxy given: set CMON_URL or use --url, "
                     f"for example https://cmon.dc.example:{PROXY_PORT}")
@@ -283,7 +285,7 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
 
 
 def need_terminal(what: str) -> None:
-    """Failure if there is no terminal to ask for the passphrase of `what`."""
+    """Raise Failure if there is no terminal to ask for the passphrase of `what`."""
     if not sys.stdin.isatty():
         raise Failure(f"{what} has a passphrase, and there is no terminal to ask for it: "
                       "use a key without one, readable by you alone")
@@ -299,20 +301,20 @@ def ask_passphrase(what: str) -> str:
 
 
 def words_of(error: OSError) -> str:
-    """`no such file or directory`."""
+    """The system's message, in lower case: `no such file or directory`."""
     return (error.strerror or str(error)).lower()
 
 
 def choose(name: str, containers: Sequence[Container]) -> Container:
-    """The container with this alias or, failing that, this UUID prefix."""
-    found = [container for container in containers if container.alias == name]
-    if not found and len(name) >= 2:
-        found = [container for container in containers if container.uuid.startswith(name.lower())]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise Failure(f"{name!r} matches " + " and ".join(map(describe, found[:8])) + more
+    """The only container with this alias or, failing that, UUID prefix; otherwise Failure."""
+    matches = [container for container in containers if container.alias == name]
+    if not matches and len(name) >= 2:
+        matches = [container for container in containers if container.uuid.startswith(name.lower())]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        more = f" and {len(matches) - 8} more" if len(matches) > 8 else ""
+        raise Failure(f"{name!r} matches " + " and ".join(map(describe, matches[:8])) + more
                       + ": use the UUID")
     aliases = sorted({container.alias for container in containers})
     near = [alias for alias in aliases if name.lower() in alias.lower()][:5]
@@ -324,12 +326,12 @@ def choose(name: str, containers: Sequence[Container]) -> Container:
 
 
 def describe(container: Container) -> str:
-    """A container in a message."""
+    """A container, for a message."""
     return f"{container.uuid} ({container.alias}, {container.state})"
 
 
 def need_credentials(arguments: argparse.Namespace) -> None:
-    """Raise Usage if no certificate or key is named."""
+    """Raise Usage if the certificate or the key is not given."""
     for name, noun in (("cert", "certificate"), ("key", "key")):
         if not getattr(arguments, name):
             raise Usage(f"no client {noun} given: set CMON_{name.upper()} or use --{name} FILE "
@@ -368,7 +370,7 @@ def coloured(text: str, colour: int) -> str:
 
 
 def cells_of(text: str) -> int:
-    """How many columns of a terminal the text takes."""
+    """The width of the text in terminal columns."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(char) else
@@ -376,7 +378,7 @@ def cells_of(text: str) -> int:
 
 
 def clipped(text: str, width: int) -> str:
-    """The text, cut with an ellipsis if it is wider."""
+    """The text, cut with an ellipsis if it is wider than `width` columns."""
     if cells_of(text) <= width:
         return text
     while text and cells_of(text) > width - 1:
@@ -398,7 +400,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collect
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()
           ) -> list[str]:
-    """The same, with an emphasised header."""
+    """As `aligned`, with an emphasised header."""
     lines = aligned(header, rows, right)
     return [emphasis(lines[0]), *lines[1:]]
 
@@ -436,14 +438,14 @@ def container_table(containers: Sequence[Container], width: int) -> list[str]:
 def screen_size() -> os.terminal_size:
     """Columns and lines of the terminal now; COLUMNS does not follow a resized window."""
     try:
-        found = os.get_terminal_size(sys.stdout.fileno())
+        size = os.get_terminal_size(sys.stdout.fileno())
     except (OSError, ValueError):       # no terminal, or no file descriptor
-        found = os.terminal_size((0, 0))
-    return found if found.columns and found.lines else os.terminal_size((80, 24))
+        size = os.terminal_size((0, 0))
+    return size if size.columns and size.lines else os.terminal_size((80, 24))
 
 
 def screen_width() -> int:
-    """Columns of the terminal; unlimited for a pipe or a file."""
+    """Columns of the terminal; practically unlimited for a pipe or a file."""
     return screen_size().columns if sys.stdout.isatty() else 10_000
 
 
@@ -489,7 +491,7 @@ def amount(value: Number | None, unit: str) -> str:
 
 
 class Painter:
-    """Prints tables and pages below each other or, in place, over each other."""
+    """Prints tables and pages one after the other or, in place, each over the last."""
 
     def __init__(self, in_place: bool) -> None:
         self._in_place = in_place and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
@@ -497,7 +499,7 @@ class Painter:
         self._note = ""
 
     def raw(self, page: Page) -> None:
-        """A page as received; on a terminal, with control characters replaced."""
+        """Print a page as received; on a terminal, with control characters replaced."""
         if self._in_place or sys.stdout.isatty():
             lines = ["".join(char if char.isprintable() else "?" for char in line)
                      for line in page.body.decode("utf-8", "replace").splitlines()]
@@ -511,7 +513,7 @@ class Painter:
             self._shown = True
 
     def lines(self, lines: Sequence[str]) -> None:
-        """A table."""
+        """Print a table."""
         if not self._in_place:
             print("\n".join([*([""] if self._shown else []), *lines]), flush=True)
             self._shown = True
@@ -521,7 +523,7 @@ class Painter:
             lines = [*lines, "", clipped(self._note, columns)]
         if len(lines) >= height:
             lines = [*lines[:height - 2], f"… {len(lines) - height + 2} more lines"]
-        # Clearing each line's end, and what is below the last, avoids flicker.
+        # Clear the end of each line and the rest of the screen; a cleared screen would flicker.
         print(("\x1b[H" if self._shown else "\x1b[2J\x1b[H")
               + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
         self._shown = True
@@ -533,11 +535,11 @@ class Painter:
             print(flush=True)
 
     def line(self, text: str) -> None:
-        """One line, as it is."""
+        """Print one line as it is."""
         print(text, flush=True)
 
     def note(self, text: str) -> None:
-        """A problem: shown below the next table, or on stderr."""
+        """Report a problem: on the last line and below the next table, or on stderr."""
         if self._in_place and self._shown:
             self._note = text
             height = screen_size().lines
@@ -549,29 +551,29 @@ class Painter:
 
 # --- figures --------------------------------------------------------------------------------------
 
-LEAST_SPAN = 0.05               # seconds; readings closer than this are the same reading
+LEAST_SPAN = 0.05               # seconds; closer readings are the same reading
 OLDEST_COPY = 60.0              # seconds; another proxy may answer with a copy this much older
 _METRIC = r'[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})?'
 _OPERAND = rf"rate\(\s*{_METRIC}\s*\)|{_METRIC}"
 _EXPRESSION = re.compile(rf"\s*({_OPERAND})\s*(?:/\s*({_OPERAND})\s*)?")
 _LIMIT = r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
 _RANGE = re.compile(rf"(@?)(?:({_LIMIT}|~):)?({_LIMIT})?")
-OK, WARNING, CRITICAL, UNKNOWN = range(4)       # of the plugin guidelines, and their exit status
+OK, WARNING, CRITICAL, UNKNOWN = range(4)       # exit statuses in the plugin guidelines
 
 
 @functools.lru_cache(maxsize=None)
 def facts() -> dict[str, dict[str, Any]]:
-    """The agent's metadata of each metric, by name; `collectors` has those of zones and nodes."""
-    found: dict[str, dict[str, Any]] = {}
+    """The agent's metadata of each metric, by name; `collectors` lists all that export it."""
+    metrics: dict[str, dict[str, Any]] = {}
     for row in metadata():
-        found.setdefault(row["name"], {**row, "collectors": []})["collectors"].append(
+        metrics.setdefault(row["name"], {**row, "collectors": []})["collectors"].append(
             row["collector"])
-    return found
+    return metrics
 
 
 class Page(NamedTuple):
     """One scrape of one container."""
-    at: float                   # wall clock, when the answer came
+    at: float                   # when it arrived, wall clock
     uuid: str
     alias: str
     body: bytes
@@ -580,9 +582,9 @@ class Page(NamedTuple):
 class Figures:
     """The samples of a page by name and labels; with an earlier page, also rates of counters.
 
-    A rate covers the time between the two readings: the node's clock minus the age that the agent
-    reports for the collector. A collector that has not been read again keeps its last rates.
-    A counter that is lower than before has been reset to 0.
+    A rate covers the time between two readings. The time of a reading is the node's clock minus the
+    age that the agent reports for the collector. A collector that has not been read again keeps its
+    last rates. A counter that is lower than before was reset to 0. Raises Failure for a bad page.
     """
 
     def __init__(self, page: Page, before: Figures | None = None) -> None:
@@ -639,10 +641,10 @@ class Figures:
         return [name for name, kind in self.kinds.items() if kind != GAUGE]
 
     def collector(self, name: str) -> str:
-        """The collector that a metric comes from; "" if the page does not tell."""
+        """The collector that a metric comes from; "" if the page does not show it."""
         known = facts().get(name, {}).get("collectors", ())
-        return next((one for one in known if one in self.ages), "") or next(
-            (one for one in self.ages if name.startswith(one + "_")), "")
+        return next((collector for collector in known if collector in self.ages), "") or next(
+            (collector for collector in self.ages if name.startswith(collector + "_")), "")
 
 
 def quotient(value: Number, divisor: Number) -> float:
@@ -660,10 +662,10 @@ class Operand(NamedTuple):
     rate: bool
 
     def of(self, figures: Figures) -> dict[Labels, Number]:
-        """Its value for each set of labels."""
-        found: Mapping[Labels, Number] = (figures.rates if self.rate else figures.values).get(
+        """Its value for each set of labels; only finite values."""
+        values: Mapping[Labels, Number] = (figures.rates if self.rate else figures.values).get(
             self.name, {})
-        return {labels: value for labels, value in found.items()
+        return {labels: value for labels, value in values.items()
                 if set(self.labels) <= set(labels) and math.isfinite(quotient(value, 1))}
 
     def unit(self) -> str:
@@ -680,7 +682,7 @@ class Expression(NamedTuple):
 
     @classmethod
     def of_text(cls, text: str) -> Expression:
-        """The expression; raises Usage."""
+        """Parse an expression; raises Usage if it is not one."""
         match = _EXPRESSION.fullmatch(text)
         if match is None:
             raise Usage(f"{text!r} is not an expression: METRIC, METRIC{{label=\"value\"}}, "
@@ -689,8 +691,8 @@ class Expression(NamedTuple):
         return cls(text.strip(), operand(over), operand(under) if under else None)
 
     def of(self, figures: Figures) -> dict[Labels, Number]:
-        """Its value for each set of labels. A/B divides samples with the same labels, or by the
-        only sample of B; where that is impossible, there is no value."""
+        """Its value for each set of labels. A/B divides samples with the same labels, or all by the
+        only sample of B; without a divisor, or with 0, there is no value."""
         over = self.over.of(figures)
         if self.under is None:
             return over
@@ -705,7 +707,7 @@ class Expression(NamedTuple):
 
 
 def operand(text: str) -> Operand:
-    """Parse one operand of an expression; labels are written as on a page."""
+    """Parse one operand of an expression, with labels as on a page; raises Usage."""
     rate = text.startswith("rate(")
     series = text[5:-1].strip() if rate else text
     try:
@@ -725,7 +727,7 @@ class Range(NamedTuple):
 
     @classmethod
     def of_text(cls, text: str) -> Range:
-        """The range; raises Usage. https://www.monitoring-plugins.org/doc/guidelines.html"""
+        """Parse a range; raises Usage. https://www.monitoring-plugins.org/doc/guidelines.html"""
         match = _RANGE.fullmatch(text)
         if match is None or (match.group(2) is None and match.group(3) is None):
             raise Usage(f"{text!r} is not a range: 10, 10:, ~:10, 10:20 or @10:20")
@@ -753,14 +755,14 @@ class Threshold(NamedTuple):
 
     @classmethod
     def of_text(cls, text: str) -> Threshold:
-        """Parse an argument; both ranges may be empty or missing. Raises Usage."""
+        """Parse an argument; either range may be empty or missing. Raises Usage."""
         match = _EXPRESSION.match(text)
         rest = text[match.end():] if match else ""
-        words = rest.split(",") if rest else ["", ""]
-        if match is None or words[0] or len(words) > 3:
+        parts = rest.split(",") if rest else ["", ""]
+        if match is None or parts[0] or len(parts) > 3:
             raise Usage(f"{text!r} is not EXPR,WARN,CRIT, such as 'load_average,4,8', "
                         "'rate(net_drops_in_total),0' or 'mem_agg_usage/mem_limit,0.8,0.9'")
-        ranges = [Range.of_text(word.strip()) if word.strip() else None for word in words[1:]]
+        ranges = [Range.of_text(part.strip()) if part.strip() else None for part in parts[1:]]
         return cls(Expression.of_text(match.group()), *(ranges + [None, None])[:2])
 
     def status(self, value: Number) -> int:
@@ -780,7 +782,7 @@ class Cell(NamedTuple):
     name: str
     verdict: int | None
     figures: tuple[Expression, ...]
-    share: str = ""             # how much is used, in words, shown beside the metric `shared`
+    share: str = ""             # the used share, shown beside the metric `shared`
     shared: str = ""
 
 
@@ -805,7 +807,8 @@ def cell_thresholds(use: Use, cell: str) -> tuple[Threshold, ...]:
 
 
 def share_of(use: Use, figures: Figures) -> float | None:
-    """The used share of a resource, as its table row defines it; of several, the highest."""
+    """The used share of a resource from 0 to 1, as its table row defines it; of several, the
+    highest. None if the page lacks the metrics."""
     if not use.share:
         return None
     used, whole = figure_of(use.share[0]), use.share[1:]
@@ -823,7 +826,7 @@ def below(limit: float) -> Range:
 
 
 def scope_of(figures: Figures) -> str:
-    """Whether a page is a zone's or a compute node's."""
+    """`zone` or `node`: whose page it is."""
     return "node" if "alloc_cpus" in figures.values or "cpu_idle_seconds_total" in figures.values \
         else "zone"
 
@@ -833,8 +836,8 @@ def verdict_of(use: Use, cell: str, figures: Figures) -> int | None:
     if cell == "utilisation":
         share = share_of(use, figures)
         return None if share is None else CRITICAL if share >= USE_FULL else int(share >= USE_BUSY)
-    return max((one.status(value) for one in cell_thresholds(use, cell)
-                for value in one.expression.of(figures).values()), default=None)
+    return max((threshold.status(value) for threshold in cell_thresholds(use, cell)
+                for value in threshold.expression.of(figures).values()), default=None)
 
 
 def share_words(use: Use, figures: Figures) -> str:
@@ -847,7 +850,7 @@ def share_words(use: Use, figures: Figures) -> str:
 
 
 def use_cells(figures: Figures) -> list[Cell]:
-    """The USE table of a page, without resources that the page has no metrics of."""
+    """The USE table of a page, without resources that have no metrics on it."""
     cells: list[Cell] = []
     scope = scope_of(figures)
     for use in USE:
@@ -872,7 +875,7 @@ RECORD_SECONDS = 10.0
 
 
 class Cap(NamedTuple):
-    """One row of --caps."""
+    """One row of --caps: a resource, and its metrics."""
     resource: str
     cap: str
     used: str
@@ -900,7 +903,7 @@ class Column(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A table with a row for each set of label values; the last columns are dropped first."""
+    """A table with a row per set of label values; on a narrow screen its last columns go first."""
     labels: tuple[str, ...]
     columns: tuple[Column, ...]
 
@@ -957,7 +960,7 @@ def one_value(figures: Figures, text: str) -> Number | None:
 
 
 def caps_rows(figures: Figures) -> list[dict[str, Any]]:
-    """--caps as exact values; without a cap, cap and share are None."""
+    """--caps as exact values; cap and share are None without a cap."""
     rows = []
     for row in CAPS:
         cap, used, highest, above = (one_value(figures, text) for text in row[1:])
@@ -969,7 +972,7 @@ def caps_rows(figures: Figures) -> list[dict[str, Any]]:
 
 
 def caps_lines(figures: Figures, width: int) -> list[str]:
-    """--caps for people."""
+    """--caps as text."""
     rows = []
     for row, spec in ((row, spec) for row in caps_rows(figures) for spec in CAPS
                       if spec.resource == row["resource"]):
@@ -985,13 +988,13 @@ def use_rows(figures: Figures) -> list[dict[str, Any]]:
     """--use as exact values: a row for each cell."""
     return [{"resource": cell.resource, "cell": cell.name,
              "verdict": None if cell.verdict is None else VERDICT_WORDS[cell.verdict],
-             "figures": {one.text: [{"labels": dict(labels), "value": value}
-                                    for labels, value in one.of(figures).items()]
-                         for one in cell.figures}} for cell in use_cells(figures)]
+             "figures": {figure.text: [{"labels": dict(labels), "value": value}
+                                       for labels, value in figure.of(figures).items()]
+                         for figure in cell.figures}} for cell in use_cells(figures)]
 
 
 def use_lines(figures: Figures, width: int) -> list[str]:
-    """--use for people: figures beside their cell or, on a narrow screen, below it."""
+    """--use as text: figures beside their cell or, on a narrow screen, below it."""
     cells = use_cells(figures)
     heads = aligned(("RESOURCE", "CELL", "VERDICT"), [
         (clipped(cell.resource, 16 if width < 100 else 40), cell.name,
@@ -1001,8 +1004,9 @@ def use_lines(figures: Figures, width: int) -> list[str]:
     first = heads[0] + " " * (indent - cells_of(heads[0])) + "FIGURES" if beside else heads[0]
     lines = [emphasis(clipped(first, width))]
     for head, cell in zip(heads[1:], cells):
-        texts = [f"{one.over.name} {combined(one, figures)}"
-                 + (cell.share if one.over.name == cell.shared else "") for one in cell.figures]
+        texts = [f"{figure.over.name} {combined(figure, figures)}"
+                 + (cell.share if figure.over.name == cell.shared else "")
+                 for figure in cell.figures]
         if beside:      # never break a line inside a figure
             words = ", ".join(texts).replace(" ", "\0").replace(",\0", ", ").replace("\0(", " (")
             texts = [clipped(text.replace("\0", " "), width - indent) for text in
@@ -1017,19 +1021,19 @@ def use_lines(figures: Figures, width: int) -> list[str]:
 
 def judged(line: str) -> str:
     """A line that ends with a verdict, in the verdict's colour."""
-    word = line.rsplit(" ", 1)[-1]
-    return coloured(line, {"watch": 33, "bad": 31}.get(word, 0))
+    verdict = line.rsplit(" ", 1)[-1]
+    return coloured(line, {"watch": 33, "bad": 31}.get(verdict, 0))
 
 
 def combined(expression: Expression, figures: Figures) -> str:
-    """An expression for the whole container: the sum of its samples; the largest if they include
-    each other (label `over`); for booleans, whether all are true."""
-    found = expression.of(figures)
-    if not found:
+    """An expression for the whole container: the sum of its samples; the largest if they are
+    cumulative (label `over`); for booleans, whether all are true."""
+    values = expression.of(figures)
+    if not values:
         return "-"
-    nested = any(name == "over" for labels in found for name, _ in labels)
-    combine = max if nested else min if expression.unit() == "boolean" else sum
-    return amount(combine(found.values()), expression.unit())
+    cumulative = any(name == "over" for labels in values for name, _ in labels)
+    combine = max if cumulative else min if expression.unit() == "boolean" else sum
+    return amount(combine(values.values()), expression.unit())
 
 
 def layout_rows(layouts: Sequence[Layout], figures: Figures
@@ -1061,22 +1065,22 @@ def layout_objects(layouts: Sequence[Layout], figures: Figures) -> list[dict[str
 
 
 def layout_lines(layouts: Sequence[Layout], figures: Figures, width: int) -> list[str]:
-    """--net or --disk for people."""
+    """--net or --disk as text."""
     lines: list[str] = []
-    for layout, found in layout_rows(layouts, figures):
+    for layout, table_rows in layout_rows(layouts, figures):
         units = [column.unit or Expression.of_text(column.expression).unit()
                  for column in layout.columns]
         header = (*(name.upper().replace("_", " ") for name in layout.labels),
                   *(column.title for column in layout.columns))
         rows = [(*map(printable, key),
                  *(amount(value, unit) for value, unit in zip(values, units)))
-                for key, values in found]
+                for key, values in table_rows]
         left = len(layout.labels)
-        turned = [*zip(header, *rows)]
-        upright = aligned(turned[0], turned[1:], range(1, len(rows) + 1))
+        columns = [*zip(header, *rows)]
+        transposed = aligned(columns[0], columns[1:], range(1, len(rows) + 1))
         lines += [""] * bool(lines)
-        if max(map(cells_of, aligned(header, rows))) > width >= max(map(cells_of, upright)):
-            lines += upright            # narrow screen: a line for each column, so that all fit
+        if max(map(cells_of, aligned(header, rows))) > width >= max(map(cells_of, transposed)):
+            lines += transposed         # narrow screen: a line for each column, so that all fit
         else:
             lines += fitted(header, rows, width, left=left, drop=("NIC TAG", *(
                 column.title for column in reversed(layout.columns[2:]))))
@@ -1084,7 +1088,7 @@ def layout_lines(layouts: Sequence[Layout], figures: Figures, width: int) -> lis
 
 
 class Table(NamedTuple):
-    """A view of a page, for people and as exact values; with `rates` it needs two scrapes."""
+    """A view of a page, as text and as exact values; with `rates` it needs two scrapes."""
     help: str
     rates: bool
     lines: Callable[[Figures, int], list[str]]
@@ -1105,12 +1109,12 @@ TABLES = {
 
 def page_objects(figures: Figures) -> dict[str, Any]:
     """All metrics of a page as exact values."""
-    return {name: [{"labels": dict(labels), "value": value} for labels, value in found.items()]
-            for name, found in figures.values.items()}
+    return {name: [{"labels": dict(labels), "value": value} for labels, value in samples.items()]
+            for name, samples in figures.values.items()}
 
 
 def as_json(figures: Figures, table: Table | None, indent: int | None) -> str:
-    """A page or table as one object. JSON has no infinities or NaN, so they become strings."""
+    """A page or table as a JSON object. JSON has no infinities or NaN, so they become strings."""
     page = figures.page
 
     def plain(value: Any) -> Any:
@@ -1128,8 +1132,8 @@ Scrape = Union[Page, Failure]
 
 
 def live_pages(proxy: Proxy, container: Container, interval: float) -> Iterator[Scrape]:
-    """Scrape the container at this interval. A failure of the first scrape raises; later ones are
-    yielded."""
+    """Scrape the container every `interval` seconds. The first scrape may raise Failure; later
+    failures are yielded."""
     due = time.monotonic()
     first = True
     while True:
@@ -1163,10 +1167,10 @@ def monitor(arguments: argparse.Namespace) -> int:
         return show_pages(arguments, table, replayed_pages(arguments), math.inf)
     proxy = proxy_of(arguments)
     container = proxy.find(arguments.container)
-    going_on = arguments.watch is not None or bool(arguments.record)
+    repeated = arguments.watch is not None or bool(arguments.record)
     interval = arguments.watch or (RECORD_SECONDS if arguments.record else ONCE_SECONDS)
     pages = live_pages(proxy, container, interval)
-    most = (arguments.count or math.inf) if going_on else 1
+    most = (arguments.count or math.inf) if repeated else 1
     if arguments.record and most == math.inf:
         print(f"cmon: recording {container.alias} every {interval:g} s to {arguments.record}, "
               "until Ctrl-C", file=sys.stderr)
