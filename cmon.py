@@ -1241,32 +1241,32 @@ def paint(painter: Painter, figures: Figures, table: Table | None, arguments: ar
 
 # --- recordings -----------------------------------------------------------------------------------
 
-# A recording is a sequence of pages, each after a line with its time, container and length. In a
-# .gz file each page is a gzip member of its own, so that a truncated recording is valid up to the
-# cut and pages can be appended.
-LONGEST_PAUSE = 60.0            # seconds that --replay waits at most where the recording has a gap
+# A recording is a sequence of pages, each preceded by a line with its time, container and length.
+# In a .gz file each page is a gzip member of its own, so that pages can be appended and a truncated
+# recording is valid up to the cut.
+LONGEST_PAUSE = 60.0            # seconds; --replay shortens longer gaps of the recording to this
 HEAD = re.compile(rb"# cmon page at=([0-9]{1,12}(?:\.[0-9]{1,6})?) uuid=(" + UUID.pattern.encode()
                   + rb") alias=(\S{1,1500}) bytes=([0-9]{1,9})\n")
 LONGEST_HEAD = 2000
 
 
 class Recorder:
-    """Appends pages to a file, after removing the partial page of an interrupted recording."""
+    """Appends pages to a file, after removing the partial page that an interruption left."""
 
     def __init__(self, path: str) -> None:
         self.path, self.packed = path, path.endswith(".gz")
         try:
             self._file = open(path, "a+b")
-            whole = self._whole()
-            self._file.truncate(whole)
-            self._file.seek(whole)
+            size = self._complete()
+            self._file.truncate(size)
+            self._file.seek(size)
         except OSError as error:
             raise Failure(f"cannot record to {path}: {words_of(error)}") from None
         except Failure as failure:
             raise Failure(f"will not append to {path}: {failure}") from None
 
-    def _whole(self) -> int:
-        """Size of the complete pages; Failure if anything but a partial page follows them."""
+    def _complete(self) -> int:
+        """Bytes of the complete pages; Failure if anything but a partial page follows them."""
         self._file.seek(0)
         end = 0
         if self.packed:
@@ -1281,10 +1281,10 @@ class Recorder:
         return end
 
     def add(self, page: Page) -> None:
-        """Append one page, at once."""
-        whole = recorded_page(page)
+        """Append one page and flush it; raises Failure."""
+        record = recorded_page(page)
         try:
-            self._file.write(gzip.compress(whole) if self.packed else whole)
+            self._file.write(gzip.compress(record) if self.packed else record)
             self._file.flush()
         except OSError as error:        # the next recording removes the partial page
             raise Failure(f"cannot record to {self.path}: {words_of(error)}") from None
@@ -1296,13 +1296,13 @@ class Recorder:
 
 
 def recorded_page(page: Page) -> bytes:
-    """A page in the form of a recording."""
+    """A page as it is stored in a recording."""
     return (f"# cmon page at={page.at:.3f} uuid={page.uuid} alias={urllib.parse.quote(page.alias)} "
             f"bytes={len(page.body)}\n").encode() + page.body
 
 
 def whole_members(file: IO[bytes]) -> int:
-    """Where the last whole member of a gzip file ends."""
+    """The offset at which the last complete member of a gzip file ends."""
     end = position = 0
     unpacker = zlib.decompressobj(31)
     while True:
@@ -1322,7 +1322,7 @@ def whole_members(file: IO[bytes]) -> int:
 
 
 def recorded(file: Union[IO[bytes], gzip.GzipFile]) -> Iterator[Page]:
-    """The complete pages of a recording."""
+    """The pages of a recording, up to the first that is incomplete or invalid."""
     try:
         while True:
             match = HEAD.fullmatch(file.readline(LONGEST_HEAD))
@@ -1348,8 +1348,8 @@ def recording(path: str) -> Iterator[Page]:
 
 
 def replayed_pages(arguments: argparse.Namespace) -> Iterator[Scrape]:
-    """The pages of --replay. With --watch they come at the interval that it gives or, without one,
-    at the recording's own pace times --speed; otherwise without pauses."""
+    """The pages of --replay: with --watch SECONDS at this interval, with --watch alone at the
+    recording's own pace times --speed, otherwise without pauses."""
     name = (arguments.container or "").lower()
     last: Page | None = None
     for page in recording(arguments.replay):
@@ -1366,13 +1366,13 @@ def replayed_pages(arguments: argparse.Namespace) -> Iterator[Scrape]:
 # --- top ------------------------------------------------------------------------------------------
 
 TOP_SECONDS = 5.0               # between two rounds
-OFF_SCREEN = 4                  # rounds; containers off the screen are scraped once in so many
+OFF_SCREEN = 4                  # rounds between scrapes of a container that is off the screen
 QUOTA_SHARE = 0.5               # of the account's quota; the rest is for its other clients
 READINGS = 60                   # kept for a sparkline
 LEAST_DRAW = 0.2                # seconds between redraws, except after a key
 LEAST_SPARK = 8                 # columns; a narrower sparkline is left out
 SPARKS = "▁▂▃▄▅▆▇█"
-PLAIN_SPARKS = "_.:-=+*#"       # for terminals without those characters
+PLAIN_SPARKS = "_.:-=+*#"       # for encodings without these characters
 FAST = ("cpucap", "memcap", "link", "zone_vfs", "zone_misc")    # collectors of the columns
 KEYS = re.compile(r"\x1b\[[0-9;]*[A-Za-z~]|\x1bO[A-Za-z]|.", re.S)
 KEY_NAMES = {"\x1b[A": "up", "\x1bOA": "up", "k": "up", "\x1b[B": "down", "\x1bOB": "down",
@@ -1396,14 +1396,15 @@ class TopColumn(NamedTuple):
 def total(*texts: str) -> Callable[[Figures], Number | None]:
     """The sum of all samples of these expressions; None if there are none."""
     def value(figures: Figures) -> Number | None:
-        found = [number for text in texts
-                 for number in Expression.of_text(text).of(figures).values()]
-        return sum(found) if found else None
+        values = [sample for text in texts
+                  for sample in Expression.of_text(text).of(figures).values()]
+        return sum(values) if values else None
     return value
 
 
 def cpus_used(figures: Figures) -> Number | None:
-    """CPUs in use: from the cap's usage, as CPU%; without a cap, from the counters."""
+    """CPUs in use: from the usage that the cap counts, as CPU% is; without a cap, from the
+    counters."""
     percent = one_value(figures, "cpucap_cur_usage_percentage")
     if percent is not None:
         return quotient(percent, 100)
@@ -1433,14 +1434,14 @@ class Row:
         self.state = "running"
         self.figures: Figures | None = None
         self.failure = ""
-        self.asked = -math.inf              # monotonic
-        self.pending = False
+        self.asked = -math.inf              # when it was last requested, monotonic
+        self.pending = False                # a request is in flight
         self.values: dict[str, Number | None] = {}
         self.worst: tuple[int, str] = (-1, "")      # verdict and resource
         self.history: collections.deque[float] = collections.deque(maxlen=READINGS)
 
     def take(self, answer: Scrape) -> None:
-        """Take a page, or the reason why there is none."""
+        """Take a page, or the Failure to get it."""
         self.pending = False
         try:
             if isinstance(answer, Failure):
@@ -1453,7 +1454,7 @@ class Row:
         self.values = {column.title: column.value(self.figures) for column in TOP_COLUMNS}
         self.worst = max(((cell.verdict, cell.resource) for cell in use_cells(self.figures)
                           if cell.verdict is not None),
-                         key=lambda one: one[0], default=(-1, ""))
+                         key=lambda verdict: verdict[0], default=(-1, ""))
         used = self.values["CPU%"] if self.values["CPU%"] is not None else self.values["CPU"]
         self.history.append(quotient(used or 0, 1))
 
@@ -1465,7 +1466,7 @@ class Row:
         return max(now - self.figures.page.at + max(map(float, ages), default=0.0), 0.0)
 
     def state_words(self) -> str:
-        """The column WORST."""
+        """The cell of column WORST."""
         if self.state != "running":
             return self.state
         if self.failure:
@@ -1483,10 +1484,10 @@ class Row:
 
     def spark(self, width: int, letters: str) -> str:
         """CPU over time; full height is the cap or, without one, the highest value so far."""
-        found = list(self.history)[-width:]
-        full = 1.0 if self.values.get("CPU%") is not None else max(found, default=0.0)
+        usage = list(self.history)[-width:]
+        full = 1.0 if self.values.get("CPU%") is not None else max(usage, default=0.0)
         return "".join(letters[min(max(int(value / full * len(letters)), 0), len(letters) - 1)]
-                       if full > 0 and math.isfinite(value) else letters[0] for value in found)
+                       if full > 0 and math.isfinite(value) else letters[0] for value in usage)
 
 
 class Top:
@@ -1499,39 +1500,39 @@ class Top:
         self.filter = ""
         self.selected = ""                  # a UUID
         self.moved = False                  # by the user; until then the first row is selected
-        self.detail = False                 # its USE table, instead of all containers
+        self.detail = False                 # show its USE table instead of all containers
         self.first = 0                      # row or line at the top of the screen
         self.failure = ""                   # why the last round failed
-        self.behind = ""                    # why it falls behind
+        self.behind = ""                    # why rounds fall behind
         self.quota: Number | None = None    # requests a minute
         self._shown: list[Row] = []         # on the screen when it was last drawn
 
-    # what is known
+    # data
 
     def take_fleet(self, figures: Figures) -> None:
         """Take the account's containers and quota from the fleet page."""
-        found: dict[str, Row] = {}
+        rows: dict[str, Row] = {}
         for labels in figures.values.get("cmon_instance_info", {}):
             uuid, alias = dict(labels).get("instance", ""), dict(labels).get("alias", "")
-            row = found[uuid] = self.rows.get(uuid) or Row(uuid)
+            row = rows[uuid] = self.rows.get(uuid) or Row(uuid)
             row.alias = printable(alias) or uuid
         for labels, value in figures.values.get("cmon_instance_state", {}).items():
-            if value == 1 and dict(labels).get("instance") in found:
-                found[dict(labels)["instance"]].state = printable(dict(labels).get("state", "-"))
-        self.rows = found
+            if value == 1 and dict(labels).get("instance") in rows:
+                rows[dict(labels)["instance"]].state = printable(dict(labels).get("state", "-"))
+        self.rows = rows
         self.quota = one_value(figures, "cmon_quota_limit")
         limited = one_value(figures, "cmon_quota_limited")
         self.failure = "over the account's quota: metrics may be old" if limited else ""
 
     def take_page(self, answer: Scrape, uuid: str) -> None:
-        """Take a container's page, or the reason why there is none."""
+        """Take a container's page, or the Failure to get it."""
         row = self.rows.get(uuid)
         if row is not None:
             row.take(answer)
 
     def due(self, now: float) -> list[Row]:
         """The rows to scrape in this round: all on the screen and an equal part of the others,
-        oldest first, within a share of the quota."""
+        oldest first, as far as QUOTA_SHARE allows. Marks them pending."""
         shown = {row.uuid for row in self._shown}
         running = [row for row in self.rows.values() if row.state == "running"]
         waiting = [row for row in running if row.pending]
@@ -1552,15 +1553,15 @@ class Top:
             row.asked, row.pending = now, True
         return wanted[:most]
 
-    # what is asked for by keys
+    # keys
 
     def visible(self, now: float) -> list[Row]:
         """The rows that match the filter, sorted."""
-        word = self.filter.lower()
-        found = sorted((row for row in self.rows.values() if word in row.alias.lower()
-                        or row.uuid.startswith(word)), key=lambda row: (row.alias, row.uuid))
-        found.sort(key=lambda row: row.rank(self.sort, now)[1], reverse=self.reverse)
-        return sorted(found, key=lambda row: row.rank(self.sort, now)[0])
+        text = self.filter.lower()
+        rows = sorted((row for row in self.rows.values() if text in row.alias.lower()
+                       or row.uuid.startswith(text)), key=lambda row: (row.alias, row.uuid))
+        rows.sort(key=lambda row: row.rank(self.sort, now)[1], reverse=self.reverse)
+        return sorted(rows, key=lambda row: row.rank(self.sort, now)[0])
 
     def keys(self, text: str, now: float, height: int) -> None:
         """Handle typed keys."""
@@ -1609,7 +1610,7 @@ class Top:
         elif name == " ":
             self.paused = not self.paused
 
-    # what is shown
+    # screen
 
     def table(self, rows: Sequence[Row], width: int, now: float, marked: bool = False
               ) -> list[str]:
@@ -1623,8 +1624,8 @@ class Top:
         titles = [title + mark * (title == self.sort) for title in TOP_TITLES]
         drop = [titles[TOP_TITLES.index(title)] for title in TOP_DROP if title != self.sort]
         blank = [["-"] * len(titles)]
-        for room, words in ((width - 4 - LEAST_SPARK, drop[:2]), (width - 2, drop)):
-            lines = fitted(titles, cells or blank, room, words, plain=True)
+        for room, columns in ((width - 4 - LEAST_SPARK, drop[:2]), (width - 2, drop)):
+            lines = fitted(titles, cells or blank, room, columns, plain=True)
             if not any(line.endswith("…") for line in lines):
                 break
         edge = max(map(cells_of, lines))
@@ -1639,10 +1640,10 @@ class Top:
     def screen(self, width: int, height: int, now: float) -> list[str]:
         """All lines of the screen."""
         visible = self.visible(now)
-        count = f"{len(visible)} of {len(self.rows)}" if self.filter else str(len(self.rows))
+        selected = f"{len(visible)} of " if self.filter else ""
         when = time.strftime("%H:%M:%S", time.localtime(now))
-        title = (f"cmon top  {'PAUSED  ' * self.paused}{when}  {count} containers  "
-                 f"every {self.interval:g} s")
+        title = (f"cmon top  {'PAUSED  ' * self.paused}{when}  {selected}"
+                 f"{plural(len(self.rows), 'container')}  every {self.interval:g} s")
         note = f"/{self.filter}_" if self.typing else self.failure or self.behind or (
             f"filter: {self.filter}" if self.filter else "")
         head = [emphasis(clipped(title, width)), coloured(clipped(note, width), 33)]
@@ -1686,7 +1687,7 @@ def seconds_words(value: float | None) -> str:
 
 
 def sparks() -> tuple[str, str]:
-    """Characters for sparklines and sort order that the terminal's encoding has."""
+    """Characters for sparklines and for the sort order, as far as stdout's encoding has them."""
     try:
         SPARKS.encode(sys.stdout.encoding or "ascii")
         return SPARKS, "▼▲"
@@ -1809,7 +1810,7 @@ class Terminal:
         self._write("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J")
 
     def wait(self, seconds: float) -> str | None:
-        """Wait for keys, at most so long; None means quit."""
+        """Wait up to `seconds` for keys; returns them, "" for none, None to quit."""
         ready, _, _ = select.select([self._keys, self._wakes], [], [], max(seconds, 0))
         numbers = os.read(self._wakes, 4096) if self._wakes in ready else b""
         if signal.SIGTSTP in numbers:
@@ -1870,7 +1871,7 @@ def top_loop(state: Top, terminal: Terminal, work: Callable[[float], None],
 
 
 def top_once(state: Top, proxy: Proxy, groups: str) -> int:
-    """One table, from two scrapes of each container."""
+    """Print one table, from two scrapes of each container."""
     state.take_fleet(Figures(Page(time.time(), "", "the proxy", proxy.fleet(groups))))
     poller = Poller(proxy, groups, lambda: None)
     for scrape in range(2):
@@ -1910,7 +1911,7 @@ def top_replayed(state: Top, arguments: argparse.Namespace, live: bool) -> int:
 
     def work(now: float) -> None:
         nonlocal waiting, shown, began
-        if state.paused:                        # goes on from here
+        if state.paused:                        # to continue from here
             began = now - (shown - first) / (arguments.speed or 1)
             return
         at = first + (now - began) * (arguments.speed or 1)
@@ -1931,12 +1932,12 @@ def top_replayed(state: Top, arguments: argparse.Namespace, live: bool) -> int:
 
 # https://www.monitoring-plugins.org/doc/guidelines.html
 STATUS_WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
-GRAVITY = (OK, UNKNOWN, WARNING, CRITICAL)      # of several findings, the last of these counts
+GRAVITY = (OK, UNKNOWN, WARNING, CRITICAL)      # ascending; the gravest finding counts
 UOMS = {"bytes": "B", "seconds": "s", "milliseconds": "ms", "percent": "%"}
 AT_ONCE = 8                     # concurrent requests for pages
 LONGEST_OUTPUT = 8000           # characters; Nagios takes 8192
 MOST_PROBLEMS = 5               # in the text; exit status and performance data cover all
-OLDEST_FIGURES = 300.0          # seconds; older is UNKNOWN, except what is read less often
+OLDEST_FIGURES = 300.0          # seconds; older is UNKNOWN, except for what is read less often
 COLLECTORS_UP = "cmon_collector_up,1:"
 RESPONSE = "response_seconds"           # added to the metrics of the fleet page
 DAYS_LEFT = "certificate_days_left"
@@ -1944,7 +1945,7 @@ DAYS_LEFT_LIMITS = f"{DAYS_LEFT},30:,7:"
 
 
 class Finding(NamedTuple):
-    """The result for one sample, or for a missing one; no words if another finding covers it."""
+    """The result for one sample, or for a missing one; no words if another finding reports it."""
     status: int
     words: str
     perfdata: str = ""
@@ -1964,9 +1965,9 @@ def check(arguments: argparse.Namespace) -> int:
 def report(findings: Sequence[Finding]) -> int:
     """Print the line of a plugin; returns its exit status, UNKNOWN if the line is lost."""
     status = max((finding.status for finding in findings), key=GRAVITY.index)
-    told = sorted((finding for finding in findings if finding.status != OK) if status != OK
-                  else findings, key=lambda one: -GRAVITY.index(one.status))
-    words = [printable(finding.words) for finding in told if finding.words]
+    reported = sorted((finding for finding in findings if finding.status != OK) if status != OK
+                      else findings, key=lambda finding: -GRAVITY.index(finding.status))
+    words = [printable(finding.words) for finding in reported if finding.words]
     if len(words) > MOST_PROBLEMS:
         words[MOST_PROBLEMS:] = [f"and {len(words) - MOST_PROBLEMS} more"]
     line = f"CMON {STATUS_WORDS[status]}: " + ", ".join(words).replace("|", "/")
@@ -1983,30 +1984,30 @@ def report(findings: Sequence[Finding]) -> int:
 
 
 def check_findings(arguments: argparse.Namespace) -> list[Finding]:
-    """Scrape what was selected, and apply the thresholds."""
-    words = list(arguments.words)
+    """Scrape what the flags select and apply the thresholds; raises Failure."""
+    positional = list(arguments.words)
     selected = arguments.all or arguments.groups or arguments.proxy or arguments.certificate
-    name = "" if selected else (words.pop(0) if words else "")
+    name = "" if selected else (positional.pop(0) if positional else "")
     if not selected and not name:
         raise Usage("nothing to check: give NAME, --all, --groups, --proxy or --certificate")
     default = RESPONSE if arguments.proxy else DAYS_LEFT_LIMITS if arguments.certificate \
         else COLLECTORS_UP
-    thresholds = [Threshold.of_text(word) for word in words or [default]]
+    thresholds = [Threshold.of_text(text) for text in positional or [default]]
     proxy = proxy_of(arguments)
     state = RateState(arguments, thresholds)
     if arguments.proxy or arguments.certificate:
-        found = check_page(state.figures(fleet_page(proxy)), thresholds, "")
+        findings = check_page(state.figures(fleet_page(proxy)), thresholds, "")
         state.save()
-        return found
+        return findings
     chosen = [proxy.find(name)] if name else proxy.containers(arguments.groups)[1]
-    running = [one for one in chosen if name or one.state == "running"]
+    running = [container for container in chosen if name or container.state == "running"]
     if not running:
         raise Failure("no running containers" + (
             f" in {arguments.groups}" if arguments.groups else ""))
-    findings: list[Finding] = []
+    findings = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for one, page in zip(running, pool.map(functools.partial(scraped, proxy), running)):
-            who = "" if name else one.alias
+        for container, page in zip(running, pool.map(functools.partial(scraped, proxy), running)):
+            who = "" if name else container.alias
             if isinstance(page, Failure):
                 findings.append(Finding(UNKNOWN, f"{who}: {page}" if who else str(page)))
                 continue
@@ -2020,9 +2021,9 @@ def check_findings(arguments: argparse.Namespace) -> list[Finding]:
     return findings
 
 
-def plural(number: int, word: str) -> str:
+def plural(quantity: int, noun: str) -> str:
     """1 page, 2 pages."""
-    return f"{number} {word}" + "s" * (number != 1)
+    return f"{quantity} {noun}" + "s" * (quantity != 1)
 
 
 def scraped(proxy: Proxy, container: Container) -> Scrape:
@@ -2052,47 +2053,48 @@ def fleet_page(proxy: Proxy) -> Page:
 def check_page(figures: Figures, thresholds: Sequence[Threshold], who: str) -> list[Finding]:
     """A finding for each sample of each expression."""
     findings: list[Finding] = []
-    for one in thresholds:
-        found = one.expression.of(figures)
-        why = too_old(one.expression, figures)
-        if not found or why:
-            why = why or missing(one.expression, figures)
+    for threshold in thresholds:
+        expression, warning, critical = threshold
+        values = expression.of(figures)
+        why = too_old(expression, figures)
+        if not values or why:
+            why = why or missing(expression, figures)
             findings.append(Finding(UNKNOWN, f"{who}: {why}" if who else why))
             continue
-        names = telling(list(found))
-        for labels, value in found.items():
-            name = " ".join((*([who] if who else []), one.expression.text,
+        names = telling(list(values))
+        for labels, value in values.items():
+            name = " ".join((*([who] if who else []), expression.text,
                              *(text for label, text in labels if label in names)))
-            status = one.status(value)
-            broken = one.critical if status == CRITICAL else one.warning
-            words = f"{name} is {amount(value, unit_of(one.expression))}"
-            if status != OK and broken is not None:
-                words += f" ({broken.words()})"
+            status = threshold.status(value)
+            violated = critical if status == CRITICAL else warning
+            words = f"{name} is {amount(value, unit_of(expression))}"
+            if status != OK and violated is not None:
+                words += f" ({violated.words()})"
             label = printable(name).translate(PERFDATA_LABEL)
             findings.append(Finding(status, words, f"'{label}'={number(value)}"
-                                    f"{uom(one.expression, figures)};"
-                                    f"{one.warning.text if one.warning else ''};"
-                                    f"{one.critical.text if one.critical else ''}"))
-        if len(found) > 1 and all(one.status(value) == OK for value in found.values()):
-            first = len(findings) - len(found)
-            least, most = (amount(value, unit_of(one.expression))
-                           for value in (min(found.values()), max(found.values())))
-            words = " ".join((*([who] if who else []), one.expression.text, "is", least,
+                                    f"{uom(expression, figures)};"
+                                    f"{warning.text if warning else ''};"
+                                    f"{critical.text if critical else ''}"))
+        if len(values) > 1 and all(threshold.status(value) == OK for value in values.values()):
+            first = len(findings) - len(values)
+            least, most = (amount(value, unit_of(expression))
+                           for value in (min(values.values()), max(values.values())))
+            words = " ".join((*([who] if who else []), expression.text, "is", least,
                               *([] if least == most else ["to", most]),
-                              f"({len(found)} samples)"))
+                              f"({len(values)} samples)"))
             findings[first:] = [finding._replace(words="") for finding in findings[first:]]
             findings[first] = findings[first]._replace(words=words)
     return findings
 
 
-def telling(found: Sequence[Labels]) -> set[str]:
+def telling(series: Sequence[Labels]) -> set[str]:
     """The labels that distinguish samples: a single one if it suffices, else all that differ."""
-    if len(found) < 2:
+    if len(series) < 2:
         return set()
-    names = {name for labels in found for name, _ in labels}
-    values = {name: {dict(labels).get(name) for labels in found} for name in names}
-    alone = sorted(name for name in names if len(values[name]) == len(found))
-    return set(alone[:1]) or {name for name in names if len(values[name]) > 1}
+    names = {name for labels in series for name, _ in labels}
+    values = {name: {dict(labels).get(name) for labels in series} for name in names}
+    unique = sorted(name for name in names if len(values[name]) == len(series))
+    return set(unique[:1]) or {name for name in names if len(values[name]) > 1}
 
 
 # In performance data a label is in single quotes and must not contain an equals sign.
@@ -2139,22 +2141,22 @@ def missing(expression: Expression, figures: Figures) -> str:
 
 
 class RateState:
-    """The last two readings of the counters in rate(), kept in a file: a recording of only those
+    """The last two readings of the counters in rate(), kept in a file: a recording of only these
     metrics. Two, because a run may see the same reading as the last run."""
 
     def __init__(self, arguments: argparse.Namespace, thresholds: Sequence[Threshold]) -> None:
-        self._names = {part.name for one in thresholds
-                       for part in (one.expression.over, one.expression.under)
+        self._names = {part.name for threshold in thresholds
+                       for part in (threshold.expression.over, threshold.expression.under)
                        if part is not None and part.rate}
         self._pages: dict[str, list[Page]] = {}     # by container
         self._kept: list[Page] = []
         if not self._names:
             return
         # Each check has its own file, because checks run at different intervals.
-        what = "\0".join((arguments.url, arguments.cert, str(arguments.all), arguments.groups,
-                          str(arguments.proxy), str(arguments.certificate), *arguments.words))
+        check_id = "\0".join((arguments.url, arguments.cert, str(arguments.all), arguments.groups,
+                              str(arguments.proxy), str(arguments.certificate), *arguments.words))
         self._path = cache_folder(arguments.state) / (
-            "check-" + hashlib.sha256(what.encode()).hexdigest()[:20])
+            "check-" + hashlib.sha256(check_id.encode()).hexdigest()[:20])
         if self._path.exists():
             for page in recording(str(self._path)):
                 self._pages.setdefault(page.uuid, []).append(page)
@@ -2166,14 +2168,14 @@ class RateState:
         last: Figures | None = None
         known = self._pages.get(page.uuid or NO_UUID, [])[-2:]
         try:
-            for one in known:
-                last = Figures(one, last)
+            for earlier in known:
+                last = Figures(earlier, last)
         except Failure:                     # the file is damaged: start over
             last, known = None, []
         figures = Figures(page, last)
         collectors = {figures.collector(name) for name in self._names}
-        if last is None or any(figures.taken[one] > last.taken.get(one, -math.inf)
-                               for one in collectors):
+        if last is None or any(figures.taken[collector] > last.taken.get(collector, -math.inf)
+                               for collector in collectors):
             wanted = self._names | {"time_of_day", "cmon_sample_age_seconds"}
             body = render([family for family in figures.families
                            if {family.name, *(family.name + suffix for suffix in SUFFIXES.get(
@@ -2188,11 +2190,11 @@ class RateState:
             write_whole(self._path, b"".join(map(recorded_page, self._kept)))
 
 
-NO_UUID = "00000000-0000-0000-0000-000000000000"       # of the fleet page
+NO_UUID = "00000000-0000-0000-0000-000000000000"       # stands for the fleet page in recordings
 
 
 def cache_folder(chosen: str) -> Path:
-    """The folder for readings, created if missing; Failure if that is impossible."""
+    """The folder for readings, created if missing; raises Failure."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = Path(chosen) if chosen else (
@@ -2206,7 +2208,7 @@ def cache_folder(chosen: str) -> Path:
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all; raises Failure."""
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=str(path.parent))
         try:
@@ -2233,9 +2235,9 @@ def discover(arguments: argparse.Namespace) -> int:
     if arguments.file_sd:
         return keep_file_sd(proxy, arguments)
     suffix = suffix_of(arguments, proxy.url) if arguments.hosts or arguments.zone else ""
-    found, containers = proxy.containers(arguments.groups)
+    discovered, containers = proxy.containers(arguments.groups)
     if arguments.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(discovered, indent=2, ensure_ascii=False))
     elif not containers:
         print("cmon: no containers" + (f" in {arguments.groups}" if arguments.groups else
                                        ": this account has no running containers"), file=sys.stderr)
@@ -2248,7 +2250,8 @@ def discover(arguments: argparse.Namespace) -> int:
 
 
 def suffix_of(arguments: argparse.Namespace, url: str) -> str:
-    """Suffix of the containers' host names: that of --suffix, or the host name of the URL."""
+    """The suffix of the containers' host names: --suffix, or the host name of the URL; raises
+    Usage."""
     suffix = arguments.suffix or urllib.parse.urlsplit(url).hostname or ""
     if is_address(suffix):
         raise Usage(f"host names cannot end in the address {suffix}: use --suffix NAME")
@@ -2257,8 +2260,8 @@ def suffix_of(arguments: argparse.Namespace, url: str) -> str:
 
 def name_lines(containers: Sequence[Container], host: str, suffix: str,
                address: str) -> Iterator[str]:
-    """The containers' host names, for sites without wildcard DNS: lines of /etc/hosts if there is
-    an address, else records for a zone file."""
+    """The containers' host names, for sites without wildcard DNS: lines of /etc/hosts with this
+    address or, without one, records for a zone file."""
     for container in containers:
         if not UUID.fullmatch(container.uuid):
             raise Failure(f"the proxy lists a container with an invalid UUID: {container.uuid!r}")
@@ -2297,12 +2300,12 @@ def keep_file_sd(proxy: Proxy, arguments: argparse.Namespace) -> int:
 
 
 def write_file_sd(path: Path, body: bytes) -> None:
-    """Write targets for Prometheus' file_sd_configs, whole or not at all."""
+    """Write targets for Prometheus' file_sd_configs, whole or not at all; raises Failure."""
     try:
         groups = json.loads(body)
         good = isinstance(groups, list) and all(
-            all(isinstance(one, str) for one in (*group["targets"], *group["labels"],
-                                                 *group["labels"].values())) for group in groups)
+            all(isinstance(text, str) for text in (*group["targets"], *group["labels"],
+                                                   *group["labels"].values())) for group in groups)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
@@ -2795,7 +2798,7 @@ class Doctor:
         else:
             running = [one for one in self.containers if one.state in ("running", "-")]
             self.chosen = (running or self.containers)[0]
-        return f"{len(self.containers)} containers"
+        return plural(len(self.containers), "container")
 
     def scrape(self) -> str:
         """The page of one container can be scraped."""
@@ -2922,7 +2925,7 @@ class Doctor:
             raise Broken(f"{len(down)} of {len(mine)} targets are down, for example "
                          + printable(f"{down[0][0]}: {down[0][1]}"),
                          "reload Prometheus (SIGHUP), then run this command again")
-        return f"{len(mine)} targets, none down"
+        return f"{plural(len(mine), 'target')}, none down"
 
     def _own_name(self, name: str, suffix: str) -> None:
         """With a host name for each container, the certificate and DNS must cover it."""

@@ -108,6 +108,7 @@ def test_the_filter_is_typed_and_cleared() -> None:
     top.keys("\x7f2\r", 1000.0, 20)
     assert names(top) == ["web02"] and not top.typing
     assert "1 of 3 containers" in top.screen(80, 20, 1000.0)[0]
+    assert "  1 container  " in state(ROWS[0]).screen(80, 20, 1000.0)[0]
     top.keys("\x1b", 1000.0, 20)
     assert len(names(top)) == 3
     top.keys("/" + DB[:6] + "\r", 1000.0, 20)
