@@ -832,7 +832,11 @@ class Output(NamedTuple):
 
     @property
     def last_line(self) -> str:
-        """The last line on stderr, the most useful one after a failure, or the exit status."""
+        """The last line on stderr, the most useful one after a failure, or the exit status; the
+        signal if one has killed it."""
+        if self.status < 0:
+            name = [f" ({one.name})" for one in signal.Signals if one == -self.status]
+            return f"killed by signal {-self.status}{''.join(name)}"
         lines = self.stderr.strip().splitlines()
         return lines[-1][:300] if lines else f"exit {self.status} and no message"
 
@@ -3454,7 +3458,8 @@ def collect_plugin(plugin: Plugin, others: tuple[str, ...], task: Task) -> Found
     if output.stderr:
         log.debug("%s: %s", plugin.path, output.stderr[:1000])
     printed, ttl, problems = plugin_families(
-        plugin.name, output.checked(f"{plugin.path}: exit {output.status}"), plugin.prom)
+        plugin.name, output.checked(plugin.path + (f": exit {output.status}" if output.stderr
+                                                   and output.status > 0 else "")), plugin.prom)
     families: list[Family] = []
     for family in printed:
         if family.name.startswith(others) or is_ours(family.name, task.zone == NODE):
