@@ -430,6 +430,11 @@ class PageReader:
         # `NAME{LABELS}` as written -> name and TYPE, series, series as forwarded (None: dropped)
         self._shapes: dict[str, tuple[tuple[str, str], Series, Series | None]] = {}
         self._heads: dict[str, tuple[str, str] | None] = {}     # comment -> name and TYPE
+        # Series that `rename`, or labels without a value, may make equal: name and labels as
+        # forwarded -> the first series that becomes that; name as forwarded -> names on the page
+        self._origins: dict[tuple[str, Labels], Series] = {}
+        self._shared: dict[str, set[str]] = {}
+        self._reported: set[str] = set()
 
     def read(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
         """Samples to forward, and how many the page has; raises ExpositionError."""
@@ -489,9 +494,11 @@ class PageReader:
     def _learn(self, page: str) -> None:
         """Have the kit parse the page, and cache its lines; raises ExpositionError."""
         parse(page)
-        if len(self._shapes) > SHAPES or len(self._heads) > SHAPES:
+        if max(len(self._shapes), len(self._heads), len(self._origins)) > SHAPES:
             self._shapes.clear()
             self._heads.clear()
+            self._origins.clear()
+            self._shared.clear()
         family, kind = "", ""
         for line in page.split("\n"):
             if line[:1] == "#":
@@ -515,8 +522,36 @@ class PageReader:
             return bare, None
         series = self.selector.series(bare)
         # drop a page's own `up`: ours has the same name
-        is_reserved = (series.name, series.labels) in self.selector.reserved_series
-        return bare, None if is_reserved else series
+        if (series.name, series.labels) in self.selector.reserved_series:
+            return bare, None
+        origin = self._origins.setdefault((series.name, tuple(sorted(series.labels))), bare)
+        if origin != bare:
+            self._shared.setdefault(series.name, {origin.name}).add(name)
+        return bare, series
+
+    def distinct(self, target: Target, points: list[tuple[Series, Number]]
+                 ) -> list[tuple[Series, Number]]:
+        """Without samples that became the same series as another one of the page; the first stays.
+        Prometheus refuses such batches, and StatsD adds the values up."""
+        if not self._shared:
+            return points
+        seen: set[tuple[str, Labels]] = set()
+        kept = []
+        for series, value in points:
+            if series.name in self._shared:
+                key = (series.name, tuple(sorted(series.labels)))
+                if key in seen:
+                    if series.name not in self._reported:
+                        self._reported.add(series.name)
+                        log.warning(
+                            "%r: several samples (of %s) become %s%s: only the first is sent; give "
+                            "them different names in `rename`", target.alias,
+                            ", ".join(sorted(self._shared[series.name])), series.name,
+                            label_text(series.labels))
+                    continue
+                seen.add(key)
+            kept.append((series, value))
+        return kept
 
     def _slow(self, page: str) -> tuple[list[tuple[Series, Series, Number]], int]:
         points = []
@@ -1092,7 +1127,7 @@ class Scraper:
         """A scrape, compared with the previous one of the same target."""
         selector = self.reader.selector
         target = state.target
-        points = selector.points(target, page)
+        points = self.reader.distinct(target, selector.points(target, page))
         increases: dict[Series, Number] = {}
         if self.differences and good:
             baseline = self.baseline.pop(target.instance, None)

@@ -417,6 +417,26 @@ def test_metrics_are_selected_by_name_and_label(settings: Any, names: str) -> No
     assert [series.name for series, _ in chosen.points(target, page)] == names.split()
 
 
+@pytest.mark.parametrize("settings, sent, said", [
+    ({"rename": {"a": "z", "b": "z"}}, "z{} 1|z{i=1} 3|z{i=2} 4", "(of a, b) become z:"),
+    ({"rename": {"a": "b"}}, "b{} 1|b{i=1} 3|b{i=2} 4", "(of a, b) become b:"),
+    ({"rename": {"a": "z", "b": "z"}, "exclude": ["a", "*{alias=none}"]},
+     "z{} 2|z{i=1} 3|z{i=2} 4", ""),
+    ({"rename": {"a": "c"}}, "c{} 1|b{} 2|b{i=1} 3|b{i=2} 4", ""),
+], ids=str)
+def test_of_samples_that_become_one_series_the_first_is_sent(
+        settings: Any, sent: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = selector(**settings)
+    reader = PageReader(chosen)
+    for _ in range(3):
+        page, _ = reader.read('# TYPE a counter\na 1\nb{e=""} 2\nb{i="1"} 3\nb{i="2"} 4\n')
+        assert sent == "|".join([
+            f"{series.name}{{{','.join(map('='.join, series.labels))}}} {value}"
+            for series, value in reader.distinct(WEB, chosen.points(WEB, page))])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (said != "") and all(said in words for words in told), "once"
+
+
 @pytest.mark.parametrize("before, now, grown", [
     (5, 8, 3), (5, 5, 0), (2 ** 63, 2 ** 64 - 1, 2 ** 63 - 1), (5, 2, 2), (1.5, 2.0, 0.5)])
 def test_a_counter_never_shrinks(before: Any, now: Any, grown: Any) -> None:
