@@ -7932,7 +7932,8 @@ def command_line(program: str, description: str) -> argparse.ArgumentParser:
     parser = CommandLine(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="settings file (JSON); flags override it")
-    add("--listen", metavar="HOST:PORT", help="listen address")
+    add("--listen", metavar="HOST:PORT", help="listen address; :PORT listens on all IPv4 "
+        "addresses, [::]:PORT on all IPv6 addresses")
     add("--check-config", action="store_true",
         help="check the settings, report all errors and exit")
     add("--smf", action="store_true", help="start as an SMF service: return once it listens, "

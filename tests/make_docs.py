@@ -116,7 +116,8 @@ def settings() -> str:
             "Each server reads its settings from a JSON file (`--config FILE`). A flag overrides\n"
             "the setting of the same name. Unknown names are errors, and `--check-config` reports\n"
             "all errors at once. Relative paths start at the file's folder. SIGHUP (`svcadm\n"
-            "refresh`) rereads the file.\n"]
+            "refresh`) rereads the file. Addresses to listen on are `HOST:PORT`: `:9163` is all\n"
+            "IPv4 addresses, `[::]:9163` all IPv6 addresses.\n"]
     return "".join(text + [f"\n## {module.__name__}.py\n\n{settings_of(module)}"
                            for module in SERVERS])
 
