@@ -7643,13 +7643,13 @@ class _Queued(logging.Handler):
 
 
 def start_logging(program: str, level: str, form: str) -> None:
-    """Log to stderr: text on a terminal, bunyan JSON otherwise, unless `form` says which."""
-    target = _Queued()
+    """Log to stderr: text on a terminal, bunyan JSON otherwise, unless `form` says which. A reload
+    changes level and form only: it must not wait for records that are still queued."""
+    target = log.handlers[0] if log.handlers else _Queued()
     if (form or ("text" if sys.stderr.isatty() else "bunyan")) == "text":
         target.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))
     else:
         target.setFormatter(BunyanFormatter(program))
-    stop_logging()
     log.addHandler(target)
     log.propagate = False
     log.setLevel(LEVELS[level])

@@ -105,6 +105,19 @@ def test_a_log_that_nobody_reads_does_not_hold_up_the_end() -> None:
         process.stderr.close()
 
 
+def test_a_log_that_nobody_reads_does_not_hold_up_a_reload() -> None:
+    code = ("import cmon_agent as a, os; a.LOG_SECONDS = 3600; a.start_logging('a', 'info', '')\n"
+            "for number in range(2000): a.log.info('%s', 'x' * 100)\n"
+            "a.start_logging('a', 'warn', 'text'); os._exit(a.log.level)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        assert process.wait(60) == 30           # WARNING
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
 def is_healthy(port: int) -> bool:
     """Whether a server answers at a port of loopback."""
     try:
