@@ -2321,14 +2321,14 @@ def write_file_sd(path: Path, body: bytes) -> None:
 
 # --- certificates ---------------------------------------------------------------------------------
 
-LOGIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,63}")    # also a file's name; X.509 takes 64
-DAYS = 3650                 # as `triton profile cmon-certgen`
-BACKDATED_SECONDS = 300     # clocks differ, and the original proxy does not allow for that
-RENEW_DAYS = 30             # --renew keeps a certificate that lasts longer; the alert's limit too
+LOGIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,63}")    # in file names, too; X.509 allows 64
+DAYS = 3650                 # as in `triton profile cmon-certgen`
+BACKDATED_SECONDS = 300     # the original proxy does not allow for clock skew
+RENEW_DAYS = 30             # --renew keeps a certificate that lasts longer; as in the alert
 AGENT_SECONDS = 120.0       # ssh-agent may ask its user to confirm
 AGENT_MESSAGE = 262_144     # bytes; ssh-agent's own limit
 ANOTHER_KEY = "make one with `ssh-keygen -t ecdsa`, add it to the account, and use it here"
-WRONG_KIND = "is of kind {kind}, but certificates need an RSA or ECDSA key: " + ANOTHER_KEY
+WRONG_KIND = "is of type {kind}, but certificates need an RSA or ECDSA key: " + ANOTHER_KEY
 
 
 class SshAgent:
@@ -2340,25 +2340,25 @@ class SshAgent:
         self.path = path
 
     def keys(self) -> list[tuple[Any, str]]:
-        """Public keys of the kinds that we support, each with its comment."""
+        """The public keys of supported types, each with its comment; raises Failure."""
         from cmon_proxy import CertificateError, public_key
         rest = self._ask(self.IDENTITIES, b"")
         count, = struct.unpack(">I", rest[:4])
         fields = self._fields(rest[4:])
         if len(fields) != 2 * count:
-            raise Failure("the answer of ssh-agent is not a list of keys")
-        found = []
+            raise Failure("ssh-agent's answer is not a list of keys")
+        keys = []
         for blob, comment in zip(fields[::2], fields[1::2]):
             kind = b"".join(self._fields(blob)[:1]).decode("ascii", "replace")
             try:
                 key = public_key(f"{kind} {base64.b64encode(blob).decode()}")
             except CertificateError:            # of a security token, or an SSH certificate
                 continue
-            found.append((key, printable(comment.decode("utf-8", "replace"))))
-        return found
+            keys.append((key, printable(comment.decode("utf-8", "replace"))))
+        return keys
 
     def sign(self, blob: bytes, message: bytes) -> bytes:
-        """An SSH signature of the message by this key."""
+        """Sign the message with the key `blob`; returns an SSH signature."""
         request = b"".join(struct.pack(">I", len(part)) + part for part in (blob, message))
         signature, = self._fields(self._ask(self.SIGN, request + struct.pack(">I", self.SHA256)))
         return signature
@@ -2388,7 +2388,7 @@ class SshAgent:
         while content:
             length = int.from_bytes(content[:4], "big")
             if len(content) < 4 + length:
-                raise Failure("the answer of ssh-agent is truncated")
+                raise Failure("ssh-agent's answer is truncated")
             fields.append(content[4:4 + length])
             content = content[4 + length:]
         return fields
@@ -2453,7 +2453,7 @@ def make_credentials(arguments: argparse.Namespace) -> tuple[bytes, bytes, Any]:
 
 
 def agent_key(agent: SshAgent, wanted: str) -> Any:
-    """The key of ssh-agent that a file or fingerprint names; without either, its only key."""
+    """ssh-agent's key that a file or fingerprint names; without either, its only key."""
     from cmon_proxy import CertificateError, public_key
     if not agent.path:
         raise Failure("no ssh-agent: SSH_AUTH_SOCK is not set; start one with "
@@ -2475,20 +2475,20 @@ def agent_key(agent: SshAgent, wanted: str) -> Any:
             if not match:
                 raise
             fingerprint = match.group(0)
-    found = [key for key, _ in keys if fingerprint in (key.sha256, "MD5:" + key.md5)
-             or not fingerprint and key.kind != "ssh-ed25519"]
-    if not found:
+    matches = [key for key, _ in keys if fingerprint in (key.sha256, "MD5:" + key.md5)
+               or not fingerprint and key.kind != "ssh-ed25519"]
+    if not matches:
         raise Failure(f"ssh-agent has no {'key ' + fingerprint if wanted else 'RSA or ECDSA key'}: "
                       "list its keys with `ssh-add -l`, add one with `ssh-add FILE`")
-    if len(found) > 1:
+    if len(matches) > 1:
         raise Failure("ssh-agent has several keys: choose one with --ssh-key, "
-                      + " or ".join(key.sha256 for key in found[:8]))
-    check_signing_key(f"the key {found[0].sha256}", found[0])
-    return found[0]
+                      + " or ".join(key.sha256 for key in matches[:8]))
+    check_signing_key(f"the key {matches[0].sha256}", matches[0])
+    return matches[0]
 
 
 def check_signing_key(what: str, key: Any) -> None:
-    """Failure for a kind of key that certificates cannot use, and for one that proxies refuse."""
+    """Raise Failure for a key that certificates cannot use or proxies refuse."""
     from cmon_proxy import RSA_BITS
     if key.kind == "ssh-ed25519":
         raise Failure(f"{what} " + WRONG_KIND.format(kind="Ed25519"))
@@ -2541,15 +2541,15 @@ def openssh_key(path: Path, content: bytes) -> bytes:
         if not run(*to_pem, "-P", "")[0]:
             need_terminal(f"the key {path}")
             print(f"cmon: the key {path} has a passphrase", file=sys.stderr)
-            # ssh-keygen asks on the terminal; a flag would show the passphrase to all users
+            # let ssh-keygen ask: as an argument, the passphrase would be visible to all users
             if not run(*to_pem, stdin=None)[0]:
                 raise Failure(f"wrong passphrase for {path}")
         return copied.read_bytes()
 
 
 def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
-    """Write all of the files, with mode 600, or none; existing ones only with `replace`."""
-    done: list[tuple[Path, Path | None]] = []       # written, with what was there before
+    """Write all of the files, with mode 600, or none; replace existing ones only with `replace`."""
+    written: list[tuple[Path, Path | None]] = []    # each with a link to the file it replaced
     try:
         folder = files[0][0].parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -2564,10 +2564,10 @@ def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
                     if replace:
                         os.replace(Path(work) / path.name, path)
                     else:
-                        os.link(Path(work) / path.name, path)   # fails if the file exists now
-                    done.append((path, old))
+                        os.link(Path(work) / path.name, path)   # fails if the file exists
+                    written.append((path, old))
             except OSError:
-                for path, old in done:
+                for path, old in written:
                     if old is not None and os.path.lexists(old):
                         os.replace(old, path)
                     else:
@@ -2579,7 +2579,7 @@ def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, from the start."""
+    """Write a file that only its owner can ever read."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
         file.flush()
@@ -2598,9 +2598,9 @@ def read_text(path: Path, what: str) -> str:
 # --- doctor ---------------------------------------------------------------------------------------
 
 PROMETHEUS_URL = "http://localhost:9090"
-CLOCK_SECONDS = 30.0        # beyond this, metrics look old; certificates allow for 300
+CLOCK_SECONDS = 30.0        # more makes metrics look old; certificates allow for 300
 OLD_SECONDS = 60.0          # kernel statistics are kept for 8 s
-OLD_SLOWLY_SECONDS = 900.0  # for what is read less often; `zfs list` every 300 s
+OLD_SLOWLY_SECONDS = 900.0  # for collectors in SLOWLY; `zfs list` runs every 300 s
 SLOWLY = ("zfs", "zpool", "ntp", "triton_core")
 DOCKER_PURPOSE = "1.3.6.1.4.1.38678.1.4.1"
 OVER_QUOTA = ("the account is over its quota: pages are old copies",
@@ -2608,12 +2608,12 @@ OVER_QUOTA = ("the account is over its quota: pages are old copies",
 
 
 class Broken(Exception):
-    """A link has failed: what is wrong, and what to do about it."""
+    """A link is broken: what is wrong, and the step that mends it."""
 
     def __init__(self, what: str, step: str, link: str = "") -> None:
         super().__init__(what)
         self.step = step
-        self.link = link        # the later link that is at fault, if it is not the current one
+        self.link = link        # the link at fault, if it is a later one
 
 
 class Skipped(Exception):
@@ -2655,7 +2655,7 @@ class Doctor:
         return f"{self.arguments.cert} and {self.arguments.key}"
 
     def key(self) -> str:
-        """Certificate and key are a pair, and strong enough."""
+        """The certificate and the key are a pair, and strong enough."""
         from cmon_proxy import (
             RSA_BITS, STRONG_DIGESTS, CertificateError, certificate, first_certificate)
         try:
@@ -2667,7 +2667,7 @@ class Doctor:
         bits, digest = self.cert.key.bits, self.cert.digest
         weak = f"has an RSA key of {bits} bits, which is too short" if 0 < bits < RSA_BITS else (
             "" if digest in (*STRONG_DIGESTS, "") else f"is signed with {digest.upper()}")
-        if weak:                                    # OpenSSL would refuse to load it
+        if weak:                                    # before OpenSSL refuses to load it
             raise Broken(f"the certificate {weak}", f"{CERTGEN}, with another SSH key if this one "
                          "is too short", "signature")
         self.tls = client_context(self.arguments.cert, self.arguments.key, self.arguments.ca)
@@ -2712,7 +2712,7 @@ class Doctor:
                 "expired, which the proxy accepts in the old style: ") + utc(cert.not_after)
 
     def signature(self) -> str:
-        """The signature is by the key that the certificate names, if that key is in ~/.ssh."""
+        """The certificate is signed with the key that it names, if that key is in ~/.ssh."""
         from cmon_proxy import CertificateError, key_id_of, public_key, signed_by
         cert = self.cert
         if cert.self_issued and not signed_by(cert, cert.key):
@@ -2734,11 +2734,11 @@ class Doctor:
     def name(self) -> str:
         """The proxy's name resolves."""
         try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise Broken(f"{self.host} cannot be resolved", "check the host name in --url or "
                          "CMON_URL, and this machine's DNS") from None
-        return ", ".join(dict.fromkeys(str(one[4][0]) for one in found))
+        return ", ".join(dict.fromkeys(str(entry[4][0]) for entry in addresses))
 
     def tcp(self) -> str:
         """Something listens on the port."""
@@ -2746,7 +2746,7 @@ class Doctor:
             return f"connected to {connection.getpeername()[0]}"
 
     def handshake(self) -> str:
-        """It speaks TLS, in a current version."""
+        """The port speaks a current version of TLS."""
         lenient = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         lenient.check_hostname = False
         lenient.verify_mode = ssl.CERT_NONE
@@ -2796,7 +2796,8 @@ class Doctor:
         if self.arguments.container:
             self.chosen = self.proxy.find(self.arguments.container)
         else:
-            running = [one for one in self.containers if one.state in ("running", "-")]
+            running = [container for container in self.containers
+                       if container.state in ("running", "-")]
             self.chosen = (running or self.containers)[0]
         return plural(len(self.containers), "container")
 
@@ -2811,9 +2812,9 @@ class Doctor:
                          "tell the operator") from None
         for family in parsed:
             self.families.setdefault(family.name, []).extend(family.samples)
-        told = self.families.get("time_of_day")
-        if told:                                    # milliseconds
-            self.node_clock = float(told[0].value) / 1000 - (before + time.time()) / 2
+        clock = self.families.get("time_of_day")
+        if clock:                                   # milliseconds
+            self.node_clock = float(clock[0].value) / 1000 - (before + time.time()) / 2
         return f"{sum(map(len, self.families.values()))} samples of {self.chosen.alias}"
 
     def whole(self) -> str:
@@ -2821,7 +2822,7 @@ class Doctor:
         ups = self.families.get("cmon_collector_up")
         if ups is None:                             # the original's agent
             raise Skipped("this agent does not report it")
-        failed = [dict(one.labels).get("collector", "?") for one in ups if one.value == 0]
+        failed = [dict(sample.labels).get("collector", "?") for sample in ups if sample.value == 0]
         if failed:
             raise Broken(f"on the page of {self.chosen.alias}, collectors have failed: "
                          f"{', '.join(failed)}",
@@ -2832,8 +2833,8 @@ class Doctor:
         """The metrics are current."""
         if self._limited():
             raise Broken(*OVER_QUOTA, "quota")
-        ages = [(float(one.value), dict(one.labels).get("collector", "?"))
-                for one in self.families.get("cmon_sample_age_seconds", ())]
+        ages = [(float(sample.value), dict(sample.labels).get("collector", "?"))
+                for sample in self.families.get("cmon_sample_age_seconds", ())]
         old = sorted((age, name) for age, name in ages if not name.startswith("plugin_") and
                      age > (OLD_SLOWLY_SECONDS if name in SLOWLY else OLD_SECONDS))
         if old:
@@ -2871,7 +2872,7 @@ class Doctor:
         if not self.arguments.prometheus:
             raise Skipped("no --prometheus FILE")
         path = Path(self.arguments.prometheus)
-        said = scalars(read_text(path, "configuration"))
+        settings = scalars(read_text(path, "configuration"))
         tool = shutil.which("promtool")
         if tool is not None:
             done = subprocess.run([tool, "check", "config", str(path)], stdout=subprocess.PIPE,
@@ -2880,19 +2881,19 @@ class Doctor:
                 lines = done.stdout.decode("utf-8", "replace").strip().splitlines() or ["no reason"]
                 raise Broken(f"promtool refuses {path}: {printable(lines[-1])}",
                              f"run `promtool check config {path}`")
-        hosts = {urllib.parse.urlsplit(url).hostname for key, url in said if key == "url"}
-        hosts |= {value for key, value in said if key == "endpoint"}
+        hosts = {urllib.parse.urlsplit(url).hostname for key, url in settings if key == "url"}
+        hosts |= {value for key, value in settings if key == "endpoint"}
         if self.host not in hosts:
             raise Broken(f"{path} has no job that discovers containers from {self.host}",
                          f"add one; `{PROGRAM} setup` writes a complete file")
         for key, mine in (("cert_file", self.arguments.cert), ("key_file", self.arguments.key)):
-            named = {(path.parent / value).resolve() for name, value in said if name == key}
+            named = {(path.parent / value).resolve() for name, value in settings if name == key}
             if Path(mine).resolve() not in named:
                 raise Broken(f"{path} does not use {mine}, but " + (
                     " and ".join(sorted(map(str, named))) or f"no {key}"),
                     f"use the same {key} in both places")
-        for suffix in (value for name, value in said if name == "dns_suffix"):
-            self._own_name(f"{self.chosen.uuid}.{suffix}", suffix)
+        for suffix in (value for name, value in settings if name == "dns_suffix"):
+            self._container_name(f"{self.chosen.uuid}.{suffix}", suffix)
         return f"{path} uses the same files and {self.host}"
 
     def targets(self) -> str:
@@ -2911,8 +2912,9 @@ class Doctor:
             client.close()
         try:
             active = json.loads(answer.body)["data"]["activeTargets"]
-            mine = [(str(one["health"]), str(one["scrapeUrl"]), str(one["lastError"]))
-                    for one in active if (urllib.parse.urlsplit(one["scrapeUrl"]).hostname or "")
+            mine = [(str(target["health"]), str(target["scrapeUrl"]), str(target["lastError"]))
+                    for target in active
+                    if (urllib.parse.urlsplit(target["scrapeUrl"]).hostname or "")
                     .endswith(self.host)]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Broken(f"{base} is not a Prometheus", "check --prometheus-url"
@@ -2927,8 +2929,8 @@ class Doctor:
                          "reload Prometheus (SIGHUP), then run this command again")
         return f"{plural(len(mine), 'target')}, none down"
 
-    def _own_name(self, name: str, suffix: str) -> None:
-        """With a host name for each container, the certificate and DNS must cover it."""
+    def _container_name(self, name: str, suffix: str) -> None:
+        """The proxy's certificate and DNS cover a container's own host name."""
         instead = f"or run `{PROGRAM} setup` without --dns"
         try:
             with self._connect() as raw, self.tls.wrap_socket(raw, server_hostname=name):
@@ -2955,10 +2957,10 @@ class Doctor:
                          ) from None
 
     def _limited(self) -> bool:
-        return any(one.value == 1 for one in self.families.get("cmon_quota_limited", ()))
+        return any(sample.value == 1 for sample in self.families.get("cmon_quota_limited", ()))
 
     def _ask(self, path: str, missing: Skipped | None = None) -> ClientResponse:
-        """An answer with status 200; its Date header tells the proxy's clock, to the second."""
+        """GET a path; Broken unless the status is 200. The Date header shows the proxy's clock."""
         before = time.time()
         answer = self.proxy.get(path)
         try:
@@ -2972,8 +2974,8 @@ class Doctor:
             return answer
         if answer.status == 404 and missing is not None:
             raise missing
-        words = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
-        raise Broken(f"the proxy says {answer.status}: {words}", {
+        reason = printable(answer.body[:2000].decode("utf-8", "replace")) or "no reason given"
+        raise Broken(f"the proxy says {answer.status}: {reason}", {
             401: "add the SSH key to the account, or make a certificate with a key of the account",
             404: f"check the name: {DISCOVER}",
             429: "scrape less often, or ask the operator for a higher quota",
@@ -2995,21 +2997,21 @@ LINKS: tuple[tuple[str, Callable[[Doctor], str]], ...] = (
 
 def doctor(arguments: argparse.Namespace) -> int:
     """`cmon.py doctor`"""
-    patient = Doctor(arguments)
+    chain = Doctor(arguments)
     broken: Broken | None = None
     for name, link in LINKS:
-        word, said = "ok", ""
+        verdict, detail = "ok", ""
         if broken is not None:
-            word, said = ("FAIL", str(broken)) if broken.link == name else ("skip", "")
+            verdict, detail = ("FAIL", str(broken)) if broken.link == name else ("skip", "")
         else:
             try:
-                said = link(patient)
+                detail = link(chain)
             except Skipped as why:
-                word, said = "skip", str(why)
+                verdict, detail = "skip", str(why)
             except Broken as error:
                 broken = error
-                word, said = ("skip", f"see {error.link}") if error.link not in ("", name) else (
-                    "FAIL", str(error))
+                verdict, detail = ("skip", f"see {error.link}") if error.link not in (
+                    "", name) else ("FAIL", str(error))
             except Failure as failure:
                 broken = Broken(str(failure), {
                     "list": DISCOVER if arguments.container
@@ -3018,25 +3020,25 @@ def doctor(arguments: argparse.Namespace) -> int:
                     "configuration": "give --prometheus the file that Prometheus reads",
                     "key": CERTGEN}.get(
                         name, "check the files and the URL given to this command"))
-                word, said = "FAIL", str(failure)
-        print(coloured(f"{word:<4}", {"ok": 32, "FAIL": 31}.get(word, 0))
-              + f"  {name}" + (f": {said}" if said else ""), flush=True)
+                verdict, detail = "FAIL", str(failure)
+        print(coloured(f"{verdict:<4}", {"ok": 32, "FAIL": 31}.get(verdict, 0))
+              + f"  {name}" + (f": {detail}" if detail else ""), flush=True)
     print(f"Next: {broken.step}." if broken else "All checks passed.")
     return 1 if broken else 0
 
 
 def tls_words(error: OSError) -> str:
-    """`wrong version number`."""
+    """OpenSSL's reason, in words: `wrong version number`."""
     reason = getattr(error, "reason", None)
     return str(reason).replace("_", " ").lower() if reason else words_of(error)
 
 
 def scalars(text: str) -> list[tuple[str, str]]:
     """The settings `key: value` of a YAML or JSON file, in order. The standard library has no YAML
-    parser, and this needs only the names of files and hosts."""
-    found = re.findall(r"""["']?\b(\w+)["']?\s*:\s+("[^"\n]*"|'[^'\n]*'|[^\s,{}\[\]]+)""",
+    parser, and only names of files and hosts matter here."""
+    settings = re.findall(r"""["']?\b(\w+)["']?\s*:\s+("[^"\n]*"|'[^'\n]*'|[^\s,{}\[\]]+)""",
                        re.sub(r"(?m)(^|\s)#.*$", "", text))
-    return [(key, value.strip("\"'")) for key, value in found]
+    return [(key, value.strip("\"'")) for key, value in settings]
 
 
 # --- rules and dashboards -------------------------------------------------------------------------
@@ -3046,7 +3048,7 @@ DASHBOARDS = ("fleet", "container", "node", "proxy")
 
 
 def example(name: str) -> Path:
-    """A file of examples/, from a checkout or from an installed package."""
+    """The path of a file of examples/, in a checkout or an installed package; raises Failure."""
     for folder in (HERE / "examples", Path(sys.prefix) / "share" / "cmon" / "examples"):
         if (folder / name).is_file():
             return folder / name
@@ -3086,9 +3088,9 @@ providers:
 
 
 class Profile(NamedTuple):
-    """What a profile of node-triton (~/.triton) contains."""
+    """The useful part of a profile of node-triton (~/.triton)."""
     account: str = ""
-    key_id: str = ""            # a fingerprint, MD5 or SHA256
+    key_id: str = ""            # fingerprint, MD5 or SHA256
     url: str = ""               # of the proxy, derived from CloudAPI's name
 
 
@@ -3096,19 +3098,19 @@ def triton_profile(home: Path) -> Profile:
     """The profile that TRITON_PROFILE or ~/.triton/config.json names, else the only one."""
     folder = home / ".triton"
     try:
-        found = {path.stem: path for path in sorted(folder.glob("profiles.d/*.json"))}
+        profiles = {path.stem: path for path in sorted(folder.glob("profiles.d/*.json"))}
         name = os.environ.get("TRITON_PROFILE", "")
         config = folder / "config.json"
         if not name and config.exists():
             name = str(json.loads(config.read_bytes()).get("profile", ""))
-        if name not in found and len(found) == 1:
-            name = next(iter(found))
-        if name not in found:
+        if name not in profiles and len(profiles) == 1:
+            name = next(iter(profiles))
+        if name not in profiles:
             return Profile()
-        said = json.loads(found[name].read_bytes())
-        account, key_id, cloudapi = (str(said.get(key) or "") for key in (
+        profile = json.loads(profiles[name].read_bytes())
+        account, key_id, cloudapi = (str(profile.get(key) or "") for key in (
             "actAsAccount", "keyId", "url"))
-        account = account or str(said.get("account") or "")
+        account = account or str(profile.get("account") or "")
         host = urllib.parse.urlsplit(cloudapi).hostname or ""
     except (OSError, ValueError, AttributeError, RecursionError):
         return Profile()                    # unusable: the flags are needed
@@ -3120,7 +3122,7 @@ def triton_profile(home: Path) -> Profile:
 
 
 def key_of_profile(home: Path, key_id: str) -> str:
-    """The private key in ~/.ssh whose public half has that fingerprint; "" without one."""
+    """The private key in ~/.ssh whose public key has this fingerprint; "" without one."""
     from cmon_proxy import CertificateError, public_key
     for path in sorted(home.glob(".ssh/*.pub")) if key_id else ():
         try:
@@ -3194,8 +3196,8 @@ def operates(arguments: argparse.Namespace) -> bool:
 
 
 def prometheus_yml(url: str, account: str, ca: bool, suffix: str = "", nodes: bool = False) -> str:
-    """The example configuration for this proxy and account. Options: with ca.pem; with Triton
-    discovery below a DNS suffix; with compute nodes. All files are in the same folder."""
+    """The example configuration for this proxy and account. `ca`: use ca.pem; `suffix`: use Triton
+    discovery and host names below it; `nodes`: add compute nodes. All files are in one folder."""
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "", parts.port or 443
     text = example("prometheus-dns.yml" if suffix else "prometheus.yml").read_text("utf-8")
@@ -3215,7 +3217,7 @@ def prometheus_yml(url: str, account: str, ca: bool, suffix: str = "", nodes: bo
 
 
 def write_plain(path: Path, text: str) -> None:
-    """Write a file that anyone may read, and create its folders."""
+    """Write a file that anyone may read, and create its folders; raises Failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
@@ -3230,7 +3232,7 @@ SUFFIX = "demo.localhost"       # OpenSSL rejects wildcards directly below a top
 SILENT_NODE = "5a5a5a5a-0008-4000-8000-00000000cafe"
 SILENT_VM = "5a5a5a5a-0008-4000-8000-000000000001"
 DEMO_DAYS = 90                  # validity of its certificates; no alert fires
-START_SECONDS = 30.0            # until a child listens; a small machine may compile for ten
+START_SECONDS = 30.0            # for a child to listen; a small machine may compile for ten
 STOP_SECONDS = 5.0
 
 
@@ -3240,7 +3242,7 @@ class Program:
     def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
         self.name, self.log = name, log
         with log.open("wb") as sink:
-            # A session of its own, so that Ctrl-C reaches only us and we stop the child in order.
+            # Its own session, so that Ctrl-C reaches only us and we stop the children in order.
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink,
                                              stderr=sink, start_new_session=True)
         # When we exit, even if killed, the pipe closes and the guard ends the child.
@@ -3249,12 +3251,12 @@ class Program:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def port(self) -> int:
-        """The port that the program listens on, from its log."""
+        """Wait until the program listens; returns its port, from its log. Raises Failure."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
-            heard = re.search(rb"listening on 127\.0\.0\.1:([0-9]+)", self.log.read_bytes())
-            if heard:
-                return int(heard.group(1))
+            match = re.search(rb"listening on 127\.0\.0\.1:([0-9]+)", self.log.read_bytes())
+            if match:
+                return int(match.group(1))
             self.check()
             time.sleep(0.02)
         raise Failure(f"the {self.name} did not listen within {START_SECONDS:g} s; "
@@ -3269,7 +3271,7 @@ class Program:
             raise Failure(f"the {self.name} {how}; {self.last_words()}")
 
     def last_words(self) -> str:
-        """The last line of its log, in words."""
+        """The last line of its log, for a message."""
         lines = self.log.read_text("utf-8", "replace").strip().splitlines()
         return f"last line of its log: {printable(lines[-1])}" if lines else "its log is empty"
 
@@ -3287,7 +3289,7 @@ class Program:
 
 
 class Demo:
-    """An agent that replays a recorded node, a proxy, and certificates of accounts, in a folder."""
+    """An agent that replays a recorded node, a proxy, and certificates, all in one folder."""
 
     def __init__(self, folder: Path, agent_port: int, proxy_port: int) -> None:
         self.folder = folder
@@ -3334,12 +3336,12 @@ class Demo:
             "forwarder", ["-sE"], "--config", str(self.folder / "forwarder.json")))
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
-            found = {family.name: family.samples[0].value
-                     for family in parse(fetch(url).decode()) if family.samples}
-            if not found["cmon_forwarder_sink_up"]:
+            values = {family.name: family.samples[0].value
+                      for family in parse(fetch(url).decode()) if family.samples}
+            if not values["cmon_forwarder_sink_up"]:
                 raise Failure(f"the forwarder cannot deliver; {self._programs[-1].last_words()}")
-            if found["cmon_forwarder_sink_samples_sent_total"]:
-                return int(found["cmon_forwarder_sink_samples_sent_total"])
+            if values["cmon_forwarder_sink_samples_sent_total"]:
+                return int(values["cmon_forwarder_sink_samples_sent_total"])
             time.sleep(0.1)
         raise Failure(f"nothing was delivered within {START_SECONDS:g} s; "
                       + self._programs[-1].last_words())
@@ -3462,9 +3464,9 @@ FORWARDS = {
 }
 
 
-def forwarding(word: str) -> tuple[str, str]:
-    """`TYPE` or `TYPE=WHERE` of --forward."""
-    kind, _, where = word.partition("=")
+def forwarding(text: str) -> tuple[str, str]:
+    """A flag's value: `TYPE` or `TYPE=WHERE` of --forward."""
+    kind, _, where = text.partition("=")
     if kind not in FORWARDS:
         raise argparse.ArgumentTypeError(
             f"{kind!r} is not one of {', '.join(FORWARDS)}, optionally with =WHERE")
@@ -3544,7 +3546,7 @@ The demo has just sent the requests below. To repeat one, run its command in any
     step(f"{login} scrapes {mine['alias']}, from outside the zone",
          running.curl(login, f"{base}/v1/{mine['uuid']}/metrics"), summary(page))
     named = f"https://{mine['uuid']}.{SUFFIX}:{running.proxy_port}/metrics"
-    step("the same page by host name: each container looks like a node exporter of its own",
+    step("the same page by host name: each container looks like its own node exporter",
          running.curl(login, named), [f"{samples(by_name(running, login, named))} samples"])
     refused = proxy.get(f"/v1/{foreign['uuid']}/metrics")
     if refused.status != 404:
@@ -3606,7 +3608,7 @@ def cast(inventory: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, A
 
 def fetch(url: str, tls: ssl.SSLContext | None = None,
           resolve: Mapping[str, tuple[str, int]] | None = None) -> bytes:
-    """The body of a 200; Failure otherwise."""
+    """GET a URL; returns the body of a 200, otherwise raises Failure."""
     client = Client(tls, resolve=resolve)
     try:
         answer = client.request("GET", url)
@@ -3642,9 +3644,9 @@ SHOWN = ("cpucap_cur_usage_percentage", "mem_agg_usage", "mem_limit", "net_agg_b
 def summary(page: bytes) -> list[str]:
     """A few well-known samples of a page, and its size."""
     count = samples(page)
-    found = {family.name: family.samples for family in parse(page.decode())}
-    lines = [f"{name}{short_labels(found[name][0])} {found[name][0].value}"
-             for name in SHOWN if found.get(name)]
+    families = {family.name: family.samples for family in parse(page.decode())}
+    lines = [f"{name}{short_labels(families[name][0])} {families[name][0].value}"
+             for name in SHOWN if families.get(name)]
     return [*lines[:5], f"… {count} samples, {len(page)} bytes"]
 
 
@@ -3655,7 +3657,7 @@ def short_labels(sample: Sample) -> str:
 
 
 def wrapped(command: str) -> str:
-    """A command on several lines, joined by backslashes for the shell."""
+    """A shell command on several lines, joined by backslashes."""
     lines = [""]
     for unit in re.split(r" (?=--|-in |-inkey |-out |CMON_)|(?<!--url) (?=https?:)", command):
         if not lines[-1] or len(lines[-1]) + len(unit) < 66:
@@ -3738,18 +3740,19 @@ def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def bash_completion(parser: argparse.ArgumentParser) -> str:
-    """A script for bash to source."""
+    """A completion script, for bash to source."""
     commands = parsers_of(parser)
     kinds: dict[str, set[str]] = {"FILES": set(), "FOLDERS": set(), "VALUES": set()}
     lines = []
-    for name, one in (("", parser), *commands.items()):
+    for name, command in (("", parser), *commands.items()):
         words = list(commands) if not name else []
-        for action in actions_of(one):
+        for action in actions_of(command):
             words += action.option_strings or list(action.choices or ())
             if action.option_strings and action.nargs is None:      # needs a value
                 kind = {"FILE": "FILES", "DIR": "FOLDERS"}.get(str(action.metavar), "VALUES")
                 kinds[kind] |= set(action.option_strings)
-        if any(action.metavar == "DIR" and not action.option_strings for action in actions_of(one)):
+        if any(action.metavar == "DIR" and not action.option_strings
+               for action in actions_of(command)):
             words.append("$(compgen -d -- $current)")
         lines.append(f'    "{name}") words="{" ".join(words)}" ;;')
     text = BASH.replace("COMMANDS", "|".join(commands)).replace("PROGRAMS", PROGRAMS)
@@ -3759,16 +3762,16 @@ def bash_completion(parser: argparse.ArgumentParser) -> str:
 
 
 def zsh_completion(parser: argparse.ArgumentParser) -> str:
-    """A function for a folder of zsh's $fpath."""
+    """A completion function, for a folder of zsh's $fpath."""
     def quoted(text: str) -> str:
         return "'" + text.replace("'", "'\\''") + "'"
 
-    def plain(text: str) -> str:        # brackets and colons have a meaning
+    def plain(text: str) -> str:        # brackets and colons are special in specs
         return re.sub(r"([\[\]:\\])", r"\\\1", text)
 
-    def specs(one: argparse.ArgumentParser, indent: str) -> str:
+    def specs(command: argparse.ArgumentParser, indent: str) -> str:
         lines = []
-        for action in actions_of(one):
+        for action in actions_of(command):
             help_text = plain((action.help or "").replace("%%", "%"))
             metavar = str(action.metavar or action.dest)
             values = "(" + " ".join(map(str, action.choices)) + ")" if action.choices else (
@@ -3789,8 +3792,8 @@ def zsh_completion(parser: argparse.ArgumentParser) -> str:
             ("COMMANDS", "\n".join(f"        {quoted(f'{name}:{plain(helps[name])}')}"
                                    for name in commands)),
             ("GLOBAL", specs(parser, " " * 8) + " \\"),
-            ("ARGUMENTS", "\n".join(f"        {name}) _arguments \\\n{specs(one, ' ' * 12)} ;;"
-                                    for name, one in commands.items()))):
+            ("ARGUMENTS", "\n".join(f"        {name}) _arguments \\\n{specs(command, ' ' * 12)} ;;"
+                                    for name, command in commands.items()))):
         text = re.sub(rf"(?m)^{word}$", lambda _, value=value: value, text)     # type: ignore[misc]
     return text
 
@@ -3815,7 +3818,7 @@ port_number = within(int, 1, 65535, "a port from 1 to 65535")
 
 def connection_arguments(parser: argparse.ArgumentParser, first: bool = False) -> None:
     """The flags for the proxy and the client's certificate. They may come before the command
-    (`first`) or after it, which wins; both override the environment."""
+    (`first`) or after it; the latter win, and both override the environment."""
     def add(flag: str, default: Any, **more: Any) -> None:
         parser.add_argument(flag, default=default if first else argparse.SUPPRESS, **more)
     environment = os.environ.get
@@ -3830,7 +3833,7 @@ def connection_arguments(parser: argparse.ArgumentParser, first: bool = False) -
 
 
 def groups_argument(parser: argparse.ArgumentParser) -> None:
-    """Which of the account's containers."""
+    """The flag that selects containers by group."""
     parser.add_argument("--groups", metavar="A,B", default="",
                         help="only containers in one of these groups (tag triton.cmon.groups)")
 
@@ -3859,9 +3862,9 @@ def monitor_arguments(parser: argparse.ArgumentParser) -> None:
     add("container", metavar="NAME|UUID", nargs="?", default="",
         help="the container: its alias, its UUID, or an unambiguous beginning of its UUID")
     tables = parser.add_mutually_exclusive_group()
-    for name, one in TABLES.items():
-        tables.add_argument(f"--{name}", action="store_true", help=one.help)
-    add("--json", action="store_true", help="print a JSON object with exact numbers")
+    for name, view in TABLES.items():
+        tables.add_argument(f"--{name}", action="store_true", help=view.help)
+    add("--json", action="store_true", help="print JSON with exact numbers")
     add("--watch", metavar="SECONDS", nargs="?", type=seconds, const=0.0,
         help=f"repeat at this interval, in place on a terminal, until Ctrl-C ({ONCE_SECONDS:g})")
     add("--record", metavar="FILE", default="",
@@ -3920,13 +3923,13 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("container", metavar="NAME|UUID", nargs="?", default="",
                         help="the container to scrape (the first that is running)")
     parser.add_argument("--prometheus", metavar="FILE", default="",
-                        help="a prometheus.yml to check: does it use the same files and proxy?")
+                        help="check that this prometheus.yml uses the same files and proxy")
     prometheus_url_argument(parser)
     connection_arguments(parser)
 
 
 def prometheus_url_argument(parser: argparse.ArgumentParser) -> None:
-    """Where Prometheus answers."""
+    """The flag for Prometheus' own URL."""
     parser.add_argument("--prometheus-url", metavar="URL", default=PROMETHEUS_URL,
                         help=f"URL of Prometheus ({PROMETHEUS_URL})")
 
@@ -4007,7 +4010,7 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `demo`."""
     parser.add_argument("--once", action="store_true",
-                        help="exit after the steps instead of at Ctrl-C")
+                        help="exit after the steps instead of running until Ctrl-C")
     parser.add_argument("--forward", metavar="TYPE[=WHERE]", type=forwarding,
                         help="also start the forwarder and push to a running server: "
                         + ", ".join(FORWARDS) + "; at its default address, or at WHERE")
@@ -4045,7 +4048,7 @@ COMMANDS = (
 
 
 class Parser(CommandLine):
-    """A parser whose errors are valid output of a plugin, for `check`."""
+    """A parser; for `check`, its errors are valid plugin output."""
     words: Sequence[str] = ()           # the arguments, as given
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -4067,10 +4070,10 @@ class Parser(CommandLine):
 
     def error(self, message: str) -> NoReturn:
         """Exit 2 with a line on stderr; `check`: 3 (2 is CRITICAL) with a line on stdout."""
-        strange = [word for word in self.words if word.startswith("--")
+        unknown = [word for word in self.words if word.startswith("--")
                    and word.partition("=")[0] not in (*self._option_string_actions, "--")]
-        if strange and "are required" in message:
-            message = self.unrecognized(strange)
+        if unknown and "are required" in message:
+            message = self.unrecognized(unknown)
         if self.prog.endswith(" check"):
             sys.exit(report([Finding(UNKNOWN, self.reworded(message))]))
         super().error(message)
@@ -4105,7 +4108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failure as failure:
         print(f"cmon: {failure}", file=sys.stderr)
         return 2 if isinstance(failure, Usage) else 1
-    except ImportError as error:        # of the proxy, which has what concerns certificates
+    except ImportError as error:        # of cmon_proxy, which has the code for certificates
         print(f"cmon: {error}: cmon_proxy.py of the same version must be beside cmon.py",
               file=sys.stderr)
         return 1

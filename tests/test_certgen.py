@@ -306,8 +306,8 @@ def test_wrong_keys(keys: Path, tmp_path: Path) -> None:
     ed25519 = tmp_path / "ed25519.pem"
     printed(tool("openssl"), "genpkey", "-algorithm", "ED25519", "-out", ed25519)
     what_to_do = "with `ssh-keygen -t ecdsa`, add it to the account, and use it here"
-    for path, words in ((keys / "ed25519", f"is of kind Ed25519, but .*{what_to_do}"),
-                        (ed25519, f"is of kind Ed25519, but .*{what_to_do}"),
+    for path, words in ((keys / "ed25519", f"is of type Ed25519, but .*{what_to_do}"),
+                        (ed25519, f"is of type Ed25519, but .*{what_to_do}"),
                         (keys / "short", "is an RSA key of 1024 bits, which is too short: make"),
                         (keys / "rsa.pub", "it is a public key: use the file without .pub"),
                         (tmp_path / "text", "is not a private key; use a key in OpenSSH's format"),
@@ -363,7 +363,7 @@ def test_agent_that_cannot_be_used(keys: Path, tmp_path: Path, agent: dict[str, 
     one_line(certgen("--agent", env=agent), 1, "several keys: choose one with --ssh-key, SHA256:")
     one_line(certgen("--agent", "--ssh-key", keys / "ecdsa384", env=agent), 1,
              "ssh-agent has no key SHA256:")
-    one_line(certgen("--agent", "--ssh-key", keys / "ed25519", env=agent), 1, "of kind Ed25519")
+    one_line(certgen("--agent", "--ssh-key", keys / "ed25519", env=agent), 1, "of type Ed25519")
     one_line(certgen("--agent", "--ssh-key", CMON, env=agent), 1, "cannot read the public key")
     shutil.copy(str(keys / "ecdsa"), str(tmp_path / "alone"))       # its public half is inside
     done = certgen("--agent", "--ssh-key", tmp_path / "alone", "--out", tmp_path / "out", env=agent)
