@@ -3871,8 +3871,8 @@ def monitor_arguments(parser: argparse.ArgumentParser) -> None:
         help="append pages to FILE until Ctrl-C, compressed if its name ends with .gz; every "
              f"{RECORD_SECONDS:g} s without --watch")
     add("--count", metavar="N", type=count, help="end --watch or --record after N pages")
-    add("--replay", metavar="FILE", default="", help="show a recording; with --watch at its own "
-        "pace, otherwise without pauses")
+    add("--replay", metavar="FILE", default="", help="show a recording: with --watch at its own "
+        "pace, with --watch SECONDS at this interval, otherwise without pauses")
     add("--speed", metavar="FACTOR", type=factor,
         help="with --replay and --watch: play FACTOR times as fast (1)")
     connection_arguments(parser)

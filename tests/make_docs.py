@@ -125,11 +125,12 @@ def settings() -> str:
 # --- commands -------------------------------------------------------------------------------------
 
 def invocation(action: argparse.Action) -> str:
-    """A flag as it is typed."""
+    """A flag or argument as it is typed."""
     if not action.option_strings:
-        return str(action.metavar or action.dest)
-    value = "" if action.nargs == 0 else " " + str(action.metavar or (
+        return f"{action.metavar or action.dest}{' ...' if action.nargs == '*' else ''}"
+    value = "" if action.nargs == 0 else str(action.metavar or (
         "|".join(map(str, action.choices)) if action.choices else action.dest.upper()))
+    value = f" [{value}]" if action.nargs == "?" else f" {value}" if value else ""
     return ", ".join(name + value for name in action.option_strings)
 
 
@@ -256,9 +257,9 @@ def roff(text: str) -> str:
 
 
 def man_option(action: argparse.Action) -> str:
-    """A flag or argument, the names bold and the value slanted."""
+    """A flag or argument, the name bold and the value in italics."""
     if not action.option_strings:
-        return f"\\fI{roff(str(action.metavar or action.dest))}\\fR"
+        return f"\\fI{roff(invocation(action))}\\fR"
     value = "" if action.nargs == 0 else roff(invocation(action).rpartition(" ")[2])
     value = f" \\fI{value}\\fR" if value else ""
     return ", ".join(f"\\fB{roff(flag)}\\fR{value}" for flag in action.option_strings)
@@ -272,7 +273,7 @@ def man_page(name: str, command: str, section: int, parser: argparse.ArgumentPar
              f"{roff(name)} \\- {roff(about)}", ".SH SYNOPSIS", f".B {roff(command)}"]
     for action in actions:
         shown = man_option(action).split(", ")[-1]
-        needed = action.required if action.option_strings else action.nargs != "?"
+        needed = action.required if action.option_strings else action.nargs not in ("?", "*")
         lines.append(shown if needed else f"[{shown}]")
     inner = cmon.parsers_of(parser)
     if inner:

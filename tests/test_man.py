@@ -66,6 +66,12 @@ def test_page_of_a_command_has_its_flags_and_its_example() -> None:
     assert page.count(r"\fB\-\-groups\fR \fIA,B\fR") == 2
 
 
+def test_optional_values_and_arguments_are_in_brackets() -> None:
+    manual = ROOT / "docs" / "man"
+    assert r"[\fB\-\-watch\fR \fI[SECONDS]\fR]" in (manual / "cmon-monitor.1").read_text()
+    assert r"[\fINAME EXPR,WARN,CRIT ...\fR]" in (manual / "cmon-check.1").read_text()
+
+
 # --- completion -----------------------------------------------------------------------------------
 
 def test_bash_completes_commands_flags_and_values(tmp_path: Path) -> None:
