@@ -795,7 +795,7 @@ def figure_of(name: str) -> Expression:
 
 @functools.lru_cache(maxsize=None)
 def cell_thresholds(use: Use, cell: str) -> tuple[Threshold, ...]:
-    """The thresholds of a cell, from USE_FROM: saturation is `watch`, errors are `bad`."""
+    """The thresholds of a cell, from USE_FROM: `watch` for saturation, `bad` for errors."""
     thresholds: list[Threshold] = []
     for name in use.saturation if cell == "saturation" else use.errors:
         limit = Range.of_text("1:") if name in USE_UP else below(USE_FROM.get(name, 0))
@@ -1108,7 +1108,7 @@ TABLES = {
 
 
 def page_objects(figures: Figures) -> dict[str, Any]:
-    """All metrics of a page as exact values."""
+    """All samples of a page as exact values, by metric name."""
     return {name: [{"labels": dict(labels), "value": value} for labels, value in samples.items()]
             for name, samples in figures.values.items()}
 
@@ -1434,7 +1434,7 @@ class Row:
         self.state = "running"
         self.figures: Figures | None = None
         self.failure = ""
-        self.asked = -math.inf              # when it was last requested, monotonic
+        self.requested = -math.inf          # when its page was last requested, monotonic
         self.pending = False                # a request is in flight
         self.values: dict[str, Number | None] = {}
         self.worst: tuple[int, str] = (-1, "")      # verdict and resource
@@ -1538,8 +1538,8 @@ class Top:
         waiting = [row for row in running if row.pending]
         patience = (OFF_SCREEN - 0.5) * self.interval
         wanted = sorted((row for row in running if not row.pending and (
-            not shown or row.uuid in shown or now - row.asked >= patience)),
-            key=lambda row: (row.uuid not in shown, row.asked))
+            not shown or row.uuid in shown or now - row.requested >= patience)),
+            key=lambda row: (row.uuid not in shown, row.requested))
         most = len(wanted)
         self.behind = ""
         if self.quota is not None:
@@ -1550,7 +1550,7 @@ class Top:
             self.behind = (f"falling behind: {most} of {len(wanted)} pages a round, to use at most "
                            f"half of the quota of {brief(self.quota or 0)} requests a minute")
         for row in wanted[:most]:
-            row.asked, row.pending = now, True
+            row.requested, row.pending = now, True
         return wanted[:most]
 
     # keys
@@ -1730,14 +1730,12 @@ class Rounds:
     def __init__(self, top: Top, poller: Poller) -> None:
         self.top, self.poller = top, poller
         self.next = -math.inf               # monotonic; start of the next round
-        self.asked = 0                      # requests in flight
         self._fleet = False                 # the fleet page is in flight
 
     def work(self, now: float) -> None:
         """Take the answers that have arrived; start the next round when it is due."""
         while not self.poller.answers.empty():
             row, answer = self.poller.answers.get()
-            self.asked -= 1
             if row is not None:
                 self.top.take_page(answer, row.uuid)
                 continue
@@ -1750,15 +1748,11 @@ class Rounds:
                 self.top.failure = str(failure)
                 continue
             for due in self.top.due(now):
-                self._ask(due)
+                self.poller.ask(due)
         if now >= self.next and not self._fleet and not self.top.paused:
             self.next = now + self.top.interval
             self._fleet = True
-            self._ask(None)
-
-    def _ask(self, row: Row | None) -> None:
-        self.asked += 1
-        self.poller.ask(row)
+            self.poller.ask(None)
 
 
 class Terminal:
@@ -2051,7 +2045,8 @@ def fleet_page(proxy: Proxy) -> Page:
 
 
 def check_page(figures: Figures, thresholds: Sequence[Threshold], who: str) -> list[Finding]:
-    """A finding for each sample of each expression."""
+    """Apply the thresholds to a page: a finding for each sample, or for a missing one. `who` begins
+    each text."""
     findings: list[Finding] = []
     for threshold in thresholds:
         expression, warning, critical = threshold
@@ -2897,7 +2892,7 @@ class Doctor:
         return f"{path} uses the same files and {self.host}"
 
     def targets(self) -> str:
-        """Prometheus has targets at this proxy, and all of them are up."""
+        """Prometheus has targets at this proxy, and none is down."""
         if not self.arguments.prometheus:
             raise Skipped("no --prometheus FILE")
         base = self.arguments.prometheus_url.rstrip("/")
@@ -3095,7 +3090,8 @@ class Profile(NamedTuple):
 
 
 def triton_profile(home: Path) -> Profile:
-    """The profile that TRITON_PROFILE or ~/.triton/config.json names, else the only one."""
+    """The profile that TRITON_PROFILE or ~/.triton/config.json names, else the only one, else an
+    empty one."""
     folder = home / ".triton"
     try:
         profiles = {path.stem: path for path in sorted(folder.glob("profiles.d/*.json"))}
@@ -3300,7 +3296,7 @@ class Demo:
 
     def start(self) -> None:
         """Make the certificates, start the agent and then the proxy."""
-        from cmon_proxy import CertificateError     # no other command needs the proxy's code
+        from cmon_proxy import CertificateError
         recording, inventory = example("node.json"), example("inventory.json")
         for program, port in self._wanted.items():
             require_free(program, port)
@@ -3347,7 +3343,7 @@ class Demo:
                       + self._programs[-1].last_words())
 
     def _add_silent_node(self) -> None:
-        """A compute node that does not answer, with a container of the last ordinary account."""
+        """Add a node that does not answer, with a container of the last ordinary account."""
         owner = [account for account in self.inventory["accounts"]
                  if not account.get("operator")][-1]["uuid"]
         mine = next(vm for vm in self.inventory["vms"] if vm["owner_uuid"] == owner)
@@ -3400,7 +3396,7 @@ class Demo:
         write_private(self.folder / name, content)
 
     def _certificates(self) -> None:
-        """A CA with the proxy's certificate and, for each account, a key and the certificate that
+        """Make a CA, the proxy's certificate and, for each account, a key and the certificate that
         `triton profile cmon-certgen` would make with it."""
         from cmon_proxy import (
             CMON_PURPOSE, make_certificate, make_key, public_key, ssh_public_key)
@@ -3426,7 +3422,7 @@ class Demo:
 
 
 def require_free(program: str, port: int) -> None:
-    """Failure if another program listens on the port."""
+    """Raise Failure if another program listens on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -3630,7 +3626,7 @@ def by_name(running: Demo, login: str, url: str) -> bytes:
 
 
 def samples(page: bytes) -> int:
-    """The number of samples on a page; Failure if it is not one."""
+    """The number of samples on a page; raises Failure if Prometheus would refuse it."""
     try:
         return sum(len(family.samples) for family in parse(page.decode()))
     except (ExpositionError, UnicodeDecodeError) as error:

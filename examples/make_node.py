@@ -190,10 +190,10 @@ class Node:
 
         self.system(add, frame, up)
         self.neighbours(add, up)
-        self.cpus(add, frame, up)
+        self.cpus(add, up)
         self.storage(add, frame, up)
         for name in ("ixgbe0", "ixgbe1", "external0", "sdc_underlay0"):
-            add("link", 0, name, "net", self.link(name, 0.6, frame, up, "global", 10 ** 10))
+            add("link", 0, name, "net", self.link(name, 0.6, up, "global", 10 ** 10))
         self.stack(add, 0, frame, up, "gz", 0.3)
         self.zone(add, Zone("global", ADMIN, "liveimg", 0, 0, 0, 0.2, (), uuid="global"), frame,
                   up)
@@ -264,7 +264,7 @@ class Node:
         add("unix", 0, name, "flow", {"rbytes": packets * 700, "ipackets": packets,
                                       "obytes": packets * 400, "opackets": packets}, created)
 
-    def cpus(self, add: Any, frame: int, up: int) -> None:
+    def cpus(self, add: Any, up: int) -> None:
         """cpu:N:sys, cpu:N:vm, cpu_info, and other kstats of these modules."""
         counters = ("bread bwrite lread lwrite phread phwrite pswitch trap intr syscall sysread "
                     "syswrite sysfork sysvfork sysexec readch writech rawch outch msg sema namei "
@@ -368,8 +368,7 @@ class Node:
                 "loads": self.grown(f"loads{guid}", 0.02, up),
                 "unloads": self.grown(f"unloads{guid}", 0.015, up), "spa_name": POOL})
 
-    def link(self, key: str, busy: float, frame: int, up: int, zone: str,
-             speed: int) -> dict[str, Any]:
+    def link(self, key: str, busy: float, up: int, zone: str, speed: int) -> dict[str, Any]:
         """The members of a link; the 32-bit ones wrap."""
         packets_in = self.grown(key + "/in", 900 * busy + 1, up)
         packets_out = self.grown(key + "/out", 1100 * busy + 1, up)
@@ -473,7 +472,7 @@ class Node:
         for index in range(len(zone.nics)):
             nic = "eth" if zone.brand == "lx" else "net"
             add("link", 0, f"z{zone.id}_{nic}{index}", "net",
-                self.link(f"{key}/{index}", busy, frame, up, name, 10 ** 10), created)
+                self.link(f"{key}/{index}", busy, up, name, 10 ** 10), created)
             self.flow(add, f"z{zone.id}_{nic}{index}", up, created)
         if zone.id:
             self.stack(add, zone.id, frame, up, key, busy if zone.brand != "bhyve" else 0,
