@@ -86,9 +86,9 @@ try:
     # The agent must run as a single file, so it contains the shared kit.
     from cmon_agent import (
         COUNTER, Client, ClientError, ClientResponse, CommandLine, ExpositionError, GAUGE, Labels,
-        MAX_BODY, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL, USE_UP, UUID, Use,
-        __version__, bracketed, metadata, number, open_streams, parse, printing, read_file, render,
-        within)
+        MAX_BODY, MAX_JSON_BYTES, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL,
+        USE_UP, UUID, Use, __version__, bracketed, metadata, number, open_streams, parse, printing,
+        read_file, render, within)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must be beside cmon.py")
 
@@ -2307,9 +2307,11 @@ def write_file_sd(path: Path, body: bytes) -> None:
         raise Failure("the proxy's answer to /v1/sd is not a list of targets")
     content = (json.dumps(groups, indent=1, ensure_ascii=False) + "\n").encode()
     try:
-        if path.is_file() and path.read_bytes() == content:
+        if read_file(path, MAX_JSON_BYTES) == content:
             return                          # a rewrite would make Prometheus reload it
-    except OSError as error:
+    except FileNotFoundError:
+        pass
+    except OSError as error:                # a folder or a device must not be replaced
         raise Failure(f"cannot write {path}: {words_of(error)}") from None
     write_whole(path, content, 0o644)       # Prometheus may run as another user
 
@@ -2547,6 +2549,8 @@ def write_both(files: Sequence[tuple[Path, bytes]], replace: bool) -> None:
     written: list[tuple[Path, Path | None]] = []    # each with a link to the file it replaced
     try:
         folder = files[0][0].parent
+        if folder.exists() and not folder.is_dir():
+            raise Failure(f"cannot write to {folder}: it is not a folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".cmon-", dir=folder) as work:
             for path, content in files:

@@ -294,7 +294,8 @@ def test_certificate_and_key_are_both_written_or_neither(keys: Path, tmp_path: P
 
 def test_folder_that_cannot_be_made(keys: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    one_line(certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path / "file"), 1, "cannot write")
+    one_line(certgen("--ssh-key", keys / "ecdsa", "--out", tmp_path / "file"), 1,
+             "/file: it is not a folder")
 
 
 # --- keys that cannot be used ---------------------------------------------------------------------

@@ -180,7 +180,11 @@ def test_file_sd_stays_as_it_is_when_discovery_fails(site: Site, port: int, tmp_
     (tmp_path / "folder").mkdir()
     one_line(run("discover", "--file-sd", tmp_path / "folder", *words(site.flags(port))), 1,
              "cannot write", "is a directory")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "targets.json"]
+    os.mkfifo(tmp_path / "pipe")
+    one_line(run("discover", "--file-sd", tmp_path / "pipe", *words(site.flags(port))), 1,
+             "cannot write", "is a pipe: use a regular file")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "pipe", "targets.json"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b'[{"targets": [1], "labels": {}}]',
