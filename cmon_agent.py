@@ -7698,8 +7698,8 @@ def is_address(value: str) -> str | None:
     """A check for HOST:PORT."""
     try:
         parse_address(value)
-    except ConfigError as error:
-        return str(error)
+    except ConfigError:
+        return "must be HOST:PORT, as in 127.0.0.1:9163 or :9163"
     return None
 
 
@@ -7779,7 +7779,8 @@ class _Loader:
             problem = check(values[key]) if check and values[key] is not None and (
                 len(self.problems) == count or isinstance(values[key], dict)) else None
             if problem:
-                self.wrong(path, f"{problem}, not {json.dumps(item)[:60]}")
+                self.wrong(path, problem + ("" if isinstance(item, dict) else
+                                            f", not {json.dumps(item)[:60]}"))
         for name, field in fields.items():
             if (name not in values and field.default is dataclasses.MISSING
                     and field.default_factory is dataclasses.MISSING):

@@ -50,7 +50,7 @@ def run(*words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     (("cmon_agent.py", "capture"), "missing: FILE"),
     (("cmon_agent.py", "capture", "x", "--frames", "0"), "'0' is not a number from 1 to 100"),
     (("cmon_agent.py", "--listen", "foo", "--replay", NODE),
-     "'foo' needs a port from 0 to 65535, as in 127.0.0.1:9163 or :9163"),
+     "listen: must be HOST:PORT, as in 127.0.0.1:9163 or :9163, not \"foo\""),
     (("cmon_proxy.py",), "--config FILE is required"),
 ], ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, tuple) else None)
 def test_a_wrong_command_line_is_one_line_in_our_words(words: Any, said: str) -> None:

@@ -188,9 +188,10 @@ BAD = [
     ('{"inner": []}', ["inner: must be an object, not []"]),
     ('{"many": {"one": 1, "two": {"x": 1}}}', ["many.one: must be an object, not 1",
                                                "many.two.x: unknown setting"]),
-    ('{"listen": "localhost"}', ["listen: 'localhost' needs a port from 0 to 65535"]),
-    ('{"listen": "a:99999"}', ["listen: 'a:99999' needs a port"]),
-    ('{"listen": "a b:1"}', ["listen: 'a b:1' is not HOST:PORT"]),
+    ('{"listen": "localhost"}', [
+        "listen: must be HOST:PORT, as in 127.0.0.1:9163 or :9163, not \"localhost\""]),
+    ('{"listen": "a:99999"}', ["listen: must be HOST:PORT"]),
+    ('{"listen": "a b:1"}', ["listen: must be HOST:PORT"]),
     ('{"name": "x", "name": "y"}', ["not JSON: 'name' appears more than once in an object"]),
     ("[]", ["must be an object, not []"]),
     ("", ["not JSON"]),
