@@ -1891,6 +1891,8 @@ def top_table(state: Top, now: float) -> int:
             print(f"cmon: {row.alias}: {row.failure}", file=sys.stderr)
     if state.failure:
         print(f"cmon: {state.failure}", file=sys.stderr)
+    elif not rows:
+        print("cmon: no containers to show", file=sys.stderr)
     return 0
 
 
@@ -1994,6 +1996,10 @@ def check_findings(arguments: argparse.Namespace) -> list[Finding]:
         state.save()
         return findings
     chosen = [proxy.find(name)] if name else proxy.containers(arguments.groups)[1]
+    surplus = set() if name else {container.alias for container in chosen} & set(positional)
+    if surplus:
+        raise Usage(f"{min(surplus)} is a container: with --all or --groups, say only what to check"
+                    )
     running = [container for container in chosen if name or container.state == "running"]
     if not running:
         raise Failure("no running containers" + (
@@ -2130,8 +2136,11 @@ def missing(expression: Expression, figures: Figures) -> str:
             return f"{expression.text} " + (
                 "has not been read again since the last run: wait for the next run"
                 if figures.compared else "needs an earlier reading: wait for the next run")
-        return f"no sample of {expression.text}" if part is expression.over and \
-            expression.under is None else f"no sample of {part.name}"
+        near = [] if part.name in figures.values else difflib.get_close_matches(
+            part.name, figures.values, 1, 0.8)
+        return "no sample of " + (expression.text if part is expression.over and
+                                  expression.under is None else part.name) + (
+            f"; did you mean {near[0]}?" if near else "")
     return f"{expression.text} has no value: B is zero or has no sample with the same labels"
 
 
@@ -2314,6 +2323,8 @@ def write_file_sd(path: Path, body: bytes) -> None:
     except OSError as error:                # a folder or a device must not be replaced
         raise Failure(f"cannot write {path}: {words_of(error)}") from None
     write_whole(path, content, 0o644)       # Prometheus may run as another user
+    if not groups:
+        print(f"cmon: no running containers: {path} has no targets", file=sys.stderr, flush=True)
 
 
 # --- certificates ---------------------------------------------------------------------------------
@@ -3470,6 +3481,11 @@ def forwarding(text: str) -> tuple[str, str]:
     if kind not in FORWARDS:
         raise argparse.ArgumentTypeError(
             f"{kind!r} is not one of {', '.join(FORWARDS)}, optionally with =WHERE")
+    if where and FORWARDS[kind].key == "url" and not where.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(
+            f"{where!r} is not a URL such as {FORWARDS[kind].where}")
+    if where and kind == "file":
+        where = os.path.abspath(where)      # the default is a file in the demo's folder
     return kind, where or FORWARDS[kind].where
 
 
@@ -4065,6 +4081,9 @@ class Parser(CommandLine):
         """The message for unknown arguments, with similar flags."""
         near = [flag for word in words for flag in difflib.get_close_matches(
             word.partition("=")[0], self._option_string_actions, 1, 0.7)]
+        if self.prog.endswith(" check") and {"-w", "-c"} & set(words):
+            return "there is no -w and no -c: append the ranges to the metric, as in " \
+                "load_average,4,8"
         return "unrecognized arguments: " + " ".join(words) + (
             f"; did you mean {' and '.join(near)}?" if near else "")
 

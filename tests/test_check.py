@@ -172,6 +172,9 @@ def test_a_missing_page_is_unknown(answer: Answer, words: str, check: Any,
     (["web01", "--certifcate"], "--certifcate; did you mean --certificate?"),
     (["web01", "load", "--timeout", "0"], "is not a number of seconds"),
     (["nobody"], "no container 'nobody'"), (["db"], "use the UUID"),
+    (["--all", "web01"], "web01 is a container: with --all or --groups, say only what to check"),
+    (["web01", "-w", "4", "-c", "8"], "no -c: append the ranges to the metric"),
+    (["web01", "net_agg_byte_in"], "no sample of net_agg_byte_in; did you mean net_agg_bytes_in?"),
     (["--groups", "a,b"], "no running containers in a,b")])
 def test_a_wrong_command_line_is_unknown(arguments: list[str], words: str, check: Any) -> None:
     status, line = check(*arguments)

@@ -411,7 +411,7 @@ def test_wrong_files(change: Mapping[str, str], words: str, files: Files) -> Non
 @pytest.mark.parametrize("arguments", [
     [], ["unknown"], ["monitor"], ["discover", "--js"], ["discover", "--timeout", "0"],
     ["discover", "--timeout", "nan"], ["demo", "--agent-port", "0"],
-    ["demo", "--proxy-port", "65536"]])
+    ["demo", "--proxy-port", "65536"], ["demo", "--forward", "http=x"]])
 def test_wrong_command_lines(arguments: list[str]) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")

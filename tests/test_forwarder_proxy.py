@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cmon
 import pytest
 from agents import ALICE, BOB, NODE_1, TLS, Agent, inventory, proxy, uuid, vm, write_inventory
 from forwarding import own
@@ -170,6 +171,13 @@ def test_the_demo_forwards_to_influxdb_and_shows_how_to_see_it(tmp_path: Path) -
             demo.stop()
             demo.kill()
         server.kill()
+
+
+def test_the_file_of_the_demo_is_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                   ) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cmon.forwarding("file=out.json") == ("file", str(tmp_path / "out.json"))
+    assert cmon.forwarding("file") == ("file", "samples.log"), "in the demo's folder"
 
 
 @pytest.mark.parametrize("where, message", [

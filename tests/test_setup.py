@@ -166,6 +166,9 @@ def test_file_sd_equals_http_discovery(site: Site, port: int, tmp_path: Path) ->
     done = run("discover", "--groups", "database", "--file-sd", path, *words(site.flags(port)))
     assert done.returncode == 0
     assert 0 < len(json.loads(path.read_text())) < len(written)
+    done = run("discover", "--groups", "none", "--file-sd", path, *words(site.flags(port)))
+    assert (done.returncode, path.read_text()) == (0, "[]\n")
+    assert done.stderr == f"cmon: no running containers: {path} has no targets\n"
 
 
 def test_file_sd_stays_as_it_is_when_discovery_fails(site: Site, port: int, tmp_path: Path) -> None:

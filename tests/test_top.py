@@ -365,6 +365,9 @@ def test_groups_are_requested(cloud: Cloud, files: Files) -> None:  # noqa: F811
     cloud.lay("/v1/fleet/metrics?groups=a%2Cb", fleet(ROWS[2]))
     done = inside("top", "--groups", "a,b", *connection(cloud.standin, files))
     assert done.stdout.count("\n") == 2 and "\ndb " in done.stdout
+    cloud.lay("/v1/fleet/metrics?groups=none", "")
+    done = inside("top", "--groups", "none", *connection(cloud.standin, files))
+    assert (done.returncode, done.stderr) == (0, "cmon: no containers to show\n")
 
 
 @pytest.mark.parametrize("arguments, words", [
