@@ -1219,8 +1219,10 @@ def show_pages(arguments: argparse.Namespace, table: Table | None, pages: Iterat
             recorder.close()
             print(f"cmon: {plural(done, 'page')} in {arguments.record}", file=sys.stderr)
     if not done and arguments.replay:
+        aliases = sorted({page.alias for page in recording(arguments.replay)})
         raise Failure(f"{arguments.replay} contains no complete page"
-                      + (f" of {arguments.container}" if arguments.container else ""))
+                      + (f" of {arguments.container}" if arguments.container else "")
+                      + (f", but pages of {', '.join(aliases)}" if aliases else ""))
     return 0
 
 
@@ -2235,6 +2237,8 @@ def discover(arguments: argparse.Namespace) -> int:
     """`cmon.py discover`"""
     if arguments.every and not arguments.file_sd:
         raise Usage("--every requires --file-sd FILE")
+    if arguments.suffix and not (arguments.hosts or arguments.zone):
+        raise Usage("--suffix requires --hosts or --zone")
     proxy = proxy_of(arguments)
     if arguments.file_sd:
         return keep_file_sd(proxy, arguments)
@@ -2259,6 +2263,8 @@ def suffix_of(arguments: argparse.Namespace, url: str) -> str:
     suffix = arguments.suffix or urllib.parse.urlsplit(url).hostname or ""
     if is_address(suffix):
         raise Usage(f"host names cannot end in the address {suffix}: use --suffix NAME")
+    if not re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*", suffix):
+        raise Usage(f"{suffix!r} is not a host name, such as cmon.dc.example: use --suffix NAME")
     return suffix
 
 
@@ -3152,6 +3158,8 @@ def setup(arguments: argparse.Namespace) -> int:
     arguments.account = arguments.account or profile.account
     if not arguments.account:
         raise Usage("no account given: use --account LOGIN")
+    if arguments.suffix and not arguments.dns:
+        raise Usage("--suffix requires --dns")
     if not arguments.ssh_key:
         arguments.ssh_key = key_of_profile(home, profile.key_id)
         if not arguments.ssh_key and profile.key_id and os.environ.get("SSH_AUTH_SOCK"):

@@ -237,7 +237,8 @@ def test_names_for_sites_without_wildcard_dns(site: Site, port: int) -> None:
     assert [line.split("\t")[:5] for line in zone] == [
         [f"{line[1].partition('.')[0]}.localhost.", "60", "IN", "CNAME", "localhost."]
         for line in lines]
-    for wrong in (["--hosts", "nowhere"], ["--hosts", "10.0.0.9", "--zone"], ["--every", "5"]):
+    for wrong in (["--hosts", "nowhere"], ["--hosts", "10.0.0.9", "--zone"], ["--every", "5"],
+                  ["--suffix", "dc.example"], ["--zone", "--suffix", "dc example"]):
         done = run("discover", *wrong, *flags)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
 
