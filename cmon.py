@@ -244,7 +244,7 @@ def proxy_url(text: str) -> str:
 
 
 def file_content(path: str, what: str) -> bytes:
-    """What OpenSSL will read from this path; a Failure names it."""
+    """Read a regular file, before OpenSSL does; a Failure names it."""
     try:
         return read_file(path)
     except OSError as error:
@@ -252,7 +252,7 @@ def file_content(path: str, what: str) -> bytes:
 
 
 def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
-    """TLS with the user's certificate; a Failure names the file that is wrong, and why."""
+    """A TLS context with the user's certificate; a Failure names the file and what is wrong."""
     for what, path in (("certificate", cert), ("key", key), ("CA", ca)):
         if path:
             file_content(path, what)
@@ -261,15 +261,15 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     except ssl.SSLError:
         raise Failure(f"{ca} contains no CA certificate in PEM form") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    asked = []
+    prompts = []
 
     def passphrase() -> str:
-        asked.append(True)
+        prompts.append(key)
         return ask_passphrase(f"the key {key}")
     try:
         context.load_cert_chain(cert, key, password=passphrase)
     except (OSError, ValueError) as error:      # SSLError is an OSError
-        if asked:
+        if prompts:
             raise Failure(f"wrong passphrase for the key {key}") from None
         if b"BEGIN OPENSSH PRIVATE KEY" in file_content(key, "key"):
             raise Failure(f"the key {key} is in OpenSSH's format, which TLS cannot use: make a "
