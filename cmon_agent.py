@@ -127,6 +127,7 @@ log = logging.getLogger("cmon")
 Number = Union[int, float]
 COUNTER, GAUGE, HISTOGRAM, SUMMARY, UNTYPED = "counter", "gauge", "histogram", "summary", "untyped"
 Labels = tuple[tuple[str, str], ...]
+_make = tuple.__new__           # what a NamedTuple's own __new__ calls, a frame of Python earlier
 
 
 class Sample(NamedTuple):
@@ -453,7 +454,7 @@ class _KstatCtl(ctypes.Structure):
 
 
 class Libkstat:
-    """The library's functions, typed; MT-unsafe, so each handle has one thread."""
+    """The library's functions, typed; MT-unsafe, so one thread at a time uses a handle."""
 
     def __init__(self, path: str) -> None:
         if ctypes.sizeof(ctypes.c_void_p) != 8:
@@ -725,11 +726,10 @@ class Index:
 
 
 _DataBytes = ctypes.c_char * DATA.size
-_make = tuple.__new__           # what a NamedTuple's own __new__ calls, a frame of Python earlier
 
 
 class Handle:
-    """One kstat_ctl_t with its index. All calls come from one thread."""
+    """One kstat_ctl_t with its index. Calls come from one thread at a time."""
 
     def __init__(self, library: Libkstat) -> None:
         self._library = library
@@ -801,6 +801,7 @@ class Handle:
 
 # --- host -----------------------------------------------------------------------------------------
 
+SLOW_SECONDS = 0.1              # a job that takes longer goes on beside the loop
 STUCK_SECONDS = 0.5             # a kstat_read that takes longer counts as blocked
 MAX_HANDLES = 3                 # open chains, including those of blocked threads
 FOLLOW_SECONDS = 1.0            # between two looks for kstats that are new; what is gone says so
@@ -978,7 +979,7 @@ def parse_sysinfo(content: Any) -> Sysinfo:
 
 
 class Reader:
-    """One thread with one kstat handle: everything that may block in the library happens here."""
+    """A kstat handle: everything that may block in the library happens here."""
 
     def __init__(self, kstats: KstatThreads) -> None:
         self._kstats = kstats
@@ -987,11 +988,39 @@ class Reader:
         self._updated = -math.inf
         self._reopened = (-math.inf, -1)    # when, and at which chain id
         self.doing: tuple[Ref | str, float] | None = None   # the current library call, since when
-        self.abandoned = False
-        self.job: Job | None = None
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.pending = 0                    # jobs that are not done
-        self.thread = threading.Thread(target=self._run, name="kstat", daemon=True)
+        self.job: Job | None = None         # the current one …
+        self.began = 0.0                    # … and since when
+        self.beside = False                 # another thread runs the loop meanwhile
+        self.abandoned = False              # and another reader has the job
+
+    def run(self, job: Job) -> Any:
+        """Do the work of a job, with an open handle. The result, or why there is none: KstatError
+        or NoSuchZone."""
+        try:
+            if not self._is_open:
+                self._handle = self._watched("kstat_open", self._kstats.open_handle)
+                self._is_open = True
+            return job.work(self)
+        except (KstatError, NoSuchZone) as error:
+            return error
+        except Exception as error:          # an internal error affects one job
+            log.exception("a kstat job failed")
+            return KstatError(f"internal error: {error}")
+
+    def note(self) -> None:
+        """Add the counts of its handle to those of all."""
+        if self._is_open:
+            kstats, handle = self._kstats, self._handle
+            kstats.chain_length, kstats.rebuild_seconds = handle.index.count, handle.rebuild_seconds
+            kstats.rebuilds += handle.rebuilds
+            kstats.reads += handle.calls
+            handle.rebuilds = handle.calls = 0
+
+    def close(self) -> None:
+        """Close the handle."""
+        if self._is_open:
+            self.note()
+            self._handle.close()
 
     # for jobs
 
@@ -1002,6 +1031,8 @@ class Reader:
 
     def read(self, ref: Ref) -> Kstat:
         """One kstat; raises KstatError."""
+        if self.abandoned:                  # it must not block on another one
+            raise KstatError("was given up", ref)
         if self._kstats.quarantine:
             self._kstats.check_quarantine(ref)
         self.doing = (ref, self._kstats.now())
@@ -1018,6 +1049,8 @@ class Reader:
         read, now, quarantine = self._handle.read, self._kstats.now, self._kstats.quarantine
         try:
             for ref in refs:
+                if self.abandoned:
+                    break
                 try:
                     if quarantine:
                         self._kstats.check_quarantine(ref)
@@ -1113,8 +1146,6 @@ class Reader:
                     return ref.instance
         return None
 
-    # the thread
-
     def _watched(self, what: str, call: Callable[[], V]) -> V:
         """Call the library; KstatThreads.watch notices if it does not return."""
         self.doing = (what, self._kstats.now())
@@ -1123,52 +1154,44 @@ class Reader:
         finally:
             self.doing = None
 
-    def _run(self) -> None:
-        kstats = self._kstats
-        while True:
-            job = kstats.next_job(self)
-            if job is None:
-                break
-            try:
-                if not self._is_open:
-                    self._handle = self._watched("kstat_open", kstats.open_handle)
-                    self._is_open = True
-                result: Any = job.work(self)
-            except (KstatError, NoSuchZone) as error:
-                result = error
-            except Exception as error:      # an internal error affects one job
-                log.exception("a kstat job failed")
-                result = KstatError(f"internal error: {error}")
-            if not kstats.is_done(self):    # it was blocked: another reader has the job
-                break
-            if self._is_open:
-                kstats.note(self._handle)
-            try:
-                job.done(result)
-            except Exception:               # an internal error must not end the thread
-                log.exception("the result of a kstat job is lost")
-        kstats.gone(self)
-        if self._is_open:
-            self._handle.close()
-
 
 class Job(NamedTuple):
-    """Work for a reader's thread, with its callback. Runs twice if its thread is given up."""
+    """Work with kstats, which touches nothing else and runs again if it blocks; and its callback,
+    which runs in the loop."""
     work: Callable[[Reader], Any]
     done: Callable[[Any], None]             # with the result, a KstatError or NoSuchZone
 
 
-class KstatThreads:
-    """The readers of kstats: one is active, the others are blocked in the library.
+class Replaced(BaseException):
+    """Another thread runs the loop: this one must touch nothing and end."""
 
-    `watch` is to be called after a job was submitted, and again when it says so: it gives up a
-    thread that is blocked, keeps others from the kstat that blocked it, and lets a new thread with
-    a new handle go on.
+
+class Runner(Protocol):
+    """What threads that read kstats run."""
+    alarm: Callable[[float], object]        # cause a call of `watch` in so many seconds; 0: none
+
+    def turn(self) -> bool:
+        """One turn of the loop; False when there shall be no other."""
+
+    def resume(self) -> None:
+        """Called first by a thread that takes over, perhaps in the middle of a turn."""
+
+    def ended(self) -> None:
+        """Called last by the thread; KstatThreads.error has ended it, or is None."""
+
+
+class KstatThreads:
+    """Threads that run a loop and read kstats in it, without handing each read to another thread,
+    which would cost as much as the read.
+
+    One runs the loop. When a job takes long, `watch` has a new thread go on with the loop, and the
+    old one ends with its job. When a read does not return, its reader is given up as well: another
+    one, with a new handle, does the job again without the kstat that blocks.
     """
 
-    def __init__(self, open_handle: Callable[[], AnyHandle],
+    def __init__(self, open_handle: Callable[[], AnyHandle], loop: Loop,
                  now: Callable[[], float] = time.monotonic) -> None:
-        self.open_handle, self.now = open_handle, now
+        self.open_handle, self.loop, self.now = open_handle, loop, now
         self.names: dict[tuple[int, str, int], str] = {}    # (id, short name, birth) -> zone name
         self.guests: dict[tuple[int, int], str] = {}        # (minor, birth) -> name of a VM
         self.quarantine: dict[str, float] = {}      # the kstat that blocks a thread -> since when
@@ -1177,86 +1200,100 @@ class KstatThreads:
         self.rebuild_seconds = 0.0
         self.reads = 0
         self.given_up = 0
-        self._readers: list[Reader] = []
+        self._runner: Runner
+        self._alarm: Callable[[float], object] = lambda seconds: None
         self._active: Reader | None = None
-        self._lock = threading.Lock()       # the two above, `quarantine`, and jobs of readers
+        self._blocked: list[Reader] = []
+        self._waiting: list[Job] = []       # for a reader that is beside the loop
+        self._closed = False
+        self.error: BaseException | None = None     # what has ended the thread
+        self._lock = threading.Lock()       # `quarantine`, the readers, and what is true of them
+
+    def start(self, runner: Runner) -> None:
+        """Have a thread run the loop."""
+        self._runner, self._alarm = runner, runner.alarm
+        threading.Thread(target=self._run, args=(False,), name="loop", daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job. `job.done` is called from a reader's thread or, when libkstat blocks all of
-        them, from this one."""
-        with self._lock:
-            if self._active is None:
-                self._start()
-            active = self._active
-            if active is not None:
-                active.pending += 1
-                active.jobs.put(job)
-        if active is None:
-            job.done(KstatError(f"libkstat blocks {MAX_HANDLES} threads: "
-                                + ", ".join(sorted(self.quarantine))))
+        """From any thread: run a job soon."""
+        self.loop.call_soon(self.perform, job)
 
-    def watch(self) -> float | None:
-        """Give up a reader that is blocked. In how many seconds to look again; None: when there is
-        another job."""
+    def perform(self, job: Job) -> None:
+        """In the loop: run a job now, or when the reader is free. Raises Replaced."""
+        reader = self._active
+        if reader is not None and reader.job is not None:
+            self._waiting.append(job)
+            return
+        if reader is None:
+            if len(self._blocked) >= MAX_HANDLES:
+                job.done(KstatError(f"libkstat blocks {MAX_HANDLES} threads: "
+                                    + ", ".join(sorted(self.quarantine))))
+                return
+            reader = self._active = Reader(self)
+        reader.began, reader.job = self.now(), job
+        self._alarm(SLOW_SECONDS)           # `watch` may be called before, for the last job
+        result = reader.run(job)
+        with self._lock:                    # `watch` must see all of this or nothing
+            if not reader.beside:
+                reader.job = None
+                self._alarm(0)
+        if reader.beside:
+            if reader.abandoned:
+                self._gone(reader)
+            else:
+                self.loop.call_soon(self._back, reader, result)
+            raise Replaced
+        job.done(result)
+
+    def _back(self, reader: Reader, result: Any) -> None:
+        """In the loop: a reader has done its job beside it."""
         with self._lock:
-            active = self._active
-            if active is None or not active.pending:
-                return None
-            doing = active.doing
-            left = STUCK_SECONDS if doing is None else STUCK_SECONDS - (self.now() - doing[1])
-            if doing is None or left > 0:
-                return left
-            waiting = [active.job]      # it may run twice, but is not lost
-            active.abandoned = True
+            job, reader.job, reader.beside = reader.job, None, False
+            self._alarm(0)
+        assert job is not None
+        self._do_waiting()
+        job.done(result)
+
+    def _do_waiting(self, *jobs: Job) -> None:
+        waiting, self._waiting = self._waiting, []
+        for job in (*jobs, *waiting):
+            self.submit(job)
+
+    def watch(self) -> None:
+        """From a thread that waits: have another one run the loop if a job takes long, and give up
+        its reader if the library does not return."""
+        with self._lock:
+            reader, now = self._active, self.now()
+            if reader is None or reader.job is None:
+                return
+            doing = reader.doing
+            slow = SLOW_SECONDS - (now - reader.began)
+            left = STUCK_SECONDS if doing is None else STUCK_SECONDS - (now - doing[1])
+            if not reader.beside and slow <= 0:
+                try:
+                    threading.Thread(target=self._run, args=(True,), name="loop", daemon=True
+                                     ).start()      # it waits for the lock
+                    reader.beside = True
+                except RuntimeError as error:
+                    log.error("cannot start a thread while a job with kstats takes long: %s", error)
+                    slow = STUCK_SECONDS
+            if not reader.beside or left > 0:
+                self._alarm(max(left if reader.beside else slow, 0.001))
+                return
+            assert doing is not None
+            reader.abandoned = True
+            self._active = None
+            self._blocked.append(reader)
             self.given_up += 1
-            self.quarantine[str(doing[0])] = doing[1]
-            log.warning("reading kstat %s has not returned; continuing with a new handle", doing[0])
-            while not active.jobs.empty():
-                waiting.append(active.jobs.get())
-            active.jobs.put(None)       # it may have just returned and be waiting for a job
-            self._start()
-            left = math.inf if self._active is None else STUCK_SECONDS
-        for job in waiting:
-            if job is not None:
-                self.submit(job)
-        return left if left < math.inf else None
+            self.quarantine = {**self.quarantine, str(doing[0]): doing[1]}
+            self.loop.call_soon(self._do_waiting, reader.job)
+        log.warning("reading kstat %s has not returned; continuing with a new handle", doing[0])
 
     def check_quarantine(self, ref: Ref) -> None:
         """Raises KstatError for a kstat that another thread is blocked on."""
         since = self.quarantine.get(str(ref))
         if since is not None:
             raise KstatError(f"has been blocked for {self.now() - since:.0f} s", ref)
-
-    def next_job(self, reader: Reader) -> Job | None:
-        """A reader's next job; None if it must end."""
-        job = None if reader.abandoned else reader.jobs.get()
-        with self._lock:
-            if not reader.abandoned:
-                reader.job = job
-                return job
-        if job is not None:                 # this reader was given up: pass the job on
-            self.submit(job)
-        return None
-
-    def is_done(self, reader: Reader) -> bool:
-        """A reader has finished its job; False if it was given up and another has the job."""
-        with self._lock:                    # `watch` must see all of this or nothing
-            reader.job = None
-            reader.pending -= 1
-            return not reader.abandoned
-
-    def gone(self, reader: Reader) -> None:
-        """A reader has ended: the kstat that blocked it may be read again."""
-        with self._lock:
-            self._readers.remove(reader)
-            if self._active is reader:
-                self._active = None
-            held = {str(other.doing[0]) for other in self._readers
-                    if other.abandoned and other.doing is not None}
-            self.quarantine = {what: since for what, since in self.quarantine.items()
-                               if what in held}
-            if reader.abandoned:
-                log.info("a blocked read of kstats has returned")
 
     def forget_names(self, index: Index) -> None:
         """The chain has changed: from time to time, drop the names of zones that are gone."""
@@ -1265,37 +1302,50 @@ class KstatThreads:
             self.names = {key: name for key, name in self.names.items() if key in born}
         self.guests = {}
 
-    def note(self, handle: AnyHandle) -> None:
-        """A reader's counts for /metrics."""
-        self.chain_length, self.rebuild_seconds = handle.index.count, handle.rebuild_seconds
-        self.rebuilds += handle.rebuilds        # summed over all handles
-        self.reads += handle.calls
-        handle.rebuilds = handle.calls = 0
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no job is under way."""
-        with self._lock:
-            return self._active is None or not self._active.pending
+    def count(self) -> None:
+        """Bring the counts for /metrics up to date."""
+        reader = self._active               # `watch` may take it away
+        if reader is not None:
+            reader.note()
 
     @property
     def blocked(self) -> int:
         """The number of threads blocked in the library."""
-        with self._lock:
-            return sum(reader.abandoned for reader in self._readers)
+        return len(self._blocked)
 
     def close(self) -> None:
-        """Stop the readers; blocked ones remain until the process exits."""
-        with self._lock:
-            for reader in self._readers:
-                reader.jobs.put(None)
+        """End the thread; blocked ones remain until the process exits."""
+        self._closed = True
+        self.loop.wake()
 
-    def _start(self) -> None:
-        self._active = None
-        if len(self._readers) < MAX_HANDLES:
-            self._active = Reader(self)
-            self._readers.append(self._active)
-            self._active.thread.start()
+    def _run(self, resume: bool) -> None:
+        """A thread; `resume`: it replaces another one."""
+        with self._lock:
+            self.loop.adopt()
+        try:
+            if resume:
+                self._runner.resume()
+            while not self._closed and self._runner.turn():
+                pass
+            with self._lock:
+                reader, self._active = self._active, None
+            if reader is not None and reader.job is None:   # otherwise a thread is beside the loop
+                reader.close()
+        except Replaced:
+            return
+        except BaseException as error:      # a bug, or no memory: the process must not go on
+            self.error = error
+        self._runner.ended()
+
+    def _gone(self, reader: Reader) -> None:
+        """The library has returned at last: the kstat that blocked it may be read again."""
+        with self._lock:
+            self._blocked.remove(reader)
+            held = {str(other.doing[0]) for other in self._blocked if other.doing is not None}
+            self.quarantine = {what: since for what, since in self.quarantine.items()
+                               if what in held}
+        log.info("a blocked read of kstats has returned")
+        reader.close()
 
 
 def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
@@ -1308,12 +1358,13 @@ def read_zone(reader: Reader, zone: str, debug_id: int | None = None,
     reader.follow()
     for _ in range(4):
         zone_id = reader.zone_id(zone)
-        misc = None if zone_id is None else reader.index.misc.get(zone_id)
+        index = reader.index
+        misc = None if zone_id is None else index.misc.get(zone_id)
         if zone_id is None or misc is None:
             if reader.follow(force=True) or reader.reopen():
                 continue
             raise NoSuchZone(zone)
-        refs = reader.index.zones[zone_id]
+        refs = index.zones[zone_id]
         if skipped:
             refs = [ref for ref in refs if ref is misc or not all(
                 [table.collector in skipped for table in ref.tables])]
@@ -1871,6 +1922,16 @@ def _joined(templates: tuple[str, ...]) -> str:
     return "".join(templates)
 
 
+@functools.lru_cache(maxsize=MAX_TEMPLATES)
+def _places(count: int) -> str:
+    return BETWEEN.join(["%s"] * count)
+
+
+def joined(values: tuple[Any, ...]) -> str:
+    """The values as one text. (`%` writes integers without a string for each.)"""
+    return _places(len(values)) % values
+
+
 def join_parts(parts: Sequence[Part]) -> Part:
     """Concatenate parts."""
     if len(parts) == 1:
@@ -1898,11 +1959,14 @@ def verbatim(page: str) -> Part:
     return Part("%s", page) if page else NOTHING
 
 
-def taking(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+Taking = Callable[[Sequence[Any]], "tuple[Any, ...]"]
+
+
+def taking(places: Sequence[int]) -> Taking:
     """Takes these of a list, in this order."""
     if len(places) > 1:
         return operator.itemgetter(*places)
-    return lambda values: [values[place] for place in places]
+    return lambda values: tuple([values[place] for place in places])
 
 
 class Values(NamedTuple):
@@ -1921,7 +1985,7 @@ class Rows:
 
     def __init__(self, metrics: tuple[Metric, ...], table: Table | None = None) -> None:
         self.metrics, self._table = metrics, table
-        self._templates: dict[Any, tuple[str, Callable[[Sequence[Any]], Sequence[Any]]]] = {}
+        self._templates: dict[Any, tuple[str, Taking]] = {}
 
     @functools.cached_property
     def _families(self) -> list[tuple[str, list[tuple[int, str, str]]]]:
@@ -1950,8 +2014,8 @@ class Rows:
                 self._templates.clear()
             template, order = self.template(things)
             known = self._templates[key] = (template, taking(order))
-        return Part(known[0], BETWEEN.join(map(str, known[1](
-            [value for thing in things for value in (thing.labels, *thing.values)]))))
+        return Part(known[0], joined(known[1](
+            [value for thing in things for value in (thing.labels, *thing.values)])))
 
     def template(self, things: Sequence[Values]) -> tuple[str, list[int]]:
         """The text, and which of labels and values go where."""
@@ -3646,7 +3710,7 @@ def plan_of(wants: Wants, shapes: tuple[Shape, ...]) -> Plan:
 
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
 def planned_form(plan: Plan, dropped: frozenset[int], absent: tuple[bool, ...]
-                 ) -> tuple[Form, Callable[[Sequence[Any]], Sequence[Any]]]:
+                 ) -> tuple[Form, Taking]:
     """The form without kstats that are dropped and conversions that gave no value, and how its
     values are taken from all."""
     without = set(itertools.compress(itertools.count(plan.first_made), absent))
@@ -3718,7 +3782,7 @@ def from_kstats(wants: Wants, reading: Reading, context: Context = None) -> Came
     made = [convert(values[place]) for place, convert in plan.converts]
     form, order = planned_form(plan, frozenset(dropped), tuple(map(_is_none, made)))
     values += made
-    return Came(form, BETWEEN.join(map(str, order(values))), {})
+    return Came(form, joined(order(values)), {})
 
 
 def derived(kstat: Kstat, wants: Wants, context: Context) -> Kstat:
@@ -4233,7 +4297,7 @@ class Histogram:
 
     def observe(self, value: float, *label_values: str) -> None:
         """Count one observation."""
-        series = self.series(*label_values)
+        series = self._series.get(label_values) or self.series(*label_values)
         series[bisect.bisect_left(self.bounds, value)] += 1
         series[-1] += value
 
@@ -4831,9 +4895,8 @@ class Watcher(Protocol):
 class Loop:
     """One thread's sockets, timers, and calls from other threads.
 
-    Everything but `call_soon`, `call_now`, `run_here` and `wake` belongs to whoever has the turn:
-    the thread that runs it, but for when it waits for sockets (or the one that sets up, before it
-    runs). Errors are logged; `on_error` gets the object they belong to.
+    Everything but `call_soon`, `run_here` and `wake` belongs to the thread that runs it (before it
+    runs: that made it). Errors are logged; `on_error` gets the object they belong to.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic,
@@ -4848,12 +4911,9 @@ class Loop:
         self._cancelled: set[int] = set()   # serial numbers of timers
         self._serial = 0
         self._thread = threading.get_ident()
-        self._turn = threading.Lock()       # all that the loop calls, one thread at a time
-        self._guest = 0                     # the other thread that has the turn, by `call_now`
-        self._waits_until = -math.inf       # when the wait for sockets ends
-        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read, self.waker = socket.socketpair()
         self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
+        self.waker.setblocking(False)
         self._woken = False
         self.watch(self._wake_read, selectors.EVENT_READ, self)
 
@@ -4861,15 +4921,14 @@ class Loop:
 
     def run(self, until: Callable[[], bool]) -> None:
         """Run until `until()` is true."""
-        with self.adopt():
-            while not until():
-                self.select()
-                self.run_due()
+        self.adopt()
+        while not until():
+            self.select()
+            self.run_due()
 
-    def adopt(self) -> threading.Lock:
-        """The calling thread runs this loop within the returned context."""
+    def adopt(self) -> None:
+        """From now on the calling thread runs this loop."""
         self._thread = threading.get_ident()
-        return self._turn
 
     def select(self, latest: float = math.inf) -> None:
         """Wait for sockets, the next timer or the time `latest`; call what is ready."""
@@ -4877,13 +4936,7 @@ class Loop:
             self._cancelled.remove(heapq.heappop(self._timers)[1])
         until = min(self._timers[0][0] if self._timers else math.inf, latest)
         wait = 0.0 if self._calls else max(0.0, until - self.now())
-        self._waits_until = until
-        self._turn.release()
-        try:
-            ready = self._selector.select(None if wait == math.inf else wait)
-        finally:
-            self._waits_until = -math.inf
-            self._turn.acquire()
+        ready = self._selector.select(None if wait == math.inf else wait)
         for key, mask in ready:
             try:
                 key.data.ready(mask)
@@ -4914,47 +4967,31 @@ class Loop:
         """Close the selector."""
         self._selector.close()
         self._wake_read.close()
-        self._wake_write.close()
+        self.waker.close()
 
     # calls and timers
 
     def call_soon(self, function: Callable[..., object], *args: Any) -> None:
         """From any thread: call it in the loop, soon and in order."""
         self._calls.append((function, args))
-        if threading.get_ident() != self._thread:
+        if not self.is_here():
             self.wake()
-
-    def call_now(self, function: Callable[..., object], *args: Any) -> None:
-        """From another thread that holds no lock: call it in place of the loop, which goes on
-        waiting for sockets. It need not wake up to take over what is ready."""
-        if self.has_turn():
-            self.call_soon(function, *args)
-            return
-        with self._turn:
-            self._guest = threading.get_ident()
-            try:
-                self.guarded(function, args)
-            finally:
-                self._guest = 0
 
     def run_here(self, function: Callable[..., object], *args: Any) -> None:
         """From any thread: call it in the loop, immediately if this thread runs the loop."""
-        if self.has_turn():
+        if self.is_here():
             function(*args)
         else:
             self.call_soon(function, *args)
 
-    def has_turn(self) -> bool:
-        """Whether this thread may use objects owned by the loop."""
-        return threading.get_ident() in (self._thread, self._guest)
+    def is_here(self) -> bool:
+        """Whether this thread runs the loop."""
+        return threading.get_ident() == self._thread
 
     def call_later(self, seconds: float, function: Callable[..., object], *args: Any) -> int:
         """Call it after a delay, unless the returned timer is cancelled."""
         self._serial += 1
-        at = self.now() + seconds
-        heapq.heappush(self._timers, (at, self._serial, function, args))
-        if at < self._waits_until:
-            self.wake()
+        heapq.heappush(self._timers, (self.now() + seconds, self._serial, function, args))
         return self._serial
 
     def cancel(self, timer: int) -> None:
@@ -4974,7 +5011,7 @@ class Loop:
         if not self._woken:
             self._woken = True
             try:
-                self._wake_write.send(b"!")
+                self.waker.send(b"!")
             except OSError:
                 pass                # full: it will wake; closed: nothing to wake
 
@@ -4994,7 +5031,6 @@ class Loop:
         if not events:
             self.unwatch(watched)
             return
-        self._end_wait()
         try:
             self._selector.modify(watched, events, owner)
         except KeyError:
@@ -5002,19 +5038,10 @@ class Loop:
 
     def unwatch(self, watched: socket.socket) -> None:
         """Stop watching, if the socket is watched."""
-        self._end_wait()
         try:
             self._selector.unregister(watched)
         except (KeyError, ValueError):
             pass
-
-    def _end_wait(self) -> None:
-        """Before another thread changes what is watched: a selector by /dev/poll reads and writes
-        one buffer for that and while it waits."""
-        if self._guest:
-            self.wake()
-            while self._waits_until > -math.inf:
-                time.sleep(0.0001)
 
 
 def _refusing(refusal: Refused) -> Handler:
@@ -5136,7 +5163,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             head = self._listener.heads.get(received)
             if head is not None:
                 self.since = self.server.now()
-                self._answer(head, Request._make((*head.fields, self.peer)))
+                self._answer(head, _make(Request, (*head.fields, self.peer)))
                 return
         self._received(received)
 
@@ -5212,6 +5239,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._park(answer)
         else:
             self._deliver(answer)
+
+    def resume(self) -> None:
+        """Another thread runs the loop: answer the request that the one before was answering."""
+        if self.state == BUSY and self._deferred is None and self._head is not None:
+            self._answer(self._head, Request._make((*self._head.fields, self.peer)))
 
     def _park(self, deferred: Deferred) -> None:
         """Park the connection: no thread waits."""
@@ -5386,8 +5418,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._timed: set[Connection] = set()        # in a state with a limit of seconds
         self._parked: dict[Connection, float] = {}  # with a deferred answer -> its deadline
         self.stopping = False
+        self.resuming = False           # a handler is called again for the same request
         self._workers = Pool(f"{program}-worker", limits.workers)
         self._done = threading.Event()
+        self._end = math.inf                        # when the grace time ends
         self._ticking = 0                           # the timer for `_tick`, or 0 …
         self._ticks = math.inf                      # … and when it fires
         self._sweeping = False                      # whether the other timer is set
@@ -5427,16 +5461,36 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `stop`, then finish what is in flight within the grace time."""
-        with self.loop.adopt():
-            end = math.inf
-            while not (self.stopping and (not self.connections or self.now() >= end)):
-                self.loop.select(end)
-                self.service_actions()
-                if self.stopping and end == math.inf:
-                    end = self.now() + self.limits.grace_seconds
-                    self._wind_up()
-            self.server_close()
+        self.loop.adopt()
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """One turn of the loop; False at the end, when all sockets are closed."""
+        self.loop.select(self._end)
+        self.service_actions()
+        if not self.stopping:
+            return True
+        if self._end == math.inf:
+            self._end = self.now() + self.limits.grace_seconds
+            self._wind_up()
+        if self.connections and self.now() < self._end:
+            return True
+        self.server_close()
         self._done.set()
+        return False
+
+    @property
+    def wakeup(self) -> socket.socket:
+        """A byte that is sent here wakes the thread that is in `serve_forever`."""
+        return self.loop.waker
+
+    def resume(self) -> None:
+        """Another thread runs the loop: answer what the one before was answering."""
+        self.resuming = True
+        for connection in list(self.connections):
+            self.loop.guarded(connection.resume)
+        self.resuming = False
 
     def service_actions(self) -> None:
         """After each turn: calls from other threads, and timers."""
@@ -5458,6 +5512,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             connection.close()
         self._close_listeners()
         self._workers.close()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)        # before the loop's sockets are closed
         self.loop.close()
 
     def _wind_up(self) -> None:
@@ -6231,7 +6287,7 @@ class Page:
         self.prepared: Prepared | None = None
         self.until = 0.0
         self.asked: dict[str, tuple[float, float]] = {}     # client -> last time, interval
-        self.used = 0.0
+        self.used = -math.inf
         self.checked = since                    # when the zone was last known to run
 
     def has_values(self) -> bool:
@@ -6419,7 +6475,7 @@ class PageLayout(NamedTuple):
     """A page but for its values. They are put between the texts: `%` looks at each character of a
     template, which takes 50 times as long."""
     texts: list[str]                            # and at each odd place one for a value
-    order: Callable[[Sequence[str]], Sequence[str]]     # the values as they are on the page
+    order: Taking                               # the values as they are on the page
     missing: tuple[str, ...]                    # collectors without values
 
 
@@ -6479,8 +6535,7 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
 
 
 class KstatParts:
-    """From raw kstats to parts of pages, in readers' threads, one after the other. What they have
-    to remember for that is here, and nobody else touches it."""
+    """From raw kstats to parts of pages, and what has to be remembered for that."""
 
     def __init__(self, host: Host, now: Callable[[], float], booked: Counter) -> None:
         self._host, self._now, self._booked = host, now, booked
@@ -6533,13 +6588,13 @@ class KstatParts:
 
 
 class Scraper:
-    """All pages, and the work that fills them. Belongs to who has the loop's turn: others run what
-    `submit` and pools are given, and hand over what they bring by `call_now` or `call_soon`."""
+    """All pages, and the work that fills them. Belongs to the loop; pools hand over what they bring
+    by `call_soon`."""
 
     def __init__(self, settings: Settings, host: Host, server: Server,
                  registry: Registry, sysinfo: Sysinfo) -> None:
         self.settings, self.host, self.server = settings, host, server
-        self.kstats = KstatThreads(host.open_kstats)
+        self.kstats = KstatThreads(host.open_kstats, server.loop)
         self.governor = Governor()
         self._commands = Pool("command", 6)     # zfs, zpool, ntp, zoneadm: each has a thread
         self._foreign = Pool("plugin", settings.max_collections, 10_000)
@@ -6565,7 +6620,6 @@ class Scraper:
             "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
             "scope"))
         registry.collect(self._own_families)
-        self._watching = 0                      # the timer for `_watch`, or 0
         self._reads: list[Job] = []             # gathered reads
         self._reads_begin = -math.inf           # when they begin, if they are not too many before,
         self._gathering: int | None = None      # and the timer for that
@@ -6573,21 +6627,6 @@ class Scraper:
         self._next_look = self._last_look = 0.0
         self._sent: list[Page] = []             # pages whose whole answer is kept
         server.loop.every(60.0, self._forget)
-
-    def submit(self, job: Job) -> None:
-        """From any thread: run a job in a kstat reader, and watch for blocking."""
-        self.kstats.submit(job)
-        self.server.loop.run_here(self._watch_in, STUCK_SECONDS)
-
-    def _watch_in(self, seconds: float) -> None:
-        if not self._watching:
-            self._watching = self.server.loop.call_later(seconds, self._watch)
-
-    def _watch(self) -> None:
-        self._watching = 0
-        seconds = self.kstats.watch()
-        if seconds is not None:
-            self._watch_in(seconds)
 
     # settings and periodic work
 
@@ -6670,32 +6709,38 @@ class Scraper:
         """The page of a zone, or NODE's: at once, or later. `core`: whether the zone's own ports
         are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
-        page = self._asked(zone, core, client, now)
-        self.inherited.asked += 1
+        page, often = self._asked(zone, core, client, now)
+        self.inherited.asked += not self.server.resuming
         if page.prepared is not None and now < page.until:
             self.inherited.ready += 1
             return page.prepared
         awaited = self._collect(page, now)
+        if self._pages.get(page.key) is not page:
+            raise self._no_zone(zone)
         if awaited:
             return self._wait(page, awaited, now, deadline)
         if not page.has_values():
             raise Refused(503, f"cannot collect metrics of {zone}: " + self._why(page),
                           ("Retry-After", "5"), code="not_collected")
+        if page.checked >= now:                 # its kstats have been read just now
+            after = self.server.now()
+            self.inherited.total.observe(after - now)
+            return self._answer(page, after, now)
         self.inherited.ready += 1
         if now - page.checked >= KSTAT_SECONDS and zone != NODE:
             self._check_that_it_runs(page, now)
-        prepared = self._prepare(page, now, math.inf)
-        self._keep(page, prepared, now + PREPARED_SECONDS)
-        return prepared
+        answer = self._answer(page, now, now)
+        return self._keep(page, answer, now) if often else answer
 
     def bring(self, zone: str, deadline: float) -> Deferred | None:
         """As `ask`, for the page of all zones: the answer to wait for, if any."""
         now = self.server.now()
-        page = self._asked(zone, None, "all zones", now)
-        awaited = self._collect(page, now)
+        page, _ = self._asked(zone, None, "all zones", now)
+        awaited = self._collect(page, now, at_once=False)
         return self._wait(page, awaited, now, deadline) if awaited else None
 
-    def _asked(self, zone: str, core: bool | None, client: str, now: float) -> Page:
+    def _asked(self, zone: str, core: bool | None, client: str, now: float) -> tuple[Page, bool]:
+        """The page, and whether it was asked for just before."""
         if core is None:
             core = self._is_core(zone)
         page = self._pages.get((zone, core))
@@ -6705,9 +6750,11 @@ class Scraper:
             if self._unknown.get(zone, 0.0) > now:
                 raise self._no_zone(zone)
             page = self._pages[(zone, core)] = Page(zone, core, now)
-        page.seen(client, now)
+        often = now - page.used < PREPARED_SECONDS
+        if not self.server.resuming:
+            page.seen(client, now)
         self.look(now)
-        return page
+        return page, often
 
     def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
         """The page, once these cells have values."""
@@ -6728,14 +6775,16 @@ class Scraper:
         stopped all the same. It takes no read of a kstat."""
         page.checked = now
 
+        zone = page.zone
+
         def look(reader: Reader) -> int | None:
             reader.follow()
-            return reader.zone_id(page.zone)
+            return reader.zone_id(zone)
 
         def drop(zone_id: Any) -> None:
             if zone_id is None and not page.waiting:
                 self._pages.pop(page.key, None)
-        self.submit(Job(look, lambda zone_id: self.server.loop.call_soon(drop, zone_id)))
+        self.kstats.submit(Job(look, drop))
 
     def _no_zone(self, zone: str) -> Refused:
         return Refused(404, f"zone {zone} is not running on this compute node; / lists the "
@@ -6746,8 +6795,9 @@ class Scraper:
                                  for trouble in cell.troubles.values()}))[:500] \
             or "it is not due yet"
 
-    def _collect(self, page: Page, now: float) -> set[Cell]:
-        """Start what is due; return the cells that this page waits for."""
+    def _collect(self, page: Page, now: float, at_once: bool = True) -> set[Cell]:
+        """Start what is due; return the cells that this page waits for. Kstats are read at once, or
+        soon."""
         if page.generation != self.generation:
             self._furnish(page)
         awaited: set[Cell] = set()
@@ -6757,8 +6807,12 @@ class Scraper:
                 if not (proved or cell.name == KSTATS or cell.shared) \
                         or not self._is_due(cell, page, now):
                     continue
-                self._begin(cell, page, now)
-            if page not in cell.pages:
+                cell.pages = (page,)
+                self._begin(cell, page, now, at_once)
+                if cell.began is None:          # and done
+                    proved = page.is_proved()
+                    continue
+            elif page not in cell.pages:
                 cell.pages += (page,)
             if not cell.late:
                 awaited.add(cell)
@@ -6796,17 +6850,46 @@ class Scraper:
 
     # results
 
-    def _begin(self, cell: Cell, page: Page, now: float) -> None:
+    def _begin(self, cell: Cell, page: Page, now: float, at_once: bool) -> None:
         """Start the work of a cell."""
         cell.began = now
         self._running += 1
-        if cell.name == KSTATS:
-            self._begin_kstats(cell, page)
-        else:
+        if cell.name != KSTATS:
             self._begin_function(cell, page)
+            return
+        self._rate_now += 1
+        job = self._job(cell, page)
+        if not at_once:
+            self.kstats.submit(job)
+        elif self._rate < BUSY_RATE or now >= self._reads_begin:
+            self._reads_begin = now + GATHER_SECONDS
+            self.kstats.perform(job)
+        else:
+            self._reads.append(job)
+            if len(self._reads) == GATHER_MOST:
+                self._begin_reads()
+            elif len(self._reads) == 1:
+                self._gathering = self.server.loop.call_later(
+                    self._reads_begin - now, self._have_gathered)
 
-    def _begin_kstats(self, cell: Cell, page: Page) -> None:
-        """Have a reader read what the page's tables want."""
+    def _have_gathered(self) -> None:
+        self._gathering = None
+        if len(self._reads) == 1:       # gathering had no effect, as with a sequential client
+            self._rate = 0
+        self._begin_reads()
+
+    def _begin_reads(self) -> None:
+        """Do the gathered reads."""
+        if self._gathering is not None:
+            self.server.loop.cancel(self._gathering)
+            self._gathering = None
+        jobs, self._reads = self._reads, []
+        self._reads_begin = self.server.now() + GATHER_SECONDS
+        for job in jobs:
+            self.kstats.submit(job)
+
+    def _job(self, cell: Cell, page: Page) -> Job:
+        """Reading what the page's tables want."""
         zone, wants, parts = page.zone, cell.wants, self._parts
         skipped = NO_NAMES
         if cell.troubles:
@@ -6821,7 +6904,6 @@ class Scraper:
                 read_tables(reader, *[table for _, tables in wants for table in tables])
 
         def done(read: Any) -> None:
-            """In the reader's thread."""
             came: Came | NoSuchZone
             if isinstance(read, NoSuchZone):
                 came = read
@@ -6829,31 +6911,8 @@ class Scraper:
                 came = Came(NO_FORM, "", {name: read for name, _ in cell.wants})
             else:
                 came = parts.node(wants, read) if zone == NODE else parts.zone(wants, zone, read)
-            self.server.loop.call_now(self._arrived, cell, came, self.server.now())
-        self._rate_now += 1
-        self._reads.append(Job(work, done))
-        wait = self._reads_begin - self.server.now()
-        if wait <= 0 or self._rate < BUSY_RATE or len(self._reads) == GATHER_MOST:
-            self._begin_reads()
-        elif len(self._reads) == 1:
-            self._gathering = self.server.loop.call_later(wait, self._have_gathered)
-
-    def _have_gathered(self) -> None:
-        self._gathering = None
-        if len(self._reads) == 1:       # gathering had no effect, as with a sequential client
-            self._rate = 0
-        self._begin_reads()
-
-    def _begin_reads(self) -> None:
-        """Hand the gathered reads to the readers."""
-        if self._gathering is not None:
-            self.server.loop.cancel(self._gathering)
-            self._gathering = None
-        jobs, self._reads = self._reads, []
-        self._reads_begin = self.server.now() + GATHER_SECONDS
-        for job in jobs:
-            self.kstats.submit(job)
-        self._watch_in(STUCK_SECONDS)
+            self._arrived(cell, came, self.server.now())
+        return Job(work, done)
 
     def _begin_function(self, cell: Cell, page: Page) -> None:
         """Run a collector's function in a pool and report any outcome."""
@@ -6879,7 +6938,7 @@ class Scraper:
     def _wait_for(self, work: Callable[[Reader], Any]) -> Any:
         """In a pool: kstats that belong to a command's output."""
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.submit(Job(work, done.put))
+        self.kstats.submit(Job(work, done.put))
         try:
             result = done.get(timeout=5.0)
         except queue.Empty:
@@ -6891,9 +6950,6 @@ class Scraper:
     def _arrived(self, cell: Cell, brought: Came | Found | Exception, at: float) -> None:
         """A job has ended: store its result, and answer clients that waited only for it."""
         now, pages, began = self.server.now(), cell.pages, cell.began or 0.0
-        if self._watching and self.kstats.is_idle:  # it would wake the process up in vain
-            self.server.loop.cancel(self._watching)
-            self._watching = 0
         self._running -= 1
         self.inherited.collected.observe(
             now - began, "plugin" if cell.name.startswith("plugin_") else cell.name)
@@ -6902,16 +6958,17 @@ class Scraper:
             for page in pages:
                 self._gone(page, now)
             return
-        unproved = [page for page in pages if not page.is_proved()]
+        was_proved = cell.proved
         self._take(cell, pages[0], brought, at, repr(round(at - began, 6)))
         for page in pages:
             if cell.name == KSTATS:
                 page.checked = now
-            if page in unproved and page.is_proved() and page.waiting:
-                more = self._collect(page, now)     # its plugins, its files, its ports
-                for needed in page.waiting.values():
-                    needed |= more
-            self._release(page, cell, now)
+            if page.waiting:
+                if cell.proved > was_proved:
+                    more = self._collect(page, now)     # its plugins, its files, its ports
+                    for needed in page.waiting.values():
+                        needed |= more
+                self._release(page, cell, now)
 
     def _gone(self, page: Page, now: float) -> None:
         """The zone is not running."""
@@ -6934,7 +6991,7 @@ class Scraper:
             form = NO_FORM
         sources = [Source(form, values, at, seconds, True)] if form.names else []
         for source in cell.sources:
-            rest = rest_of(source.form, form)
+            rest = None if source.form is form else rest_of(source.form, form)
             if rest is not None:
                 sources.append(Source(rest, source.values, source.at, source.seconds, False))
         cell.sources = tuple(sources)
@@ -7010,7 +7067,7 @@ class Scraper:
         self.inherited.total.observe(now - page.waiting_since)
         answer: Answer
         if page.has_values():
-            answer = self._prepare(page, now, page.waiting_since)
+            answer = prepare(self._answer(page, now, page.waiting_since))
         else:
             answer = text(503, f"cannot collect metrics of {page.zone}: {self._why(page)}; "
                           "try again in a few seconds", ("Retry-After", "5"),
@@ -7032,13 +7089,13 @@ class Scraper:
             return text(503, f"collecting {page.zone} takes longer than the scrape timeout: "
                         "try again in a few seconds", ("Retry-After", "5"),
                         ("X-Cmon-Error", "not_collected"))
-        return self._prepare(page, now, since)
+        return self._answer(page, now, since)
 
-    def _prepare(self, page: Page, now: float, since: float) -> Prepared:
+    def _answer(self, page: Page, now: float, since: float) -> Response:
         shown, missing = self.text(page, now, since)
         # lets the proxy report incomplete scrapes without parsing the page
         headers = (("X-Cmon-Partial", ",".join(missing)),) if missing else ()
-        return prepare(Response(200, shown.encode(), PAGE, headers))
+        return Response(200, shown.encode(), PAGE, headers)
 
     def text(self, page: Page, now: float, since: float) -> tuple[str, tuple[str, ...]]:
         """The page as text, and which of its collectors do not work; what came after `since` was
@@ -7157,9 +7214,9 @@ class Scraper:
                     cell.forget()
         self._unknown.clear()
         self._reread_zones()
-        self.submit(Job(lambda reader: (reader.follow(force=True)
-                                               or reader.reopen(force=True)),
-                               lambda _result: None))
+        self.kstats.submit(Job(
+            lambda reader: reader.follow(force=True) or reader.reopen(force=True),
+            lambda _result: None))
 
     def pages_of(self, zone: str) -> list[Page]:
         """The cached pages of a zone: with and without its own ports."""
@@ -7196,12 +7253,13 @@ class Scraper:
         self._rate, self._rate_now = self._rate_now if now - self._last_look < 2.0 else 0, 0
         self._last_look, self._next_look = now, now + 1.0
 
-    def _keep(self, page: Page, prepared: Prepared, until: float) -> None:
-        """Send a whole answer again until then."""
-        page.prepared, page.until = prepared, until
+    def _keep(self, page: Page, answer: Response, now: float) -> Prepared:
+        """Send a whole answer again for a while."""
+        page.prepared, page.until = prepare(answer), now + PREPARED_SECONDS
         if not self._sent:
             self.server.loop.call_later(1.0, self._drop)
         self._sent.append(page)
+        return page.prepared
 
     def _drop(self) -> None:
         """Let go of answers that are too old to send."""
@@ -7224,6 +7282,7 @@ class Scraper:
     def _own_families(self) -> list[Family]:
         self.look(self.server.now())
         kstats, governor = self.kstats, self.governor
+        kstats.count()
         opened = [Sample((("collector", name),
                           ("target", "all" if where == "all zones" else where),
                           ("reason", trouble.why[:200])), 1)
@@ -7443,8 +7502,8 @@ class Agent:
                                   ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
                 return
             zones = sorted(name for name in result[0].values() if UUID.fullmatch(name))
-            server.loop.call_soon(AllZones(self.scraper, zones, later).begin)
-        self.scraper.submit(Job(read_zones, listed))
+            AllZones(self.scraper, zones, later).begin()
+        self.scraper.kstats.submit(Job(read_zones, listed))
         return later
 
     def refresh(self, _request: Request) -> Answer:
@@ -7469,7 +7528,7 @@ class Agent:
             later.finish(text(503, f"not ready: {result}", ("X-Cmon-Error", "not_ready"))
                          if isinstance(result, Exception) else
                          text(200, "Container Monitor agent is ready."))
-        self.scraper.submit(Job(lambda reader: reader.index.count, read))
+        self.scraper.kstats.submit(Job(lambda reader: reader.index.count, read))
         return later
 
     def overview(self, _request: Request) -> Deferred:
@@ -7481,9 +7540,8 @@ class Agent:
         def listed(result: Any) -> None:
             zones = {} if isinstance(result, Exception) else result[0]
             problem = str(result) if isinstance(result, Exception) else ""
-            scraper.server.loop.call_soon(
-                lambda: later.finish(overview_page(scraper, zones, problem)))
-        scraper.submit(Job(read_zones, listed))
+            later.finish(overview_page(scraper, zones, problem))
+        scraper.kstats.submit(Job(read_zones, listed))
         return later
 
 
@@ -7528,6 +7586,7 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
         ("next", "paused, then retried" if trouble.is_stopped else "retried")))
         for where, name, trouble in scraper.broken()]
     budget, info = scraper.settings.cpu_budget, scraper.sysinfo
+    scraper.kstats.count()
     facts = [f"compute node {info.hostname or '?'} {info.uuid}", f"version {__version__}",
              f"zones {len(rows)}", f"kstats {scraper.kstats.chain_length}",
              f"using {governor.used:.2%} of one CPU",
@@ -7545,6 +7604,43 @@ def overview_page(scraper: Scraper, zones: Mapping[int, str], problem: str) -> R
 <a href="/metrics">this agent</a> · <a href="/v1/metadata">metadata of all metrics</a></p>
 {trouble or ""}<h2>Zones</h2>
 {page_table(("alias", "zone", "id", "brand", "age", "failing"), rows)}""")
+
+class AgentServer(Server):
+    """Its loop reads kstats, in threads of its own. The main thread waits for signals; one is the
+    alarm that says that a read of a kstat blocks."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__("agent", registry)
+        self.kstats: KstatThreads
+        self.alarm: Callable[[float], object] = functools.partial(
+            signal.setitimer, signal.ITIMER_REAL)
+        self._waking, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+
+    @property
+    def wakeup(self) -> socket.socket:
+        """A byte that is sent here wakes the main thread."""
+        return self._wakeup
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Have the loop run until `stop`, and replace a thread that is blocked."""
+        signal.signal(signal.SIGALRM, lambda *_: None)      # it wakes this thread up
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
+        try:
+            self.kstats.start(self)
+            while not self._done.is_set():
+                self._waking.recv(64)
+                self.kstats.watch()
+                if self.kstats.error is not None:
+                    raise self.kstats.error
+        finally:
+            self.alarm(0)
+            signal.set_wakeup_fd(-1)        # before the socket is closed
+
+    def ended(self) -> None:
+        """The loop has ended."""
+        with contextlib.suppress(BlockingIOError):      # full of signals
+            self._wakeup.send(b"!")
 
 # --- logging and settings [kit] -------------------------------------------------------------------
 
@@ -8078,8 +8174,10 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
 
     def hangup() -> None:
         server.loop.call_soon(on_hangup)
-        server.loop.wake()              # this is the loop's thread, but it may be in select()
+        server.loop.wake()              # should this be the loop's thread, it may be in select()
 
+    # A signal may reach any thread, but is handled by this one, which must wake up for it.
+    signal.set_wakeup_fd(server.wakeup.fileno(), warn_on_full_buffer=False)
     handlers: dict[int, Callable[[], None]] = {
         signal.SIGTERM: server.stop, signal.SIGINT: server.stop, signal.SIGHUP: hangup}
     for number_of_signal, handler in handlers.items():
@@ -8247,8 +8345,9 @@ class Running:
         sysinfo, problem = read_sysinfo(host)
         registry = Registry()
         register_process_metrics(registry, "agent")
-        server = Server("agent", registry)
+        server = AgentServer(registry)
         scraper = Scraper(settings, host, server, registry, sysinfo)
+        server.kstats = scraper.kstats
         agent = Agent(scraper, registry)
         server.listen(address_of(settings, host, sysinfo, problem), agent.routes)
         if problem:
@@ -8362,7 +8461,7 @@ def capture_frame(host: Host, settings: Settings) -> dict[str, Any]:
 
 def _captured_kstats(host: Host) -> list[Kstat]:
     """All kstats that the collectors read, except those that block."""
-    readers = KstatThreads(host.open_kstats)
+    readers = kstat_threads(host.open_kstats)
     try:
         reading: Reading = kstat_job(readers, lambda reader: reader.read_all(itertools.chain(
             *reader.index.modules.values(), *reader.index.zones.values())))
@@ -8477,6 +8576,35 @@ class Examined:
         return known_address(self.settings, admin_address(self.sysinfo))
 
 
+class KstatLoop:
+    """A loop that does nothing but read kstats."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.alarm: Callable[[float], object] = lambda seconds: None    # `kstat_job` looks itself
+
+    def turn(self) -> bool:
+        """One turn."""
+        self.loop.select()
+        self.loop.run_due()
+        return True
+
+    def resume(self) -> None:
+        """Nothing was in progress but a job."""
+
+    def ended(self) -> None:
+        """Nobody waits for the thread."""
+        self.loop.close()
+
+
+def kstat_threads(open_handle: Callable[[], AnyHandle]) -> KstatThreads:
+    """Threads for `kstat_job`."""
+    alone = KstatLoop()
+    threads = KstatThreads(open_handle, alone.loop)
+    threads.start(alone)
+    return threads
+
+
 def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: float = math.inf
               ) -> Any:
     """Read kstats outside of the server; a blocked read is given up, as there."""
@@ -8488,6 +8616,8 @@ def kstat_job(readers: KstatThreads, work: Callable[[Reader], Any], timeout: flo
             result = done.get(timeout=0.1)
         except queue.Empty:
             readers.watch()
+            if readers.error is not None:
+                raise readers.error from None
             continue
         if isinstance(result, Exception):
             raise result
@@ -8597,7 +8727,7 @@ def check_libkstat(node: Examined) -> Iterator[Finding]:
         address = following
     chain_id = control.contents.kc_chain_id
     library.close(control)
-    node.readers = KstatThreads(functools.partial(Handle, library))
+    node.readers = kstat_threads(functools.partial(Handle, library))
     if not node.headers or chain_id <= 0 or kids != sorted(set(kids)) or any(
             not header.module or not header.name or header.type > TIMER for header in node.headers):
         yield BAD, f"the chain is inconsistent: {len(kids)} headers, id {chain_id}; this library " \

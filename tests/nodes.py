@@ -202,8 +202,6 @@ class Desk:
         self.settings = agent.load_agent(arguments)
         self.registry = agent.Registry()
         self.server = agent.Server("agent", self.registry, now=self.clock)
-        self.turn = self.server.loop.adopt()
-        self.turn.acquire()
         self.host = agent.Host(self.settings)
         self.scraper = agent.Scraper(self.settings, self.host, self.server, self.registry,
                                      agent.Sysinfo(pool="zones"))
@@ -213,9 +211,7 @@ class Desk:
 
     def pump(self) -> None:
         """Run what is due in the loop, after letting other threads finish their calls."""
-        self.turn.release()
         time.sleep(0.0002)
-        self.turn.acquire()
         self.server.loop.run_due()
 
     def pass_by(self, seconds: float, step: float = 0.1) -> None:
@@ -252,8 +248,7 @@ class Desk:
         return answer.text
 
     def close(self) -> None:
-        """Let the threads end."""
-        self.turn.release()
+        """Close the handle of libkstat."""
         self.scraper.kstats.close()
 
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Runs a program with a checker: what belongs to the loop is touched by who has its turn alone.
+"""Runs a program with a checker: what belongs to a loop is touched by the thread that runs it.
 
     python tests/owned.py PROGRAM.py ARGUMENTS…
 
 Each access to an attribute of a loop-owned object from another thread is a line on stderr that
-begins with `owned:`. In a program the loop runs in the main thread, and lends its turn to readers
-of kstats.
+begins with `owned:`.
 """
 from __future__ import annotations
 
@@ -22,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 OWNED: dict[str, dict[str, set[str]]] = {
     "cmon_agent": {
         "Connection": {"connection", "server"},
-        "Server": {"loop", "now", "limits", "_workers", "stopping"},     # a flag, from any thread
+        # a flag, from any thread; and what the agent's main thread has, which waits for signals
+        "Server": {"loop", "now", "limits", "_workers", "stopping", "kstats", "_done", "_waking",
+                   "_wakeup", "alarm"},
         "Listener": set(), "Governor": set(), "Page": set(), "Cell": set(),
         "Scraper": {"server", "host", "kstats"},
     },
@@ -40,15 +41,15 @@ _loops: list[Any] = []
 
 
 def watch(owned: type, allowed: set[str], locked: object = None) -> None:
-    """Report whoever touches an object of this class without the turn of a loop, but for the one
-    that has a lock."""
+    """Report threads without a loop that touch an object of this class, but for the one object that
+    has a lock."""
     plain: Callable[[Any, str], Any] = owned.__getattribute__
     write: Callable[[Any, str, Any], None] = owned.__setattr__
 
     def check(self: Any, name: str) -> None:
-        if self is locked or threading.current_thread() is threading.main_thread() \
-                or name in allowed or name.startswith("__") \
-                or any([loop.has_turn() for loop in _loops]):
+        if self is locked or name in allowed or name.startswith("__") \
+                or any([loop.is_here() for loop in _loops]) \
+                or not _loops and threading.current_thread() is threading.main_thread():
             return
         frame = sys._getframe(2)
         place = (owned.__name__, name, frame.f_lineno)

@@ -2,9 +2,9 @@
 """How the agent treats waiting clients and its child processes, and how it stops."""
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
+from unittest.mock import Mock
 
 import pytest
 from nodes import STOPPED, WEB01, Desk, Machine, down
-from support import NODE, ROOT, wait_until
+from support import NODE, ROOT, Program, http_get, wait_until
 
 import cmon_agent as agent
 
@@ -268,52 +269,211 @@ def test_a_capture_refuses_absurd_pauses(interval: str) -> None:
     assert ended.value.code == 2
 
 
-# -- a reader that is given up just as it comes back
+# -- threads that the library blocks
 
 class Handle:
     """A handle without kstats."""
     index, rebuild_seconds = agent.Index(), 0.0
     calls = rebuilds = 0
+    closed = 0
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Count it."""
+        Handle.closed += 1
+
+    def read(self, ref: agent.Ref) -> agent.Kstat:
+        """Nobody asks for one."""
+        raise AssertionError(ref)
 
 
-class Halting:
-    """A queue whose reader stops for a while after it has taken a job."""
+class Blocking:
+    """Work that takes long when it is done for the first time, in the library or elsewhere."""
 
-    def __init__(self) -> None:
-        self.jobs: Any = queue.SimpleQueue()
-        self.put, self.empty = self.jobs.put, self.jobs.empty
-        self.taken, self.go = threading.Event(), threading.Event()
+    def __init__(self, in_library: bool) -> None:
+        self.in_library = in_library
+        self.runs = 0
+        self.inside, self.go = threading.Event(), threading.Event()
 
-    def get(self) -> Any:
-        """The next job."""
-        job = self.jobs.get()
-        self.taken.set()
-        self.go.wait(60.0)
-        return job
+    def __call__(self, reader: agent.Reader) -> int:
+        self.runs += 1
+        run = self.runs
+        if run == 1:
+            reader.doing = ("tcp:5:tcp", 100.0) if self.in_library else None
+            self.inside.set()
+            assert self.go.wait(60.0)
+            reader.doing = None
+        return run
 
 
-def test_no_job_is_lost_when_a_reader_is_given_up_between_two() -> None:
-    readers, halting = agent.KstatThreads(Handle), Halting()
-    done: list[Any] = []
-    readers.submit(agent.Job(lambda reader: setattr(reader, "jobs", halting), done.append))
-    wait_until(lambda: done)
-    assert readers.is_idle and readers.watch() is None
-    readers.submit(agent.Job(lambda reader: 1, done.append))
-    assert halting.taken.wait(60.0)
-    assert not readers.is_idle and readers.watch() is not None, "it is looked at again"
-    # It is about to begin, but `watch` has seen it blocked.
-    old = readers._active
-    assert old is not None
-    old.doing = ("tcp:5:tcp", readers.now() - 60.0)
-    readers.watch()
-    assert readers.blocked
-    halting.go.set()
-    wait_until(lambda: done == [None, 1])
-    wait_until(lambda: not readers.blocked)
-    readers.close()
+class Watched:
+    """Threads that read kstats, their alarms, and what jobs have brought."""
+
+    def __init__(self, *jobs: Any) -> None:
+        self.at, self.alarms, self.done = 100.0, list[float](), list[Any]()
+        self.threads = agent.kstat_threads(Handle)
+        self.threads.now = lambda: self.at
+        self.threads._alarm = self.alarms.append
+        self.submit(*jobs)
+
+    def submit(self, *jobs: Any) -> None:
+        """Have these done."""
+        for job in jobs:
+            self.threads.submit(agent.Job(job, self.done.append))
+
+    def look(self, seconds: float) -> None:
+        """What the alarm causes, after so many seconds."""
+        self.at = 100.0 + seconds
+        self.threads.watch()
+
+    def is_served(self) -> bool:
+        """Whether a thread runs the loop."""
+        served = threading.Event()
+        self.threads.loop.call_soon(served.set)
+        return served.wait(60.0)
+
+
+@pytest.fixture
+def watched() -> Iterator[Callable[..., Watched]]:
+    """Makes such, and ends their threads."""
+    made: list[Watched] = []
+
+    def make(*jobs: Any) -> Watched:
+        made.append(Watched(*jobs))
+        return made[-1]
+    yield make
+    for one in made:
+        one.threads.close()
+
+
+def test_a_job_that_blocks_is_done_without_its_thread_and_only_once(
+        watched: Callable[..., Watched]) -> None:
+    work = Blocking(in_library=True)
+    one = watched(work, lambda reader: "next")
+    assert work.inside.wait(60.0)
+    one.look(0.2)
+    assert one.is_served() and not one.done and not one.threads.given_up
+    one.look(0.6)
+    wait_until(lambda: len(one.done) == 2)
+    assert sorted(map(str, one.done)) == ["2", "next"]
+    assert one.threads.blocked == one.threads.given_up == 1
+    assert list(one.threads.quarantine) == ["tcp:5:tcp"]
+    work.go.set()                           # the library returns: too late
+    wait_until(lambda: not one.threads.blocked)
+    assert not one.threads.quarantine
+    one.submit(lambda reader: "last")
+    wait_until(lambda: one.done[2:] == ["last"])
+
+
+def test_a_job_that_takes_long_goes_on_beside_the_loop(watched: Callable[..., Watched]) -> None:
+    work = Blocking(in_library=False)
+    one = watched(work)
+    assert work.inside.wait(60.0)
+    one.look(0.2)
+    assert one.is_served()
+    one.submit(lambda reader: "next")
+    assert one.is_served() and not one.done, "one job at a time"
+    one.look(100.0)
+    assert not one.threads.given_up, "it is not in the library"
+    work.go.set()
+    wait_until(lambda: one.done == [1, "next"])
+    assert one.alarms[-1] == 0, "it would end the process while that ends"
+    one.submit(lambda reader: "last")
+    wait_until(lambda: one.done[2:] == ["last"])
+    assert work.runs == 1
+
+
+def test_a_handle_stays_open_while_a_job_uses_it_beside_a_loop_that_ends(
+        watched: Callable[..., Watched]) -> None:
+    work = Blocking(in_library=False)
+    one, closed = watched(work), Handle.closed
+    assert work.inside.wait(60.0)
+    one.look(0.2)
+    assert one.is_served()
+    one.threads.close()
+    wait_until(lambda: one.threads._active is None)
+    assert Handle.closed == closed
+    work.go.set()
+
+
+def test_a_job_without_its_thread_reads_nothing_more() -> None:
+    threads = agent.KstatThreads(Handle, agent.Loop())
+    ref, readings = agent.Ref("tcp", 5, "tcp", "net", 1, 0, 0), list[Any]()
+
+    def work(reader: agent.Reader) -> None:
+        reader.abandoned = True
+        readings.append(reader.read_all([ref]))
+        with pytest.raises(agent.KstatError, match="given up"):
+            reader.read(ref)
+    reader = agent.Reader(threads)
+    assert reader.run(agent.Job(work, print)) is None and readings == [agent.Reading([], [])]
+
+
+def test_an_error_that_ends_the_loop_of_a_capture_is_raised() -> None:
+    def open_handle() -> Any:
+        raise MemoryError("none left")
+
+    def out(reader: agent.Reader) -> None:
+        raise SystemExit(7)
+    assert isinstance(agent.Reader(agent.KstatThreads(open_handle, agent.Loop())).run(
+        agent.Job(out, print)), agent.KstatError)
+    with pytest.raises(SystemExit):
+        agent.kstat_job(agent.kstat_threads(Handle), out)
+
+
+def test_the_alarm_is_set_for_each_job_and_not_longer(watched: Callable[..., Watched]) -> None:
+    work = Blocking(in_library=False)
+    one = watched()
+    one.look(1.0)                           # before the first job
+    assert not one.alarms
+    one.at = 100.0
+    one.submit(work)
+    assert work.inside.wait(60.0) and one.alarms == [0.1]
+    one.look(0.04)                          # an alarm of the job before
+    assert one.alarms == [0.1, pytest.approx(0.06)]
+    work.go.set()
+    wait_until(lambda: one.done == [1])
+    one.look(1.0)                           # too late
+    assert one.alarms[2:] == [0]
+
+
+def test_a_machine_without_threads_waits_for_the_one_that_is_blocked(
+        watched: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Blocking(in_library=True)
+    one = watched(work)
+    assert work.inside.wait(60.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("no more")))
+        one.look(0.6)
+    assert not one.threads.given_up and one.alarms[-1] == 0.5, "another try"
+    one.look(0.7)
+    wait_until(lambda: one.done == [2])
+    work.go.set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM], ids=["SIGHUP", "SIGTERM"])
+def test_a_signal_that_reaches_another_thread_is_handled_at_once(number: int) -> None:
+    """Which thread gets it is the system's choice."""
+    with Program.agent("--replay", NODE) as program:
+        assert http_get(program.address, "/-/healthy").status == 200
+        others = [int(task.name) for task in Path(f"/proc/{program.pid}/task").iterdir()
+                  if int(task.name) != program.pid]
+        assert ctypes.CDLL(None).tgkill(program.pid, others[0], number) == 0
+        if number == signal.SIGHUP:
+            wait_until(lambda: "settings reloaded" in program.log)
+        else:
+            assert program.wait() == 0
+
+
+def test_a_byte_for_a_signal_wakes_the_loop() -> None:
+    server = agent.Server("test", agent.Registry())
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    wait_until(lambda: not server.loop.is_here())
+    time.sleep(0.1)                         # it is in select() by now, most likely
+    server.stopping = True
+    server.wakeup.send(b"!")
+    thread.join(3.0)                        # the next timer fires after 5 s
+    assert not thread.is_alive()
 
 
 def test_pools_shrink_and_grow() -> None:

@@ -86,26 +86,22 @@ class Recorded:
         self.host.time = lambda: began + self.clock.at - 1000.0
         registry = agent.Registry()
         self.server = agent.Server("agent", registry, now=self.clock)
-        self.turn = self.server.loop.adopt()
         info, _ = agent.read_sysinfo(self.host)
         self.scraper = agent.Scraper(settings, self.host, self.server, registry, info)
         self.scraper.kstats.now = self.clock
         self.scraper.start()
         end = time.monotonic() + PATIENCE       # zoneadm tells which guest is whose
         while self.scraper._rereading and time.monotonic() < end:
-            with self.turn:
-                self.server.loop.run_due()
+            self.server.loop.run_due()
             time.sleep(0.001)
 
     def page(self, target: str) -> str:
         """A page as it is now."""
-        with self.turn:
-            asked = self.scraper.ask(target, None, "golden", self.clock.at + 9.0)
+        asked = self.scraper.ask(target, None, "golden", self.clock.at + 9.0)
         if isinstance(asked, agent.Deferred):
             end = time.monotonic() + PATIENCE
             while asked.answer is None and time.monotonic() < end:
-                with self.turn:
-                    self.server.loop.run_due()
+                self.server.loop.run_due()
                 time.sleep(0.0005)
             assert asked.answer is not None, "no answer"
             asked = asked.answer
@@ -126,8 +122,7 @@ def page_of(row: Row) -> str:
             recorded.page(row.target)
             for _ in range(100):
                 recorded.clock.at += 0.1
-                with recorded.turn:
-                    recorded.server.loop.run_due()
+                recorded.server.loop.run_due()
         return recorded.page(row.target)
     finally:
         recorded.close()

@@ -9,7 +9,6 @@ import gzip
 import http.server
 import os
 import resource
-import selectors
 import socket
 import socketserver
 import ssl
@@ -18,14 +17,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import pytest
 from support import Connection, http_get, respond, samples, wait_until
 
 import cmon_agent
 from cmon_agent import (
-    PAGE, Answer, Deferred, Limits, Loop, Peer, Refused, Registry, Request, Response, Route, Router,
+    PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Router,
     Server, _header_fields, parse_head, prepare, render, scrape_deadline, text, wire)
 from cmon_proxy import (
     TlsLimits, TlsServer, _library, after_handshake, ask_for_any_certificate,
@@ -397,42 +396,6 @@ def test_blocking_handlers_do_not_hold_up_the_rest_and_are_bounded(served: Serve
     for connection in connections:
         assert connection.answer().text == "done\n"
         connection.close()
-
-
-class Noted(NamedTuple):
-    """Records that its socket is ready, and in which thread."""
-    loop: Loop
-    watched: socket.socket
-    notes: list[str]
-
-    def ready(self, _mask: int) -> None:
-        """Called by the loop."""
-        self.loop.unwatch(self.watched)
-        self.notes.append("socket" if threading.current_thread() is threading.main_thread()
-                          else "socket, by another thread")
-
-
-def test_a_thread_that_runs_in_the_loop_may_watch_sockets_and_set_timers() -> None:
-    loop, (ours, theirs), notes = Loop(), socket.socketpair(), list[str]()
-    fired = threading.Event()
-
-    def elsewhere() -> None:
-        loop.call_now(lambda: notes.append("turn" if loop.has_turn() else "no turn"))
-        loop.call_now(loop.call_later, 0.0, fired.set)
-        notes.append("timer" if fired.wait(5.0) else "no timer")
-        loop.call_now(loop.watch, ours, selectors.EVENT_READ, Noted(loop, ours, notes))
-        loop.call_now(lambda: 1 // 0)           # logged, and nothing else suffers
-        theirs.send(b"!")
-    thread = threading.Thread(target=elsewhere)
-    loop.call_soon(thread.start)
-    loop.call_later(20.0, notes.append, "too late")     # what the loop waits for
-    loop.run(lambda: "socket" in notes or "too late" in notes)
-    thread.join()
-    assert sorted(notes) == ["socket", "timer", "turn"]
-    assert loop.has_turn()
-    ours.close()
-    theirs.close()
-    loop.close()
 
 
 def test_no_answer_of_a_worker_waits_for_the_next_event(served: Served) -> None:

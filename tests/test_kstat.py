@@ -443,7 +443,7 @@ class Reading:
 
     def __init__(self, kernel: Kernel) -> None:
         library = agent.Libkstat(str(kernel.library))
-        self.kstats = agent.KstatThreads(lambda: Handle(library), self.now)
+        self.kstats = agent.KstatThreads(lambda: Handle(library), agent.Loop(), self.now)
         self.at = 100.0
         self.reader = agent.Reader(self.kstats)
         self.reader._handle = self.kstats.open_handle()

@@ -424,13 +424,13 @@ def test_a_zone_without_values_waits_until_its_deadline_and_gets_retry_after(mac
 
 def test_loop_owned_objects_are_used_only_in_the_loop(desk: Callable[..., Desk],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kstat readers run in the loop when they deliver results; pools never do."""
+    """Pools hand over what they bring."""
     one: Any = desk(kstats=node_kstats())
     strangers = set()
 
     def note(kind: type) -> Any:
         def set_attribute(owner: Any, name: str, value: Any) -> None:
-            if not one.server.loop.has_turn():
+            if not one.server.loop.is_here():
                 strangers.add((kind.__name__, name, threading.current_thread().name))
             object.__setattr__(owner, name, value)
         return set_attribute
@@ -814,6 +814,20 @@ def test_a_zone_is_found_while_its_own_kstat_cannot_be_read(desk: Callable[..., 
     assert not down(one.page(PATH))
 
 
+def test_a_request_that_another_thread_answers_counts_once(desk: Callable[..., Desk]) -> None:
+    """Otherwise it would look like a client that asks ten times a second."""
+    one: Any = desk()
+    one.page(PATH)
+    [page], asked = one.scraper.pages_of(WEB01), one.scraper.inherited.asked
+    one.clock.at += 0.3
+    one.server.resuming = True
+    one.page(PATH)
+    assert page.interval(one.clock.at) == math.inf and one.scraper.inherited.asked == asked
+    one.server.resuming = False
+    one.page(PATH)
+    assert page.interval(one.clock.at) < 0.4 and one.scraper.inherited.asked == asked + 1
+
+
 def test_the_kstat_thread_survives_a_bug_in_a_job(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     one.scraper.kstats.submit(agent_module.Job(lambda reader: 1, lambda result: [][1]))
@@ -1030,16 +1044,52 @@ def test_a_throttled_agent_still_serves_a_new_zone(desk: Callable[..., Desk]) ->
 
 # --- what blocks for ever, ten thousand times -----------------------------------------------------
 
+class Blocked(threading.Thread):
+    """Runs the loop of a desk, asks for a page, and is blocked in the library."""
+    alarm = staticmethod(lambda seconds: None)
+
+    def __init__(self, one: Desk) -> None:
+        super().__init__(daemon=True)
+        self.one, self.replaced = one, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """The thread."""
+        self.one.server.loop.adopt()
+        with contextlib.suppress(agent_module.Replaced):
+            self.one.ask(PATH)
+
+    def give_up(self) -> None:
+        """The test's thread goes on with the loop."""
+        kstats: Any = self.one.scraper.kstats
+        kstats._runner = self
+        kstats.watch()
+        assert self.replaced.wait(60.0)
+        self.one.server.loop.adopt()
+
+    def turn(self) -> bool:
+        """Of the thread that takes over."""
+        return False
+
+    def resume(self) -> None:
+        """Nobody waits for the request."""
+
+    def ended(self) -> None:
+        """The thread that took over has nothing to do."""
+        self.replaced.set()
+
+
 def test_ten_thousand_scrapes_beside_a_blocked_read(desk: Callable[..., Desk]) -> None:
     one: Any = desk()
     one.page(PATH)
     idle = threading.active_count()
     one.kernel.faults(("block", "memory_cap:5:*"))
     one.clock.at += 10.0
-    asked = one.ask(PATH)
+    blocked = Blocked(one)
     wait_until(lambda: one.kernel["blocked"] == 1)
-    one.pass_by(1.0)
-    assert down(one.answer(asked).text) == {"memcap"}
+    one.clock.at += 1.0
+    blocked.give_up()
+    assert down(one.page(PATH)) == {"memcap"}
     reads = one.kernel["reads"]
     for number in range(10_000):
         one.clock.at += 10.0
