@@ -6166,7 +6166,7 @@ def reason_of(error: Exception) -> str:
 
 KSTATS = "kstats"               # the cell of all collectors that read them
 BUSY_RATE = 40                  # reads a second, of zones and the node: above this rate those that
-GATHER_SECONDS = 0.1            # arrive within this time, or this many of them, start together:
+GATHER_SECONDS = 0.1            # arrive within this time, or this many clients, start together:
 GATHER_MOST = 8                 # after the first, they find the processor's caches warm. At lower
                                 # rates the timer costs as much as it saves
 HURRY_SECONDS = 1.0             # clients that wait no longer than this are served at once
@@ -6623,6 +6623,7 @@ class Scraper:
         self._reads: list[Job] = []             # gathered reads
         self._reads_begin = -math.inf           # when they begin, if they are not too many before,
         self._gathering: int | None = None      # and the timer for that
+        self._hold = 0                          # clients that wait meanwhile
         self._rate = self._rate_now = 0         # reads in the last second, and in this one
         self._next_look = self._last_look = 0.0
         self._sent: list[Page] = []             # pages whose whole answer is kept
@@ -6758,7 +6759,8 @@ class Scraper:
 
     def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
         """The page, once these cells have values."""
-        if self._reads and deadline - now <= HURRY_SECONDS:
+        self._hold += bool(self._reads)
+        if self._reads and (deadline - now <= HURRY_SECONDS or self._hold >= GATHER_MOST):
             self._begin_reads()
         later = Deferred(deadline, lambda later: self._partial(page, later))
         if not page.waiting:
@@ -6883,7 +6885,7 @@ class Scraper:
         if self._gathering is not None:
             self.server.loop.cancel(self._gathering)
             self._gathering = None
-        jobs, self._reads = self._reads, []
+        jobs, self._reads, self._hold = self._reads, [], 0
         self._reads_begin = self.server.now() + GATHER_SECONDS
         for job in jobs:
             self.kstats.submit(job)

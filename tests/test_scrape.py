@@ -1152,6 +1152,19 @@ def test_on_a_busy_node_reads_of_several_zones_begin_together(desk: Callable[...
     assert ask()[0] and ask()[0]
 
 
+def test_many_clients_of_a_zone_do_not_wait_for_those_of_others(desk: Callable[..., Desk],
+                                                                monkeypatch: Any) -> None:
+    monkeypatch.setattr(agent_module, "BUSY_RATE", 0)
+    one: Any = desk(kstats=node_kstats())
+    one.page(PATH)                      # so that the next read is gathered
+    asked = [one.ask(f"/v1/{LB01}/metrics") for _ in range(agent_module.GATHER_MOST - 1)]
+    for _ in range(30):
+        one.pump()
+    assert not any(later.answer for later in asked)
+    asked.append(one.ask(f"/v1/{LB01}/metrics"))
+    assert {one.answer(later).status for later in asked} == {200}, "and no time has passed"
+
+
 def agent_page(desk: Any) -> str:
     """The agent's own metrics."""
     text: str = desk.answer(desk.ask("/metrics")).text
