@@ -1212,7 +1212,7 @@ class KstatThreads:
     def start(self, runner: Runner) -> None:
         """Have a thread run the loop."""
         self._runner, self._alarm = runner, runner.alarm
-        threading.Thread(target=self._run, args=(False,), name="loop", daemon=True).start()
+        self._start(resume=False)
 
     def submit(self, job: Job) -> None:
         """From any thread: run a job soon."""
@@ -1271,8 +1271,7 @@ class KstatThreads:
             left = STUCK_SECONDS if doing is None else STUCK_SECONDS - (now - doing[1])
             if not reader.beside and slow <= 0:
                 try:
-                    threading.Thread(target=self._run, args=(True,), name="loop", daemon=True
-                                     ).start()      # it waits for the lock
+                    self._start(resume=True)        # it waits for the lock
                     reader.beside = True
                 except RuntimeError as error:
                     log.error("cannot start a thread while a job with kstats takes long: %s", error)
@@ -1317,6 +1316,9 @@ class KstatThreads:
         """End the thread; blocked ones remain until the process exits."""
         self._closed = True
         self.loop.wake()
+
+    def _start(self, resume: bool) -> None:
+        threading.Thread(target=self._run, args=(resume,), name="loop", daemon=True).start()
 
     def _run(self, resume: bool) -> None:
         """A thread; `resume`: it replaces another one."""
@@ -5071,7 +5073,7 @@ class Listener:
 
     def head(self, raw: bytes, fields: tuple[Any, ...], peer: Peer) -> _Head:
         """Route a parsed head; kept if it has no body."""
-        request = Request._make((*fields, peer))
+        request = _make(Request, (*fields, peer))
         args: tuple[str, ...] = ()
         try:
             route, args = self.router.find(request)
@@ -5226,7 +5228,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             end += length
             head = self._listener.head(raw, fields, self.peer)
         self._buffer = self._buffer[end:]
-        request = Request._make((*head.fields, self.peer))
+        request = _make(Request, (*head.fields, self.peer))
         return head, request._replace(body=body) if body else request
 
     # answering
@@ -5243,7 +5245,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def resume(self) -> None:
         """Another thread runs the loop: answer the request that the one before was answering."""
         if self.state == BUSY and self._deferred is None and self._head is not None:
-            self._answer(self._head, Request._make((*self._head.fields, self.peer)))
+            self._answer(self._head, _make(Request, (*self._head.fields, self.peer)))
 
     def _park(self, deferred: Deferred) -> None:
         """Park the connection: no thread waits."""
@@ -6623,7 +6625,7 @@ class Scraper:
         self._reads: list[Job] = []             # gathered reads
         self._reads_begin = -math.inf           # when they begin, if they are not too many before,
         self._gathering: int | None = None      # and the timer for that
-        self._hold = 0                          # clients that wait meanwhile
+        self._waiters = 0                       # clients that wait meanwhile: one a read, or more
         self._rate = self._rate_now = 0         # reads in the last second, and in this one
         self._next_look = self._last_look = 0.0
         self._sent: list[Page] = []             # pages whose whole answer is kept
@@ -6759,9 +6761,10 @@ class Scraper:
 
     def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
         """The page, once these cells have values."""
-        self._hold += bool(self._reads)
-        if self._reads and (deadline - now <= HURRY_SECONDS or self._hold >= GATHER_MOST):
-            self._begin_reads()
+        if self._reads:
+            self._waiters += 1
+            if deadline - now <= HURRY_SECONDS or self._waiters == GATHER_MOST:
+                self._begin_reads()
         later = Deferred(deadline, lambda later: self._partial(page, later))
         if not page.waiting:
             page.waiting_since = now
@@ -6868,9 +6871,7 @@ class Scraper:
             self.kstats.perform(job)
         else:
             self._reads.append(job)
-            if len(self._reads) == GATHER_MOST:
-                self._begin_reads()
-            elif len(self._reads) == 1:
+            if len(self._reads) == 1:
                 self._gathering = self.server.loop.call_later(
                     self._reads_begin - now, self._have_gathered)
 
@@ -6885,7 +6886,7 @@ class Scraper:
         if self._gathering is not None:
             self.server.loop.cancel(self._gathering)
             self._gathering = None
-        jobs, self._reads, self._hold = self._reads, [], 0
+        jobs, self._reads, self._waiters = self._reads, [], 0
         self._reads_begin = self.server.now() + GATHER_SECONDS
         for job in jobs:
             self.kstats.submit(job)
