@@ -87,8 +87,8 @@ try:
     from cmon_agent import (
         COUNTER, Client, ClientError, ClientResponse, CommandLine, ExpositionError, GAUGE, Labels,
         MAX_BODY, MAX_JSON_BYTES, Number, SUFFIXES, Sample, USE, USE_BUSY, USE_FROM, USE_FULL,
-        USE_UP, UUID, Use, __version__, bracketed, metadata, number, open_streams, parse, printing,
-        read_file, render, within)
+        USE_UP, UUID, Use, __version__, bracketed, metadata, number, open_streams, parse,
+        parse_address, printing, read_file, render, within)
 except ImportError as import_error:
     sys.exit(f"cmon: {import_error}: cmon_agent.py of the same version must be beside cmon.py")
 
@@ -3262,22 +3262,25 @@ class Program:
         self.name, self.log = name, log
         with log.open("wb") as sink:
             # Its own session, so that Ctrl-C reaches only us and we stop the children in order.
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink,
-                                             stderr=sink, start_new_session=True)
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                                             stdout=subprocess.PIPE, stderr=sink,
+                                             start_new_session=True)
         # When we exit, even if killed, the pipe closes and the guard ends the child.
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", f"read -r _; kill {self._process.pid}"], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def port(self) -> int:
-        """Wait until the program listens; returns its port, from its log. Raises Failure."""
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            match = re.search(rb"listening on 127\.0\.0\.1:([0-9]+)", self.log.read_bytes())
-            if match:
-                return int(match.group(1))
-            self.check()
-            time.sleep(0.02)
+        """Wait until the program listens; returns its port. Raises Failure."""
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            if select.select([output], [], [], START_SECONDS)[0]:
+                line = output.readline()
+                if line:
+                    return parse_address(json.loads(line)["main"])[1]
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_SECONDS)    # its output has ended: it is exiting
+        self.check()
         raise Failure(f"the {self.name} did not listen within {START_SECONDS:g} s; "
                       + self.last_words())
 
@@ -3411,7 +3414,8 @@ class Demo:
 
     def _run(self, name: str, python: Sequence[str], *arguments: str) -> int:
         command = [sys.executable, *python, str(HERE / f"cmon_{name}.py"), *arguments,
-                   "--listen", f"{LOOPBACK}:{self._wanted[name]}", "--log-format", "text"]
+                   "--listen", f"{LOOPBACK}:{self._wanted[name]}", "--print-addresses",
+                   "--log-format", "text"]
         self._programs.append(Program(name, command, self.folder / f"{name}.log"))
         return self._programs[-1].port()
 

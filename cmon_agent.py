@@ -8038,6 +8038,8 @@ def command_line(program: str, description: str) -> argparse.ArgumentParser:
         help="check the settings, report all errors and exit")
     add("--smf", action="store_true", help="start as an SMF service: return once it listens, "
         f"with {SMF_EXIT_ERR_CONFIG} if the settings are invalid")
+    add("--print-addresses", action="store_true", help="print where it listens, as one line of "
+        "JSON, once it does; port 0 is any free port")
     add("--log-level", choices=sorted(LEVELS), metavar="LEVEL",
         help="lowest level that is logged: debug, info, warn or error (info)")
     add("--log-format", choices=("text", "bunyan"),
@@ -8185,9 +8187,18 @@ def run_daemon(program: str, arguments: argparse.Namespace, load: Callable[[], S
         signal.SIGTERM: server.stop, signal.SIGINT: server.stop, signal.SIGHUP: hangup}
     for number_of_signal, handler in handlers.items():
         signal.signal(number_of_signal, lambda *_, handler=handler: handler())
-    for listener in server.listeners:
-        host, port = listener.address[:2]
-        log.info("listening on %s:%s", bracketed(host), port)
+    addresses = {listener.name: "{}:{}".format(bracketed(listener.address[0]), listener.address[1])
+                 for listener in server.listeners}
+    for address in addresses.values():
+        log.info("listening on %s", address)
+    if arguments.print_addresses:
+        def show_addresses() -> int:
+            print(json.dumps(addresses))
+            return 0
+        status = printing(full, show_addresses)
+        if status:
+            stop_logging()
+            return status
     parent.ready()
     server.serve_forever()              # logging stops at exit: later code may log, too
     return 0

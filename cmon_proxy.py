@@ -6776,7 +6776,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def begin(settings: Settings) -> Server:
         if settings.workers > 1 and place is None:
-            server, workers = start_workers(settings, [flag for flag in given if flag != "--smf"])
+            server, workers = start_workers(settings, [
+                flag for flag in given if flag not in ("--smf", "--print-addresses")])
             groups.append(workers)
             return server
         server, proxy = start(settings, place)

@@ -640,6 +640,26 @@ def test_a_port_in_use_is_reported_in_one_line(replay: Program) -> None:
     assert "cannot listen on" in done.stderr and "address already in use" in done.stderr
 
 
+def test_print_addresses_says_where_it_listens_and_nothing_else() -> None:
+    with Program.agent("--replay", NODE, "--print-addresses") as one:
+        wait_until(lambda: "\n" in one.output)
+        host, port = json.loads(one.output)["main"].split(":")
+        assert http_get((host, int(port)), "/-/healthy").status == 200
+    assert one.output.count("\n") == 1
+
+
+def test_print_addresses_to_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-I", ROOT / "cmon_agent.py", "--replay", NODE, "--listen",
+             "127.0.0.1:0", "--print-addresses"], stdout=full, stderr=subprocess.PIPE,
+            universal_newlines=True, timeout=60)
+    assert done.returncode == 1
+    *logged, problem = sorted(done.stderr.splitlines(), key=lambda line: line.startswith("cmon_"))
+    assert problem == "cmon_agent: no space left on device"
+    assert all(map(json.loads, logged))
+
+
 def test_smf_start_returns_once_listening_and_the_child_stops_on_a_signal(tmp_path: Path) -> None:
     from support import free_port
     port = free_port()

@@ -2,6 +2,7 @@
 """Several processes that are one proxy: quotas, metrics, replacement, stop."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agents import NODE_1, WEB, Agent, admin, client_tls, inventory, proxy, write_inventory
+from agents import (
+    NODE_1, WEB, Agent, admin, client_tls, inventory, proxy, proxy_config, write_inventory)
 from cmon_agent import COUNTER, GAUGE, HISTOGRAM, Family, Sample
 from cmon_proxy import ADMIN_PAGES, Account, Quotas, QuotaSettings, interpreter_command, summed
 from support import Answer, Connection, Program, http_get, samples, wait_until
@@ -58,6 +60,15 @@ def test_several_processes_are_one_proxy(folder: Path) -> None:
         state = f'cmon_instance_last_scrape_result{{instance="{WEB}",result="ok"}}'
         wait_until(lambda: all(samples(get(program, "/v1/fleet/metrics").text).get(state) == 1
                                for _ in range(8)))
+
+
+def test_only_the_first_process_prints_the_addresses(folder: Path) -> None:
+    config = proxy_config(folder, workers=2)
+    with Program.proxy(config, "--print-addresses") as program:
+        wait_until(lambda: ready(program))
+        assert json.loads(program.output) == {
+            name: "%s:%d" % address
+            for name, address in zip(("main", "admin"), program.addresses(2))}
 
 
 def test_the_quota_is_the_accounts_not_the_workers(folder: Path) -> None:
