@@ -3956,6 +3956,11 @@ class Upstream:
 
     # health
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the node still exists and has this address."""
+        return self.all.by_node.get(self.uuid) is self
+
     def _recovered(self) -> None:
         if self.breaker.open:
             log.info("node %s (%s) answers again", self.uuid, self.host)
@@ -4010,13 +4015,14 @@ class Upstream:
                 else:
                     kept.append(job)
             self.waiting = kept
-        if self.probing is None and self.suspect:
+        watched = self.suspect and self.is_current
+        if self.probing is None and watched:
             if self.breaker.open:
                 if self.breaker.allows():
                     self.probe()
             elif now >= self.probe_after:
                 self.probe()            # until it recovers, or the breaker opens
-        return bool(self.waiting or self.suspect or self.probing is not None)
+        return bool(self.waiting or watched or self.probing is not None)
 
     def close(self) -> None:
         """Close idle connections: the node is gone, silent or has moved. Requests in flight may
@@ -4054,7 +4060,8 @@ class Upstreams:
 
     def suspects(self) -> frozenset[str]:
         """Nodes that have not answered recently."""
-        return frozenset([upstream.uuid for upstream in self.troubled if upstream.suspect])
+        return frozenset([upstream.uuid for upstream in self.troubled
+                          if upstream.suspect and upstream.is_current])
 
     def known_head(self, raw: bytes) -> AgentHead:
         """A parsed head, cached without its date."""
@@ -4075,9 +4082,11 @@ class Upstreams:
         return head
 
     def retain(self, nodes: Mapping[str, Node]) -> None:
-        """Forget nodes that are gone."""
-        for uuid in [uuid for uuid in self.by_node if uuid not in nodes]:
-            self.by_node.pop(uuid).close()
+        """Forget nodes that are gone, and those that have a new address."""
+        for uuid, upstream in list(self.by_node.items()):
+            node = nodes.get(uuid)
+            if node is None or node.address != upstream.address:
+                self.by_node.pop(uuid).close()
 
     def _sweep(self) -> None:
         now = self.now()
@@ -4934,6 +4943,7 @@ class Proxy:
         self.pages = Pages(self, self._builder, registry)
         self.discovery = Discovery(self, self._builder)
         self.listener: TlsListener | None = None
+        self._retained = 0              # generation of nodes to which upstreams are limited
         kept = (("Cache-Control", "max-age=86400"), *NOSNIFF)
         types = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
         self._css, self._js = (
@@ -5097,7 +5107,8 @@ class Proxy:
     def _each_second(self) -> None:
         self.quotas.book()
         self.pages.scrapes.retain(self.inventory.vms)
-        if len(self.upstreams.by_node) > len(self.inventory.nodes):
+        if self._retained != self.inventory.node_generation:
+            self._retained = self.inventory.node_generation
             self.upstreams.retain(self.inventory.nodes)
 
     def families(self) -> list[Family]:

@@ -249,7 +249,7 @@ PROXY = (
           "stat"),
     Panel("Compute nodes", 4, COUNT, (("max(cmon_proxy_inventory_nodes)", ""),), "stat"),
     Panel("Silent nodes", 4, COUNT, (
-        ("count(min by (node) (cmon_proxy_node_up) == 0) or vector(0)", ""),), "stat"),
+        ("count(min by (server) (cmon_proxy_node_up) == 0) or vector(0)", ""),), "stat"),
     Panel("Server certificate expires in", 4, TIME, ((
         "min(cmon_proxy_server_certificate_expiry_timestamp_seconds) - time()", ""),), "stat"),
     Panel("Relayed pages by result", 12, "reqps", (
@@ -265,8 +265,8 @@ PROXY = (
          "(rate(cmon_proxy_account_cpu_seconds_total[$__rate_interval])))", "{{account}}"),),
         description="Share of one CPU."),
     Panel("Requests to nodes in flight", 12, COUNT, (
-        ("topk(10, sum by (node) (cmon_proxy_node_in_flight))", "{{node}}"),
-        ("topk(10, sum by (node) (cmon_proxy_node_waiting))", "{{node}} waiting"))),
+        ("topk(10, sum by (server) (cmon_proxy_node_in_flight))", "{{server}}"),
+        ("topk(10, sum by (server) (cmon_proxy_node_waiting))", "{{server}} waiting"))),
     Panel("Connections by state", 12, COUNT, (
         ("sum by (state) (cmon_proxy_http_connections)", "{{state}}"),)),
     Panel("Proxy CPU", 12, SHARE, (

@@ -22,7 +22,7 @@ import make_dashboards  # noqa: E402  (it needs the path)
 # names of PromQL, labels, and series that Prometheus makes itself
 WORDS = set("""abs alias alertname and avg by count group_left increase instance job label_values
 max max_over_time min min_over_time on or rate sum time topk unless up vector without state
-collector reason remote cpu_id vcpu interface nic_tag network_uuid account node result""".split())
+collector reason remote cpu_id vcpu interface nic_tag network_uuid account server result""".split())
 
 
 def promtool(*arguments: str) -> "subprocess.CompletedProcess[str]":

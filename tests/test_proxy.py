@@ -361,6 +361,8 @@ def test_a_silent_node_is_reported_at_once_and_recovers(folder: Path, agent: Age
         fresh = Agent()
         write_inventory(folder, inventory(agent.text, fresh.text))
         wait_until(lambda: get(program, page(DB)).status == 200)
+        reachable = f'cmon_instance_node_reachable{{instance="{DB}"}}'      # at its new address
+        assert samples(get(program, "/v1/fleet/metrics").text)[reachable] == 1
         fresh.close()
 
 

@@ -264,6 +264,20 @@ def test_upstreams_of_removed_nodes_are_forgotten(running: Running, agent: Agent
     wait_until(lambda: not running.upstreams.by_node)
 
 
+@pytest.mark.parametrize("address", [None, ("127.0.0.1", 1)], ids=["removed", "moved"])
+def test_a_silent_node_that_is_removed_or_moved_is_no_longer_probed(running: Running, address: Any
+                                                                    ) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        silent = listening.getsockname()
+    running.ask(silent)
+    assert running.wait(1) == ["node_silent"]
+    assert running.upstreams.suspects() == {NODE_1}
+    running.server.loop.call_soon(running.upstreams.retain, {
+        NODE_1: Node(NODE_1, "cn1", address)} if address else {})
+    wait_until(lambda: not running.upstreams.by_node and not running.upstreams.troubled)
+    assert running.upstreams.suspects() == set()
+
+
 def test_idle_connections_are_closed_in_time(running: Running, agent: Agent, monkeypatch: Any
                                             ) -> None:
     running.ask(agent.address)

@@ -18,13 +18,14 @@ NOTHING = ("cmon_instance_node_reachable == 0)", 'cmon_instance_last_scrape_resu
            "proc_processes_limit")
 
 
-def expressions() -> Iterator[tuple[str, str]]:
-    """Each with where it is; Grafana's variables filled in."""
+def expressions() -> Iterator[tuple[str, str, str]]:
+    """Each with where it is and its legend; Grafana's variables filled in."""
     for path in sorted((EXAMPLES / "dashboards").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel.get("targets", ()):
                 expression = target["expr"].replace("$__rate_interval", "10s")
-                yield f"{path.name}: {panel['title']}", re.sub(r"\$(alias|job)", ".*", expression)
+                yield (f"{path.name}: {panel['title']}", re.sub(
+                    r"\$(alias|job)", ".*", expression), target.get("legendFormat", ""))
 
 
 def jobs(center: DataCenter) -> list[dict[str, Any]]:
@@ -56,17 +57,24 @@ def test_every_expression_runs_and_all_draw_something(center: DataCenter) -> Non
     waiting = {number: one for number, one in enumerate(everything)
                if not any(word in one[1] for word in NOTHING)}
 
+    missing: dict[str, set[str]] = {}           # labels of a legend that series do not have
+
     def all_drawn() -> bool:
         """Rates need two scrapes, means of the node need two readings of its kernel."""
-        for number, (_, expression) in list(waiting.items()):
-            if prometheus.api("query", query=expression)["result"]:
+        for number, (_, expression, legend) in list(waiting.items()):
+            drawn = prometheus.api("query", query=expression)["result"]
+            if drawn:
                 del waiting[number]
+            labels = set(re.findall(r"\{\{(\w+)\}\}", legend))
+            missing.update({expression: labels - series["metric"].keys() for series in drawn
+                            if not labels <= series["metric"].keys()})
         return not waiting
     try:
         wait_until(all_drawn)
     except AssertionError:
         raise AssertionError(f"what draws nothing: {waiting}") from None
-    for _, expression in everything:
+    assert missing == {}
+    for _, expression, _ in everything:
         prometheus.api("query", query=expression)       # asserts that it is taken
     # the rules have been loaded, and are evaluated without error
     groups = prometheus.api("rules")["groups"]
