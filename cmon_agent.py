@@ -7617,7 +7617,7 @@ class AgentServer(Server):
         self.kstats: KstatThreads
         self.alarm: Callable[[float], object] = functools.partial(
             signal.setitimer, signal.ITIMER_REAL)
-        self._waking, self._wakeup = socket.socketpair()
+        self._waking, self._wakeup = socket.socketpair()    # left open: signals may come late
         self._wakeup.setblocking(False)
 
     @property
@@ -7638,7 +7638,6 @@ class AgentServer(Server):
                     raise self.kstats.error
         finally:
             self.alarm(0)
-            signal.set_wakeup_fd(-1)        # before the socket is closed
 
     def ended(self) -> None:
         """The loop has ended."""

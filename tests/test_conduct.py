@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
+import warm
+from agents import inventory, proxy_config, write_inventory
 from nodes import STOPPED, WEB01, Desk, Machine, down
 from support import NODE, ROOT, Program, http_get, wait_until
 
@@ -382,6 +384,50 @@ def test_a_job_that_takes_long_goes_on_beside_the_loop(watched: Callable[..., Wa
     assert work.runs == 1
 
 
+class Contended:
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock, self.waited_for = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.waited_for.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_job_that_returns_while_it_is_watched_leaves_one_thread_to_the_loop(
+        watched: Callable[..., Watched]) -> None:
+    work, lock, hold = Blocking(in_library=False), Contended(), threading.Event()
+    one = watched(work)
+    threads: Any = one.threads
+    threads._lock = lock
+    assert work.inside.wait(60.0)
+    one.look(0.2)                           # the loop has another thread …
+    reader = threads._active
+    threads.loop.call_soon(hold.wait, 60.0)
+    wait_until(lambda: not threads.loop._calls)
+    work.go.set()
+    wait_until(lambda: threads.loop._calls)     # … which will hear of the result
+
+    class Now(float):
+        def __sub__(self, other: float) -> float:
+            """Called in the middle of `watch`."""
+            hold.set()
+            wait_until(lambda: lock.waited_for.is_set() or reader.job is None)
+            return float(self) - other
+    threads.now = lambda: Now(100.3)
+    lock.waited_for.clear()
+    with patch.object(threads, "_start") as start:
+        threads.watch()
+    assert not start.called
+    wait_until(lambda: one.done == [1])
+    assert one.alarms[-1] == 0
+
+
 def test_a_handle_stays_open_while_a_job_uses_it_beside_a_loop_that_ends(
         watched: Callable[..., Watched]) -> None:
     work = Blocking(in_library=False)
@@ -462,6 +508,36 @@ def test_a_signal_that_reaches_another_thread_is_handled_at_once(number: int) ->
             wait_until(lambda: "settings reloaded" in program.log)
         else:
             assert program.wait() == 0
+
+
+@pytest.mark.parametrize("program", ["agent", "proxy"])
+def test_a_second_signal_while_the_process_exits_is_ignored(program: str, tmp_path: Path) -> None:
+    """With a closed descriptor for signals Python prints an error, or another file gets a byte."""
+    write_inventory(tmp_path, inventory("127.0.0.1:1"))
+    settings = ["--replay", NODE] if program == "agent" else ["--config", proxy_config(tmp_path)]
+    with Program(sys.executable, "-c", "import atexit, gc, os, signal, sys\n"
+                 "def again():\n    gc.collect()\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+                 f"atexit.register(again)\nsys.path[:0] = [{str(ROOT)!r}]\n"
+                 f"import cmon_{program}\nsys.exit(cmon_{program}.main())",
+                 "--listen", "127.0.0.1:0", "--log-format", "text", *settings) as one:
+        assert one.address and one.stop() == 0
+    assert "ignored" not in one.log and "Error" not in one.log
+
+
+@pytest.mark.parametrize("state", [
+    "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})",
+    "signal.signal(signal.SIGALRM, signal.SIG_IGN)"], ids=["blocked", "ignored"])
+def test_a_blocked_read_is_noticed_whatever_the_parent_did_with_the_alarm(
+        state: str, machine: MakeMachine) -> None:
+    one = machine()
+    one.kernel.faults(("block", "memory_cap:5:*"))
+    one.program = Program(
+        sys.executable, "-c",
+        f"import os, signal, sys; {state}\nos.execv(sys.argv[1], sys.argv[1:])",
+        sys.executable, "-I", "-c", warm.AGENT, "--listen", "127.0.0.1:0", "--log-format", "text",
+        "--config", str(one.config))
+    with one.program:
+        assert down(one.zone()) == {"memcap"}
 
 
 def test_a_byte_for_a_signal_wakes_the_loop() -> None:
