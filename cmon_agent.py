@@ -5301,7 +5301,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         if self.state == WRITING:
             self.server.released(self)
-        if self._keep and not self._end:
+        if self._keep and (not self._end or self._buffer):
             self._rest = b""
             self.state = IDLE
             if self._buffer:                # pipelined: in its turn, and before more is read

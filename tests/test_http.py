@@ -359,6 +359,38 @@ def test_a_client_may_close_its_side_and_wait(served: Served) -> None:
         assert connection.answer().text == "still here\n" and connection.socket.recv(1) == b""
 
 
+def has_ended(served: Served) -> bool:
+    """Whether the server knows that its client has closed its side."""
+    return [one._end for one in list(served.server.connections)] == [True]
+
+
+def test_a_client_may_close_its_side_and_wait_for_several_answers(served: Served) -> None:
+    later, root = (b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path for path in (b"/later", b"/"))
+    with Connection(served.address) as connection:
+        connection.send(later + root + later + root)
+        connection.socket.shutdown(socket.SHUT_WR)
+        for number in range(2):
+            assert served.inside.acquire(timeout=10)
+            wait_until(lambda: has_ended(served))
+            served.laters[number].finish(text(200, f"{number}"))
+        answers = [connection.answer().text for _ in range(4)]
+        assert answers == ["0\n", "root\n", "1\n", "root\n"] and connection.socket.recv(1) == b""
+
+
+def test_requests_of_a_client_that_is_gone_are_dropped(served: Served) -> None:
+    with Connection(served.address) as connection:
+        connection.send(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n" * 200)
+        assert served.inside.acquire(timeout=10)
+    wait_until(lambda: has_ended(served))
+
+    def gone() -> bool:
+        for later in served.laters:
+            later.finish(text(200, "nobody reads this"))
+        return not served.server.connections
+    wait_until(gone)
+    assert len(served.laters) < 10          # the answer to the first one brings a reset
+
+
 def test_parked_answers_hold_no_thread_and_expire_at_their_deadline(served: Served) -> None:
     before = threading.active_count()
     connections = [Connection(served.address) for _ in range(30)]
