@@ -2761,7 +2761,11 @@ class Forwarder:
         """Lock the spool: one process uses it at a time. Raises ConfigError."""
         folder = spool_of(settings)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owners = {os.lstat(folder).st_uid, os.stat(folder).st_uid}      # a link may lead there
+            if owners - {os.geteuid(), 0} or os.stat(folder).st_mode & 0o002:
+                raise ConfigError(f"spool {folder}: other users can write there; set a folder that "
+                                  "only this user can write to")
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(f"spool {folder}: {reason_of(error)}") from None

@@ -395,6 +395,23 @@ def test_sighup_applies_settings_without_loss(tmp_path: Path, keep: Keep) -> Non
     check_account(first.rows() + second.rows())
 
 
+@pytest.mark.parametrize("prepare", [
+    lambda spool: spool.chmod(0o777), lambda spool: os.chown(spool, 12345, -1),
+    lambda spool: (spool.rename(spool.with_name("s")), spool.symlink_to("s"),
+                   os.chown(spool, 12345, -1, follow_symlinks=False))],
+    ids=["writable by all", "another user's", "another user's link"])
+def test_a_spool_that_other_users_can_write_to_is_refused(
+        prepare: Callable[[Path], Any], tmp_path: Path, keep: Keep) -> None:
+    config = write_config(tmp_path, keep(Source()), {"f": {"type": "file", "path": "x.log"}})
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    prepare(spool)
+    done = run(config, "--once")
+    assert (done.returncode, list(spool.iterdir())) == (2, [])
+    assert done.stderr == (f"cmon_forwarder: spool {spool}: other users can write there; set a "
+                           "folder that only this user can write to\n")
+
+
 def test_two_forwarders_do_not_share_a_spool(tmp_path: Path, keep: Keep) -> None:
     source = keep(Source())
     config = write_config(tmp_path, source, {"f": {"type": "file", "path": "x.log"}})
