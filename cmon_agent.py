@@ -6085,7 +6085,7 @@ class Client:
         address = self._resolve.get(origin.host, (origin.host.strip("[]"), origin.port))
         try:
             plain = socket.create_connection(address, self._left(deadline, origin))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:        # UnicodeError: the name is impossible
             raise ClientError(f"cannot reach {origin}: {reason_of(error)}") from None
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -6160,6 +6160,9 @@ def reason_of(error: Exception) -> str:
         return "timed out"
     if isinstance(error, socket.gaierror):
         return "the name does not resolve"
+    # by getaddrinfo(); each Python has its own text around these words
+    if isinstance(error, UnicodeError) and re.search("label (empty|too long)", str(error)):
+        return "not a host name: a part between dots is empty or too long"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
@@ -7977,7 +7980,7 @@ def parse_address(value: str, default_port: int | None = None) -> tuple[str, int
     all IPv4 addresses. Raises ConfigError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]\s]*))(?::([0-9]{1,5}))?", value)
     host = match and (match.group(1) or match.group(2) or ("" if default_port else "0.0.0.0"))
-    if match is None or not host or not value:
+    if match is None or not host or not value or re.search(r"^\.|\.\.|[^.]{64}", host):
         raise ConfigError(f"{value!r} is not HOST:PORT, as in 127.0.0.1:9163 or :9163")
     port = int(match.group(3)) if match.group(3) else default_port
     if port is None or port > 65535:

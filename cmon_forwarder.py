@@ -224,6 +224,7 @@ def is_url(value: str) -> bool:
     """Whether our HTTP clients accept this URL."""
     try:
         parts = urllib.parse.urlsplit(value)
+        parse_address(parts.netloc, 80)
         return (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
                 and "@" not in parts.netloc     # a password in the URL would not be sent
                 and re.fullmatch(r"[!-~]+", value) is not None)
@@ -936,7 +937,10 @@ def offset_of(instance: str, interval: float) -> float:
 
 def increase(value: Number, before: Number) -> Number:
     """The increase of a counter; a lower value means that it restarted at zero."""
-    return value - before if value >= before else value
+    try:
+        return value - before if value >= before else value
+    except OverflowError:                   # an integer beyond 10^308 less a float
+        return math.inf
 
 
 class Scraper:
@@ -1786,7 +1790,8 @@ class Spool:
         self._held: Batch | None = None
         self._oldest: float | None = None       # of what is at the head
         self.dropped: dict[str, int] = {}       # samples by reason
-        self._failing = ""
+        self._failing = ""                      # why the disk did not take the last entry
+        self._unreadable = False                # nor give the next one
         self._open()
 
     # at start
@@ -1988,6 +1993,8 @@ class Spool:
                             self._held = batch
                             self._write_cursor(batch.end)
                             return batch
+                        if self._unreadable:
+                            self._lock.wait(1.0)
                         continue
                     self._lock.wait(min(age - past, 1.0))
                 else:
@@ -2040,7 +2047,16 @@ class Spool:
             offset = self._head[1] if segment.number == self._head[0] else 0
             self._head = (segment.number, offset)
             while offset < segment.size and not is_full():
-                entry_read = self._read(segment, offset)
+                try:
+                    entry_read = self._read(segment, offset)
+                except OSError as error:    # a temporary one: the samples stay
+                    if not self._unreadable:
+                        log.error("spool %s: cannot read segment %016x, retrying: %s", self.folder,
+                                  segment.number, reason_of(error))
+                    self._unreadable = True
+                    self._again = again
+                    break
+                self._unreadable = False
                 if entry_read is None:
                     log.error("spool %s: segment %016x is damaged at offset %d; dropping the rest "
                               "of it", self.folder, segment.number, offset)
@@ -2076,7 +2092,8 @@ class Spool:
                    for segment in self._segments if segment.number >= self._head[0])
 
     def _read(self, segment: _Segment, offset: int) -> tuple[Records, int] | None:
-        """The entry at an offset, and where the next begins; None for a damaged one."""
+        """The entry at an offset, and where the next begins; None for a damaged one. Raises OSError
+        if it may be readable later: without descriptors, or without permission."""
         try:
             if self._reader is None or self._reader[0] != segment.number:
                 self._end_reader()
@@ -2086,6 +2103,8 @@ class Spool:
             entry = body_of(os.pread(file, ENTRY.size, offset),
                             lambda size: os.pread(file, size, at))
         except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EIO):
+                raise
             log.error("spool %s: %s", self.folder, reason_of(error))
             return None
         return None if entry is None else (self._split(entry[0]), at + len(entry[0]))
@@ -2451,8 +2470,8 @@ class DatagramTransport:
                         _await_errors(connection, BURST_PAUSE if place else REFUSAL_PAUSE)
                         sure = done
                 _await_errors(connection, REFUSAL_PAUSE)
-        except OSError as error:
-            if error.errno == errno.EMSGSIZE:       # this system's limit may be lower
+        except (OSError, UnicodeError) as error:    # UnicodeError: the name is impossible
+            if isinstance(error, OSError) and error.errno == errno.EMSGSIZE:    # of this system
                 raise Rejected("does not fit in a datagram", records[done:done + count],
                                records[done + count:]) from None
             self._address_index += 1

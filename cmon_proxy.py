@@ -182,7 +182,7 @@ def problems_of(settings: Settings) -> list[str]:
         problems.append("inventory: needs file, or vmapi, cnapi and mahi; missing: "
                         + ", ".join(["file", *missing] if len(missing) == 3 else missing))
     for name, url in services.items():
-        if url is not None and not re.fullmatch(r"https?://[^/?#\s]+/?", url):
+        if url is not None and not is_service_url(url):
             problems.append(f"inventory.{name}: {url!r} is not a URL like http://host:port")
 
     if (tls.client_auth == "ca") != (tls.client_ca is not None):
@@ -193,6 +193,15 @@ def problems_of(settings: Settings) -> list[str]:
     except ConfigError as error:
         problems += error.problems
     return problems
+
+
+def is_service_url(url: str) -> bool:
+    """Whether our HTTP client and the changefeed's accept this URL."""
+    match = re.fullmatch(r"https?://([^/?#\s]+)/?", url)
+    try:
+        return match is not None and bool(parse_address(match.group(1), 80))
+    except ConfigError:
+        return False
 
 
 def make_tls(settings: Settings) -> ssl.SSLContext:
@@ -2430,7 +2439,8 @@ class WebSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            raise ServiceError(f"changefeed: cannot reach {host}:{port}: {error}") from None
+            raise ServiceError(f"changefeed: cannot reach {bracketed(host)}:{port}: "
+                               f"{reason_of(error)}") from None
         self._frames = Frames()
         self._messages: list[bytes] = []
         self._parts: list[bytes] = []       # of a message in fragments
@@ -2440,7 +2450,7 @@ class WebSocket:
             self._upgrade(f"{host}:{port}", path, headers)
         except OSError as error:
             self._socket.close()
-            raise ServiceError(f"changefeed: {error}") from None
+            raise ServiceError(f"changefeed: {reason_of(error)}") from None
         except ServiceError:
             self._socket.close()
             raise
@@ -2473,7 +2483,7 @@ class WebSocket:
             self._socket.settimeout(SERVICE_TIMEOUT)
             self._socket.sendall(frame_of(opcode, payload, os.urandom(4)))
         except OSError as error:
-            raise ServiceError(f"changefeed: {error}") from None
+            raise ServiceError(f"changefeed: {reason_of(error)}") from None
 
     def _take(self, received: bytes) -> None:
         for opcode, final, payload in self._frames.feed(received):
@@ -2504,7 +2514,7 @@ class WebSocket:
             except socket.timeout:
                 return []
             except OSError as error:
-                raise ServiceError(f"changefeed: {error}") from None
+                raise ServiceError(f"changefeed: {reason_of(error)}") from None
             if not received:
                 raise ServiceError("changefeed: the connection was closed")
             self.heard = time.monotonic()
@@ -3188,14 +3198,16 @@ class NodeReader:
 
     def _arrived(self, nodes: Mapping[str, Node] | None, problem: ServiceError | None) -> None:
         self._reading = False
-        if nodes is None:
+        before = self._inventory.nodes
+        if nodes is not None and before and not nodes:
+            problem = self._cnapi.wrong("/servers returned an empty list")
+        if nodes is None or problem is not None:
             log.warning("keeping the old list of compute nodes: %s", problem)
             self._due = self._loop.now() + self._backoff.next()
             return
         self._backoff.reset()
         self._due = self._loop.now() + POLL_NODES_SECONDS * (0.8 + 0.4 * self._random())
         # paging by offset can skip servers while the list changes: remove those missing twice
-        before = self._inventory.nodes
         missing = frozenset(before.keys() - nodes.keys())
         kept = {uuid: before[uuid] for uuid in missing - self._missing}
         self._missing = missing
@@ -4797,7 +4809,7 @@ class Discovery:
         owner = caller.account.uuid
         return self._builder.answer(
             request, caller, (kind, owner, caller.grant.groups, selection, address),
-            (self._proxy.inventory.generation(owner), view.manta_owner),
+            (self._proxy.inventory.generation(owner), view.manta_owner, view.stopped),
             lambda: make(view), small=len(view.vms) <= INLINE_ROWS)
 
     def containers(self, request: Request, caller: Caller) -> Answer | Deferred:
@@ -6754,18 +6766,23 @@ def summary_of(settings: Settings, now: float) -> tuple[list[str], list[str]]:
 
 # Settings that need a restart. With another `client_auth` or `client_ca`, open connections could
 # have certificates that the new setting rejects in the handshake.
-FIXED = ("listen", "admin_listen", "inventory", "workers")
-FIXED_TLS = ("client_auth", "client_ca")
+FIXED = {"": ("listen", "admin_listen", "inventory", "workers"),
+         "tls.": ("client_auth", "client_ca"), "agent.": ("port",)}
 
 
 def keep_fixed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     """The new settings, with old values for those that need a restart, and the names of these that
     changed."""
-    kept = dataclasses.replace(
-        new, **{name: getattr(old, name) for name in FIXED}, tls=dataclasses.replace(
-            new.tls, **{name: getattr(old.tls, name) for name in FIXED_TLS}))
-    return kept, [name for name in FIXED if getattr(old, name) != getattr(new, name)] + [
-        f"tls.{name}" for name in FIXED_TLS if getattr(old.tls, name) != getattr(new.tls, name)]
+    changed: list[str] = []
+
+    def keep(table: str, before: Any, after: Any) -> Any:
+        names = FIXED[table]
+        changed.extend(table + name for name in names
+                       if getattr(before, name) != getattr(after, name))
+        return dataclasses.replace(after, **{name: getattr(before, name) for name in names})
+    kept = keep("", old, new)
+    return dataclasses.replace(kept, tls=keep("tls.", old.tls, new.tls),
+                               agent=keep("agent.", old.agent, new.agent)), changed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

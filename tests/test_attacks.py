@@ -24,9 +24,9 @@ from agents import (
     NODE_1, TLS, Agent, client_tls, inventory, proxy, proxy_config, uuid, vm, write_inventory)
 from cmon_agent import Deferred, Peer, Refused, Request, reused, wire
 from cmon_proxy import (
-    Account, AuthorizedKey, Certificates, Copy, InventorySettings, QuotaSettings, Quotas, Reply,
-    Saved, Settings, Snapshot, TlsSettings, Vm, by_owner, first_certificate, keep_fixed,
-    make_certificate, make_key, vm_of)
+    Account, AgentSettings, AuthorizedKey, Certificates, Copy, InventorySettings, QuotaSettings,
+    Quotas, Reply, Saved, Settings, Snapshot, TlsSettings, Vm, by_owner, first_certificate,
+    keep_fixed, make_certificate, make_key, vm_of)
 from support import ROOT, Connection, Program, respond, wait_until
 from test_proxy import code, connect, get, page
 from test_relay import Running
@@ -580,6 +580,18 @@ def test_new_settings_apply_to_repeated_requests(tmp_path: Path) -> None:
     agent.close()
 
 
+def test_new_settings_apply_to_a_list_that_is_being_built(house: Any) -> None:
+    """Its answer is of the old settings, and must not be kept for requests after the reload."""
+    world = house(100)
+    world.proxy.inventory.put(vm_of(vm(uuid(1), world.owner.uuid, state="stopped"), "test", 0))
+
+    def length(answer: Any) -> int:
+        return len(gzip.decompress(wire(world.settled(answer)).partition(b"\r\n\r\n")[2]))
+    before = world.ask("/v1/discover")
+    world.proxy.use(dataclasses.replace(world.proxy.settings, discover_include_stopped=True))
+    assert length(before) < length(world.ask("/v1/discover"))
+
+
 def test_settings_that_need_a_restart_are_those_that_differ_from_what_runs() -> None:
     running = Settings(TlsSettings(Path("x"), Path("y")), InventorySettings())
     asked = dataclasses.replace(running, listen="127.0.0.1:1", workers=2)
@@ -587,6 +599,12 @@ def test_settings_that_need_a_restart_are_those_that_differ_from_what_runs() -> 
     assert (kept, fixed) == (running, ["listen", "workers"])
     assert keep_fixed(kept, asked)[1] == ["listen", "workers"]      # told again
     assert keep_fixed(kept, running)[1] == []
+    asked = dataclasses.replace(running, tls=TlsSettings(Path("x"), Path("z"), client_auth="ca"),
+                                agent=AgentSettings(port=9164, timeout=5.0))
+    kept, fixed = keep_fixed(running, asked)
+    assert fixed == ["tls.client_auth", "agent.port"]
+    assert kept == dataclasses.replace(running, tls=TlsSettings(Path("x"), Path("z")),
+                                       agent=AgentSettings(timeout=5.0))
 
 
 def test_a_self_signed_certificate_stays_rejected_after_a_change_to_ca(tmp_path: Path) -> None:

@@ -438,7 +438,8 @@ def test_of_samples_that_become_one_series_the_first_is_sent(
 
 
 @pytest.mark.parametrize("before, now, grown", [
-    (5, 8, 3), (5, 5, 0), (2 ** 63, 2 ** 64 - 1, 2 ** 63 - 1), (5, 2, 2), (1.5, 2.0, 0.5)])
+    (5, 8, 3), (5, 5, 0), (2 ** 63, 2 ** 64 - 1, 2 ** 63 - 1), (5, 2, 2), (1.5, 2.0, 0.5),
+    (1.5, 10 ** 400, math.inf), (10 ** 400, 1.5, 1.5)])
 def test_a_counter_never_shrinks(before: Any, now: Any, grown: Any) -> None:
     assert increase(now, before) == grown
 

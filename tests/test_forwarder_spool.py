@@ -223,6 +223,25 @@ def test_damage_drops_its_segment_and_is_counted(make: Any, tmp_path: Path) -> N
         again.close()
 
 
+def test_samples_that_cannot_be_read_at_the_moment_are_kept(
+        make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without descriptors, or without permission."""
+    spool = make(limit=8192)
+    for number in range(20):
+        put(spool, number, size=100)
+    stop = threading.Event()
+
+    def fails(*_: Any) -> Any:
+        stop.set()
+        threading.Thread(target=spool.wake).start()
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", fails)
+        assert spool.take(1, 0.0, stop) is None
+    assert "cannot read segment 0000000000000001, retrying: permission denied" in caplog.text
+    assert everything(spool, 500) == [*range(20)] and not spool.dropped
+
+
 def test_a_damaged_cursor_sends_everything_again(make: Any, tmp_path: Path) -> None:
     spool = make()
     put(spool, 1)

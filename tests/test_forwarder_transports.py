@@ -287,8 +287,11 @@ def test_silence_of_a_confirming_sink_is_a_failure(keep: Keep) -> None:
 def test_an_absent_sink_is_retried_with_all_its_data(keep: Keep) -> None:
     for where in (sink("graphite", address="127.0.0.1:1"), sink("statsd", address="127.0.0.1:1"),
                   sink("graphite", address="no.such.host.invalid:1"),
-                  sink("statsd", address="no.such.host.invalid:1")):
-        with pytest.raises(RetryLater, match="connection refused|does not resolve") as caught:
+                  sink("statsd", address="no.such.host.invalid:1"),
+                  sink("http", url="http://no..such.host"),      # the settings refuse this name
+                  sink("statsd", address="no.\u3002such:1")):        # but not this one
+        with pytest.raises(RetryLater, match="connection refused|does not resolve|not a host name"
+                           ) as caught:
             transport_of(where).send([b"x"])
         assert caught.value.left == [b"x"]
 
