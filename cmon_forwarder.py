@@ -1242,6 +1242,8 @@ def influx_records(sink: SinkSettings, scrape: Scrape) -> Records:
 
 # Graphite: https://graphite.readthedocs.io/en/latest/tags.html
 
+# After a longer line carbon closes the connection and reads nothing more (Twisted's MAX_LENGTH).
+GRAPHITE_LINE = 16_384
 _GRAPHITE_INVALID = re.compile(r"[\s;\x00-\x1f\x7f]|^~")
 _DOTTED_INVALID = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -1270,11 +1272,13 @@ def graphite_records(sink: SinkSettings, scrape: Scrape) -> Records:
     end = f" {scrape.at // 1000}"
     points = [(series, value) for series, value in scrape.points if is_finite(value)]
     if sink.form == "dotted":
-        return [f"{_path(sink, scrape, series)} {number(value)}{end}".encode()
-                for series, value in points]
-    target = _graphite_tags(scrape.target.labels)
-    return [f"{series.name}{target}{_graphite_tags(series.labels)} {number(value)}{end}".encode()
-            for series, value in points]
+        records = [f"{_path(sink, scrape, series)} {number(value)}{end}".encode()
+                   for series, value in points]
+    else:
+        target = _graphite_tags(scrape.target.labels)
+        records = [f"{series.name}{target}{_graphite_tags(series.labels)} {number(value)}{end}"
+                   .encode() for series, value in points]
+    return [record for record in records if len(record) <= GRAPHITE_LINE]
 
 
 # StatsD: https://github.com/statsd/statsd/blob/master/docs/metric_types.md

@@ -179,6 +179,15 @@ def test_unusual_characters_are_preserved(value: str) -> None:
     assert dict(read.labels) == labels
 
 
+@pytest.mark.parametrize("where", [TAGGED, DOTTED])
+def test_a_line_that_carbon_does_not_read_is_left_out(where: SinkSettings) -> None:
+    def of_length(extra: int) -> Scrape:
+        return scrape((Series("m", (("k", "x" * extra),)), 1), (GAUGE, 2))
+    room = 16_384 - len(texts(where, of_length(1))[0]) + 1
+    assert [len(line) for line in texts(where, of_length(room))][0] == 16_384
+    assert texts(where, of_length(room + 1)) == texts(where, of_length(1))[1:]
+
+
 def test_reserved_labels_are_renamed() -> None:
     one = scrape((Series("m", (("id", "1"), ("value", "2"), ("name", "3"), ("x" * 40, "4"))), 0))
     assert read_syslog(texts(sink("syslog"), one)[0]) == {
