@@ -5406,7 +5406,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     connection to the loop where the mix-in starts a thread, `finish_request` makes a Connection,
     `service_actions` runs calls and timers, `close_request` and `handle_error` end connections.
     """
-    daemon_threads = True
 
     def __init__(self, program: str, registry: Registry, limits: Limits = Limits(),
                  now: Callable[[], float] = time.monotonic) -> None:

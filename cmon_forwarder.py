@@ -3060,7 +3060,7 @@ def once(settings: Settings) -> int:
     try:
         problem = run_round(forwarder.scraper)
         problems = [problem] if problem else []
-        for name, delivery in forwarder.deliveries.items():
+        for delivery in forwarder.deliveries.values():
             while not delivery.problem and delivery.spool.state()[0]:
                 time.sleep(0.01)
     finally:

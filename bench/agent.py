@@ -38,8 +38,6 @@ from support import Kernel, agent_config, build_libkstat, http_get, samples
 
 IDLE = 10_000
 CHAIN = 50_000
-COLUMNS = "name available used logicalused recordsize quota compressratio refcompressratio " \
-    "referenced logicalreferenced usedbydataset usedbysnapshots".split()
 
 
 def zone(number: int) -> str:

@@ -409,7 +409,7 @@ def test_the_page_of_all_zones_has_exactly_the_samples_of_their_pages(kernel: Ca
         agent.parse(answer.text)
 
 
-def test_a_capture_of_a_replay_is_that_replay(tmp_path: Path) -> None:
+def test_a_capture_of_a_replay_is_that_replay() -> None:
     """What is kept is what collectors read; nothing is added by capturing."""
     recording = agent.RecordedHost(str(NODE), agent.Settings())
     frame = agent.capture_frame(recording, agent.Settings())
@@ -708,7 +708,7 @@ def test_sigterm_stops_the_agent_while_a_read_is_blocked(kernel: Callable[..., K
     assert one.agent.stop() == 0
 
 
-def test_the_default_address_is_the_admin_address(tmp_path: Path) -> None:
+def test_the_default_address_is_the_admin_address() -> None:
     settings = agent.Settings()
     host = agent.RecordedHost(str(NODE), settings)
     info, problem = agent.read_sysinfo(host)

@@ -256,8 +256,7 @@ def test_the_certificate(days: int, status: int, check: Any) -> None:
     assert check("--certificate", "certificate_days_left,50:")[0] == 1
 
 
-def test_an_expired_certificate_is_critical(check: Any, proxy: StandIn,  # noqa: F811
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_certificate_is_critical(check: Any, proxy: StandIn) -> None:  # noqa: F811
     """The proxy rejects the certificate, so no page can report it."""
     proxy.answers["/v1/fleet/metrics"] = Answer(401, b"the certificate ended\n", "text/plain\r\n"
                                                      "X-Cmon-Error: expired")

@@ -719,7 +719,7 @@ def test_demo_that_is_killed_takes_its_children_along(start_demo: Any) -> None:
     wait_until(gone)
 
 
-def test_demo_begins_with_the_page_and_its_certificate(running: Running, tmp_path: Path) -> None:
+def test_demo_begins_with_the_page_and_its_certificate(running: Running) -> None:
     output = running.program.output
     assert re.search(r"(?m)^    https://localhost:\d+/$", output)
     assert "17 zones of 4 accounts (16 running)" in output

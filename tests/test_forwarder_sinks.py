@@ -510,8 +510,7 @@ def test_rsyslog_reads_every_message(world: World, transport: str) -> None:
     wait_until(lambda: len(messages()) >= len(world.rows))
     found = messages()
     assert len(found) == len(world.rows)
-    for message, row in zip(sorted(found, key=lambda one: (one["time"], one["data"])),
-                            sorted(world.rows, key=lambda one: (one["timestamp"], 0))):
+    for message in found:
         assert (message["app"], message["msgid"], message["priority"]) == ("cmon", "metric", "134")
     texts = sorted((round(row["timestamp"], 3), row["name"], str(row["value"]) if isinstance(
         row["value"], str) else json.dumps(row["value"]), sorted(row["labels"].items()))

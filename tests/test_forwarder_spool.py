@@ -86,7 +86,7 @@ def test_records_are_taken_in_order_and_removed(make: Any, tmp_path: Path) -> No
     assert take(spool, 1) == [5]
 
 
-def test_a_batch_is_held_until_it_is_settled(make: Any, tmp_path: Path) -> None:
+def test_a_batch_is_held_until_it_is_settled(make: Any) -> None:
     spool = make()
     put(spool, 1)
     first = spool.take(1, 0.0, STOP)

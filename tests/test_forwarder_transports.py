@@ -284,7 +284,7 @@ def test_silence_of_a_confirming_sink_is_a_failure(keep: Keep) -> None:
     assert (server.lines()[0], server.lines()[-1]) == ("a", "b")
 
 
-def test_an_absent_sink_is_retried_with_all_its_data(keep: Keep) -> None:
+def test_an_absent_sink_is_retried_with_all_its_data() -> None:
     for where in (sink("graphite", address="127.0.0.1:1"), sink("statsd", address="127.0.0.1:1"),
                   sink("graphite", address="no.such.host.invalid:1"),
                   sink("statsd", address="no.such.host.invalid:1"),

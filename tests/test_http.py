@@ -864,7 +864,7 @@ def test_a_client_that_sends_endless_empty_records_is_closed(pems: Path) -> None
     secure.server.shutdown()
 
 
-def test_the_connection_limit_follows_the_available_descriptors(pems: Path) -> None:
+def test_the_connection_limit_follows_the_available_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = Server("agent", Registry(), Limits())
     try:

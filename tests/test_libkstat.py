@@ -6,7 +6,6 @@ import ctypes
 import errno
 import threading
 import time
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -262,6 +261,6 @@ def test_a_synthetic_chain_is_fast_and_bounded(kernel: Make) -> None:
     assert handle.update() > 0 and kern["headers"] == 50_001
 
 
-def test_two_kernels_in_one_process_are_independent(kernel: Make, tmp_path: Path) -> None:
+def test_two_kernels_in_one_process_are_independent(kernel: Make) -> None:
     one, two = Handle(kernel([A])), Handle(kernel([B]))
     assert one.names() == ["a:1:a"] and two.names() == ["b:2:b"]

@@ -436,8 +436,7 @@ def test_chrony_without_ntpq(node: MakeNode) -> None:
     assert status == "ok" and text.startswith("chronyd: ")
 
 
-def test_as_root_the_check_runs_as_the_services_user(node: MakeNode, recorded_node: dict[str, Any]
-                                                    ) -> None:
+def test_as_root_the_check_runs_as_the_services_user(node: MakeNode) -> None:
     if os.geteuid():
         pytest.skip("only root can become somebody else")
     one = node()

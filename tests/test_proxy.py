@@ -140,7 +140,7 @@ def test_a_foreign_container_is_like_a_missing_one_byte_for_byte(shared: Program
             assert raw(foreign, by_host) == missing
 
 
-def test_compute_nodes_are_for_operators(shared: Program, operator: Any, agent: Agent) -> None:
+def test_compute_nodes_are_for_operators(shared: Program, operator: Any) -> None:
     tls = client_tls()
     tls.load_cert_chain(operator[0] + ".pem", operator[1] + ".key")
 
@@ -207,7 +207,7 @@ def test_bad_parameters(shared: Program, query: str, expected: str) -> None:
         assert code(get(shared, f"{path}?{query}")) == expected
 
 
-def test_fleet_page(running: Program, agent: Agent) -> None:
+def test_fleet_page(running: Program) -> None:
     get(running, page(WEB))
     assert get(running, page(DB)).status == 503
     found = samples(get(running, "/v1/fleet/metrics").text)
@@ -469,7 +469,7 @@ def test_everything_is_503_until_an_inventory_is_loaded(tmp_path: Path, agent: A
         assert get(program, "/v1/discover").status == 200
 
 
-def test_settings_are_reloaded(running: Program, folder: Path, agent: Agent) -> None:
+def test_settings_are_reloaded(running: Program, folder: Path) -> None:
     assert get(running, page(WEB), ("old_sha1", "rsa")).status == 401
     tls = {"certificate": str(TLS / "server.pem"), "key": str(TLS / "server.key"),
            "allow_sha1": True}

@@ -1467,8 +1467,7 @@ def test_two_links_with_one_number_are_both_shown(machine: MakeMachine, vminfod:
 
 # --- settings while it runs -----------------------------------------------------------------------
 
-def test_sighup_applies_good_settings_and_ignores_bad_ones(machine: MakeMachine, tmp_path: Path
-                                                          ) -> None:
+def test_sighup_applies_good_settings_and_ignores_bad_ones(machine: MakeMachine) -> None:
     one = machine(cpu_budget=0.5)
     assert one.own("cmon_agent_cpu_budget_ratio") == 0.5 and "zfs_metrics" in one.zone()
     one.settings(cpu_budget=0.25, collectors={"zfs": {"enabled": False}})

@@ -90,7 +90,7 @@ def test_bad_keys_are_refused_with_a_reason(text: str, problem: str) -> None:
         public_key(text)
 
 
-def test_an_encrypted_key_never_prompts_on_the_terminal(tmp_path: Path) -> None:
+def test_an_encrypted_key_never_prompts_on_the_terminal() -> None:
     locked = subprocess.run(["openssl", "pkey", "-in", FILES / "ec.key", "-aes128", "-passout",
                              "pass:secret"], check=True, stdout=subprocess.PIPE).stdout
     with pytest.raises(CertificateError, match="wrong passphrase"):

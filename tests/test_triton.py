@@ -656,7 +656,7 @@ def test_without_a_feed_all_containers_are_read_every_minute(readings: Readings)
 
 def test_a_single_read_during_a_full_read_takes_precedence(readings: Readings) -> None:
     readings.pass_by(125)
-    listing, = readings.jobs
+    assert len(readings.jobs) == 1
     old = dict(readings.stored)
     readings.stored[WEB] = vm(WEB, BOB)
     del readings.stored[DB]
@@ -989,7 +989,7 @@ def test_an_unknown_login_costs_as_many_requests_as_a_known_one(desk: Any) -> No
     assert counts == [2, 2]
 
 
-def test_known_and_unknown_logins_are_indistinguishable(tmp_path: Path) -> None:
+def test_known_and_unknown_logins_are_indistinguishable() -> None:
     """Not by the answer, by waiting for mahi, or by the limit of lookups of an address."""
     class Mahi(Shelf):
         def get(self, path: str, *more: Any) -> Any:

@@ -639,7 +639,7 @@ synth_header(long i, kstat_t *ks)
 static entry_t *
 synth_entry(long i)
 {
-	static entry_t e;		/* under the lock; filled anew each time */
+	static entry_t e;		/* under the lock; filled again each time */
 	static member_t members[32];
 	static char zonename[64];
 	kstat_t ks;
@@ -761,7 +761,7 @@ kernel_header(size_t i, kstat_t *ks)
 	ks->ks_ndata = e->ndata;
 }
 
-/* The merge of the real library: what does not match at its place is freed, the rest made anew. */
+/* The merge of the real library: what does not match at its place is freed, the rest is made again. */
 static void
 merge(handle_t *h)
 {
