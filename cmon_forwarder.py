@@ -2785,10 +2785,7 @@ class Forwarder:
         folder = spool_of(settings)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owners = {os.lstat(folder).st_uid, os.stat(folder).st_uid}      # a link may lead there
-            if owners - {os.geteuid(), 0} or os.stat(folder).st_mode & 0o002:
-                raise ConfigError(f"spool {folder}: other users can write there; set a folder that "
-                                  "only this user can write to")
+            check_spool(folder)
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(f"spool {folder}: {reason_of(error)}") from None
@@ -2942,6 +2939,14 @@ def spool_of(settings: Settings) -> Path:
     return settings.spool
 
 
+def check_spool(folder: Path) -> None:
+    """Raises ConfigError where other users could change the spool; OSError."""
+    owners = {os.lstat(folder).st_uid, os.stat(folder).st_uid}      # a link may lead there
+    if owners - {os.geteuid(), 0} or os.stat(folder).st_mode & 0o002:
+        raise ConfigError(f"spool {folder}: other users can write there; set a folder that only "
+                          "this user can write to")
+
+
 def proxy_context(settings: Settings) -> ssl.SSLContext | None:
     """TLS towards the proxy; None for plain HTTP. Raises ConfigError."""
     if not settings.proxy.url.startswith("https:"):
@@ -3014,12 +3019,15 @@ def reach(settings: Settings) -> list[str]:
             problems.append(f"sinks.{name}: cannot use {where}: {reason_of(error)}")
     folder = spool_of(settings)
     try:
-        fresh = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if fresh:
-            folder.rmdir()
+        if nearest == folder:
+            check_spool(folder)
+    except ConfigError as error:
+        problems += error.problems
     except OSError as error:
         problems.append(f"spool {folder}: {reason_of(error)}")
     return problems

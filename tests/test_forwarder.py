@@ -406,10 +406,11 @@ def test_a_spool_that_other_users_can_write_to_is_refused(
     spool = tmp_path / "spool"
     spool.mkdir()
     prepare(spool)
-    done = run(config, "--once")
-    assert (done.returncode, list(spool.iterdir())) == (2, [])
-    assert done.stderr == (f"cmon_forwarder: spool {spool}: other users can write there; set a "
-                           "folder that only this user can write to\n")
+    for flag in ("--once", "--check-config"):
+        done = run(config, flag)
+        assert (done.returncode, list(spool.iterdir())) == (2, [])
+        assert done.stderr == (f"cmon_forwarder: spool {spool}: other users can write there; set a "
+                               "folder that only this user can write to\n")
 
 
 def test_two_forwarders_do_not_share_a_spool(tmp_path: Path, keep: Keep) -> None:
@@ -476,7 +477,7 @@ def test_check_config_reaches_the_proxy_and_every_sink(tmp_path: Path, keep: Kee
     good = {"h": {"type": "http", "url": f"http://{sink.text}"},
             "g": {"type": "graphite", "address": lines.text},
             "s": {"type": "statsd", "address": udp.text}, "f": {"type": "file", "path": "x.log"}}
-    done = run(write_config(tmp_path, source, good), "--check-config")
+    done = run(write_config(tmp_path, source, good, spool="new/spool"), "--check-config")
     assert (done.returncode, done.stdout, done.stderr) == (
         0, "cmon_forwarder: the settings are good\n", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["forwarder.json"]
@@ -489,15 +490,16 @@ def test_check_config_reaches_the_proxy_and_every_sink(tmp_path: Path, keep: Kee
            "n": {"type": "statsd", "address": "no.such.host.invalid:1"},
            "t": {"type": "http", "url": f"http://{sink.text}", "token_file": "none"},
            "c": {"type": "http", "url": "https://127.0.0.1:1", "ca": "none.pem"}}
-    done = run(write_config(tmp_path, source, bad), "--check-config")
+    done = run(write_config(tmp_path, source, bad, spool="pipe/spool"), "--check-config")
     assert done.returncode == 2
     said = done.stderr.splitlines()
     for part in ("proxy: 401", "sinks.h: cannot use http://", "sinks.g: cannot use 127.0.0.1",
                  "sinks.f: cannot use ", "sinks.n: cannot use no.such.host.invalid:1: the name",
                  "sinks.t: cannot use ", "sinks.c: ",
+                 f"spool {tmp_path}/pipe/spool: not a directory",
                  f"sinks.p: cannot use {tmp_path}/pipe: is a pipe: use a regular file"):
         assert [line for line in said if line.startswith(f"cmon_forwarder: {part}")], part
-    assert len(said) == 8
+    assert len(said) == 9
 
 
 @pytest.mark.parametrize("value, seconds", [
