@@ -2207,7 +2207,8 @@ class Spool:
             folder.mkdir(exist_ok=True)
             stem = f"{self._clock():.6f}"
             (folder / f"{stem}.records").write_bytes(lines(records))
-            (folder / f"{stem}.reason").write_text(f"{len(records)} samples: {reason}\n")
+            (folder / f"{stem}.reason").write_text(
+                f"{len(records)} samples: {reason}\n", "utf-8")
             kept = sorted(folder.glob("*.records"))
             sizes = [path.stat().st_size for path in kept]
             while len(kept) > REFUSED_FILES or sum(sizes) > REFUSED_BYTES:

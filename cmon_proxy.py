@@ -1189,17 +1189,27 @@ class TlsListener(Listener):
         self.tls = tls                  # of new connections
         self.on_handshake = on_handshake
 
+    def use(self, tls: ssl.SSLContext) -> None:
+        """Take another context for new connections. If a CA is no longer trusted, the others end
+        after the answer in progress: it may be the one that verified them in the handshake."""
+        before, self.tls = self.tls, tls
+        if not set(before.get_ca_certs(True)) <= set(tls.get_ca_certs(True)):
+            for connection in list(self.server.connections):
+                if isinstance(connection, TlsConnection) and connection.is_of(self):
+                    connection.retire()
+
 
 class TlsConnection(Connection):
     """A connection of a TlsServer, over TLS if its listener is. All its methods but `shake` run in
     the loop. The handshake is parked between its steps, each of which a worker takes."""
-    __slots__ = ("group", "_tls")
+    __slots__ = ("group", "_tls", "_retired")
     server: TlsServer
 
     def setup(self) -> None:
         """Make the socket non-blocking, and a TLS one where the listener has TLS."""
         super().setup()
         self.group = ""                 # as the peer's, when the last answer was sent
+        self._retired = False           # its handshake no longer counts
         listener = self.server.accepting
         self._tls = listener if isinstance(listener, TlsListener) else None
         if self._tls is not None:
@@ -1238,7 +1248,9 @@ class TlsConnection(Connection):
         self.server.loop.call_soon(self._shaken, wanted)
 
     def _shaken(self, wanted: int | Exception) -> None:
-        if isinstance(wanted, Exception):
+        if self._retired:
+            self.close()
+        elif isinstance(wanted, Exception):
             self.server.shook("failed")
             log.debug("TLS handshake with %s failed: %r", self.peer.address, str(wanted)[:200])
             if getattr(wanted, "reason", "") == "HTTP_REQUEST":
@@ -1273,6 +1285,17 @@ class TlsConnection(Connection):
         if self.group != self.peer.group and self._head is not None:    # None: it is closed
             self.server.regroup(self)
         super()._deliver(answer)
+        if self._retired:
+            self.retire()
+
+    def is_of(self, listener: TlsListener) -> bool:
+        """Whether this listener has accepted it."""
+        return self._tls is listener
+
+    def retire(self) -> None:
+        """Close it, after the answer in progress if there is one."""
+        self._retired, self._keep = True, False
+        self.leave()
 
     @property
     def is_stranger(self) -> bool:
@@ -6648,7 +6671,7 @@ class ServerCertificate:
         if self._watch.is_due(state):
             problems: list[str] = []
             try:
-                self._listener.tls = make_tls(self._proxy.settings)
+                self._listener.use(make_tls(self._proxy.settings))
                 self._warned, self.not_after = float("inf"), self._end()
                 log.info("reloaded the server certificate")
             except ConfigError as error:        # the key may be replaced after the certificate
@@ -6831,7 +6854,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log.warning("%s: changes take effect after a restart", ", ".join(fixed))
             context = make_tls(settings)
             if proxy.listener is not None:
-                proxy.listener.tls = context
+                proxy.listener.use(context)
             proxy.use(settings)
     try:
         return run_daemon("proxy", arguments, load, begin, reload, check)

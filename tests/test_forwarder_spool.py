@@ -8,6 +8,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any, Callable
 
 import pytest
 from forwarding import HttpSink, Source, drained, own, write_config
-from support import Program, wait_until
+from support import ROOT, Program, wait_until
 
 from cmon_agent import ConfigError
 from cmon_forwarder import (
@@ -308,6 +309,16 @@ def test_refused_records_without_reason_are_also_bounded(make: Any, tmp_path: Pa
         for path in (tmp_path / "sink" / "refused").glob("*.reason"):
             path.unlink()
     assert len(list((tmp_path / "sink" / "refused").glob("*.records"))) == 100
+
+
+def test_a_reason_is_saved_in_any_locale(tmp_path: Path) -> None:
+    said = "Gr\u00f6\u00dfe \u2026"                # by a server that speaks German
+    script = ("import pathlib, cmon_forwarder; cmon_forwarder.Spool(pathlib.Path("
+              f"{str(tmp_path)!r}), 'x', 9999).set_aside([b'a'], {ascii(said)})")
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True,
+                   env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    path, = (tmp_path / "refused").glob("*.reason")
+    assert path.read_text("utf-8") == f"1 samples: {said}\n"
 
 
 # --- disks ----------------------------------------------------------------------------------------

@@ -353,7 +353,8 @@ def test_an_unreadable_certificate_is_retried(tmp_path: Path) -> None:
     class Listening:
         """Records each context."""
 
-        def __setattr__(self, name: str, context: Any) -> None:
+        @staticmethod
+        def use(context: Any) -> None:
             given.append(context)
     Stub.settings = settings  # type: ignore[attr-defined]
     watched = ServerCertificate(Stub, Listening())  # type: ignore[arg-type]

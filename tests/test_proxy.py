@@ -573,6 +573,38 @@ def test_with_a_ca(folder: Path) -> None:
                 get(program, page(WEB), who)
 
 
+def test_connections_verified_by_a_ca_that_is_no_longer_trusted_are_closed(
+        folder: Path, agent: Agent) -> None:
+    from cmon_proxy import make_certificate, make_key
+    client_ca = folder / "clients.pem"
+    shutil.copy(TLS / "ca.pem", client_ca)
+    tls = {"certificate": str(TLS / "server.pem"), "key": str(TLS / "server.key"),
+           "client_auth": "ca", "client_ca": str(client_ca)}
+    who = ("ca_client", "client")
+    with proxy(folder, tls=tls) as program, connect(program, who) as idle, \
+            connect(program, who) as busy, ThreadPoolExecutor(1) as pool:
+        def ask(connection: Connection) -> Answer:
+            return connection.request(page(WEB), {"Host": "cmon.test"})
+
+        def reload(times: int) -> None:
+            program.signal(signal.SIGHUP)
+            program.wait_for_log("settings reloaded", times)
+        reload(1)                               # the same CA
+        assert ask(idle).status == ask(busy).status == 200
+        agent.gate.clear()
+        later = pool.submit(ask, busy)
+        wait_until(lambda: len(agent.paths()) == 3)
+        client_ca.write_bytes(make_certificate(make_key(), "another CA", is_ca=True))
+        reload(2)
+        agent.gate.set()
+        assert later.result().status == 200
+        for connection in (idle, busy):
+            with pytest.raises(OSError):
+                ask(connection)
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            get(program, page(WEB), who)
+
+
 def test_the_server_certificate_is_reloaded(tmp_path: Path, agent: Agent) -> None:
     write_inventory(tmp_path, inventory(agent.text))
     for name in ("pem", "key"):
