@@ -413,7 +413,7 @@ class LibraryError(Exception):
 
 
 class Ref:
-    """The place of a kstat in the chain, until the chain changes. Owned by a reader's thread."""
+    """The place of a kstat in the chain, until the chain changes. Belongs to one reader."""
     __slots__ = ("module", "instance", "name", "klass", "type", "crtime", "address", "tables",
                  "shape")
 
