@@ -2297,6 +2297,7 @@ ACCOUNT_TIMEOUT = 3.0               # seconds for one request to mahi: a client 
 ACCOUNTS_DOWN_SECONDS = 5.0         # after a failure, use stale accounts without waiting
 DOWN_ACCOUNTS = 3                   # failing known accounts before mahi counts as down
 LOOKUPS_BURST, LOOKUPS_PER_SECOND = 60.0, 1.0   # lookups of unknown logins, per address
+LEAST_LIST = 0.9                    # fraction of the known VMs; a shorter list is read again
 VM_FIELDS = "uuid,alias,owner_uuid,server_uuid,image_uuid,brand,state,tags"
 FEED_RESOURCES = ("alias", "customer_metadata", "destroyed", "nics", "owner_uuid", "server_uuid",
                   "state", "tags")
@@ -3112,8 +3113,9 @@ class VmReader:
             log.warning("keeping the old inventory: %s", problem)
             self.problem, self._due = str(problem), now + self._backoff.next()
             return
-        if len(listed.vms) * 2 < had and self._short < 2:
-            # a glitch in VMAPI's store must not remove targets from discovery
+        if len(listed.vms) < had * LEAST_LIST - 1 and self._short < 2:
+            # a glitch in VMAPI's store must not remove targets from discovery: an empty page ends
+            # the list, and the feed has reported what was destroyed
             self._short += 1
             log.warning("vmapi lists %d containers instead of %d: reading again",
                         len(listed.vms), had)
