@@ -2979,13 +2979,14 @@ class ChangeFeed:
         feed = WebSocket(self._url, "/changefeeds", {"accept-version": "~1"})
         try:
             self._register(feed)
-            self._backoff.reset()
             self._loop.call_soon(self._connected)
             heartbeat = time.monotonic() + HEARTBEAT_SECONDS
             while not self._server.stopping:
                 for message in feed.receive(min(heartbeat - time.monotonic(), 1.0)):
                     self._take(message)
                 if time.monotonic() >= heartbeat:
+                    # not when it connects: each connection has all containers read
+                    self._backoff.reset()
                     heartbeat = time.monotonic() + HEARTBEAT_SECONDS
                     if feed.answers_pings and time.monotonic() - feed.heard > 3 * HEARTBEAT_SECONDS:
                         raise ServiceError("changefeed: the server has gone silent")

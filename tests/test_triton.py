@@ -25,9 +25,9 @@ from agents import (
     client_tls, key, proxy_config, uuid, vm)
 from cmon_agent import Backoff, Deferred, Peer, Refused, Registry, Request, Server
 from cmon_proxy import (
-    Account, Accounts, Frames, Inventory, InventorySettings, Proxy, Saved, ServiceError, Settings,
-    Snapshot, SnapshotError, TlsSettings, TritonSource, VmReader, account_of, first_certificate,
-    frame_of, make_certificate, make_key, nodes_of, public_key, vm_of)
+    Account, Accounts, ChangeFeed, Frames, Inventory, InventorySettings, Proxy, Saved, ServiceError,
+    Settings, Snapshot, SnapshotError, TlsSettings, TritonSource, VmReader, account_of,
+    first_certificate, frame_of, make_certificate, make_key, nodes_of, public_key, vm_of)
 from support import Answer, Program, free_port, http_get, respond, wait_until
 from test_tenancy import World
 
@@ -437,6 +437,38 @@ def test_heartbeats_and_pings(inside: Any, cloud: Cloud) -> None:
     assert source.vms.follows
     cloud.vmapi.order("silence")            # it takes everything and says nothing more
     wait_until(lambda: len(cloud.vmapi.order("stats")["registrations"]) > 1)
+
+
+@pytest.mark.parametrize("lasting, expected", [(True, [0.5] * 4), (False, [0.5, 1, 2, 4])])
+def test_a_feed_that_ends_soon_is_connected_again_with_growing_pauses(
+        lasting: bool, expected: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each connection has all containers read."""
+    class Ending:
+        answers_pings, heard = False, 0.0
+
+        def __init__(self, *_: Any) -> None:
+            self.messages: list[list[bytes]] = [[b'{"bootstrapRoute": "/vms"}'], []]
+
+        def receive(self, _timeout: float) -> list[bytes]:
+            if not self.messages:
+                raise ServiceError("closed")
+            return self.messages.pop(0)
+
+        def send(self, *_: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+    monkeypatch.setattr(cmon_proxy, "WebSocket", Ending)
+    monkeypatch.setattr(cmon_proxy, "HEARTBEAT_SECONDS", 0.0 if lasting else 1000.0)
+    feed = ChangeFeed("http://vmapi", Server("proxy", Registry()), lambda: 0.5, *(
+        lambda *_: None for _ in range(3)))
+    pauses = []
+    for _ in expected:
+        with pytest.raises(ServiceError, match="closed"):
+            feed._follow_once()
+        pauses.append(feed._backoff.next())
+    assert pauses == expected
 
 
 def test_nodes_missing_from_two_lists_are_removed(inside: Any, cloud: Cloud) -> None:
