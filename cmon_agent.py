@@ -6123,7 +6123,7 @@ class Client:
         finally:
             self._give_back(origin, connection, good)
         body = reader.body
-        if reader.headers.get("content-encoding", "").lower() == "gzip":
+        if body and reader.headers.get("content-encoding", "").lower() == "gzip":
             body = gunzip(body, self._max_body)
         return ClientResponse(reader.status, reader.headers, body)
 

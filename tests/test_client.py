@@ -213,6 +213,14 @@ def test_gzip_is_decompressed_within_a_limit(client: Client) -> None:
     assert gunzip(gzip.compress(b""), 0) == b""
 
 
+@pytest.mark.parametrize("method, status", [("HEAD", 200), ("POST", 204), ("POST", 200)])
+def test_an_answer_without_a_body_may_have_a_coding(client: Client, method: str, status: int
+                                                    ) -> None:
+    server = Scripted([b"HTTP/1.1 %d OK\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n"
+                       % status])
+    assert client.request(method, server.url).body == b""
+
+
 UNREACHABLE = [
     ("a closed port", "http://127.0.0.1:1/", r"cannot reach 127.0.0.1:1: connection refused"),
     ("no such name", "http://nowhere.invalid/", "cannot reach nowhere.invalid:80: the name does"),
