@@ -2224,6 +2224,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0      # seconds between attempts
 MOST_RETRY_AFTER = 3600.0
 SILENT_SECONDS = 1.0        # to wait for a sink that does not confirm deliveries
 GRACE_SECONDS = 3.0         # at the end, for deliveries in flight
+QUIET_SECONDS = 3600.0      # without a refusal, until the next one of the same status is logged
 
 
 class RetryLater(Exception):
@@ -2606,9 +2607,10 @@ class Delivery:
     """One sink: its spool, and the thread that delivers from it."""
 
     def __init__(self, name: str, sink: SinkSettings, folder: Path, limit: int,
-                 random: Callable[[], float] = random.random) -> None:
+                 random: Callable[[], float] = random.random,
+                 now: Callable[[], float] = time.monotonic) -> None:
         self.name, self.sink = name, with_defaults(sink)
-        self._random = random
+        self._random, self._now = random, now
         self._transport = transport_of(self.sink)
         self.form = form_of(self.sink)
         self.spool = Spool(folder / name, self.form, limit)
@@ -2617,7 +2619,9 @@ class Delivery:
         # written by the sink's thread, read by the server's
         self.sent = self.refused = self.failures = 0
         self.problem = ""                   # why the last delivery failed, if it did
-        self._refusing = ""                 # status with which the last delivery was refused
+        self.refusal = ""                   # why the sink refused the last one, if it did
+        self._refused = ""                  # status of the last refusal, and until when the log has
+        self._quiet_until = 0.0             # no other one of that status
         self._thread = threading.Thread(target=self._run, name=f"sink-{name}", daemon=True)
 
     def start(self) -> None:
@@ -2721,11 +2725,12 @@ class Delivery:
 
     def _refuse(self, records: Records, reason: str) -> None:
         self.refused += len(records)
-        status = reason.partition(" ")[0]   # log each once
-        if status != self._refusing:
+        self.refusal = reason
+        status, now = reason.partition(" ")[0], self._now()
+        if status != self._refused or now > self._quiet_until:
             log.error("sink %s refused samples for good (%d, saved in %s): %s", self.name,
                       len(records), self.spool.folder / "refused", reason)
-        self._refusing = status
+        self._refused, self._quiet_until = status, now + QUIET_SECONDS
         self.spool.set_aside(records, reason)
 
     def _failed(self, reason: str, waiting: int) -> None:
@@ -2733,12 +2738,12 @@ class Delivery:
         if not self.problem:
             log.warning("sink %s: delivery failed, retrying (%d samples waiting): %s", self.name,
                         waiting, reason)
-        self.problem = reason
+        self.problem, self.refusal = reason, ""
 
     def _succeeded(self) -> None:
         if self.problem:
             log.info("sink %s: delivery works again", self.name)
-        self.problem = self._refusing = ""
+        self.problem = self.refusal = ""
 
 # --- main -----------------------------------------------------------------------------------------
 
@@ -2877,7 +2882,8 @@ class Forwarder:
             spooled, _, oldest = delivery.spool.state()
             states.append(SinkState(name, delivery.sink.type, delivery.sent, spooled,
                                     sum(delivery.spool.dropped.values()), delivery.refused,
-                                    oldest, delivery.problem))
+                                    oldest, f"refuses samples: {delivery.refusal}"
+                                    if delivery.refusal else delivery.problem))
         return states
 
     def _families(self) -> list[Family]:

@@ -213,6 +213,17 @@ def test_refused_records_are_set_aside_and_large_batches_halved(tmp_path: Path, 
     assert "level" not in {row["name"] for row in picky.rows()}
 
 
+def test_a_sink_that_refuses_samples_is_not_up(tmp_path: Path, keep: Keep) -> None:
+    source, sink = keep(Source()), keep(HttpSink())
+    sink.default = 401
+    config = write_config(tmp_path, source, {"h": {"type": "http", "url": f"http://{sink.text}"}})
+    with Program.forwarder(config) as program:
+        wait_until(lambda: own(program, "sink_up", sink="h") == 0)
+        assert "refuses samples: 401" in http_get(program.address, "/").text
+        sink.default = 204
+        wait_until(lambda: own(program, "sink_up", sink="h") == 1)
+
+
 def test_dead_and_slow_sinks_delay_nobody(tmp_path: Path, keep: Keep) -> None:
     source, sink, hanging = keep(Source(3)), keep(HttpSink()), keep(HttpSink())
     slow, mute = keep(LineSink()), keep(LineSink())
@@ -449,7 +460,7 @@ def test_once_succeeds_only_when_all_is_accepted(tmp_path: Path, keep: Keep) -> 
     assert len(sink.rows()) == 10
     sink.default = 400
     done = run(config, "--once")
-    assert done.returncode == 1 and "did not accept all samples" in done.stderr
+    assert done.returncode == 1 and "sink h: refuses samples: 400" in done.stderr
     sink.close()
     done = run(config, "--once")
     assert done.returncode == 1 and "connection refused" in done.stderr

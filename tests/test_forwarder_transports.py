@@ -563,3 +563,21 @@ def test_a_sink_that_refuses_everything_is_logged_once(tmp_path: Path, keep: Kee
         delivery.join(10)
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         f"sink h refused samples for good (1, saved in {tmp_path}/h/refused)"]
+
+
+def test_a_sink_that_refuses_now_and_then_is_logged_once_in_a_while(
+        tmp_path: Path, keep: Keep, caplog: pytest.LogCaptureFixture) -> None:
+    server, clock = keep(HttpSink()), [0.0]
+    delivery = Delivery("h", SinkSettings(type="http", url=f"http://{server.text}", batch_age=0),
+                        tmp_path, 1 << 20, now=lambda: clock[0])
+    delivery.start()
+    for number, (hours, logged) in enumerate(((0.0, 1), (0.9, 1), (1.8, 1), (3.0, 2), (3.0, 2))):
+        clock[0] = hours * 3600
+        server.answers = [400]
+        delivery.give(scrape((GAUGE, 1)))
+        wait_until(lambda number=number: delivery.refused == number + 1)  # type: ignore[misc]
+        delivery.give(scrape((GAUGE, 2)))
+        wait_until(lambda number=number: delivery.sent == number + 1)  # type: ignore[misc]
+        assert len(caplog.records) == logged and not delivery.refusal
+    delivery.stop()
+    delivery.join(10)
