@@ -112,7 +112,7 @@ __all__ = [     # what the other programs import
     "read_file", "read_json", "READ_SIZE", "reason_of", "Refused", "register_process_metrics",
     "Registry",
     "render", "Request", "Response", "reused", "Route", "Router", "run_daemon",
-    "Sample", "scrape_deadline", "Server", "setting", "SHORTEST_TIMEOUT", "single",
+    "Sample", "scrape_seconds", "Server", "setting", "SHORTEST_TIMEOUT", "single",
     "start_logging", "stop_logging", "SUFFIXES", "SUMMARY",
     "text", "TooLarge",
     "Use", "USE", "USE_BUSY", "USE_FROM", "USE_FULL", "USE_UP", "UUID",
@@ -272,11 +272,20 @@ class Deferred:
 Handler = Callable[..., Union[Answer, Deferred]]
 
 
+def _nothing_else(_request: Request) -> tuple[Any, ...]:
+    return ()
+
+
 class Route(NamedTuple):
-    """A method and a path pattern; `{name}` matches one segment, passed to the handler as text."""
+    """A method and a path pattern; `{name}` matches one segment, passed to the handler as text.
+
+    `options` gives more arguments for the handler, from nothing but the head; raises Refused. It
+    is called once for a head that clients repeat.
+    """
     method: str                             # GET serves HEAD too
     pattern: str
     handler: Handler
+    options: Callable[[Request], tuple[Any, ...]] = _nothing_else
 
 
 def text(status: int, message: str, *headers: tuple[str, str]) -> Response:
@@ -4737,8 +4746,8 @@ SHORTEST_TIMEOUT = 0.1      # seconds; nothing is done in less but begun in vain
 _SECONDS = re.compile(r"(?=.{1,32}$)[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float:
-    """The deadline of a scrape, by the clock of `now`.
+def scrape_seconds(request: Request, default: float = 9.0) -> float:
+    """The seconds that a scrape may take.
 
     Prometheus says how long it waits; a tenth of it, half a second at most, is for the way back.
     The proxy has taken that margin already. A tenth of a second is the least that is kept to.
@@ -4746,18 +4755,14 @@ def scrape_deadline(request: Request, now: float, default: float = 9.0) -> float
     """
     header = request.headers.get("x-prometheus-scrape-timeout-seconds")
     if header is None:
-        return now + default
-    return now + _timeout(header, "x-joyent-cmon-opts" in request.headers)
-
-
-@functools.lru_cache(maxsize=64)
-def _timeout(header: str, without_margin: bool) -> float:
+        return default
     seconds = float(header) if _SECONDS.fullmatch(header) else math.nan
     if not 0 < seconds < math.inf:
         raise Refused(400, "X-Prometheus-Scrape-Timeout-Seconds is not a number of seconds above 0",
                       code="bad_timeout")
     seconds = min(max(seconds, SHORTEST_TIMEOUT), 3600.0)
-    return seconds if without_margin else seconds - min(0.1 * seconds, 0.5)
+    return seconds if "x-joyent-cmon-opts" in request.headers else \
+        seconds - min(0.1 * seconds, 0.5)
 
 
 _phrases = {status: entry[0] for status, entry in
@@ -4838,7 +4843,7 @@ class _Head(NamedTuple):
     """A parsed and routed request head, kept by its bytes."""
     fields: tuple[Any, ...]         # of Request, but for its peer
     route: Route
-    args: tuple[str, ...]
+    args: tuple[Any, ...]
     stats: _Stats
     simple: bool                    # GET on a connection that stays open: prepared bytes fit as is
     packed: bool
@@ -4871,7 +4876,7 @@ class Router:
         raise Refused(404, f"no such path; {self._listed}", code="no_such_path")
 
 
-def call(route: Route, request: Request, args: Sequence[str]) -> Answer | Deferred:
+def call(route: Route, request: Request, args: Sequence[Any]) -> Answer | Deferred:
     """Call the handler; refusals and errors become answers."""
     try:
         return route.handler(request, *args)
@@ -5074,11 +5079,14 @@ class Listener:
     def head(self, raw: bytes, fields: tuple[Any, ...], peer: Peer) -> _Head:
         """Route a parsed head; kept if it has no body."""
         request = _make(Request, (*fields, peer))
-        args: tuple[str, ...] = ()
+        pattern = "none"
+        args: tuple[Any, ...] = ()
         try:
             route, args = self.router.find(request)
+            pattern = route.pattern
+            args += route.options(request)
         except Refused as refusal:
-            route = Route(request.method, "none", _refusing(refusal))
+            route, args = Route(request.method, pattern, _refusing(refusal)), ()
         stats = self.server.stats(route.pattern)
         head = _Head(fields, route, args, stats, request.method == "GET" and request.keep,
                       request.gzip)
@@ -6709,10 +6717,9 @@ class Scraper:
 
     # requests for pages
 
-    def ask(self, zone: str, core: bool | None, client: str, deadline: float
-            ) -> Answer | Deferred:
-        """The page of a zone, or NODE's: at once, or later. `core`: whether the zone's own ports
-        are asked, too; None: as vminfod says. Raises Refused."""
+    def ask(self, zone: str, core: bool | None, client: str, seconds: float) -> Answer | Deferred:
+        """The page of a zone, or NODE's: at once, or within so many seconds. `core`: whether the
+        zone's own ports are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
         page, often = self._asked(zone, core, client, now)
         self.inherited.asked += not self.server.resuming
@@ -6723,7 +6730,7 @@ class Scraper:
         if self._pages.get(page.key) is not page:
             raise self._no_zone(zone)
         if awaited:
-            return self._wait(page, awaited, now, deadline)
+            return self._wait(page, awaited, now, now + seconds)
         if not page.has_values():
             raise Refused(503, f"cannot collect metrics of {zone}: " + self._why(page),
                           ("Retry-After", "5"), code="not_collected")
@@ -7462,10 +7469,11 @@ class Agent:
     def __init__(self, scraper: Scraper, registry: Registry) -> None:
         self.scraper, self.registry = scraper, registry
         self.routes = (
-            Route("GET", "/v1/gz/metrics", self.node_page),
-            Route("GET", "/v1/zones/metrics", self.all_zones),
-            Route("GET", "/v1/{zone}/metrics", self.zone_page),
-            Route("GET", "/vms/{zone}/metrics", self.zone_page),
+            Route("GET", "/v1/gz/metrics", self.node_page, scrape_options),
+            Route("GET", "/v1/zones/metrics", self.all_zones,
+                  lambda request: (scrape_seconds(request),)),
+            Route("GET", "/v1/{zone}/metrics", self.zone_page, scrape_options),
+            Route("GET", "/vms/{zone}/metrics", self.zone_page, scrape_options),
             Route("POST", "/v1/refresh", self.refresh),
             Route("GET", "/v1/metadata", self.metadata),
             Route("GET", "/metrics", self.own_metrics),
@@ -7474,30 +7482,20 @@ class Agent:
             Route("GET", "/", self.overview),
         )
 
-    def zone_page(self, request: Request, zone: str) -> Answer | Deferred:
+    def zone_page(self, request: Request, zone: str, core: bool | None, seconds: float
+                  ) -> Answer | Deferred:
         """The metrics of one running zone."""
-        core = self._is_core(request)
-        deadline = scrape_deadline(request, self.scraper.server.now())
         if zone == NODE:                    # which has its own path
             raise Refused(404, NO_UUID, code="no_such_zone")
-        return self.scraper.ask(zone, core, request.peer.address, deadline)
+        return self.scraper.ask(zone, core, request.peer.address, seconds)
 
-    def node_page(self, request: Request) -> Answer | Deferred:
+    def node_page(self, request: Request, _core: bool | None, seconds: float) -> Answer | Deferred:
         """The metrics of the compute node."""
-        self._is_core(request)
-        deadline = scrape_deadline(request, self.scraper.server.now())
-        return self.scraper.ask(NODE, False, request.peer.address, deadline)
+        return self.scraper.ask(NODE, False, request.peer.address, seconds)
 
-    def _is_core(self, request: Request) -> bool | None:
-        """The proxy's flag for the zone; None without the header."""
-        word = request.headers.get("x-joyent-cmon-opts")
-        return read_opts(word) if word else None
-
-    def all_zones(self, request: Request) -> Deferred:
+    def all_zones(self, _request: Request, seconds: float) -> Deferred:
         """The metrics of all running zones."""
-        server = self.scraper.server
-        deadline = scrape_deadline(request, server.now())
-        later = Deferred(deadline, lambda _: text(
+        later = Deferred(self.scraper.server.now() + seconds, lambda _: text(
             503, "collecting all zones takes longer than the scrape timeout: raise scrape_timeout",
             ("Retry-After", "5"), ("X-Cmon-Error", "not_collected")))
 
@@ -7550,7 +7548,13 @@ class Agent:
         return later
 
 
-@functools.lru_cache(maxsize=64)
+def scrape_options(request: Request) -> tuple[bool | None, float]:
+    """The proxy's flag for the zone, None without the header; and the seconds that the scrape may
+    take. Raises Refused."""
+    word = request.headers.get("x-joyent-cmon-opts")
+    return read_opts(word) if word else None, scrape_seconds(request)
+
+
 def read_opts(word: str) -> bool:
     """isCoreZone of the proxy's header; raises Refused."""
     try:

@@ -78,7 +78,7 @@ try:
         begin_connect, bracketed, call, command_line, command_settings, complain, gunzip, http_date,
         is_address, is_ip, listening_socket, log, one_of, open_streams, page_headers,
         parse_address, plain_page, prepare, read_file, read_json, reason_of,
-        register_process_metrics, render, reused, run_daemon, scrape_deadline, setting, single,
+        register_process_metrics, render, reused, run_daemon, scrape_seconds, setting, single,
         text, wire)
 except ImportError as import_error:
     sys.exit(f"cmon_proxy: {import_error}: cmon_agent.py of the same version must be beside "
@@ -4559,7 +4559,7 @@ class Pages:
     def _time_given(self, header: str, request: Request) -> float:
         """The agent's timeout, from the request's header; raises Refused."""
         timeout = self._proxy.settings.agent.timeout
-        given = min(scrape_deadline(request, 0.0, timeout - min(0.1 * timeout, 0.5)), timeout)
+        given = min(scrape_seconds(request, timeout - min(0.1 * timeout, 0.5)), timeout)
         given = max(round(given, 3), SHORTEST_TIMEOUT)
         self._timeouts.put(header, given)
         return given

@@ -68,9 +68,9 @@ def respond(routes: Sequence[Any], request: Any) -> Any:
     from cmon_agent import Refused, Router, call        # scripts import this module without them
     try:
         route, args = Router(routes).find(request)
+        return call(route, request, (*args, *route.options(request)))
     except Refused as refusal:
         return refusal.answer()
-    return call(route, request, args)
 
 
 # --- programs as processes ------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class Recorded:
 
     def page(self, target: str) -> str:
         """A page as it is now."""
-        asked = self.scraper.ask(target, None, "golden", self.clock.at + 9.0)
+        asked = self.scraper.ask(target, None, "golden", 9.0)
         if isinstance(asked, agent.Deferred):
             end = time.monotonic() + PATIENCE
             while asked.answer is None and time.monotonic() < end:

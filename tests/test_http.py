@@ -25,7 +25,7 @@ from support import Connection, http_get, respond, samples, wait_until
 import cmon_agent
 from cmon_agent import (
     PAGE, Answer, Deferred, Limits, Peer, Refused, Registry, Request, Response, Route, Router,
-    Server, _header_fields, parse_head, prepare, render, scrape_deadline, text, wire)
+    Server, _header_fields, parse_head, prepare, render, scrape_seconds, text, wire)
 from cmon_proxy import (
     TlsLimits, TlsServer, _library, after_handshake, ask_for_any_certificate,
     check_any_certificate, make_certificate, make_key, network_of, server_context)
@@ -96,13 +96,13 @@ DEADLINES = [
 @pytest.mark.parametrize("headers, seconds", [row[1:] for row in DEADLINES],
                          ids=[row[0] for row in DEADLINES])
 def test_a_scrape_has_a_deadline(headers: dict[str, str], seconds: float) -> None:
-    assert scrape_deadline(request(**headers), 100.0) == pytest.approx(100.0 + seconds)
+    assert scrape_seconds(request(**headers)) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("word", ["", "0", "-1", "nan", "inf", "soon", "1,5", "9" * 100])
 def test_an_invalid_deadline_is_refused(word: str) -> None:
     with pytest.raises(Refused, match="X-Prometheus-Scrape-Timeout-Seconds") as refusal:
-        scrape_deadline(request(x_prometheus_scrape_timeout_seconds=word), 0.0)
+        scrape_seconds(request(x_prometheus_scrape_timeout_seconds=word))
     assert refusal.value.status == 400
 
 
@@ -182,7 +182,7 @@ class Served:
         return later
 
     def later(self, request: Request) -> Deferred:
-        later = Deferred(scrape_deadline(request, time.monotonic()),
+        later = Deferred(time.monotonic() + scrape_seconds(request),
                          lambda _: text(503, "too late"))
         later.on_cancel = lambda _: self.cancelled.set()
         self.laters.append(later)
