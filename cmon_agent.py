@@ -690,6 +690,7 @@ class Index:
         self.zones: dict[int, list[Ref]] = {}       # by zone id: what belongs to that zone
         self.misc: dict[int, Ref] = {}              # by zone id: its zone_misc
         self.by_prefix: dict[str, list[int]] = {}   # first 30 characters of a name -> zone ids
+        self.ids: dict[str, int] = {}               # by whole names, those that were looked up
         self.count = 0                              # length of the chain
         self._tables: dict[tuple[Table, ...], tuple[Table, ...]] = {}
 
@@ -1104,10 +1105,14 @@ class Reader:
     def zone_id(self, zone: str) -> int | None:
         """The id of a running zone, also where names share their first 30 characters. Raises
         KstatError when that cannot be decided: None means that the zone does not run."""
+        known = self.index.ids.get(zone)
+        if known is not None:
+            return known
         problem: KstatError | None = None
         for zone_id in self.index.by_prefix.get(zone[:KSTAT_STRLEN - 1], ()):
             try:
                 if self.zone_name(zone_id) == zone:
+                    self.index.ids[zone] = zone_id
                     return zone_id
             except KstatError as error:
                 problem = error
@@ -1923,7 +1928,7 @@ class Part(NamedTuple):
         return self.template % tuple(self.values.split(BETWEEN)) if self.template else ""
 
 
-BETWEEN = "\n\n"                # no value has an empty line: labels are escaped
+BETWEEN, APART = "\n\n", b"\n\n"   # no value has an empty line: labels are escaped
 NOTHING = Part("", "")
 MAX_TEMPLATES = 256             # cached, of each kind
 
@@ -3661,15 +3666,17 @@ class Plan:
         for shape in shapes:
             starts.append(size)
             size += len(shape.places) + (shape.name_place is not None)
-        self.zonenames = [
-            (index, None if shape.name_place is None else starts[index] + shape.name_place)
-            for index, shape in enumerate(shapes) if shape.zonename is not None]
+        self.named = [index for index, shape in enumerate(shapes) if shape.zonename is not None]
+        places = [starts[index] + place for index in self.named
+                  for place in (shapes[index].name_place,) if place is not None]
+        # takes the names; None: some are in places of their own in each kstat
+        self.names = taking(places) if len(places) == len(self.named) else None
         self.labelled: list[tuple[Label, list[int]]] = []   # for these kstats
         self.idle: list[tuple[int, list[int]]] = []     # kstats, to be left out if these are all 0
         self.wrong: list[tuple[str, int]] = []          # collectors, with kstats of a wrong type
         kstats: dict[Table, list[int]] = {}
         label_places: dict[tuple[Table, int], int] = {}
-        for name, tables in wants:
+        for _, tables in wants:
             for table in tables:
                 mine = kstats[table] = [index for index, shape in enumerate(shapes)
                                         if table in shape.tables]
@@ -3771,10 +3778,8 @@ def from_kstats(wants: Wants, reading: Reading, context: Context = None) -> Came
         raise CollectError(f"{name}: {kstats[index].ref}: has the wrong type {shapes[index].type}")
     dropped: set[int] = set()
     if zone is not None:
-        named = zone + b"\0"
-        for index, place in plan.zonenames:
-            if (place is None or values[place] != named) and not is_of_zone(kstats[index], zone):
-                dropped.add(index)
+        if plan.names is None or plan.names(values) != (zone + b"\0",) * len(plan.named):
+            dropped.update([index for index in plan.named if not is_of_zone(kstats[index], zone)])
     for index, places in plan.idle:
         if not any([values[place] for place in places]):
             dropped.add(index)
@@ -6212,9 +6217,9 @@ def rest_of(form: Form, newer: Form) -> Form | None:
 class Source(NamedTuple):
     """Values on a page that were collected together."""
     form: Form
-    values: str
+    values: bytes                               # with APART between them
     at: float                                   # when they came …
-    seconds: str                                # … and how long that took, as the page has it
+    seconds: bytes                              # … and how long that took, as the page has it
     up: bool                                    # no later attempt has failed
 
 
@@ -6243,17 +6248,19 @@ NO_NAMES: AbstractSet[str] = frozenset()        # one object for all cells
 
 class Cell:
     """Collectors that do their work together, of a page or of all pages: what they have brought
-    last, which of them fail now, whether they are at work. Belongs to who has the loop's turn."""
+    last, which of them fail now, whether they are at work. Belongs to the loop."""
     __slots__ = ("name", "collectors", "wants", "lifetime", "shared", "sources", "proved",
-                 "by_zone", "at", "seconds", "claims", "troubles", "began", "late", "pages")
+                 "by_zone", "of_zones", "at", "seconds", "claims", "troubles", "began", "late",
+                 "pages")
 
     def __init__(self, collectors: tuple[Collector, ...]) -> None:
         self.use(collectors)
         self.sources: tuple[Source, ...] = ()   # the newest first, others are of those that fail
         self.proved = False                     # whether these are of a running zone
-        self.by_zone = Shared({}, True)         # of a collector that is shared
+        self.by_zone = Shared({}, True)         # of a collector that is shared …
+        self.of_zones: dict[str, tuple[Source, ...]] = {}   # … in the form of `sources`
         self.at = -math.inf                     # when the newest came …
-        self.seconds = ""                       # … and how long that took, as the page has it
+        self.seconds = b""                      # … and how long that took, as the page has it
         self.claims = NO_NAMES                  # of foreign text: its part of the page
         self.troubles: dict[str, Trouble] = {}  # by collector
         self.began: float | None = None         # when the current job started …
@@ -6272,6 +6279,7 @@ class Cell:
     def mend(self) -> None:
         """Forget failures: the cause may have been repaired."""
         self.troubles.clear()
+        self.of_zones = {}
 
     def forget(self) -> None:
         """Collect it again, regardless of its age."""
@@ -6304,9 +6312,9 @@ class Page:
 
     def has_values(self) -> bool:
         """Whether there is something to send; of a zone only what its kstats have proved to run."""
-        if self.zone == NODE:
-            return any([cell.sources for cell in self.cells])
-        return self.is_proved()
+        if self.proof is not None:
+            return self.proof.proved
+        return self.zone != NODE or any([cell.sources for cell in self.cells])
 
     def is_proved(self) -> bool:
         """Whether its zone is known to run; until then, no command is run for it."""
@@ -6486,7 +6494,7 @@ TIME_TEMPLATE = render([family_of(TIME_OF_DAY, [Sample((), 0)])]).replace(" 0\n"
 class PageLayout(NamedTuple):
     """A page but for its values. They are put between the texts: `%` looks at each character of a
     template, which takes 50 times as long."""
-    texts: list[str]                            # and at each odd place one for a value
+    texts: list[bytes]                          # and at each odd place one for a value
     order: Taking                               # the values as they are on the page
     missing: tuple[str, ...]                    # collectors without values
 
@@ -6540,8 +6548,8 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
         text_.append(f'{COLLECTOR_UP.name}{{collector="{name}"}} {0 if name in missing else 1}\n')
         if name in missing and why.get(name):   # as a comment: a label would make it another series
             text_.append(f"# {name}: {why[name]}\n".replace("%", "%%"))
-    texts = [""] * (2 * len(order) + 1)
-    texts[::2] = [piece.replace("\0", "%")
+    texts = [b""] * (2 * len(order) + 1)
+    texts[::2] = [piece.replace("\0", "%").encode()
                   for piece in "".join(text_).replace("%%", "\0").split("%s")]
     return PageLayout(texts, operator.itemgetter(*order), missing)
 
@@ -6549,8 +6557,8 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
 class KstatParts:
     """From raw kstats to parts of pages, and what has to be remembered for that."""
 
-    def __init__(self, host: Host, now: Callable[[], float], booked: Counter) -> None:
-        self._host, self._now, self._booked = host, now, booked
+    def __init__(self, host: Host, now: Callable[[], float]) -> None:
+        self._host, self._now = host, now
         # Boots of zones: labels of their links, None for links that go without.
         self._labels: dict[tuple[str, int], Mapping[str, tuple[str, str]] | None] = {}
         self._unlabelled: dict[tuple[str, int], float] = {}     # zones without labels yet -> since
@@ -6558,7 +6566,7 @@ class KstatParts:
 
     def zone(self, wants: Wants, zone: str, reading: Reading) -> Came:
         """What collectors send of a zone."""
-        return self._came("zone", wants, reading, ZoneContext(
+        return each_from_kstats(wants, reading, ZoneContext(
             reading.zone_id, zone.encode(),
             functools.partial(self._nics, zone, reading.zone_id)))
 
@@ -6566,13 +6574,7 @@ class KstatParts:
         """What collectors send of the node."""
         context = NodeContext(self._host.page_size, self._vminfo)
         self._vminfo = vminfo_readings(reading.kstats, self._vminfo)
-        return self._came("node", wants, reading, context)
-
-    def _came(self, scope: str, wants: Wants, reading: Reading, context: Context) -> Came:
-        cpu = time.thread_time()
-        came = each_from_kstats(wants, reading, context)
-        self._booked.add(time.thread_time() - cpu, scope)
-        return came
+        return each_from_kstats(wants, reading, context)
 
     def _nics(self, zone: str, zone_id: int) -> Mapping[str, tuple[str, str]] | None:
         """The labels of a zone's links; None: none; raises NotYet while that is not decided.
@@ -6624,13 +6626,11 @@ class Scraper:
         self.generation = 0                     # of the collectors of pages
         # Of pages by their kind: the collectors, and their names.
         self._kinds: dict[tuple[Any, ...], tuple[tuple[Collector, ...], tuple[str, ...]]] = {}
-        add = registry.counter
         self._collections: dict[tuple[tuple[str, ...], str], int] = {}  # by collectors and result
-        self.problems = add("cmon_agent_input_problems_total", "Lines and families of plugins, "
-                            "text files and core zones that were left out.", "source")
-        self._parts = KstatParts(host, server.now, add(
-            "cmon_agent_collection_cpu_seconds_total", "CPU time of rendering kstats in seconds.",
-            "scope"))
+        self.problems = registry.counter(
+            "cmon_agent_input_problems_total", "Lines and families of plugins, text files and "
+            "core zones that were left out.", "source")
+        self._parts = KstatParts(host, server.now)
         registry.collect(self._own_families)
         self._reads: list[Job] = []             # gathered reads
         self._reads_begin = -math.inf           # when they begin, if they are not too many before,
@@ -6721,8 +6721,11 @@ class Scraper:
         """The page of a zone, or NODE's: at once, or within so many seconds. `core`: whether the
         zone's own ports are asked, too; None: as vminfod says. Raises Refused."""
         now = self.server.now()
-        page, often = self._asked(zone, core, client, now)
-        self.inherited.asked += not self.server.resuming
+        page = self._page(zone, core, now)
+        often = now - page.used < PREPARED_SECONDS      # asked for just before
+        if not self.server.resuming:
+            self.inherited.asked += 1
+            page.seen(client, now)
         if page.prepared is not None and now < page.until:
             self.inherited.ready += 1
             return page.prepared
@@ -6747,26 +6750,24 @@ class Scraper:
     def bring(self, zone: str, deadline: float) -> Deferred | None:
         """As `ask`, for the page of all zones: the answer to wait for, if any."""
         now = self.server.now()
-        page, _ = self._asked(zone, None, "all zones", now)
+        page = self._page(zone, None, now)
+        page.seen("all zones", now)
         awaited = self._collect(page, now, at_once=False)
         return self._wait(page, awaited, now, deadline) if awaited else None
 
-    def _asked(self, zone: str, core: bool | None, client: str, now: float) -> tuple[Page, bool]:
-        """The page, and whether it was asked for just before."""
-        if core is None:
-            core = self._is_core(zone)
-        page = self._pages.get((zone, core))
+    def _page(self, zone: str, core: bool | None, now: float) -> Page:
+        """The page that somebody asks for."""
+        if now >= self._next_look:
+            self.look(now)
+        key = (zone, self._is_core(zone) if core is None else core)
+        page = self._pages.get(key)
         if page is None:
             if zone != NODE and not UUID.fullmatch(zone):
                 raise Refused(404, NO_UUID, code="no_such_zone")
             if self._unknown.get(zone, 0.0) > now:
                 raise self._no_zone(zone)
-            page = self._pages[(zone, core)] = Page(zone, core, now)
-        often = now - page.used < PREPARED_SECONDS
-        if not self.server.resuming:
-            page.seen(client, now)
-        self.look(now)
-        return page, often
+            page = self._pages[key] = Page(*key, now)
+        return page
 
     def _wait(self, page: Page, awaited: set[Cell], now: float, deadline: float) -> Deferred:
         """The page, once these cells have values."""
@@ -6815,16 +6816,14 @@ class Scraper:
         if page.generation != self.generation:
             self._furnish(page)
         awaited: set[Cell] = set()
-        proved = page.is_proved()
         for cell in page.cells:
             if cell.began is None:
-                if not (proved or cell.name == KSTATS or cell.shared) \
-                        or not self._is_due(cell, page, now):
+                if not self._is_due(cell, page, now) or not (
+                        cell.name == KSTATS or cell.shared or page.is_proved()):
                     continue
                 cell.pages = (page,)
                 self._begin(cell, page, now, at_once)
                 if cell.began is None:          # and done
-                    proved = page.is_proved()
                     continue
             elif page not in cell.pages:
                 cell.pages += (page,)
@@ -6840,13 +6839,16 @@ class Scraper:
         return max(seconds * self.governor.stretch, self.settings.min_poll_interval)
 
     def _is_due(self, cell: Cell, page: Page, now: float) -> bool:
-        for trouble in cell.troubles.values():
-            if self._may_retry(trouble, cell, now):
+        if cell.troubles:
+            if any([self._may_retry(trouble, cell, now) for trouble in cell.troubles.values()]):
                 return True
-        if len(cell.troubles) == len(cell.collectors):
-            return False
-        return now - cell.at >= self.lifetime(cell, page, now) \
-            or cell.shared and self._is_older(cell, page, now)
+            if len(cell.troubles) == len(cell.collectors):
+                return False
+        if cell.shared and page.zone not in cell.by_zone.parts and self._is_older(cell, page, now):
+            return True
+        age = now - cell.at
+        return (age >= cell.lifetime or cell.name == KSTATS) \
+            and age >= self.lifetime(cell, page, now)
 
     def _may_retry(self, trouble: Trouble, cell: Cell, now: float) -> bool:
         if trouble.breaker is not None and trouble.breaker.retry_seconds > 0:
@@ -6858,8 +6860,7 @@ class Scraper:
     @staticmethod
     def _is_older(cell: Cell, page: Page, now: float) -> bool:
         """Whether a list that lacks this zone is incomplete, or was made before the zone came."""
-        return page.zone not in cell.by_zone.parts \
-            and (not cell.by_zone.complete or cell.at < page.since) \
+        return (not cell.by_zone.complete or cell.at < page.since) \
             and now - cell.at > NEW_DATASET_SECONDS
 
     # results
@@ -6971,7 +6972,7 @@ class Scraper:
                 self._gone(page, now)
             return
         was_proved = cell.proved
-        self._take(cell, pages[0], brought, at, repr(round(at - began, 6)))
+        self._take(cell, pages[0], brought, at, b"%.6f" % (at - began))
         for page in pages:
             if cell.name == KSTATS:
                 page.checked = now
@@ -6993,7 +6994,7 @@ class Scraper:
             later.finish(self._no_zone(page.zone).answer())
 
     def _take(self, cell: Cell, page: Page, brought: Came | Found | Exception, at: float,
-              seconds: str) -> None:
+              seconds: bytes) -> None:
         """Store new values; keep the old ones of collectors that failed or were left out."""
         where = "all zones" if cell.shared else page.zone
         form, values, failed = brought if isinstance(brought, Came) else \
@@ -7001,12 +7002,12 @@ class Scraper:
         if form.names and values.count(BETWEEN) != form.size - 1:   # a bug: drop the values
             failed = {**failed, **dict.fromkeys(form.names, CollectError("values do not fit"))}
             form = NO_FORM
-        sources = [Source(form, values, at, seconds, True)] if form.names else []
+        sources = [Source(form, values.encode(), at, seconds, True)] if form.names else []
         for source in cell.sources:
             rest = None if source.form is form else rest_of(source.form, form)
             if rest is not None:
                 sources.append(Source(rest, source.values, source.at, source.seconds, False))
-        cell.sources = tuple(sources)
+        cell.sources, cell.of_zones = tuple(sources), {}
         cell.proved = cell.proved or not PROOFS.isdisjoint(form.names)
         if form.names:
             cell.at, cell.seconds = at, seconds
@@ -7104,16 +7105,16 @@ class Scraper:
         return self._answer(page, now, since)
 
     def _answer(self, page: Page, now: float, since: float) -> Response:
-        shown, missing = self.text(page, now, since)
+        shown, missing = self.body(page, now, since)
         # lets the proxy report incomplete scrapes without parsing the page
         headers = (("X-Cmon-Partial", ",".join(missing)),) if missing else ()
-        return Response(200, shown.encode(), PAGE, headers)
+        return Response(200, shown, PAGE, headers)
 
-    def text(self, page: Page, now: float, since: float) -> tuple[str, tuple[str, ...]]:
-        """The page as text, and which of its collectors do not work; what came after `since` was
+    def body(self, page: Page, now: float, since: float) -> tuple[bytes, tuple[str, ...]]:
+        """The page, and which of its collectors do not work; what came after `since` was
         not in the cache."""
         forms: list[Any] = []
-        values = [str(int(self.host.time() * 1000)), "0.0"]
+        values = [b"%d" % (self.host.time() * 1000), b"0.0"]
         notes: tuple[tuple[str, str], ...] = ()
         for cell in page.cells:
             if cell.troubles:
@@ -7124,24 +7125,33 @@ class Scraper:
                 if age > STALE_SECONDS and age > 3 * self.lifetime(cell, page, now):
                     continue
                 forms += (form, up and not cell.late)
-                values += joined.split(BETWEEN)
-                values += ("1" if at < since else "0", seconds, repr(round(age, 3)))
+                values += joined.split(APART)
+                values += (b"1" if at < since else b"0", seconds, b"%.3f" % age)
         texts, order, missing = page_layout(page.names, tuple(forms), notes)
         texts = texts.copy()
         texts[1::2] = order(values)
-        shown = "".join(texts)
+        shown = b"".join(texts)
         if page.zone == NODE:
             shown += render(self.inherited.families(sum(
-                [len(source.form.names) for cell in self.all_cells() for source in cell.sources])))
+                [len(source.form.names) for cell in self.all_cells() for source in cell.sources])
+                )).encode()
         return shown, missing
 
     def _of_zone(self, cell: Cell, page: Page, now: float) -> tuple[Source, ...]:
         """This zone's part of a collector for all zones."""
-        part = cell.by_zone.parts.get(page.zone, NOTHING if cell.by_zone.complete else None)
-        if not cell.sources or part is None or self._is_older(cell, page, now):
+        known = cell.of_zones.get(page.zone)
+        if known is not None:
+            return known
+        part = cell.by_zone.parts.get(page.zone)
+        if not cell.sources or part is None and (
+                not cell.by_zone.complete or self._is_older(cell, page, now)):
             return ()
-        return (Source(form_of((cell.name,), (part.template,)), part.values, cell.at, cell.seconds,
-                       not cell.troubles),)
+        template, values = part or NOTHING
+        found = (Source(form_of((cell.name,), (template,)), values.encode(), cell.at, cell.seconds,
+                        not cell.troubles),)
+        if part is not None:
+            cell.of_zones[page.zone] = found
+        return found
 
     # the collectors of pages
 
@@ -7253,7 +7263,7 @@ class Scraper:
         """The pages of these zones as text, if they have values."""
         now = self.server.now()
         pages = ((zone, self._pages.get((zone, self._is_core(zone)))) for zone in zones)
-        return {zone: self.text(page, now, math.inf)[0] for zone, page in pages
+        return {zone: self.body(page, now, math.inf)[0].decode() for zone, page in pages
                 if page is not None and page.has_values()}
 
     def look(self, now: float) -> None:

@@ -752,7 +752,7 @@ def test_the_page_of_all_zones_ignores_the_proxys_core_flag(kernel: Callable[...
     page = desk.page("/v1/zones/metrics")
     ages = re.findall(r'^cmon_sample_age_seconds{zonename="%s",collector="memcap"} (\S+)$' % WEB01,
                       page, re.M)
-    assert ages == ["0.0"]
+    assert [float(age) for age in ages] == [0.0]
     desk.close()
 
 
