@@ -6187,6 +6187,7 @@ GATHER_SECONDS = 0.1            # arrive within this time, or this many clients,
 GATHER_MOST = 8                 # after the first, they find the processor's caches warm. At lower
                                 # rates the timer costs as much as it saves
 HURRY_SECONDS = 1.0             # clients that wait no longer than this are served at once
+LOOK_SECONDS = 2.0              # between two looks at what the agent uses
 PREPARED_SECONDS = 0.5          # how long a complete answer is reused: its ages are exact to this
 LEAST_LIFETIME = 1.0            # seconds; more frequent scrapes get the same samples
 INTERVAL_SHARE = 0.8            # of the scrape interval, so that each scrape gets new samples
@@ -6287,16 +6288,28 @@ class Cell:
         self.sources, self.proved, self.at = (), False, -math.inf
 
 
+class Kind:
+    """Pages with the same collectors. One object for all of them: they find their layout by it."""
+    __slots__ = ("collectors", "names")
+
+    def __init__(self, collectors: Iterable[Collector]) -> None:
+        self.collectors = tuple(collectors)     # in page order
+        self.names = tuple([collector.name for collector in self.collectors])
+
+
+NO_KIND = Kind(())
+
+
 class Page:
     """One page: its collectors and its waiters. Owned by the loop."""
-    __slots__ = ("key", "zone", "core", "names", "cells", "proof", "generation", "waiting",
+    __slots__ = ("key", "zone", "core", "kind", "cells", "proof", "generation", "waiting",
                  "waiting_since", "prepared", "until", "asked", "used", "since", "checked")
 
     def __init__(self, zone: str, core: bool, since: float) -> None:
         self.key = (zone, core)
         self.since = since                      # when it was asked for first
         self.zone, self.core = zone, core
-        self.names: tuple[str, ...] = ()        # of its collectors, in page order
+        self.kind = NO_KIND
         self.cells: tuple[Cell, ...] = ()
         self.proof: Cell | None = None          # has values only if the zone runs
         self.generation = -1
@@ -6347,8 +6360,7 @@ class Governor:
     """Limits the CPU time of the agent and its commands to a share of one CPU.
 
     Over the budget it stretches the lifetimes of all values, so that less is collected; under it
-    they shrink back. A burst as large as 30 s of the budget goes through. Looked at when somebody
-    asks, at most once a second.
+    they shrink back. A burst as large as 30 s of the budget goes through.
     """
 
     def __init__(self, cpu: Callable[[], float] = cpu_seconds,
@@ -6500,8 +6512,8 @@ class PageLayout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=MAX_TEMPLATES)
-def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
-                notes: tuple[tuple[str, str], ...]) -> PageLayout:
+def page_layout(kind: Kind, shown: tuple[Any, ...], notes: tuple[tuple[str, str], ...]
+                ) -> PageLayout:
     """A whole page: the parts of its collectors, each with its meta-metrics; then the time, ages,
     and which collectors work.
 
@@ -6523,7 +6535,7 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
         for metric, value in zip(META, values):
             name = metric.name.format(collector)
             text_.append(_head(name, metric.kind, metric.help) + f"{name} {value}\n")
-    for collector in collectors:
+    for collector in kind.names:
         if collector in by_name:
             template, places, cached, _ = by_name[collector]
             text_.append(template)
@@ -6535,16 +6547,16 @@ def page_layout(collectors: tuple[str, ...], shown: tuple[Any, ...],
     order.append(0)
     meta("time", "1", "0", "0.0")
     text_.append(_head(SAMPLE_AGE.name, SAMPLE_AGE.kind, SAMPLE_AGE.help))
-    for collector in collectors:
+    for collector in kind.names:
         if collector in by_name:
             text_.append(f'{SAMPLE_AGE.name}{{collector="{collector}"}} %s\n')
             order.append(by_name[collector][2] + 2)
     text_.append(f'{SAMPLE_AGE.name}{{collector="time"}} %s\n')
     order.append(1)
     text_.append(_head(COLLECTOR_UP.name, COLLECTOR_UP.kind, COLLECTOR_UP.help))
-    missing = tuple([name for name in collectors if name not in by_name or not by_name[name][3]])
+    missing = tuple([name for name in kind.names if name not in by_name or not by_name[name][3]])
     why = dict(notes)
-    for name in (*collectors, "time"):
+    for name in (*kind.names, "time"):
         text_.append(f'{COLLECTOR_UP.name}{{collector="{name}"}} {0 if name in missing else 1}\n')
         if name in missing and why.get(name):   # as a comment: a label would make it another series
             text_.append(f"# {name}: {why[name]}\n".replace("%", "%%"))
@@ -6624,8 +6636,7 @@ class Scraper:
         self._debug_ids: dict[str, int] = {}    # zone -> its debug id, from zoneadm
         self._rereading = False                 # whether zoneadm is running for them
         self.generation = 0                     # of the collectors of pages
-        # Of pages by their kind: the collectors, and their names.
-        self._kinds: dict[tuple[Any, ...], tuple[tuple[Collector, ...], tuple[str, ...]]] = {}
+        self._kinds: dict[tuple[Any, ...], Kind] = {}
         self._collections: dict[tuple[tuple[str, ...], str], int] = {}  # by collectors and result
         self.problems = registry.counter(
             "cmon_agent_input_problems_total", "Lines and families of plugins, text files and "
@@ -6636,7 +6647,8 @@ class Scraper:
         self._reads_begin = -math.inf           # when they begin, if they are not too many before,
         self._gathering: int | None = None      # and the timer for that
         self._waiters = 0                       # clients that wait meanwhile: one a read, or more
-        self._rate = self._rate_now = 0         # reads in the last second, and in this one
+        self._rate = 0.0                        # reads a second before the last look …
+        self._rate_now = 0                      # … and reads since
         self._next_look = self._last_look = 0.0
         self._sent: list[Page] = []             # pages whose whole answer is kept
         server.loop.every(60.0, self._forget)
@@ -6888,7 +6900,7 @@ class Scraper:
     def _have_gathered(self) -> None:
         self._gathering = None
         if len(self._reads) == 1:       # gathering had no effect, as with a sequential client
-            self._rate = 0
+            self._rate = 0.0
         self._begin_reads()
 
     def _begin_reads(self) -> None:
@@ -7108,7 +7120,7 @@ class Scraper:
         shown, missing = self.body(page, now, since)
         # lets the proxy report incomplete scrapes without parsing the page
         headers = (("X-Cmon-Partial", ",".join(missing)),) if missing else ()
-        return Response(200, shown, PAGE, headers)
+        return _make(Response, (200, shown, PAGE, headers))
 
     def body(self, page: Page, now: float, since: float) -> tuple[bytes, tuple[str, ...]]:
         """The page, and which of its collectors do not work; what came after `since` was
@@ -7120,14 +7132,15 @@ class Scraper:
             if cell.troubles:
                 notes += tuple([(name, trouble.note) for name, trouble in cell.troubles.items()])
             for form, joined, at, seconds, up in (
-                    self._of_zone(cell, page, now) if cell.shared else cell.sources):
+                    cell.sources if not cell.shared else
+                    cell.of_zones.get(page.zone) or self._of_zone(cell, page, now)):
                 age = now - at
                 if age > STALE_SECONDS and age > 3 * self.lifetime(cell, page, now):
                     continue
                 forms += (form, up and not cell.late)
                 values += joined.split(APART)
                 values += (b"1" if at < since else b"0", seconds, b"%.3f" % age)
-        texts, order, missing = page_layout(page.names, tuple(forms), notes)
+        texts, order, missing = page_layout(page.kind, tuple(forms), notes)
         texts = texts.copy()
         texts[1::2] = order(values)
         shown = b"".join(texts)
@@ -7139,9 +7152,6 @@ class Scraper:
 
     def _of_zone(self, cell: Cell, page: Page, now: float) -> tuple[Source, ...]:
         """This zone's part of a collector for all zones."""
-        known = cell.of_zones.get(page.zone)
-        if known is not None:
-            return known
         part = cell.by_zone.parts.get(page.zone)
         if not cell.sources or part is None and (
                 not cell.by_zone.complete or self._is_older(cell, page, now)):
@@ -7159,14 +7169,13 @@ class Scraper:
         """Update a page's collectors; those that remain keep their values."""
         plugins = [plugin for plugin in self._plugins["gz" if page.zone == NODE else "vm"]
                    if plugin.zones is None or page.zone in plugin.zones]
-        kind = (self.generation, page.zone == NODE, page.core, *(plugin.name for plugin in plugins))
-        known = self._kinds.get(kind)
-        if known is None:
+        key = (self.generation, page.zone == NODE, page.core, *(plugin.name for plugin in plugins))
+        kind = self._kinds.get(key)
+        if kind is None:
             if len(self._kinds) > 100:
                 self._kinds.clear()
-            rows = tuple(self._rows(page, plugins))
-            known = self._kinds[kind] = (rows, tuple([row.name for row in rows]))
-        rows, page.names = known
+            kind = self._kinds[key] = Kind(self._rows(page, plugins))
+        page.kind, rows = kind, kind.collectors
         reading = tuple([row for row in rows if row.collect is None])
         groups = [reading] if any([row.tables for row in reading]) else []
         groups += [(row,) for row in rows if row.collect is not None]
@@ -7267,13 +7276,14 @@ class Scraper:
                 if page is not None and page.has_values()}
 
     def look(self, now: float) -> None:
-        """At most once a second, and only when somebody asks: look at the budget, and how much is
-        read. An idle agent sleeps."""
+        """Now and then, and only when somebody asks: look at the budget, and how much is read. An
+        idle agent sleeps."""
         if now < self._next_look:
             return
         self.governor.look(self.settings.cpu_budget)
-        self._rate, self._rate_now = self._rate_now if now - self._last_look < 2.0 else 0, 0
-        self._last_look, self._next_look = now, now + 1.0
+        passed = now - self._last_look
+        self._rate, self._rate_now = self._rate_now / passed if passed < 2 * LOOK_SECONDS else 0, 0
+        self._last_look, self._next_look = now, now + LOOK_SECONDS
 
     def _keep(self, page: Page, answer: Response, now: float) -> Prepared:
         """Send a whole answer again for a while."""

@@ -1110,6 +1110,7 @@ def test_ten_thousand_scrapes_beside_a_blocked_read(desk: Callable[..., Desk]) -
 def test_on_a_busy_node_reads_of_several_zones_begin_together(desk: Callable[..., Desk],
                                                               monkeypatch: Any) -> None:
     monkeypatch.setattr(agent_module, "BUSY_RATE", 4)
+    monkeypatch.setattr(agent_module, "LOOK_SECONDS", 1.0)
     zones = [f"{number:08x}-0000-4000-8000-000000000000" for number in range(40)]
     one: Any = desk([{**kstat, "instance": number, "data": {**kstat["data"]}}
                      for number, zone in enumerate(zones, 1) for kstat in small(number, zone)])
