@@ -7014,7 +7014,9 @@ class Scraper:
         if form.names and values.count(BETWEEN) != form.size - 1:   # a bug: drop the values
             failed = {**failed, **dict.fromkeys(form.names, CollectError("values do not fit"))}
             form = NO_FORM
-        sources = [Source(form, values.encode(), at, seconds, True)] if form.names else []
+        # "replace": the JSON of a capture may have lone surrogates, which UTF-8 cannot encode
+        sources = [Source(form, values.encode("utf-8", "replace"), at, seconds, True)] \
+            if form.names else []
         for source in cell.sources:
             rest = None if source.form is form else rest_of(source.form, form)
             if rest is not None:
@@ -7157,8 +7159,8 @@ class Scraper:
                 not cell.by_zone.complete or self._is_older(cell, page, now)):
             return ()
         template, values = part or NOTHING
-        found = (Source(form_of((cell.name,), (template,)), values.encode(), cell.at, cell.seconds,
-                        not cell.troubles),)
+        found = (Source(form_of((cell.name,), (template,)), values.encode("utf-8", "replace"),
+                        cell.at, cell.seconds, not cell.troubles),)
         if part is not None:
             cell.of_zones[page.zone] = found
         return found

@@ -826,6 +826,24 @@ def test_a_capture_is_written_without_vms_if_vminfod_fails(kernel: Callable[...,
     info.info.close()
 
 
+def test_lone_surrogates_in_a_capture_are_replaced_on_pages(tmp_path: Path) -> None:
+    content = json.loads(NODE.read_text())
+    frame = content["frames"][0]
+    for line, output in frame["commands"].items():
+        if "zpool" in line:
+            output["stdout"] = output["stdout"].replace("zones", "zo\ud800nes")
+    for kstat in frame["kstats"]:
+        if kstat["module"] == "link":
+            kstat["name"] += "\udfff"
+    path = tmp_path / "capture.json"
+    path.write_text(json.dumps({**content, "frames": [frame]}))
+    with Program.agent("--replay", path) as program:
+        pages = [http_get(program.address, f"/v1/{target}/metrics") for target in ("gz", LB01)]
+        assert [(answer.status, down(answer.text)) for answer in pages] == [(200, set())] * 2
+        assert 'zo?nes"' in pages[0].text and 'net0?"' in pages[1].text
+        assert "Traceback" not in program.log
+
+
 def test_a_capture_skips_a_blocked_and_a_failing_kstat(kernel: Callable[..., Kernel], tmp_path: Path
                                                       ) -> None:
     one = Machine(tmp_path / "m", kernel(node()["frames"][0]["kstats"]))
