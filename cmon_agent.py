@@ -6289,15 +6289,15 @@ class Cell:
 
 
 class Kind:
-    """Pages with the same collectors. One object for all of them: they find their layout by it."""
-    __slots__ = ("collectors", "names")
+    """The names of a page's collectors, in page order. One object for all pages that are alike, so
+    that they find their layout without a look at each name."""
+    __slots__ = ("names",)
 
-    def __init__(self, collectors: Iterable[Collector]) -> None:
-        self.collectors = tuple(collectors)     # in page order
-        self.names = tuple([collector.name for collector in self.collectors])
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
 
 
-NO_KIND = Kind(())
+kind_of = functools.lru_cache(maxsize=MAX_TEMPLATES)(Kind)
 
 
 class Page:
@@ -6309,7 +6309,7 @@ class Page:
         self.key = (zone, core)
         self.since = since                      # when it was asked for first
         self.zone, self.core = zone, core
-        self.kind = NO_KIND
+        self.kind = kind_of(())
         self.cells: tuple[Cell, ...] = ()
         self.proof: Cell | None = None          # has values only if the zone runs
         self.generation = -1
@@ -6636,7 +6636,8 @@ class Scraper:
         self._debug_ids: dict[str, int] = {}    # zone -> its debug id, from zoneadm
         self._rereading = False                 # whether zoneadm is running for them
         self.generation = 0                     # of the collectors of pages
-        self._kinds: dict[tuple[Any, ...], Kind] = {}
+        # of pages that are alike
+        self._collectors: dict[tuple[Any, ...], tuple[tuple[Collector, ...], Kind]] = {}
         self._collections: dict[tuple[tuple[str, ...], str], int] = {}  # by collectors and result
         self.problems = registry.counter(
             "cmon_agent_input_problems_total", "Lines and families of plugins, text files and "
@@ -7172,12 +7173,13 @@ class Scraper:
         plugins = [plugin for plugin in self._plugins["gz" if page.zone == NODE else "vm"]
                    if plugin.zones is None or page.zone in plugin.zones]
         key = (self.generation, page.zone == NODE, page.core, *(plugin.name for plugin in plugins))
-        kind = self._kinds.get(key)
-        if kind is None:
-            if len(self._kinds) > 100:
-                self._kinds.clear()
-            kind = self._kinds[key] = Kind(self._rows(page, plugins))
-        page.kind, rows = kind, kind.collectors
+        known = self._collectors.get(key)
+        if known is None:
+            if len(self._collectors) > 100:
+                self._collectors.clear()
+            rows = tuple(self._rows(page, plugins))
+            known = self._collectors[key] = (rows, kind_of(tuple([row.name for row in rows])))
+        rows, page.kind = known
         reading = tuple([row for row in rows if row.collect is None])
         groups = [reading] if any([row.tables for row in reading]) else []
         groups += [(row,) for row in rows if row.collect is not None]
