@@ -1928,7 +1928,8 @@ class Part(NamedTuple):
         return self.template % tuple(self.values.split(BETWEEN)) if self.template else ""
 
 
-BETWEEN, APART = "\n\n", b"\n\n"   # no value has an empty line: labels are escaped
+BETWEEN = "\n\n"                # no value has an empty line: labels are escaped
+APART = BETWEEN.encode()
 NOTHING = Part("", "")
 MAX_TEMPLATES = 256             # cached, of each kind
 
@@ -6223,6 +6224,12 @@ class Source(NamedTuple):
     seconds: bytes                              # … and how long that took, as the page has it
     up: bool                                    # no later attempt has failed
 
+    @classmethod
+    def of(cls, form: Form, values: str, at: float, seconds: bytes, up: bool) -> Source:
+        """As for a page. The JSON of a capture may have lone surrogates, which UTF-8 cannot
+        encode: they become question marks."""
+        return cls(form, values.encode("utf-8", "replace"), at, seconds, up)
+
 
 class Trouble:
     """A failing collector."""
@@ -7015,9 +7022,7 @@ class Scraper:
         if form.names and values.count(BETWEEN) != form.size - 1:   # a bug: drop the values
             failed = {**failed, **dict.fromkeys(form.names, CollectError("values do not fit"))}
             form = NO_FORM
-        # "replace": the JSON of a capture may have lone surrogates, which UTF-8 cannot encode
-        sources = [Source(form, values.encode("utf-8", "replace"), at, seconds, True)] \
-            if form.names else []
+        sources = [Source.of(form, values, at, seconds, True)] if form.names else []
         for source in cell.sources:
             rest = None if source.form is form else rest_of(source.form, form)
             if rest is not None:
@@ -7134,14 +7139,14 @@ class Scraper:
         for cell in page.cells:
             if cell.troubles:
                 notes += tuple([(name, trouble.note) for name, trouble in cell.troubles.items()])
-            for form, joined, at, seconds, up in (
+            for form, raw, at, seconds, up in (
                     cell.sources if not cell.shared else
                     cell.of_zones.get(page.zone) or self._of_zone(cell, page, now)):
                 age = now - at
                 if age > STALE_SECONDS and age > 3 * self.lifetime(cell, page, now):
                     continue
                 forms += (form, up and not cell.late)
-                values += joined.split(APART)
+                values += raw.split(APART)
                 values += (b"1" if at < since else b"0", seconds, b"%.3f" % age)
         texts, order, missing = page_layout(page.kind, tuple(forms), notes)
         texts = texts.copy()
@@ -7160,8 +7165,8 @@ class Scraper:
                 not cell.by_zone.complete or self._is_older(cell, page, now)):
             return ()
         template, values = part or NOTHING
-        found = (Source(form_of((cell.name,), (template,)), values.encode("utf-8", "replace"),
-                        cell.at, cell.seconds, not cell.troubles),)
+        found = (Source.of(form_of((cell.name,), (template,)), values, cell.at, cell.seconds,
+                           not cell.troubles),)
         if part is not None:
             cell.of_zones[page.zone] = found
         return found
